@@ -1,0 +1,192 @@
+"""Compare vanilla RT-DETR, original SPDNet + RT-DETR and adapted SPDNet + RT-DETR on rainy and on clean images.
+
+    python Eval_SPDNet_Adaptation.py --demo
+    python Eval_SPDNet_Adaptation.py
+
+Prints COCO scores, the share of the rain gap that is won back, the cost on clean images, and latencies; writes
+OUTPUT_DIR/results.json (with constants, commit, versions), detections.png and latency_map.png.
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils import (
+    config,
+    datasets,
+    demo,
+    detector,
+    engine,
+    evaluation,
+    freeze,
+    integrated_model,
+    loaders,
+    presets,
+    report,
+    visualize,
+)
+from utils.spdnet import load_spdnet
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
+PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
+IMAGE_SIZE = 640                        # side of the square input, as in training
+PREFIXES = ()                           # also score rainy images by file-name prefix, e.g. ("rain_", "mist_", "fog_")
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- models -------------------------------------------------------------------------------------------------------
+SPDNET_MODEL_PATH = "./model_spa.pt"    # the original SPDNet, before adaptation
+ADAPTED_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
+DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+PICTURES = 6                            # images on the page of detections
+SCORE_THRESHOLD = 0.4                   # boxes drawn on it
+SEED = 0                                # of the subset
+OUTPUT_DIR = "./outputs_spdnet_adaptation/eval"
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
+    "ADAPTED_MODEL_PATH": "./demo/outputs_spdnet_adaptation/spdnet_adapted.pt",
+    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
+}
+VANILLA, ORIGINAL, ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
+
+
+def build_models(cfg, device):
+    """-> {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes; one frozen detector for all."""
+    if not Path(cfg.ADAPTED_MODEL_PATH).is_file():
+        raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' does not exist: run python "
+                               f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
+    original = integrated_model.load_integrated_model(
+        cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
+        freeze_detection=True, derain_scale=cfg.DERAIN_SCALE)
+    adapted = integrated_model.RainRobustRTDETR(
+        freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device)), original.detection_module,
+        derain_scale=cfg.DERAIN_SCALE).to(device)
+    return {VANILLA: original.detection_module.eval(), ORIGINAL: original.eval(), ADAPTED: adapted.eval()}
+
+
+def build_loader(cfg, root, constant, domain, id2label):
+    """Validation loader of one root."""
+    data = datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE), constant=constant,
+                                         domain=domain, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
+                                         unknown=cfg.UNKNOWN_CATEGORIES)
+    for note in data.notes:
+        print(f"note: {note}")
+    return loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+
+
+def evaluate(cfg, models, loader, device):
+    """-> [{"model", "images", "mAP", "AP50", ...}, ...], a row per model, then a row per prefix and model."""
+    data = loader.dataset
+    truth = evaluation.ground_truth(data.annotation_file)
+    rows, by_prefix = [], []
+    prefixes = cfg.PREFIXES if data.domain == "rainy" else ()
+    for name, model in models.items():
+        scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
+        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
+        for prefix in prefixes:
+            ids = [i for i, file in zip(data.image_ids, data.files, strict=True) if Path(file).name.startswith(prefix)]
+            if not ids:
+                raise config.UserError(f"PREFIXES: no image of {data.annotation_file.as_posix()} starts with {prefix!r}")
+            chosen = [d for d in found if d["image_id"] in set(ids)]
+            by_prefix.append({"model": name, "images": prefix, "count": len(ids)}
+                             | evaluation.coco_scores(truth, chosen, data.category_of, ids))
+    return rows + by_prefix
+
+
+def gap_won_back(rows, name):
+    """Share of vanilla's loss in rain that `name` wins back; None where rain costs vanilla nothing."""
+    score = {(row["model"], row["images"]): row["mAP"] for row in rows}
+    gap = score[VANILLA, "clean"] - score[VANILLA, "rainy"]
+    return (score[name, "rainy"] - score[VANILLA, "rainy"]) / gap if gap > 0 else None
+
+
+def measure_latency(cfg, models, device):
+    """-> {model: {"batch 1": ms per image, "batch N": ms per image}}."""
+    result = {name: {} for name in models}
+    for batch in sorted({1, cfg.EVAL_BATCH_SIZE}):
+        images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
+        calls = {name: (lambda x, model=model: model(pixel_values=x)) for name, model in models.items()}
+        for name, milliseconds in evaluation.latencies(calls, images).items():
+            result[name][f"batch {batch}"] = milliseconds / batch
+    return result
+
+
+@torch.no_grad()
+def draw_page(cfg, models, dataset, device, id2label, path):
+    """Page: rainy with vanilla | original's image | adapted's image, each with its detections | ground truth."""
+    count = min(cfg.PICTURES, len(dataset))
+    picked = [dataset[i * len(dataset) // count] for i in range(count)]
+    scale = max(1, 240 // cfg.IMAGE_SIZE)
+    rows = []
+    for sample in picked:
+        batch = datasets.to_device(datasets.collate([sample]), device)
+        side, cells = cfg.IMAGE_SIZE, []
+        for name, model in models.items():
+            outputs = model(pixel_values=batch["images"])
+            found = evaluation.decode(outputs.logits, outputs.pred_boxes, [(side, side)])[0]
+            keep = found["scores"] > cfg.SCORE_THRESHOLD
+            image = batch["images"][0] if name == VANILLA else outputs.derained[0]
+            cells.append(visualize.draw_boxes(image, found["boxes"][keep], found["labels"][keep], id2label,
+                                              found["scores"][keep], scale))
+        boxes = sample["boxes"] * side
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+        cells.append(visualize.draw_boxes(batch["images"][0], corners, sample["labels"], id2label, scale=scale))
+        rows.append(cells)
+    visualize.grid(rows, [*models, "ground truth"], path)
+
+
+def print_summary(rows, latency):
+    """The guide's three lines, the table, the gap, the cost on clean images."""
+    score = {(row["model"], row["images"]): row["mAP"] for row in rows}
+    vanilla = score[VANILLA, "rainy"]
+    print("\nRainy images:")
+    print(f"{VANILLA + ' mAP:':<28}{vanilla:.4f}")
+    for name in (ORIGINAL, ADAPTED):
+        change = f"({100 * (score[name, 'rainy'] / vanilla - 1):+.1f}%)" if vanilla > 0 else ""
+        print(f"{name + ':':<28}{score[name, 'rainy']:.4f}  {change}")
+    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
+    print("\n" + report.table(rows, headings))
+    for name in (ORIGINAL, ADAPTED):
+        share = gap_won_back(rows, name)
+        won = "rain costs vanilla nothing here" if share is None else f"{100 * share:.1f}% of the rain gap won back"
+        cost = score[name, "clean"] - score[VANILLA, "clean"]
+        print(f"{name}: {won}; clean images that pass through it: {cost:+.4f} mAP")
+    print("\n" + report.table([{"model": name} | values for name, values in latency.items()],
+                              {"model": "ms per image"} | {key: key for key in latency[VANILLA]}))
+
+
+def main(**overrides):
+    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}}."""
+    cfg = config.resolve(globals(), overrides)
+    if cfg.demo:
+        demo.ensure_demo()
+    device = engine.device()
+    models = build_models(cfg, device)
+    id2label = detector.id2label_of(models[VANILLA])
+    rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
+    clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
+    rows = evaluate(cfg, models, rainy, device) + evaluate(cfg, models, clean, device)
+    latency = measure_latency(cfg, models, device)
+    results = {"scores": rows, "gap_won_back": {name: gap_won_back(rows, name) for name in (ORIGINAL, ADAPTED)},
+               "milliseconds_per_image": latency}
+    if engine.is_main():
+        print_summary(rows, latency)
+        folder = Path(cfg.OUTPUT_DIR)
+        report.write_results(folder / "results.json", cfg.as_dict(), results)
+        draw_page(cfg, models, rainy.dataset, device, id2label, folder / "detections.png")
+        points = {name: (latency[name]["batch 1"], next(r["mAP"] for r in rows if r["model"] == name)) for name in models}
+        visualize.cost_against_accuracy(points, folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")
+        print(f"\nwritten: {(folder / 'results.json').as_posix()}, detections.png, latency_map.png")
+    return results
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

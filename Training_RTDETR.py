@@ -1,0 +1,158 @@
+"""Train an RT-DETR on a COCO-layout data set, from published weights or from scratch.
+
+The other experiments need a detector that knows the classes of your data: this makes one (and the one of the demo).
+RT-DETR: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024.
+
+    python Training_RTDETR.py --demo
+    python Training_RTDETR.py --COCO_DIR ./dataset/coco --NUM_EPOCHS 12
+
+Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout: set RTDETR_MODEL_NAME to it), last.pt, best.pt,
+metrics.json, curves.png and tb/.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import RTDetrImageProcessor
+
+from utils import config, datasets, demo, detector, engine, evaluation, freeze, loaders, presets, report, visualize
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy twin from make_rain.py; only read where RAIN_RATIO > 0
+COCO_RATIO = 1.0                        # share of clean training images
+RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
+PERCENT_DATASET = 100                   # seeded subset of the training images, in percent
+IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+AUGMENTATION = "full"                   # full: colour, zoom out, IoU crop, mirror; mirror: only that (plenty of data)
+
+# --- model --------------------------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder to start from; "" starts from scratch
+ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny; only used from scratch
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 12                         # enough for fine-tuning; from scratch 72 and more
+BATCH_SIZE = 16                         # per GPU
+GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
+LEARNING_RATE = 1e-4                    # encoder, decoder and heads
+BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly; from scratch as LEARNING_RATE
+WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
+CLIP_NORM = 0.1                         # RT-DETR's own value
+WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
+SCHEDULE = "cosine"                     # constant, cosine or step
+PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+SEED = 0                                # subset, order, augmentation, initial weights
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_rtdetr"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+EVAL_BATCH_SIZE = 16                    # validation batch
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_rtdetr",
+    "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "AUGMENTATION": "mirror", "NUM_EPOCHS": 6,
+    "LEARNING_RATE": 1e-3, "BACKBONE_LEARNING_RATE": 1e-3, "WARMUP_STEPS": 50, "DATALOADER_WORKERS": 0,
+}
+
+
+def build_model(cfg):
+    """The detector to train: loaded, or new with the classes of the annotation file."""
+    if cfg.RTDETR_MODEL_NAME:
+        return freeze.unfreeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME))
+    categories = datasets.read_annotations(datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])["categories"]
+    names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
+
+
+def build_loaders(cfg, id2label):
+    """-> training loader (augmented), validation loader (clean images, every one once)."""
+    augmentations = {"full": presets.detection, "mirror": presets.adaptation}
+    if cfg.AUGMENTATION not in augmentations:
+        raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
+    train = datasets.clean_rainy_mixture(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
+        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+    val = datasets.CocoDetectionDataset(cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
+                                        constant="COCO_DIR", domain="clean")
+    for note in train.notes + val.notes:
+        print(f"note: {note}")
+    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+            loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS))
+
+
+def parameter_groups(model, cfg):
+    """Backbone and the rest at their own rates; biases and normalisation layers without weight decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("model.backbone"), parameter.ndim > 1), []).append(parameter)
+    return [{"params": parameters, "lr": cfg.BACKBONE_LEARNING_RATE if in_backbone else cfg.LEARNING_RATE,
+             "weight_decay": cfg.WEIGHT_DECAY if is_matrix else 0.0}
+            for (in_backbone, is_matrix), parameters in sorted(groups.items())]
+
+
+def compute_losses(model, batch):
+    """{"detection": RT-DETR's whole loss, with denoising queries; "vfl", "bbox", "giou": its last layer's terms}."""
+    outputs = model(pixel_values=batch["images"], labels=batch["labels"])
+    return {"detection": outputs.loss} | {name: outputs.loss_dict[f"loss_{name}"] for name in ("vfl", "bbox", "giou")}
+
+
+def sample_images(model, loader, id2label):
+    """-> {tag: picture} of the first validation images with detections above 0.4."""
+    device = next(model.parameters()).device
+    samples = [loader.dataset[i] for i in range(min(4, len(loader.dataset)))]
+    batch = datasets.to_device(datasets.collate(samples), device)
+    outputs = model(pixel_values=batch["images"])
+    side = batch["images"].shape[-1]
+    found = evaluation.decode(outputs.logits, outputs.pred_boxes, [(side, side)] * len(samples))
+    row = []
+    for image, result in zip(batch["images"], found, strict=True):
+        keep = result["scores"] > 0.4
+        row.append(visualize.draw_boxes(image, result["boxes"][keep], result["labels"][keep], id2label,
+                                        result["scores"][keep]))
+    return {"detections": visualize.as_tensor(visualize.grid([row], [""] * len(row)))}
+
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    model = build_model(cfg)
+    id2label = detector.id2label_of(model)
+    train_loader, val_loader = build_loaders(cfg, id2label)
+    truth = evaluation.ground_truth(val_loader.dataset.annotation_file)
+    print(freeze.describe({"RT-DETR": model}))
+
+    def evaluate(model):
+        scores, _ = evaluation.detection_scores(lambda images: model(pixel_values=images), val_loader,
+                                                next(model.parameters()).device, truth)
+        return {f"val/{name}": scores[name] for name in evaluation.METRICS}
+
+    def save_detector(model):
+        folder = Path(cfg.OUTPUT_DIR) / "detector"
+        model.save_pretrained(folder)
+        size = {"height": cfg.IMAGE_SIZE, "width": cfg.IMAGE_SIZE}
+        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
+
+    result = engine.fit(
+        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
+        parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0}, evaluate=evaluate, score="val/mAP",
+        on_best=save_detector, sample_images=lambda model: sample_images(model, val_loader, id2label),
+        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, seed=cfg.SEED,
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+    if result["history"]:
+        best = result["history"][result["best_epoch"] - 1]
+        print(report.table([best], {f"val/{name}": name for name in evaluation.METRICS}))
+        print(f"detector: {(Path(cfg.OUTPUT_DIR) / 'detector').as_posix()}")
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

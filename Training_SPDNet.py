@@ -1,0 +1,176 @@
+"""Train SPDNet itself on rainy/clean pairs: the visually good de-rainer that the adaptation starts from.
+
+Yi et al., "Structure-Preserving Deraining with Residue Channel Prior Guidance", ICCV 2021. The defaults are the
+published command's: patches of 128, batches of 16, Adam at 5e-4, 300 epochs, mean squared error. Not published, ours:
+the decay steps, the equal supervision of all three stages, and an initialisation near the identity (INITIALISATION).
+The published weights (model_spa.pt) need no training: set SPDNET_MODEL_PATH of the other scripts to them.
+
+    python Training_SPDNet.py --demo
+    python Training_SPDNet.py --RAINY_DIR ./dataset/coco_rain/train2017 --CLEAN_DIR ./dataset/coco/train2017
+
+Writes OUTPUT_DIR/spdnet_best.pt (a plain state dict that the published code loads as well), last.pt, best.pt,
+metrics.json, curves.png and tb/.
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils import (
+    checkpoint,
+    config,
+    datasets,
+    demo,
+    engine,
+    evaluation,
+    freeze,
+    loaders,
+    losses,
+    presets,
+    report,
+    visualize,
+)
+from utils.spdnet import SPDNet, init_near_identity, load_spdnet
+
+# --- data ---------------------------------------------------------------------------------------------------------
+RAINY_DIR = "./dataset/coco_rain/train2017"  # rainy images, searched recursively
+CLEAN_DIR = "./dataset/coco/train2017"       # their clean partners, same relative names
+VAL_RAINY_DIR = "./dataset/coco_rain/val2017"  # pairs for validation
+VAL_CLEAN_DIR = "./dataset/coco/val2017"     # their clean partners
+PERCENT_DATASET = 100                   # seeded subset of the training pairs, in percent
+VAL_IMAGES = 100                         # validation pairs, a seeded subset; whole images, so they take time
+PATCH_SIZE = 128                        # side of the random training patch
+
+# --- model --------------------------------------------------------------------------------------------------------
+SPDNET_N_FEATS = 32                     # width; 32 is the published size
+SPDNET_N_RESBLOCKS = 3                  # residual blocks per group; 3 is the published size
+SPDNET_MODEL_PATH = ""                  # weights to go on from; "" starts new
+INITIALISATION = "identity"             # identity: out = in at the start (SPDNet has no skip connection); or default
+ACTIVATION_CHECKPOINTING = False        # True: less memory, slower
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 300                        # published; with all of COCO 3 epochs see as many patches
+BATCH_SIZE = 16                         # published
+GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
+LEARNING_RATE = 5e-4                    # published, for Adam
+SCHEDULE = "step"                       # constant, cosine or step
+DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shares of the run
+WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster
+EARLY_STOPPING_PATIENCE = 50            # epochs without a better validation PSNR
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+SEED = 0                                # order, patches, initial weights
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_spdnet"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 500                  # optimizer steps between two writes of last.pt within an epoch
+
+DEMO = {
+    "RAINY_DIR": "./demo/coco_rain/train2017", "CLEAN_DIR": "./demo/coco/train2017",
+    "VAL_RAINY_DIR": "./demo/coco_rain/val2017", "VAL_CLEAN_DIR": "./demo/coco/val2017",
+    "OUTPUT_DIR": "./demo/outputs_spdnet", "SPDNET_N_FEATS": 16, "SPDNET_N_RESBLOCKS": 1, "PATCH_SIZE": 64,
+    "NUM_EPOCHS": 2, "VAL_IMAGES": 40, "DATALOADER_WORKERS": 0,
+}
+
+
+class Derainer(torch.nn.Module):
+    """SPDNet in this project's units: (B, 3, H, W) in [0, 1] -> the three stages' images (out3, out2, out1)."""
+
+    def __init__(self, spdnet):
+        super().__init__()
+        self.spdnet = spdnet
+
+    @property
+    def model_args(self):
+        """What is needed to build this module again."""
+        return {"n_feats": self.spdnet.n_feats, "n_resblocks": self.spdnet.n_resblocks}
+
+    def forward(self, images):
+        return tuple(stage / 255 for stage in self.spdnet(images * 255))
+
+
+def build_model(cfg, device):
+    """A new SPDNet, or the one in SPDNET_MODEL_PATH."""
+    if cfg.SPDNET_MODEL_PATH:
+        spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH)
+    else:
+        spdnet = SPDNet(cfg.SPDNET_N_FEATS, cfg.SPDNET_N_RESBLOCKS)
+        if cfg.INITIALISATION == "identity":
+            init_near_identity(spdnet)
+        elif cfg.INITIALISATION != "default":
+            raise config.UserError(f"INITIALISATION = {cfg.INITIALISATION!r}: choose identity or default")
+    spdnet.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
+    print(freeze.describe({"SPDNet": spdnet}))
+    return Derainer(spdnet).to(device)
+
+
+def build_loaders(cfg):
+    """-> loader of random patches, loader of whole validation pairs (one by one: their sizes differ)."""
+    train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, presets.paired_patches(cfg.PATCH_SIZE),
+                                       percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+    val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, presets.unchanged,
+                                     constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"), limit=cfg.VAL_IMAGES, seed=cfg.SEED)
+    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+            loaders.validation_loader(val, 1, cfg.DATALOADER_WORKERS))
+
+
+def compute_losses(model, batch):
+    """{"mse": squared error of the three stages' images, summed}."""
+    return {"mse": losses.staged_mse(model(batch["images"]), batch["twins"])}
+
+
+def evaluate(model, loader, device):
+    """-> {"val/psnr_y", "val/ssim_y", "val/psnr", "val/ssim"}: means over images, Y as MATLAB computes it."""
+    found = []
+    for batch in loader:
+        batch = datasets.to_device(batch, device)
+        found.append({name: value.item() for name, value in
+                      evaluation.image_quality(model(batch["images"])[0], batch["twins"]).items()})
+    return {f"val/{name}": value for name, value in evaluation.mean_over_ranks(found).items()}
+
+
+def sample_images(model, dataset, device):
+    """-> {tag: rainy | de-rained | clean} of the first validation pairs."""
+    rows = []
+    for i in range(min(3, len(dataset))):
+        batch = datasets.to_device(datasets.collate([dataset[i]]), device)
+        rows.append([batch["images"][0], model(batch["images"])[0][0], batch["twins"][0]])
+    return {"rainy, de-rained, clean": visualize.as_tensor(visualize.grid(rows, ["rainy", "de-rained", "clean"]))}
+
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = engine.device()
+    model = build_model(cfg, device)
+    train_loader, val_loader = build_loaders(cfg)
+    output = Path(cfg.OUTPUT_DIR) / "spdnet_best.pt"
+    untouched = evaluate(lambda images: (images,), val_loader, device)
+    print(f"rainy input: {untouched['val/psnr_y']:.2f} dB, SSIM {untouched['val/ssim_y']:.4f} on Y; "
+          f"{untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} on RGB")
+    result = engine.fit(
+        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
+        parameters=[{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE}], loss_weights={"mse": 1.0},
+        evaluate=lambda plain: evaluate(plain, val_loader, device), score="val/psnr_y",
+        on_best=lambda plain: checkpoint.save(plain.spdnet.state_dict(), output),
+        sample_images=lambda plain: sample_images(plain, val_loader.dataset, device),
+        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        schedule=cfg.SCHEDULE, milestones=cfg.DECAY_AT, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+        seed=cfg.SEED, constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+    if result["history"]:
+        rows = [{"images": "rainy input"} | untouched,
+                {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]
+        print(report.table(rows, {"images": "images", "val/psnr_y": "PSNR (Y)", "val/ssim_y": "SSIM (Y)",
+                                  "val/psnr": "PSNR (RGB)", "val/ssim": "SSIM (RGB)"}))
+        print(f"SPDNet: {output.as_posix()}")
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # patches have one size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,224 @@
+"""Train SPDNet through a frozen RT-DETR, so that de-rained images are good to detect on, not only good to look at.
+
+Rainy image -> SPDNet (trains) -> RT-DETR (frozen) -> detection loss -> gradient back into SPDNet. Because every rainy
+image has a clean twin, the detector's features of the de-rained image can also be pulled towards those of the twin
+(FEATURE_WEIGHT), which needs no labels: with DETECTION_WEIGHT = 0 plain folders of images will do, see
+docs/spdnet_adaptation.md. SPDNet: Yi et al., ICCV 2021; RT-DETR: Zhao et al., CVPR 2024.
+
+    python Training_SPDNet_Adaptation.py --demo
+    python Training_SPDNet_Adaptation.py
+
+Writes OUTPUT_DIR/spdnet_adapted.pt (a plain SPDNet state dict, the best epoch by rainy validation mAP), last.pt (to
+resume), best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_SPDNet_Adaptation.py
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils import (
+    checkpoint,
+    config,
+    datasets,
+    demo,
+    detector,
+    engine,
+    evaluation,
+    freeze,
+    integrated_model,
+    loaders,
+    losses,
+    presets,
+    visualize,
+)
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+PERCENT_DATASET = 10                    # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
+COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
+RAIN_RATIO = 1.0                        # share of rainy images
+IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- models -------------------------------------------------------------------------------------------------------
+SPDNET_MODEL_PATH = "./model_spa.pt"    # start weights: the published ones, or Training_SPDNet.py's spdnet_best.pt
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id, or a folder written by save_pretrained
+DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; see docs/results.md
+ACTIVATION_CHECKPOINTING = False        # True recomputes SPDNet's activations: a fraction of the memory, slower (8 GB)
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 10                         # the best one is usually among epochs 3 to 5
+BATCH_SIZE = 2                          # per GPU; SPDNet needs much memory
+GRADIENT_ACCUMULATION_STEPS = 8         # effective batch 16
+LEARNING_RATE = 1e-4                    # only SPDNet trains, so higher than for fine-tuning a detector
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; 500 if the loss explodes
+SCHEDULE = "cosine"                     # constant, cosine or step
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+FP16 = False                            # must stay False: SPDNet overflows in half precision
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+SEED = 0                                # subset, order, augmentation
+
+# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0, 0) ----------------------
+DETECTION_WEIGHT = 1.0                  # RT-DETR's loss on the de-rained image
+FEATURE_WEIGHT = 5.0                    # its features against those of the clean twin, relative squared error
+FEATURE_LEVEL = "backbone"              # which features: backbone or encoder
+RECONSTRUCTION_WEIGHT = 0.0             # L1 between de-rained image and clean twin
+IDENTITY_WEIGHT = 0.0                   # L1 between de-rained clean twin and itself: clean images stay as they are
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_spdnet_adaptation"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of last.pt within an epoch
+EVAL_BATCH_SIZE = 4                     # validation batch
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 50, "IMAGE_SIZE": 160,
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
+    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "NUM_EPOCHS": 3, "BATCH_SIZE": 4,
+    "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 3e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0,
+    "EVAL_BATCH_SIZE": 8,
+}
+
+
+def build_model(cfg, device):
+    """SPDNet (trainable) in front of RT-DETR (frozen), with the guide's block of parameter counts."""
+    model = integrated_model.load_integrated_model(
+        cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
+        derain_scale=cfg.DERAIN_SCALE)
+    model.derain_module.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
+    print(freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module}))
+    return model
+
+
+def build_data(cfg, id2label):
+    """-> training data with clean twins, rainy validation data, whether there are labels."""
+    train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
+    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
+    if cfg.DETECTION_WEIGHT == 0 and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
+        print("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
+        train, val = (datasets.PairedRainDataset(
+            cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
+            percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
+            for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
+        return train, val, False
+    needs_twins = cfg.FEATURE_WEIGHT or cfg.RECONSTRUCTION_WEIGHT or cfg.IDENTITY_WEIGHT
+    train = datasets.clean_rainy_mixture(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
+        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(needs_twins),
+        unknown=cfg.UNKNOWN_CATEGORIES)
+    val = datasets.CocoDetectionDataset(cfg.COCO_RAIN_DIR, "val", id2label, val_transform, constant="COCO_RAIN_DIR",
+                                        domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
+    for note in train.notes + val.notes:
+        print(f"note: {note}")
+    return train, val, True
+
+
+def loss_weights(cfg):
+    """-> {name: weight} of the terms that are switched on."""
+    weights = {"detection": cfg.DETECTION_WEIGHT, "features": cfg.FEATURE_WEIGHT,
+               "reconstruction": cfg.RECONSTRUCTION_WEIGHT, "identity": cfg.IDENTITY_WEIGHT}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def compute_losses(model, batch, weights, clean_features, feature_level):
+    """Named losses of one batch, scalars: those in `weights`, and "clamped", the share of values cut by the clamp.
+
+    Args:
+        model: RainRobustRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where needed.
+        clean_features: RainRobustRTDETR.clean_features, which makes the targets of the feature term.
+    """
+    outputs = model(batch["images"], labels=batch["labels"] if "detection" in weights else None,
+                    clean=batch["twins"] if "identity" in weights else None,
+                    feature_level=feature_level if "features" in weights else None)
+    terms = {"clamped": outputs.clamped}
+    if "detection" in weights:
+        terms["detection"] = outputs.loss
+    if "features" in weights:
+        terms["features"] = losses.feature_consistency(outputs.features,
+                                                       clean_features(batch["twins"], feature_level))
+    if "reconstruction" in weights:
+        terms["reconstruction"] = losses.pixel_l1(outputs.derained, batch["twins"])
+    if "identity" in weights:
+        terms["identity"] = losses.pixel_l1(outputs.derained_clean, batch["twins"])
+    return terms
+
+
+def evaluate(model, loader, device, truth, weights, cfg):
+    """-> {"rain/mAP", "rain/AP50", ...} on the rainy validation images; {"rain/consistency": minus the feature loss}
+    without labels."""
+    if truth is not None:
+        scores, _ = evaluation.detection_scores(model, loader, device, truth, name="rainy validation")
+        return {f"rain/{name}": scores[name] for name in evaluation.METRICS}
+    total = count = 0
+    for batch in loader:
+        batch = datasets.to_device(batch, device)
+        terms = compute_losses(model, batch, weights, model.clean_features, cfg.FEATURE_LEVEL)
+        total, count = total + terms["features"].item() * len(batch["images"]), count + len(batch["images"])
+    return {"rain/consistency": -total / count}
+
+
+def sample_images(model, dataset, device, id2label):
+    """-> {tag: picture}: rainy with vanilla detections | de-rained with the model's detections."""
+    batch = datasets.to_device(datasets.collate([dataset[i] for i in range(min(3, len(dataset)))]), device)
+    outputs = model(batch["images"])
+    side = batch["images"].shape[-1]
+    rows = []
+    vanilla = model.detection_module(pixel_values=batch["images"])
+    for images, result in ((batch["images"], vanilla), (outputs.derained, outputs)):
+        found = evaluation.decode(result.logits, result.pred_boxes, [(side, side)] * len(images))
+        rows.append([visualize.draw_boxes(image, f["boxes"][f["scores"] > 0.4], f["labels"][f["scores"] > 0.4],
+                                          id2label, f["scores"][f["scores"] > 0.4])
+                     for image, f in zip(images, found, strict=True)])
+    return {"rainy above, de-rained below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
+
+
+def main(**overrides):
+    """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    if cfg.FP16:
+        raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
+                               "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
+                               "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
+    if cfg.FEATURE_LEVEL not in integrated_model.FEATURE_LEVELS:
+        raise config.UserError(f"FEATURE_LEVEL = {cfg.FEATURE_LEVEL!r}: choose backbone or encoder")
+    weights = loss_weights(cfg)
+    if not weights:
+        raise config.UserError("every loss weight is 0: there is nothing to train on")
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = engine.device()
+    model = build_model(cfg, device)
+    id2label = detector.id2label_of(model.detection_module)
+    train, val, labelled = build_data(cfg, id2label)
+    if not labelled and not cfg.FEATURE_WEIGHT:
+        raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")
+    train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
+    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    truth = evaluation.ground_truth(val.annotation_file) if labelled else None
+    output = Path(cfg.OUTPUT_DIR) / "spdnet_adapted.pt"
+
+    result = engine.fit(
+        model, train_loader,
+        lambda wrapped, batch: compute_losses(wrapped, batch, weights, model.clean_features, cfg.FEATURE_LEVEL),
+        output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
+        parameters=[{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}],
+        loss_weights=weights,
+        evaluate=lambda plain: evaluate(plain, val_loader, device, truth, weights, cfg),
+        score="rain/mAP" if labelled else "rain/consistency",
+        on_best=lambda plain: checkpoint.save(plain.derain_module.state_dict(), output),
+        sample_images=lambda plain: sample_images(plain, val, device, id2label),
+        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, seed=cfg.SEED,
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+    print(f"adapted SPDNet: {output.as_posix()}")
+    print(f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}")
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

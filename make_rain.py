@@ -1,0 +1,231 @@
+"""Write a rainy twin of a data set in COCO layout: same folders and file names, annotations copied.
+
+    python make_rain.py --coco ./dataset/coco --out ./dataset/coco_rain
+    python make_rain.py --demo                     # procedural street scenes, a few seconds
+
+Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
+A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete.
+The rain itself is in utils/rain.py; docs/rain.md shows and measures it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, JpegImagePlugin
+from tqdm import tqdm
+
+from utils import config, rain
+
+COCO = "./dataset/coco"      # clean data set: annotations/*.json and folders with images
+OUT = "./dataset/coco_rain"  # the twin; may exist if it was begun with the same settings
+INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image
+SEED = 0                     # another seed, another rain on every image
+WORKERS = 0                  # processes; 0 means all cores
+
+DEMO = {"COCO": "./demo/coco", "OUT": "./demo/coco_rain_heavy", "INTENSITY": "heavy"}
+
+_LAYOUT = "expected layout: <COCO>/annotations/*.json and folders with images such as <COCO>/train2017/*.jpg"
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_TEMPORARY = ".rain-tmp"
+_CHUNK = 8  # images a worker takes at a time
+
+
+def find_images(source):
+    """-> sorted paths, relative to source, of every image below it except in annotations/; links are followed."""
+    found = []
+    for folder, folders, names in os.walk(source, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".") and (Path(folder) != source or f != "annotations")]
+        found += [(Path(folder) / name).relative_to(source) for name in names
+                  if Path(name).suffix.lower() in _SUFFIXES and not name.startswith(".")]
+    return sorted(found)
+
+
+def load_image(path):
+    """-> (the opened PIL image, (H, W, 3) uint8 pixels). Raises on anything that is not a whole 8-bit image."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {picture.mode} has more than 8 bits per channel")
+            return picture, np.asarray(picture.convert("RGB"))
+
+
+def save_like(pixels, picture, target):
+    """Write pixels in the picture's format and, for JPEG, its quality, to target, which appears complete or not."""
+    options = {key: picture.info[key] for key in ("exif", "icc_profile") if picture.info.get(key)}
+    file_format = "JPEG" if picture.format == "MPO" else picture.format
+    if file_format == "JPEG":
+        colour = picture.mode == "RGB"  # grey and CMYK files become RGB: their profile and sampling do not fit
+        if not colour:
+            options.pop("icc_profile", None)
+        options |= {"qtables": picture.quantization,
+                    "subsampling": JpegImagePlugin.get_sampling(picture) if colour else -1}
+    elif file_format == "WEBP":
+        options["quality"] = 95
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        Image.fromarray(pixels).save(temporary, format=file_format, **options)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rain_one(task):
+    """One image in a worker process: (source, target, seed, intensity) -> None, or why the source is unreadable."""
+    source, target, seed, intensity = task
+    try:
+        picture, pixels = load_image(source)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+        return f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    save_like(rain.add_rain(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
+    return None
+
+
+def start_worker():
+    """Worker initializer: Ctrl+C is the main process's business, and a worker does not outlive a killed one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def run_tasks(tasks, workers):
+    """Yield rain_one's answers in the order of tasks, over processes (in this one for a single worker)."""
+    workers = min(workers or len(available_cores()), 61, -(-len(tasks) // _CHUNK))  # 61: Windows' limit
+    if workers <= 1:
+        yield from map(rain_one, tasks)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
+    try:
+        yield from pool.map(rain_one, tasks, chunksize=_CHUNK)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_cores():
+    """-> the cores this process may use (a container or taskset may allow fewer than the machine has)."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def check_source(source):
+    """-> (images, annotation files) of the clean data set, or a UserError that says what is missing."""
+    if not source.is_dir():
+        raise config.UserError(f"COCO = {source} is not a folder; {_LAYOUT}; set --coco, or try --demo")
+    annotations = sorted((source / "annotations").glob("*.json"))
+    if not annotations:
+        raise config.UserError(f"COCO = {source} has no annotations/*.json; {_LAYOUT}")
+    images = find_images(source)
+    if not images:
+        raise config.UserError(f"COCO = {source} has no images ({' '.join(_SUFFIXES)}); {_LAYOUT}")
+    return images, annotations
+
+
+def prepare_out(source, out, settings):
+    """Create OUT and its rain.json, or check that what is there was made with the same settings."""
+    if out.resolve() == source.resolve():
+        raise config.UserError(f"OUT and COCO are the same folder ({out}): the clean images would be lost; set --out")
+    if source.resolve() in out.resolve().parents:
+        raise config.UserError(f"OUT = {out} lies inside COCO = {source}; set --out to a folder beside it")
+    record = out / "rain.json"
+    try:
+        if record.is_file():
+            try:
+                before = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError:
+                before = None
+            if not isinstance(before, dict):
+                raise config.UserError(f"{record} is damaged; delete OUT = {out} or set another --out")
+            other = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in settings.items()
+                     if before.get(key) != value]
+            if other:
+                raise config.UserError(f"OUT = {out} was made with other settings ({'; '.join(other)}): set another "
+                                       f"--out or delete the folder (a data set that only moved: edit {record})")
+        elif out.is_dir() and find_images(out):
+            raise config.UserError(f"OUT = {out} holds images but no rain.json, so make_rain.py did not write them; "
+                                   "set another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f".rain.json.{os.getpid()}{_TEMPORARY}"
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, record)
+        for left in out.rglob(f".*{_TEMPORARY}"):  # of a run that was killed
+            left.unlink(missing_ok=True)
+    except OSError as error:
+        raise config.UserError(f"cannot write to OUT = {out} ({error}); set --out") from None
+
+
+def copy_annotations(files, folder):
+    """Copy annotation files into folder, each complete or not at all; equal size and time counts as done."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        target = folder / file.name
+        if target.is_file():
+            new, old = file.stat(), target.stat()
+            if new.st_size == old.st_size and abs(new.st_mtime - old.st_mtime) < 2.0:
+                continue
+        temporary = folder / f".{file.name}.{os.getpid()}{_TEMPORARY}"
+        shutil.copy2(file, temporary)
+        os.replace(temporary, target)
+
+
+def main(**overrides):
+    """Write the twin; -> {"written": int, "kept": int, "seconds": float}. UserError names every unreadable image."""
+    cfg = config.resolve(globals(), overrides)
+    if cfg.demo and cfg.COCO == DEMO["COCO"]:
+        from utils import demo
+        try:
+            demo.ensure_demo()
+        except OSError as error:
+            raise config.UserError(str(error)) from None
+    source, out = Path(cfg.COCO), Path(cfg.OUT)
+    try:
+        rain.check_intensity(cfg.INTENSITY)
+    except ValueError as error:
+        raise config.UserError(f"INTENSITY: {error}") from None
+    if cfg.WORKERS < 0:
+        raise config.UserError(f"WORKERS = {cfg.WORKERS} is negative; 0 means all cores")
+    images, annotations = check_source(source)
+    prepare_out(source, out, {"source": source.resolve().as_posix(), "seed": cfg.SEED, "intensity": cfg.INTENSITY,
+                              "version": rain.VERSION})
+    started, bad = time.perf_counter(), []
+    try:
+        copy_annotations(annotations, out / "annotations")
+        for folder in sorted({path.parent for path in images}):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        todo = [path for path in images if not (out / path).is_file()]
+        tasks = [(source / path, out / path, cfg.SEED, cfg.INTENSITY) for path in todo]
+        bar = tqdm(run_tasks(tasks, cfg.WORKERS), total=len(tasks), unit="img", ascii=True, desc="rain")
+        bad = [answer for answer in bar if answer]
+    except OSError as error:
+        raise config.UserError(f"cannot write to OUT = {out} ({error}); finished files are kept, run again") from None
+    except BrokenProcessPool:
+        raise config.UserError("a worker process died (out of memory?); finished files are kept: run again, "
+                               "with fewer --workers") from None
+    except KeyboardInterrupt:
+        raise config.UserError("stopped; finished files are kept, run the same command to go on") from None
+    seconds = time.perf_counter() - started
+    report = {"written": len(tasks) - len(bad), "kept": len(images) - len(tasks), "seconds": seconds}
+    print(f"{source} -> {out}\n"
+          f"  rain         {cfg.INTENSITY}, seed {cfg.SEED}\n"
+          f"  annotations  {len(annotations)} file(s) copied\n"
+          f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
+          f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")
+    if bad:
+        raise config.UserError(f"{len(bad)} image(s) could not be read, the others are finished: {', '.join(bad)}")
+    return report
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

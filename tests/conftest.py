@@ -1,0 +1,73 @@
+"""Small data and small models that several test files share. Nothing here needs ../shared, a GPU or a network."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask the hub, not even for a time-out
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import detector
+from utils.spdnet import SPDNet, init_near_identity
+
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
+BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "val"), brightness=255):
+    """A COCO-layout set of noise images; image i has the boxes BOXES[i % 3 + 1], so that some have none."""
+    rng = np.random.default_rng(seed)
+    for split in splits:
+        folder = root / f"{split}2017"
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        images, annotations = [], []
+        for i in ids:
+            pixels = rng.integers(0, brightness, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:012d}.jpg", quality=92)
+            images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": size[0], "height": size[1]})
+            for category, box in BOXES[i % 3 + 1]:
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": category, "bbox": box,
+                                    "area": box[2] * box[3], "iscrowd": 0, "segmentation": []})
+        content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A clean root and its darker twin, eight images each: tmp_path/coco, tmp_path/coco_rain."""
+    write_coco(tmp_path / "coco")
+    write_coco(tmp_path / "coco_rain", brightness=160)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small_detector():
+    """A random two-class RT-DETR of the demo's architecture, in eval mode. Do not train it: copy it."""
+    torch.manual_seed(0)
+    return detector.new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
+
+
+def small_spdnet(seed=0):
+    """SPDNet(8, 1) near the identity."""
+    torch.manual_seed(seed)
+    model = SPDNet(8, 1)
+    init_near_identity(model)
+    return model
+
+
+@pytest.fixture
+def weights(tmp_path, small_detector):
+    """Files for the scripts: tmp_path/spdnet.pt and tmp_path/rtdetr/."""
+    torch.save(small_spdnet().state_dict(), tmp_path / "spdnet.pt")
+    small_detector.save_pretrained(tmp_path / "rtdetr")
+    return tmp_path

@@ -1,0 +1,69 @@
+"""Constants: overrides are typed, unknown names are refused, the command line shows user errors as one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import config
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = {"RATE": 1e-4, "EPOCHS": 3, "NAME": "a", "FAST": False, "CUTS": (0.5, 0.9), "PLACE": None,
+          "DEMO": {"EPOCHS": 1}, "helper": len}
+
+
+def test_overrides_beat_demo_beats_defaults():
+    assert config.resolve(SCRIPT, {}).EPOCHS == 3
+    assert config.resolve(SCRIPT, {"demo": True}).EPOCHS == 1
+    assert config.resolve(SCRIPT, {"demo": True, "EPOCHS": 7}).EPOCHS == 7
+    assert config.resolve(SCRIPT, {}).as_dict().keys() == {"RATE", "EPOCHS", "NAME", "FAST", "CUTS", "PLACE"}
+
+
+def test_values_are_converted_only_where_nothing_is_lost():
+    cfg = config.resolve(SCRIPT, {"RATE": 1, "NAME": Path("x") / "y", "CUTS": [0.1]})
+    assert cfg.RATE == 1.0 and isinstance(cfg.RATE, float) and cfg.NAME == str(Path("x/y")) and cfg.CUTS == (0.1,)
+    for name, wrong in (("EPOCHS", 2.5), ("EPOCHS", "2"), ("EPOCHS", True), ("FAST", 1), ("NAME", 3), ("CUTS", 0.1)):
+        with pytest.raises(config.UserError, match=name):
+            config.resolve(SCRIPT, {name: wrong})
+
+
+def test_unknown_names_are_refused_with_a_suggestion():
+    with pytest.raises(config.UserError, match="EPOCHS"):
+        config.resolve(SCRIPT, {"EPOCH": 2})
+    with pytest.raises(config.UserError, match="unknown constant"):
+        config.resolve(SCRIPT | {"DEMO": {"NOPE": 1}}, {"demo": True})
+
+
+def test_command_line_parses_by_type_and_ignores_case():
+    parse = lambda *argv: config.from_command_line(SCRIPT, argv)  # noqa: E731
+    assert parse("--EPOCHS", "4", "--demo") == {"EPOCHS": 4, "demo": True}
+    assert parse("--epochs", "4", "--RATE", "1e-3", "--NAME", "12", "--FAST", "true", "--CUTS", "(0.2,)") == {
+        "EPOCHS": 4, "RATE": 1e-3, "NAME": "12", "FAST": True, "CUTS": (0.2,)}
+    assert parse("--PLACE", "./somewhere") == {"PLACE": "./somewhere"}
+    with pytest.raises(config.UserError, match="EPOCHS"):
+        parse("--EPOCHS", "many")
+    with pytest.raises(SystemExit):
+        parse("--UNKNOWN", "1")
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py")))
+def test_help_lists_every_constant_with_its_comment(script):
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.isascii()
+    source = (ROOT / script).read_text(encoding="utf-8")
+    names = [line.split(" =")[0] for line in source.splitlines() if line.split(" =")[0].isupper() and line[0] != "_" and "  # " in line]
+    assert names
+    for name in names:
+        assert f"--{name} " in shown.stdout
+    assert "--demo" in shown.stdout
+
+
+def test_user_errors_are_one_line_without_traceback(tmp_path):
+    shown = subprocess.run([sys.executable, "Training_RTDETR.py", "--COCO_DIR", str(tmp_path / "none"),
+                            "--RTDETR_MODEL_NAME", "", "--OUTPUT_DIR", str(tmp_path)],
+                           cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 1
+    assert "Traceback" not in shown.stderr
+    assert [line for line in shown.stderr.splitlines() if line.startswith("Error: COCO_DIR")]

@@ -1,0 +1,205 @@
+"""Data: checked when opened, the same for every worker, nothing silently dropped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_coco
+from PIL import Image
+
+from utils import datasets, loaders, presets
+from utils.config import UserError
+
+NAMES = {0: "person", 1: "car"}
+
+
+def open_set(root, split="train", transform=None, id2label=NAMES, **kwargs):
+    return datasets.CocoDetectionDataset(root, split, id2label, transform or presets.evaluation(64), constant="COCO_DIR",
+                                         domain="clean", **kwargs)
+
+
+def edit(root, change, split="train"):
+    path = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_samples_have_normalised_boxes_and_empty_images_stay(coco):
+    data = open_set(coco / "coco")
+    assert len(data) == 8
+    counts = {data.image_ids[i]: len(data[i]["boxes"]) for i in range(8)}
+    assert counts == {i: (1, 2, 0)[i % 3] for i in range(1, 9)}
+    empty = data[data.image_ids.index(2)]
+    assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,)
+    first = data[data.image_ids.index(3)]
+    assert first["image"].dtype == torch.uint8 and first["image"].shape == (3, 64, 64)
+    torch.testing.assert_close(first["boxes"][0], torch.tensor([23 / 96, 28 / 96, 30 / 96, 40 / 96]))
+    batch = datasets.to_device(datasets.collate([empty, first]), "cpu")
+    assert batch["images"].dtype == torch.float32 and 0 <= batch["images"].min() and batch["images"].max() <= 1
+    assert batch["labels"][0]["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("missing", ["train2017", "annotations", "annotations/instances_train2017.json"])
+def test_missing_parts_are_named_with_the_constant(coco, missing):
+    (coco / "coco" / missing).rename(coco / "elsewhere")
+    with pytest.raises(UserError, match=f"COCO_DIR.*{missing}.*does not exist.*--demo"):
+        open_set(coco / "coco")
+
+
+def test_a_truncated_image_stops_at_the_check_with_its_name(coco):
+    path = coco / "coco" / "train2017" / "000000000004.jpg"
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(UserError, match="000000000004.jpg"):
+        open_set(coco / "coco")
+    path.unlink()
+    with pytest.raises(UserError, match="000000000004.jpg.*missing"):
+        open_set(coco / "coco")
+    data = open_set(coco / "coco", check=False)
+    with pytest.raises(UserError, match="000000000004.jpg"):
+        data[data.image_ids.index(4)]
+
+
+def test_an_error_in_a_worker_names_the_image(coco):
+    (coco / "coco" / "train2017" / "000000000004.jpg").write_bytes(b"broken")
+    loader = loaders.training_loader(open_set(coco / "coco", check=False), 2, 1, 0)
+    with pytest.raises(UserError, match="000000000004.jpg"):
+        list(loader)
+
+
+def test_boxes_are_clipped_or_left_out_and_counted(coco):
+    def change(content):
+        notes = content["annotations"]
+        notes[0]["bbox"] = [-20, 8, 50, 40]
+        notes[1]["bbox"] = [5, 5, 0.2, 30]
+        notes[2]["iscrowd"] = 1
+    edit(coco / "coco", change)
+    data = open_set(coco / "coco")
+    assert [note.split(": ")[1].split(" ")[0] for note in data.notes] == ["1", "1"]
+    boxes = torch.cat([data[i]["boxes"] for i in range(len(data))])
+    assert len(boxes) == len(json.loads(data.annotation_file.read_text())["annotations"]) - 2
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
+
+
+def test_wrong_categories_and_broken_json_are_named(coco):
+    edit(coco / "coco", lambda content: content["categories"].append({"id": 9, "name": "rickshaw"}))
+    with pytest.raises(UserError, match="does not know 'rickshaw'"):
+        open_set(coco / "coco")
+    assert open_set(coco / "coco", unknown="ignore").label_of == {1: 0, 3: 1}
+    with pytest.raises(UserError, match="does not know"):
+        open_set(coco / "coco", id2label={0: "cat"}, unknown="ignore")
+    edit(coco / "coco", lambda content: content["annotations"][0].update(category_id=77))
+    with pytest.raises(UserError, match="77"):
+        open_set(coco / "coco")
+    edit(coco / "coco", lambda content: content.pop("categories"))
+    with pytest.raises(UserError, match="no categories"):
+        open_set(coco / "coco")
+    (coco / "coco" / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        open_set(coco / "coco")
+
+
+def test_old_spellings_of_coco_classes_match():
+    table = datasets.label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
+                                 {3: "motorbike", 57: "sofa"}, "x.json")
+    assert table == {4: 3, 63: 57}
+
+
+def test_the_domain_is_the_roots_not_the_paths(coco):
+    data = open_set(coco / "coco")
+    assert "rain" in data[0]["path"] and data[0]["domain"] == "clean"  # 'train2017' contains 'rain'
+
+
+def test_subsets_depend_on_seed_and_names_alone():
+    names = [f"{i:012d}.jpg" for i in range(200)]
+    chosen = datasets.seeded_subset(names, 10, seed=0)
+    assert len(chosen) == 20 and chosen[:5] == [2, 10, 28, 31, 40]  # the same on every machine
+    backwards = datasets.seeded_subset(names[::-1], 10, seed=0)
+    assert {names[i] for i in chosen} == {names[::-1][i] for i in backwards}
+    assert datasets.seeded_subset(names, 10, seed=1) != chosen
+    parts = [datasets.seeded_subset(names, 50, 0, part) for part in ((0, 0.3), (0.3, 1))]
+    assert not set(parts[0]) & set(parts[1]) and sorted(parts[0] + parts[1]) == datasets.seeded_subset(names, 50, 0)
+
+
+def test_the_mixture_shares_out_images_once(coco):
+    data = datasets.clean_rainy_mixture(coco / "coco", coco / "coco_rain", NAMES, presets.evaluation(64), coco_ratio=0.25,
+                                        rain_ratio=0.75, percent=100, seed=0, twins=True)
+    samples = [data[i] for i in range(len(data))]
+    assert [s["domain"] for s in samples] == ["clean"] * 2 + ["rainy"] * 6
+    assert len({s["image_id"] for s in samples}) == 8
+    assert all((s["image"] == s["twin"]).all() for s in samples[:2])
+    assert all((s["image"] != s["twin"]).any() for s in samples[2:])
+    with pytest.raises(UserError, match="add up to 1"):
+        datasets.clean_rainy_mixture(coco / "coco", coco / "coco_rain", NAMES, None, coco_ratio=0.5, rain_ratio=1.0,
+                                     percent=100, seed=0)
+
+
+def test_image_and_twin_get_the_same_geometry(tmp_path):
+    write_coco(tmp_path / "a", seed=3)
+    write_coco(tmp_path / "b", seed=3)
+    for preset in (presets.adaptation(64), presets.detection(64)):
+        data = open_set(tmp_path / "a", transform=preset, twin_root=tmp_path / "b", twin_constant="COCO_RAIN_DIR")
+        for epoch in range(6):
+            sample = data[(epoch, epoch)]
+            assert (sample["image"] == sample["twin"]).all()
+            assert sample["boxes"].numel() == 0 or 0 <= sample["boxes"].min() <= sample["boxes"].max() <= 1
+
+
+def test_a_missing_or_misshapen_twin_is_named(coco):
+    Image.new("RGB", (50, 50)).save(coco / "coco_rain" / "train2017" / "000000000005.jpg")
+    data = open_set(coco / "coco", twin_root=coco / "coco_rain", twin_constant="COCO_RAIN_DIR")
+    with pytest.raises(UserError, match="000000000005.jpg is 96x96, its twin"):
+        data[data.image_ids.index(5)]
+    (coco / "coco_rain" / "train2017" / "000000000005.jpg").unlink()
+    with pytest.raises(UserError, match="000000000005.jpg .missing"):
+        open_set(coco / "coco", twin_root=coco / "coco_rain", twin_constant="COCO_RAIN_DIR")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_a_function_of_seed_epoch_and_index(coco, workers):
+    data = open_set(coco / "coco", transform=presets.detection(64), seed=5)
+    loader = loaders.training_loader(data, 3, workers, seed=5)
+    runs = []
+    for epoch, first in ((0, 0), (1, 0), (0, 0), (1, 2)):
+        loader.batch_sampler.start_at(epoch, first)
+        torch.randn(3)  # randomness of the caller has no say
+        runs.append(list(loader))
+    assert all(torch.equal(a["images"], b["images"]) for a, b in zip(runs[0], runs[2], strict=True))
+    assert not torch.equal(runs[0][0]["images"], runs[1][0]["images"])
+    assert len(runs[1]) == 3 and len(runs[3]) == 1 and torch.equal(runs[1][2]["images"], runs[3][0]["images"])
+    single = [data[(0, i)]["image"] for i in range(8)]
+    by_id = {i: image for batch in runs[0] for i, image in zip(batch["image_ids"], batch["images"], strict=True)}
+    assert all(torch.equal(by_id[data.image_ids[i]], single[i]) for i in range(8))
+
+
+def test_ranks_share_every_batch(coco):
+    whole = loaders.EpochBatches(11, 4, True, 0, rank=0, world=1)
+    halves = [loaders.EpochBatches(11, 2, True, 0, rank=r, world=2) for r in (0, 1)]
+    for big, left, right in zip(whole, *halves, strict=True):
+        assert big == (left + right)[:len(big)] and len(left) == len(right)
+
+
+def test_paired_folders(tmp_path):
+    for name in ("rainy", "clean"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    for i in range(5):
+        pixels = np.full((40, 50, 3), 10 * i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "rainy" / "sub" / f"{i}.jpg")
+        Image.fromarray(pixels).save(tmp_path / "clean" / "sub" / f"{i}.png")
+    data = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(32))
+    assert len(data) == 5
+    sample = data[(3, 2)]
+    assert sample["image"].shape == sample["twin"].shape == (3, 32, 32)
+    assert (sample["image"].int() - sample["twin"].int()).abs().max() < 4  # the partner, not another image
+    larger = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(64))[0]
+    assert larger["image"].shape == (3, 64, 64)
+    parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged, part=part)
+             for part in ((0, 0.6), (0.6, 1))]
+    assert not {p for p, _ in parts[0].pairs} & {p for p, _ in parts[1].pairs}
+    (tmp_path / "clean" / "sub" / "3.png").unlink()
+    with pytest.raises(UserError, match="CLEAN_DIR.*sub/3"):
+        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged)
+    with pytest.raises(UserError, match="RAINY_DIR.*does not exist"):
+        datasets.PairedRainDataset(tmp_path / "none", tmp_path / "clean", presets.unchanged)

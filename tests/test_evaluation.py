@@ -1,0 +1,99 @@
+"""Scores against independent implementations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import RTDetrImageProcessor
+
+from utils import datasets, evaluation, loaders, presets, report
+
+NAMES = {0: "person", 1: "car"}
+
+
+def truth_and_data(coco):
+    data = datasets.CocoDetectionDataset(coco / "coco", "val", NAMES, presets.evaluation(96), constant="COCO_DIR",
+                                         domain="clean")
+    return evaluation.ground_truth(data.annotation_file), data
+
+
+def test_decoding_equals_transformers(small_detector):
+    torch.manual_seed(1)
+    outputs = small_detector(pixel_values=torch.rand(2, 3, 96, 96))
+    sizes = [(50, 80), (70, 60)]
+    ours = evaluation.decode(outputs.logits, outputs.pred_boxes, sizes, top=40)
+    theirs = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a["scores"], b["scores"])
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["boxes"], b["boxes"])
+
+
+def test_perfect_missing_and_shifted_detections(coco):
+    truth, data = truth_and_data(coco)
+    label_of = data.label_of
+    perfect = [{"image_id": a["image_id"], "label": label_of[a["category_id"]], "bbox": a["bbox"], "score": 0.9}
+               for a in truth.dataset["annotations"]]
+    scores = evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)
+    assert scores["mAP"] == pytest.approx(1.0) and scores["per_class"] == {"person": pytest.approx(1.0),
+                                                                         "car": pytest.approx(1.0)}
+    assert evaluation.coco_scores(truth, [], data.category_of, data.image_ids)["mAP"] == 0.0
+    # IoU of a box moved by a tenth of its width is 9/11 = 0.818: found at the 7 thresholds 0.50 .. 0.80
+    moved = [d | {"bbox": [d["bbox"][0] + d["bbox"][2] / 10, *d["bbox"][1:]]} for d in perfect]
+    assert evaluation.coco_scores(truth, moved, data.category_of, data.image_ids)["mAP"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_only_the_named_images_count(coco):
+    truth, data = truth_and_data(coco)
+    half = data.image_ids[:4]
+    perfect = [{"image_id": a["image_id"], "label": data.label_of[a["category_id"]], "bbox": a["bbox"], "score": 0.9}
+               for a in truth.dataset["annotations"] if a["image_id"] in half]
+    assert evaluation.coco_scores(truth, perfect, data.category_of, half)["mAP"] == pytest.approx(1.0)
+    assert evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)["mAP"] < 0.7
+
+
+def test_detect_uses_original_sizes_and_ids(coco, small_detector):
+    _, data = truth_and_data(coco)
+    found = evaluation.detect(lambda x: small_detector(pixel_values=x), loaders.validation_loader(data, 3, 0), "cpu")
+    assert {d["image_id"] for d in found} == set(data.image_ids)
+    sample = datasets.to_device(datasets.collate([data[2]]), "cpu")
+    alone = small_detector(pixel_values=sample["images"])
+    expected = evaluation.decode(alone.logits, alone.pred_boxes, [(96, 96)])[0]
+    best = max((d for d in found if d["image_id"] == data.image_ids[2]), key=lambda d: d["score"])
+    assert best["score"] == pytest.approx(expected["scores"][0].item(), abs=1e-5)
+
+
+def test_image_quality_matches_scikit_image():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(2, 3, 64, 48, generator=generator)
+    noisy = (clean + 0.1 * torch.randn(2, 3, 64, 48, generator=generator)).clamp(0, 1)
+    ours = evaluation.image_quality(noisy, clean)
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for i in range(2):
+        a, b = (x[i].permute(1, 2, 0).double().numpy() for x in (clean, noisy))
+        assert ours["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0), abs=1e-6)
+        ya, yb = (x @ np.array([65.481, 128.553, 24.966]) + 16 for x in (a, b))
+        assert ours["psnr_y"][i].item() == pytest.approx(peak_signal_noise_ratio(ya, yb, data_range=255), abs=1e-6)
+        # scikit-image averages over a border-cropped map of a same-size filter, pytorch-msssim over the valid part
+        assert ours["ssim"][i].item() == pytest.approx(
+            structural_similarity(a, b, data_range=1.0, channel_axis=2, **settings), abs=2e-4)
+        assert ours["ssim_y"][i].item() == pytest.approx(
+            structural_similarity(ya, yb, data_range=255, **settings), abs=2e-4)
+    same = evaluation.image_quality(clean, clean)
+    assert same["ssim"].min() == pytest.approx(1.0) and same["psnr"].min() > 100
+
+
+def test_luma_is_matlabs():
+    white, black = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
+    assert evaluation.luma(white).item() == pytest.approx(235.0) and evaluation.luma(black).item() == 16.0
+
+
+def test_results_hold_constants_and_versions(tmp_path):
+    report.write_results(tmp_path / "results.json", {"SEED": 1}, {"mAP": 0.5})
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert content["results"] == {"mAP": 0.5} and content["constants"] == {"SEED": 1}
+    assert content["environment"]["torch"] == torch.__version__ and "commit" in content["environment"]
+    text = report.table([{"a": "x", "b": 0.12345}, {"a": "longer", "b": None}], {"a": "name", "b": "value"})
+    assert text.splitlines()[2:] == ["x       0.1235", "longer       -"] and text.isascii()

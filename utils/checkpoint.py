@@ -1,0 +1,97 @@
+"""Checkpoints are data, not code: the only place that calls torch.load, always with weights_only=True.
+
+Files are written beside their target and moved into place, so a killed run never leaves half a checkpoint.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from utils.config import UserError
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "params")  # keys under which published files keep their weights
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, broken, or does not fit its network; the text names the file and what is wrong."""
+
+
+def save(content, path):
+    """Write tensors, numbers, strings, lists and dicts to `path` atomically; loads with a plain torch.load(path)."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}. Free some disk space or choose another folder.") from error
+
+
+def load(path, device="cpu"):
+    """-> the content of a checkpoint file. Foreign files may hold an argparse.Namespace; nothing else is unpickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"weight file not found: {path.as_posix()}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is no checkpoint
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path.as_posix()} is not a readable checkpoint of tensors: {first_line}") from error
+
+
+def load_state(path, device="cpu"):
+    """-> {name: Tensor}, the state dict in a file, without the usual wrappings ({"model": ...}, "module." prefixes)."""
+    content = load(path, device)
+    while isinstance(content, dict) and not _is_state(content):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            keys = ", ".join(map(str, list(content)[:6]))
+            raise CheckpointError(f"{Path(path).as_posix()} holds no state dict (top-level keys: {keys})")
+        content = inner
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{Path(path).as_posix()} holds a {type(content).__name__}, not a state dict")
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return content
+
+
+def _is_state(content):
+    return bool(content) and all(torch.is_tensor(value) for value in content.values())
+
+
+def load_into(module, state, what):
+    """Load a state dict strictly; `what` names the source in the error, which lists every kind of mismatch."""
+    own = module.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+                             for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    if any(problems.values()):
+        parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                 for kind, names in problems.items() if names]
+        raise CheckpointError(f"{what} does not fit {type(module).__name__}: keys {'; '.join(parts)}")
+    module.load_state_dict(state)
+
+
+def require_writable(folder, megabytes=100):
+    """Make `folder`, prove that it can be written and has `megabytes` free; UserError before training otherwise."""
+    folder = Path(folder)
+    probe = folder / f".write_test.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.as_posix()}: {error.strerror or error}") from error
+    free = shutil.disk_usage(folder).free / 2**20
+    if free < megabytes:
+        raise UserError(f"{folder.as_posix()} has {free:.0f} MB free, this run needs about {megabytes:.0f} MB")
+    return folder

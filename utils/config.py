@@ -1,0 +1,150 @@
+"""Script constants: type-checked overrides from Python and from the command line.
+
+A script keeps its UPPER_CASE constants at module level, each with its reason in a trailing comment, and a `DEMO`
+dict with the values that differ for `--demo`. `resolve` turns them, plus overrides, into one object; nothing is
+registered anywhere and nothing happens on import.
+
+    cfg = config.resolve(globals(), {"BATCH_SIZE": 4})         # from Python: main(BATCH_SIZE=4)
+    main(**config.from_command_line(globals()))                # from the shell: --BATCH_SIZE 4, --demo, --help
+"""
+
+import argparse
+import ast
+import difflib
+import io
+import sys
+import tokenize
+from pathlib import Path
+from types import SimpleNamespace
+
+CONSTANT_TYPES = (bool, int, float, str, tuple, list, dict, type(None))
+
+
+class UserError(Exception):
+    """Something that the user can mend (a path, a constant, a broken file); shown as one line without a traceback."""
+
+
+class Config(SimpleNamespace):
+    """The resolved constants as attributes, plus `demo` (bool). `as_dict()` goes into checkpoints and reports."""
+
+    def as_dict(self):
+        """-> {name: value} of the constants alone, JSON-serialisable as long as the script's constants are."""
+        return {name: value for name, value in vars(self).items() if name.isupper()}
+
+
+def constants_of(namespace):
+    """-> {name: default} of a script's UPPER_CASE constants in the order they were written (DEMO is not one)."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if name.isupper() and not name.startswith("_") and name != "DEMO" and isinstance(value, CONSTANT_TYPES)
+    }
+
+
+def resolve(namespace, overrides):
+    """Merge a script's constants, its DEMO dict and overrides.
+
+    Args:
+        namespace: the script's `globals()`.
+        overrides: {name: value}; the key `demo` (bool) applies the script's DEMO dict before the other overrides.
+    Returns:
+        Config with every constant as an attribute, and `demo`.
+    Raises:
+        UserError: an unknown name, or a value whose type does not fit the constant's.
+    """
+    overrides = dict(overrides)
+    use_demo = bool(overrides.pop("demo", False))
+    values = constants_of(namespace)
+    if use_demo and "DEMO" not in namespace:
+        raise UserError("this script has no demo")
+    for source in (namespace["DEMO"] if use_demo else {}, overrides):
+        for name, value in source.items():
+            values[name] = _checked(_known(name, values), value, constants_of(namespace)[name])
+    return Config(demo=use_demo, **values)
+
+
+def _known(name, names):
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name.upper(), names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"unknown constant {name}{hint} (--help lists them all)")
+
+
+def _checked(name, value, default):
+    """-> value, converted where nothing is lost (int -> float, Path -> str, list <-> tuple)."""
+    if isinstance(value, Path):
+        value = str(value)
+    if default is None or (isinstance(value, type(default)) and not isinstance(value, bool)):
+        return value
+    if isinstance(default, bool) or isinstance(value, bool):
+        if type(value) is type(default):
+            return value
+    elif isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    elif isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        return type(default)(value)
+    raise UserError(f"{name} = {value!r} is a {type(value).__name__}, but {name} must be a {type(default).__name__} "
+                    f"(default {default!r})")
+
+
+def from_command_line(namespace, argv=None):
+    """Parse `--NAME value` flags (case does not matter) and `--demo` into overrides for `resolve`.
+
+    Also makes the running program show a UserError as one line instead of a traceback, with exit code 1.
+    """
+    sys.excepthook = _show_user_errors
+    constants = constants_of(namespace)
+    comments = _comments(namespace.get("__file__"))
+    summary = (namespace.get("__doc__") or "").strip()
+    parser = argparse.ArgumentParser(
+        description=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="Every flag overrides the constant of that name at the top of the script.",
+    )
+    if "DEMO" in namespace:
+        parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
+                            help="small built-in data and weights, no network, a few minutes on a CPU")
+    for name, default in constants.items():
+        text = f"{comments.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
+        aliases = [f"--{name}"] + ([f"--{name.lower()}"] if name.lower() != "demo" else [])
+        parser.add_argument(*aliases, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    overrides = vars(parser.parse_args(argv))
+    return {name: value if name == "demo" else _parsed(name, value, constants[name])
+            for name, value in overrides.items()}
+
+
+def _parsed(name, text, default):
+    """-> the flag's text as a value: strings stay as they are, everything else is a Python literal."""
+    if isinstance(default, str) or (default is None and text != "None" and not text[:1].isdigit()):
+        return text
+    if isinstance(default, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if default is None:
+            return text
+        raise UserError(f"--{name} {text}: not a {type(default).__name__} (default {default!r})") from None
+
+
+def _comments(file):
+    """-> {constant: its trailing comment} read from the script's source; {} where the source is not there."""
+    if not file or not Path(file).is_file():
+        return {}
+    source = Path(file).read_text(encoding="utf-8")
+    comments, name = {}, None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.start[1] == 0:
+            name = token.string
+        elif token.type == tokenize.COMMENT and token.start[1] > 0 and name and name.isupper():
+            comments.setdefault(name, token.string.lstrip("# ").strip())
+        elif token.type == tokenize.NEWLINE:
+            name = None
+    return comments
+
+
+def _show_user_errors(kind, error, traceback):
+    if issubclass(kind, UserError):
+        print(f"Error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)

@@ -1,0 +1,377 @@
+"""COCO-layout detection data, clean/rainy twins and plain image pairs, checked when they are opened.
+
+Units: images leave a data set as uint8 (a quarter of the traffic between processes) and become float RGB in [0, 1] in
+`to_device`; boxes leave as normalised (cx, cy, w, h). A sample is a function of (seed, epoch, index) alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from utils.config import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Spellings of one class in published label lists (left: PASCAL VOC style, as in PekingU/rtdetr_*; right: COCO).
+SAME_CLASS = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
+              "diningtable": "dining table", "tvmonitor": "tv"}
+LAYOUT = "expected <folder>/{split}2017/*.jpg and <folder>/annotations/instances_{split}2017.json"
+
+
+def read_image(path):
+    """-> (3, H, W) uint8 RGB. UserError with the file's name where it is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"image not found: {Path(path).as_posix()}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
+
+
+def check_images(paths, what):
+    """Decode every file once at low resolution; UserError that names the broken ones.
+
+    A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped.
+    """
+    def problem(path):
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore")
+                image.draft("RGB", (image.width // 8, image.height // 8))
+                image.load()
+        except FileNotFoundError:
+            return f"{Path(path).as_posix()} (missing)"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{Path(path).as_posix()} ({error})"
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = list(tqdm(pool.map(problem, paths), f"checking {what}", len(paths), ascii=True, leave=False,
+                          disable=None if len(paths) > 500 else True, unit="image"))
+    broken = [text for text in found if text]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(f"{len(broken)} unreadable image(s) in {what}: {'; '.join(broken[:5])}{more}. "
+                        "Replace them or remove them from the data set.")
+
+
+def label_table(categories, id2label, source, unknown="error"):
+    """Map a file's category ids to a model's labels by name.
+
+    Args:
+        categories: the annotation file's [{"id", "name"}, ...].
+        id2label: {label: name} of the model, as in a Hugging Face config.
+        source: named in the error.
+        unknown: "error", or "ignore" to leave categories out that the model does not know.
+    Returns:
+        {category id: label}.
+    Raises:
+        UserError: the model does not know a category, or no category at all.
+    """
+    known = {_plain(name): int(label) for label, name in id2label.items()}
+    table = {c["id"]: known[_plain(c["name"])] for c in categories if _plain(c["name"]) in known}
+    strangers = [c["name"] for c in categories if c["id"] not in table]
+    if strangers and (unknown == "error" or not table):
+        classes = ", ".join(list(map(str, id2label.values()))[:8])
+        raise UserError(f"{source}: the detector does not know {', '.join(repr(s) for s in strangers[:5])} (its "
+                        f"classes: {classes}{', ...' if len(id2label) > 8 else ''}). Use a detector trained on these "
+                        "classes, or UNKNOWN_CATEGORIES = 'ignore' to leave them out.")
+    return table
+
+
+def _plain(name):
+    name = str(name).strip().lower()
+    return SAME_CLASS.get(name, name)
+
+
+def coco_split(root, split, constant):
+    """-> (image folder, annotation file) of a COCO-layout root; UserError names `constant` and what is missing."""
+    root = Path(root)
+    images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    for path in (root, images, annotations):
+        if not path.exists():
+            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; "
+                            f"{LAYOUT.format(split=split)}. {_advice(constant)}")
+    return images, annotations
+
+
+def _advice(constant):
+    if "RAIN" in constant:
+        return "Make it with make_rain.py, set the constant to your data, or try --demo."
+    return "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo."
+
+
+def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
+    """-> sorted indices of `percent` of `names`: the same on every machine, whatever the order in the file.
+
+    `part` = (first, last) keeps that share of the subset; parts that do not overlap share no name.
+    """
+    digests = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names]
+    order = sorted(range(len(names)), key=digests.__getitem__)[:max(1, round(len(names) * percent / 100))]
+    return sorted(order[round(part[0] * len(order)):round(part[1] * len(order))])
+
+
+@contextlib.contextmanager
+def sample_randomness(seed, epoch, index):
+    """Within, torch's CPU randomness is a function of the three numbers; outside, it goes on untouched."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=7).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+        yield
+
+
+class CocoDetectionDataset(torch.utils.data.Dataset):
+    """Images and boxes of one split of a COCO-layout root, optionally with each image's twin from another root.
+
+    Keys are `index` or `(epoch, index)`. A sample is {"image": (3, H, W) uint8, "twin": the same or absent, "boxes":
+    (N, 4) float32 normalised cxcywh, "labels": (N,) int64, "image_id": int, "size": original (H, W), "domain": str,
+    "path": str}. Images without boxes are samples with (0, 4) boxes; crowd regions are not trained on.
+
+    Args:
+        root, split: see `coco_split`; constant: the script's constant that holds `root`, for error messages.
+        id2label: the model's classes; see `label_table`, also for `unknown`.
+        transform: one of utils.presets.
+        domain: "clean" or "rainy"; what this root is, whatever its path looks like.
+        twin_root: COCO-layout root with the same file names (and `twin_constant`), or None.
+        percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
+    Raises:
+        UserError: missing files or folders, broken JSON or images, boxes of unknown categories.
+    """
+
+    def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
+                 part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True):
+        self.folder, self.annotation_file = coco_split(root, split, constant)
+        self.transform, self.domain, self.seed = transform, domain, seed
+        content = read_annotations(self.annotation_file)
+        self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
+        self.category_of = {label: category for category, label in self.label_of.items()}
+        chosen = [content["images"][i] for i in
+                  seeded_subset([im["file_name"] for im in content["images"]], percent, seed, part)]
+        if not chosen:
+            raise UserError(f"{self.annotation_file.as_posix()} lists too few images ({len(content['images'])})")
+        self.files = [image["file_name"] for image in chosen]
+        self.image_ids = [image["id"] for image in chosen]
+        self.twin_folder = coco_split(twin_root, split, twin_constant)[0] if twin_root else None
+        self.notes = self._index_boxes(chosen, content["annotations"])
+        if check:
+            folders = [self.folder] + ([self.twin_folder] if twin_root else [])
+            check_images([folder / name for folder in folders for name in self.files],
+                         f"{constant} ({split}{', with twins' if twin_root else ''})")
+
+    def _index_boxes(self, images, annotations):
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""
+        extent = {image["id"]: (image["width"], image["height"]) for image in images}
+        boxes, labels = {i: [] for i in extent}, {i: [] for i in extent}
+        clipped = dropped = 0
+        for note in annotations:
+            owner = note["image_id"]
+            if owner not in extent or note.get("iscrowd", 0) or note["category_id"] not in self.label_of:
+                continue
+            x, y, w, h = note["bbox"]
+            width, height = extent[owner]
+            box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
+            if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):  # also true for NaN
+                dropped += 1
+                continue
+            clipped += max(abs(a - b) for a, b in zip(box, [x, y, x + w, y + h], strict=True)) > 1
+            boxes[owner].append(box)
+            labels[owner].append(self.label_of[note["category_id"]])
+        counts = [len(boxes[i]) for i in self.image_ids]
+        self.ends = np.cumsum([0, *counts])
+        self.boxes = np.array([b for i in self.image_ids for b in boxes[i]], np.float32).reshape(-1, 4)  # xyxy pixels
+        self.labels = np.array([v for i in self.image_ids for v in labels[i]], np.int64)
+        notes = []
+        if clipped:
+            notes.append(f"{clipped} box(es) reached out of their image by more than a pixel and were clipped")
+        if dropped:
+            notes.append(f"{dropped} box(es) thinner than one pixel were left out")
+        return [f"{self.annotation_file.as_posix()}: {note}" for note in notes]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path = self.folder / self.files[index]
+        image = read_image(path)
+        size = tuple(image.shape[-2:])
+        span = slice(self.ends[index], self.ends[index + 1])
+        sample = {
+            "image": tv_tensors.Image(image),
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(self.boxes[span]), format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(self.labels[span]),
+        }
+        if self.twin_folder:
+            twin = read_image(self.twin_folder / self.files[index])
+            if twin.shape != image.shape:
+                raise UserError(f"{path.as_posix()} is {size[1]}x{size[0]}, its twin in "
+                                f"{self.twin_folder.as_posix()} is {twin.shape[2]}x{twin.shape[1]}")
+            sample["twin"] = tv_tensors.Image(twin)
+        with sample_randomness(self.seed, epoch, index):
+            sample = self.transform(sample)
+        sample["boxes"] = normalised_boxes(sample["boxes"])
+        return sample | {"image_id": self.image_ids[index], "size": size, "domain": self.domain,
+                         "path": path.as_posix()}
+
+
+def read_annotations(path):
+    """-> the content of a COCO annotation file; UserError where it is not one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{Path(path).as_posix()} is not readable JSON: {error}") from error
+    missing = [key for key in ("images", "annotations", "categories")
+               if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{Path(path).as_posix()} has no {', '.join(missing)}: not a COCO annotation file")
+    strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
+    if strays:
+        raise UserError(f"{Path(path).as_posix()}: annotations use category id(s) {sorted(strays)[:5]} that its "
+                        "'categories' do not list")
+    strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
+    if strays:
+        raise UserError(f"{Path(path).as_posix()}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
+                        "do not list")
+    return content
+
+
+def normalised_boxes(boxes):
+    """BoundingBoxes (N, 4) XYXY pixels -> Tensor (N, 4) cxcywh in [0, 1]."""
+    height, width = boxes.canvas_size
+    boxes = F.convert_bounding_box_format(boxes, new_format="CXCYWH").as_subclass(torch.Tensor)
+    return boxes / torch.tensor([width, height, width, height], dtype=torch.float32)
+
+
+class PairedRainDataset(torch.utils.data.Dataset):
+    """Rainy images and their clean partners of the same relative name (the extension may differ), without boxes.
+
+    Sample: {"image": rainy (3, H, W) uint8, "twin": clean, "boxes": (0, 4), "labels": (0,), "image_id": index, "size",
+    "domain": "rainy", "path"}, so that everything that takes CocoDetectionDataset's samples takes these.
+
+    Args:
+        rainy_dir, clean_dir: folders, searched recursively; `constants` are their names for error messages.
+        transform: one of utils.presets.
+        percent, part, seed: see `seeded_subset`; two data sets with parts (0, 0.9) and (0.9, 1) never share a pair.
+        limit: at most so many pairs (a seeded choice), None for all.
+    """
+
+    def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
+                 part=(0.0, 1.0), limit=None, check=True):
+        rainy, clean = (_images_below(Path(folder), name)
+                        for folder, name in zip((rainy_dir, clean_dir), constants, strict=True))
+        alone = sorted(rainy.keys() - clean.keys())
+        if alone:
+            more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
+            raise UserError(f"{constants[1]} = '{Path(clean_dir).as_posix()}' has no clean partner for "
+                            f"{', '.join(alone[:5])}{more} of {constants[0]} = '{Path(rainy_dir).as_posix()}'")
+        names = sorted(rainy)
+        if limit is not None:
+            percent = min(percent, 100 * limit / len(names))
+        names = [names[i] for i in seeded_subset(names, percent, seed, part)]
+        if not names:
+            raise UserError(f"{constants[0]} = '{Path(rainy_dir).as_posix()}' has too few images for a split")
+        self.pairs = [(rainy[name], clean[name]) for name in names]
+        self.transform, self.seed = transform, seed
+        if check:
+            check_images([path for pair in self.pairs for path in pair], " and ".join(constants))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rainy, clean = (read_image(path) for path in self.pairs[index])
+        if rainy.shape != clean.shape:
+            raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "
+                            f"partner is {clean.shape[2]}x{clean.shape[1]}")
+        size = tuple(rainy.shape[-2:])
+        with sample_randomness(self.seed, epoch, index):
+            sample = self.transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
+        return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
+                         "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
+
+
+def _images_below(folder, constant):
+    """-> {relative name without extension: path} of the images below a folder."""
+    if not folder.is_dir():
+        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {_advice(constant)}")
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path
+             for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
+    if not found:
+        raise UserError(f"{constant} = '{folder.as_posix()}' holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Several data sets end to end; keys and samples as theirs."""
+
+    def __init__(self, parts):
+        self.parts = list(parts)
+        self.notes = [note for part in self.parts for note in part.notes]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        which = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[which][(epoch, index - (int(self.ends[which - 1]) if which else 0))]
+
+
+def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, rain_ratio, percent, seed,
+                        split="train", twins=False, unknown="error"):
+    """The guides' training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
+
+    Args:
+        coco_dir, rain_dir: COCO-layout roots with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).
+        coco_ratio, rain_ratio: shares that add up to 1.
+        twins: give every sample its clean image as "twin" (a clean sample is its own twin).
+    """
+    if min(coco_ratio, rain_ratio) < 0 or abs(coco_ratio + rain_ratio - 1) > 1e-6:
+        raise UserError(f"COCO_RATIO = {coco_ratio} and RAIN_RATIO = {rain_ratio} must be shares that add up to 1")
+    common = {"split": split, "id2label": id2label, "transform": transform, "percent": percent, "seed": seed,
+              "unknown": unknown}
+    if twins:
+        common |= {"twin_root": coco_dir, "twin_constant": "COCO_DIR"}
+    parts = []
+    if coco_ratio > 0:
+        parts.append(CocoDetectionDataset(coco_dir, constant="COCO_DIR", domain="clean", part=(0.0, coco_ratio),
+                                          **common))
+    if rain_ratio > 0:
+        parts.append(CocoDetectionDataset(rain_dir, constant="COCO_RAIN_DIR", domain="rainy", part=(coco_ratio, 1.0),
+                                          **common))
+    return Mixture(parts)
+
+
+def collate(samples):
+    """-> batch {"images": (B, 3, H, W) uint8, "twins": the same or absent, "labels": [{"class_labels": (N,), "boxes":
+    (N, 4) cxcywh}, ...] as Hugging Face's DETR models take them, "image_ids", "sizes", "domains", "paths": lists}."""
+    batch = {"images": torch.stack([s["image"].as_subclass(torch.Tensor) for s in samples]),
+             "labels": [{"class_labels": s["labels"], "boxes": s["boxes"]} for s in samples]}
+    if "twin" in samples[0]:
+        batch["twins"] = torch.stack([s["twin"].as_subclass(torch.Tensor) for s in samples])
+    for key in ("image_id", "size", "domain", "path"):
+        batch[f"{key}s"] = [s[key] for s in samples]
+    return batch
+
+
+def to_device(batch, device):
+    """-> the batch on `device`, its images as float32 in [0, 1]: the one place where bytes become floats."""
+    moved = dict(batch)
+    for key in ("images", "twins"):
+        if key in batch:
+            moved[key] = batch[key].to(device, non_blocking=True).float().div_(255)
+    moved["labels"] = [{k: v.to(device, non_blocking=True) for k, v in label.items()} for label in batch["labels"]]
+    return moved

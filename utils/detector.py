@@ -1,0 +1,103 @@
+"""RT-DETR from transformers: load it, build small ones, and reach the features between backbone and encoder.
+
+Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024. Input: RGB in [0, 1], sides a multiple of 32,
+no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4), normalised cxcywh.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+from utils import losses
+from utils.config import UserError
+
+BACKBONES = {  # the published models' settings
+    "r18": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
+    "r34": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [3, 4, 6, 3]},
+    "r50": {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]},
+    "tiny": {"layer_type": "basic", "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1], "embedding_size": 32},
+}
+HEADS = {
+    "r18": {"hidden_expansion": 0.5, "decoder_layers": 3},
+    "r34": {"hidden_expansion": 0.5, "decoder_layers": 4},
+    "r50": {},
+    "tiny": {"d_model": 64, "encoder_hidden_dim": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "hidden_expansion": 0.5, "decoder_layers": 2,
+             "decoder_in_channels": [64, 64, 64], "num_queries": 40, "num_denoising": 40},
+}
+
+
+def new_rtdetr(size, id2label, train_backbone_norms=True):
+    """A randomly initialised RT-DETR.
+
+    Args:
+        size: "r18", "r34", "r50" (the published architectures) or "tiny" (about 1M parameters, for the demo).
+        id2label: {label: class name}, labels 0..K-1.
+        train_backbone_norms: True leaves the backbone's BatchNorm alive, which training from scratch needs; published
+            weights come with False.
+    """
+    if size not in BACKBONES:
+        raise UserError(f"ARCHITECTURE = {size!r}: choose one of {', '.join(BACKBONES)}")
+    backbone = RTDetrResNetConfig(out_indices=[2, 3, 4], **BACKBONES[size])
+    config = RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=backbone.hidden_sizes[1:], id2label=dict(id2label),
+        label2id={name: label for label, name in id2label.items()},
+        freeze_backbone_batch_norms=not train_backbone_norms, **HEADS[size])
+    detector = RTDetrForObjectDetection(config)
+    detector.loss_function = losses.rtdetr_loss
+    return detector
+
+
+def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME"):
+    """Load a pretrained RT-DETR in float32 and eval mode.
+
+    Args:
+        name: a Hugging Face hub id, or a folder written by save_pretrained.
+        num_labels: number of classes that the caller expects; None takes the checkpoint's.
+        constant: the script's constant that holds `name`, for the error.
+    Raises:
+        UserError: not there, hub unreachable, not an RT-DETR, another number of classes.
+    """
+    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or os.sep in name.replace("/", "", 1)
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{constant} = '{name}': no config.json in that folder. Give a folder that save_pretrained "
+                        "wrote, or a Hugging Face hub id such as PekingU/rtdetr_r18vd.")
+    try:
+        # float32: transformers keeps a checkpoint's own dtype otherwise
+        detector, report = RTDetrForObjectDetection.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local))
+    except Exception as error:  # huggingface_hub and httpx raise many kinds; all mean that the model cannot be had
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        advice = ("" if looks_local else " The hub may be unreachable: on a machine with network run "
+                  f"'hf download {name} --local-dir {name.split('/')[-1]}' and set {constant} to that folder, "
+                  "or try --demo.")
+        raise UserError(f"{constant} = '{name}' cannot be loaded: {reason}.{advice}") from error
+    broken = [key for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
+    if broken:
+        raise UserError(f"{constant} = '{name}': {len(broken)} weights are missing or misshapen, e.g. {broken[0]}")
+    classes = detector.config.num_labels
+    if num_labels is not None and classes != num_labels:
+        raise UserError(f"{constant} = '{name}' has {classes} classes, {num_labels} were expected")
+    detector.loss_function = losses.rtdetr_loss
+    return detector.to(device).eval()
+
+
+def id2label_of(detector):
+    """-> {label: class name} with int keys."""
+    return {int(label): name for label, name in detector.config.id2label.items()}
+
+
+def backbone_features(detector, images):
+    """Images (B, 3, H, W) in [0, 1] -> [(B, C, H/8, W/8), (B, C, H/16, W/16), (B, C, H/32, W/32)]."""
+    mask = torch.ones(images.shape[0], *images.shape[-2:], device=images.device)
+    return [features for features, _ in detector.model.backbone(images, mask)]
+
+
+def detect_from_features(detector, features, labels=None):
+    """The rest of RT-DETR after `backbone_features`; output and loss equal detector(images, labels=labels)."""
+    projected = [project(level) for project, level in zip(detector.model.encoder_input_proj, features, strict=True)]
+    encoded = detector.model.encoder(projected)
+    # with encoder_outputs given, transformers only asks inputs_embeds for its device and skips the backbone
+    return detector(pixel_values=None, inputs_embeds=projected[0], encoder_outputs=encoded, labels=labels)

@@ -1,0 +1,423 @@
+"""The one training loop: every script calls `fit`, two phases are two calls.
+
+It runs on Hugging Face Accelerate, so `torchrun script.py` and `accelerate launch script.py` make the same script
+multi-GPU. What a run needs in order to go on after a kill is in OUTPUT_DIR/last.pt, see `_Run.state`.
+"""
+
+import math
+import random
+import shutil
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils import checkpoint, datasets, freeze, report, visualize
+from utils.config import UserError
+
+PRECISIONS = ("float32", "bf16")
+OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what fit writes into the output folder
+
+
+def seed_everything(seed):
+    """Seed Python, numpy and torch (initial weights, dropout); data has its own seeds."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def device():
+    """-> this process's device: its GPU under torchrun, the first GPU, or the CPU."""
+    return Accelerator().device
+
+
+def is_main():
+    """-> True on the one process that prints and writes."""
+    return Accelerator().is_main_process
+
+
+# ---- schedule --------------------------------------------------------------------------------------------------
+
+def schedule_factor(kind, step, total, warmup, milestones=(), gamma=0.5):
+    """-> the factor on every group's learning rate for optimizer step `step` (0-based) of `total`.
+
+    Linear warm-up over `warmup` steps, then "constant", "cosine" (to 1% of the rate), or "step" (times gamma at each
+    milestone, given as a share of the run).
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind == "cosine":
+        progress = (step - warmup) / max(total - warmup, 1)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    if kind == "step":
+        return gamma ** sum(step >= share * total for share in milestones)
+    if kind == "constant":
+        return 1.0
+    raise UserError(f"SCHEDULE = {kind!r}: choose constant, cosine or step")
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------
+
+def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
+        on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
+        milestones=(), precision="float32", patience=None, seed=0, constants=None, resume=False, checkpoint_steps=200):
+    """Train `model` and keep the best epoch.
+
+    Args:
+        model: nn.Module; frozen parts went through `freeze.freeze` and are checked to come out bit-identical.
+        loader: from `loaders.training_loader`.
+        compute_losses: (model, batch) -> {name: scalar Tensor}. Names in `loss_weights` are weighted and summed, the
+            others are only reported. Under torchrun `model` is the distributed wrapper: call it, do not reach inside
+            for a trainable part.
+        parameters: groups for AdamW-style optimizers, [{"params": [...], "lr": float, "weight_decay": float}, ...].
+        loss_weights: {name: float}.
+        evaluate: (plain model in eval mode) -> {name: float}; called after every epoch on every rank.
+        score: the metric that "best" and early stopping go by (higher is better); None keeps the last epoch.
+        on_best: (plain model) -> None, writes the script's own output; main process only.
+        sample_images: (plain model) -> {tag: (3, H, W) float image in [0, 1]} for TensorBoard.
+        accumulate: batches per optimizer step; the last, smaller group of an epoch counts as well.
+        clip_norm: limit of the gradient's norm, None for none.
+        warmup_steps, schedule, milestones: see `schedule_factor`, in optimizer steps.
+        precision: "float32" or "bf16" (autocast; weights and losses stay float32).
+        patience: epochs without a better score before the run stops, None for never.
+        constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
+        resume: go on from output_dir/last.pt (from the start where there is none).
+        checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
+    Returns:
+        {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
+    Raises:
+        UserError: nothing to train, a loss that is not finite, an unwritable folder.
+        RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"PRECISION = {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
+               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps, seed)
+    run.prepare(resume)
+    stopped = "all epochs done"
+    with _Interrupts() as run.interrupts:
+        while run.epoch < epochs:
+            if patience is not None and run.bad_epochs >= patience:
+                stopped = f"no better {score} in {patience} epochs"
+                break
+            record = train_one_epoch(run)
+            if record is None:
+                stopped = "interrupted"
+                break
+            plain = run.accelerator.unwrap_model(run.model)
+            plain.eval()
+            with torch.no_grad():
+                record.update(evaluate(plain) if evaluate else {})
+                pictures = sample_images(plain) if sample_images and run.main else {}
+            run.finish_epoch(record, plain, pictures, on_best)
+    run.close(stopped)
+    return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
+
+
+def train_one_epoch(run):
+    """One pass over the loader, or the rest of one after a resume. -> the epoch's record, None after Ctrl+C."""
+    model, accelerator, clock = run.model, run.accelerator, run.clock
+    model.train()
+    run.loader.batch_sampler.start_at(run.epoch, run.batch)
+    bar = tqdm(total=len(run.loader.batch_sampler), initial=run.batch, desc=f"epoch {run.epoch + 1}/{run.epochs}",
+               ascii=True, dynamic_ncols=True, disable=None if run.main else True, leave=False)
+    clock.start()
+    for batch in run.loader:
+        batch = datasets.to_device(batch, accelerator.device)
+        clock.lap("data")
+        first = run.batch - run.batch % run.accumulate
+        group = min(run.accumulate, len(run.loader.batch_sampler) - first)  # the last group may be smaller
+        last_of_group = run.batch + 1 == first + group
+
+        with nullcontext() if last_of_group else accelerator.no_sync(model):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                losses = run.compute_losses(model, batch)
+            total = sum(weight * losses[name].float() for name, weight in run.loss_weights.items() if name in losses)
+            require_finite(total, losses, run, batch)
+            clock.lap("forward")
+            accelerator.backward(total / group)
+            clock.lap("backward")
+
+        if last_of_group:
+            if run.clip_norm is not None:
+                accelerator.clip_grad_norm_(run.trainable, run.clip_norm)
+            rate = run.set_learning_rates()
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            clock.lap("step")
+
+        run.batch += 1
+        run.add_up(losses, total, len(batch["images"]))
+        if last_of_group:
+            run.log_step(bar, rate)
+            if run.interrupts.asked:
+                run.save_last()
+                bar.close()
+                return None
+            if run.step % run.checkpoint_steps == 0:
+                run.save_last()
+        bar.update()
+    bar.close()
+    return run.epoch_record()
+
+
+def require_finite(total, losses, run, batch):
+    """Stop at the first loss that is not finite, naming the losses and the images."""
+    if torch.isfinite(total):
+        return
+    values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
+    raise UserError(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
+                    f"{', '.join(batch['paths'][:4])}). Lower LEARNING_RATE or raise WARMUP_STEPS; "
+                    f"{(run.folder / 'last.pt').as_posix()} holds the last good weights.")
+
+
+class _Run:
+    """The state of one `fit`: what is saved, what is counted, what is written."""
+
+    def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
+                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps, seed):
+        # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.main = self.accelerator.is_main_process
+        self.model, self.loader, self.compute_losses = model, loader, compute_losses
+        self.folder, self.epochs, self.loss_weights, self.score = folder, epochs, loss_weights, score
+        self.accumulate, self.clip_norm = accumulate, clip_norm
+        self.schedule, self.warmup_steps, self.milestones = schedule, warmup_steps, milestones
+        self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
+        self.seed = seed
+        self.trainable = [p for group in parameters for p in group["params"]]
+        if not self.trainable or not any(p.requires_grad for p in self.trainable):
+            raise UserError("nothing to train: every parameter is frozen")
+        self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)  # Adam, unless a group says otherwise
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
+        self.best_score, self.history, self.sums = None, [], {}
+        self.clock = Clock(self.accelerator.device)
+
+    @property
+    def total_steps(self):
+        return self.epochs * math.ceil(len(self.loader.batch_sampler) / self.accumulate)
+
+    def prepare(self, resume):
+        """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
+        if self.main:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
+            checkpoint.require_writable(self.folder, megabytes=8 * size + 50)  # last, best, a temporary file; Adam: x3
+            if not resume:
+                set_aside(self.folder)
+        self.accelerator.wait_for_everyone()
+        self.frozen = {name: (module, freeze.fingerprint(module))
+                       for name, module in freeze.frozen_modules(self.model).items()}
+        content = None
+        if resume and (self.folder / "last.pt").is_file():
+            content = checkpoint.load(self.folder / "last.pt")
+            checkpoint.load_into(self.model, content["model"], (self.folder / "last.pt").as_posix())
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if content:
+            self._restore(content)
+        elif resume and self.main:
+            print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
+        self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
+
+    def state(self):
+        """-> what last.pt holds: numbers, strings and tensors only."""
+        plain = self.accelerator.unwrap_model(self.model)
+        return {
+            "model": plain.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model_args": getattr(plain, "model_args", {}), "constants": self.constants,
+            "epoch": self.epoch, "batch": self.batch, "step": self.step, "bad_epochs": self.bad_epochs,
+            "best_score": self.best_score, "best_epoch": self.best_epoch, "history": self.history,
+            "sums": self.sums, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def _restore(self, content):
+        self.optimizer.load_state_dict(content["optimizer"])
+        for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
+            setattr(self, name, content[name])
+        torch.set_rng_state(content["torch_rng"].cpu())
+        if content["cuda_rng"] and torch.cuda.device_count() == len(content["cuda_rng"]):
+            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
+        if self.main:
+            print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
+            for name, value in content["constants"].items():
+                if self.constants.get(name, value) != value:
+                    print(f"  note: {name} was {value!r}, is now {self.constants[name]!r}")
+
+    def save_last(self):
+        """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes."""
+        if self.main:
+            checkpoint.save(self.state(), self.folder / "last.pt")
+
+    def set_learning_rates(self):
+        factor = schedule_factor(self.schedule, self.step, self.total_steps, self.warmup_steps, self.milestones)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        return self.base_rates[0] * factor
+
+    def add_up(self, losses, total, images):
+        values = {name: value.detach().float().item() for name, value in losses.items()} | {"loss": total.item()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+        self.sums["images"] = self.sums.get("images", 0) + images
+        self.clock.images += images
+        self.latest = values
+
+    def log_step(self, bar, rate):
+        if not self.main:
+            return
+        shown = {name: f"{value:.3g}" for name, value in self.latest.items()} | {"lr": f"{rate:.1e}"}
+        if self.accelerator.device.type == "cuda":
+            shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        shown["images/s"] = f"{self.clock.rate():.1f}"
+        bar.set_postfix(shown, refresh=False)
+        for name, value in self.latest.items():
+            self.writer.add_scalar(f"train/{name}", value, self.step)
+        self.writer.add_scalar("train/learning_rate", rate, self.step)
+
+    def epoch_record(self):
+        """-> {"epoch", "step", mean of every loss over images and ranks, "images_per_s", "time": shares}."""
+        sums = {}
+        for part in gather_object([self.sums]):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        images = sums.pop("images")
+        record = {"epoch": self.epoch + 1, "step": self.step} | {name: v / images for name, v in sums.items()}
+        seconds, shares = self.clock.summary()
+        record["images_per_s"] = self.clock.images * self.accelerator.num_processes / max(seconds, 1e-9)
+        return record | {"time": shares}
+
+    def finish_epoch(self, record, plain, pictures, on_best):
+        """Compare, write best and last checkpoints, metrics.json, curves, TensorBoard, one line on the console."""
+        value = record.get(self.score) if self.score else None
+        better = value is None or self.best_score is None or value > self.best_score
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self.history.append(record)
+        if better:
+            self.best_score, self.best_epoch, self.bad_epochs = value, self.epoch, 0
+        else:
+            self.bad_epochs += 1
+        if self.main:
+            if better:
+                checkpoint.save({"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
+                                 "constants": self.constants, "epoch": self.epoch, "metrics": record},
+                                self.folder / "best.pt")
+                if on_best:
+                    on_best(plain)
+            self.save_last()
+            best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
+            report.write_json(self.folder / "metrics.json", best | {"history": self.history})
+            visualize.curves(self.history, self.folder / "curves.png")
+            for name, number in record.items():
+                if isinstance(number, (int, float)):
+                    self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
+            for tag, picture in pictures.items():
+                self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
+            self.writer.flush()
+            print(self._line(record, better), flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def _line(self, record, better):
+        hidden = {"epoch", "step", "loss", "images_per_s", "time"}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in hidden)
+        best = f"  [best{'' if better else f' {self.best_score:.4f} in epoch {self.best_epoch}'}]" if self.score else ""
+        times = " ".join(f"{name} {100 * share:.0f}%" for name, share in record["time"].items())
+        return (f"epoch {record['epoch']}/{self.epochs}  {numbers}{best}  "
+                f"{record['images_per_s']:.1f} images/s  ({times})")
+
+    def close(self, stopped):
+        for name, (module, before) in self.frozen.items():
+            if freeze.fingerprint(module) != before:
+                raise RuntimeError(f"the frozen module '{name or type(module).__name__}' changed during training")
+        if self.main:
+            self.writer.close()
+            if stopped == "interrupted":
+                print(f"interrupted: saved {(self.folder / 'last.pt').as_posix()}; RESUME = True goes on from there")
+            else:
+                best = "" if self.best_score is None else (
+                    f", best {self.score} {self.best_score:.4f} in epoch {self.best_epoch}")
+                print(f"training ended: {stopped}{best}")
+
+
+def set_aside(folder):
+    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
+    earlier = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    if not earlier:
+        return
+    number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
+    target = folder / f"previous_{number}"
+    target.mkdir()
+    for path in earlier:
+        shutil.move(str(path), target / path.name)
+    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (RESUME = True would continue it)")
+
+
+class Clock:
+    """Seconds per phase of the training step, with CUDA events where the device is a GPU (no synchronisation)."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.start()
+
+    def start(self):
+        self.marks, self.begin, self.images = [("", self._now())], time.perf_counter(), 0
+        self.seconds = {}
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase):
+        self.marks.append((phase, self._now()))
+        if len(self.marks) > 512:
+            self._collect()
+
+    def _collect(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        for (_, before), (phase, after) in zip(self.marks, self.marks[1:], strict=False):
+            spent = before.elapsed_time(after) / 1000 if self.cuda else after - before
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        self.marks = self.marks[-1:]
+
+    def rate(self):
+        return self.images / max(time.perf_counter() - self.begin, 1e-9)
+
+    def summary(self):
+        """-> (seconds since start, {phase: share of the summed phases})."""
+        self._collect()
+        total = sum(self.seconds.values()) or 1.0
+        return time.perf_counter() - self.begin, {name: value / total for name, value in self.seconds.items()}
+
+
+class _Interrupts:
+    """Within, the first Ctrl+C only sets `asked`; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nCtrl+C: finishing this step, then saving (once more to stop at once)", flush=True)
+
+    def __exit__(self, *error):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)

@@ -1,0 +1,172 @@
+"""Detection scores by pycocotools, image quality, and latencies. Ground truth is the annotation file itself."""
+
+import contextlib
+import io
+import time
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from pytorch_msssim import ssim
+from tqdm import tqdm
+
+from utils import datasets
+
+METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # order of COCOeval.stats
+MAX_DETECTIONS = 100  # per image, COCO's rule
+
+
+# ---- detection -------------------------------------------------------------------------------------------------
+
+def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
+    """RT-DETR's raw outputs -> detections (what transformers' post_process_object_detection does, focal loss form).
+
+    Args:
+        logits: (B, Q, K); boxes: (B, Q, 4) normalised cxcywh; sizes: [(H, W), ...] original image sizes.
+    Returns:
+        per image {"scores": (n,), "labels": (n,), "boxes": (n, 4) xyxy pixels}, best first, n = min(top, Q * K).
+    """
+    logits, boxes = logits.float(), boxes.float()
+    classes = logits.shape[-1]
+    scores, index = logits.sigmoid().flatten(1).topk(min(top, logits.shape[1] * classes), dim=1)  # (B, n)
+    chosen = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))  # (B, n, 4)
+    centre, extent = chosen[..., :2], chosen[..., 2:]
+    corners = torch.cat([centre - extent / 2, centre + extent / 2], -1)
+    scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device, dtype=boxes.dtype)  # (B, 4)
+    corners = corners * scale[:, None]
+    return [{"scores": s, "labels": i % classes, "boxes": c} for s, i, c in zip(scores, index, corners, strict=True)]
+
+
+@torch.no_grad()
+def detect(predict, loader, device, name="evaluating"):
+    """Run a detector over a validation loader.
+
+    Args:
+        predict: (images (B, 3, H, W) float in [0, 1]) -> outputs with `logits` and `pred_boxes`.
+        loader: from loaders.validation_loader; under torchrun every rank sees its share, all get the whole result.
+    Returns:
+        [{"image_id", "label", "bbox" [x, y, w, h] pixels, "score"}, ...].
+    """
+    found = []
+    for batch in tqdm(loader, name, ascii=True, leave=False, disable=None, dynamic_ncols=True):
+        outputs = predict(batch["images"].to(device, non_blocking=True).float().div_(255))
+        detections = decode(outputs.logits, outputs.pred_boxes, batch["sizes"])
+        for image_id, result in zip(batch["image_ids"], detections, strict=True):
+            x1, y1, x2, y2 = result["boxes"].double().cpu().unbind(-1)
+            boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], -1).tolist()
+            found += [{"image_id": image_id, "label": label, "bbox": box, "score": score} for label, box, score in
+                      zip(result["labels"].tolist(), boxes, result["scores"].tolist(), strict=True)]
+    return gather_object(found)
+
+
+def ground_truth(annotation_file):
+    """-> pycocotools COCO of a file, without its console output; missing iscrowd and area are filled in."""
+    content = datasets.read_annotations(annotation_file)
+    for note in content["annotations"]:
+        note.setdefault("iscrowd", 0)
+        note.setdefault("area", note["bbox"][2] * note["bbox"][3])
+    truth = COCO()
+    truth.dataset = {"info": {}} | content
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def coco_scores(truth, detections, category_of, image_ids):
+    """COCO's metrics with the original ids, areas and crowd flags.
+
+    Args:
+        truth: from `ground_truth`; detections: from `detect`; category_of: {label: category id}, classes outside of it
+        count neither way; image_ids: the images that were looked at.
+    Returns:
+        {"mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": float in [0, 1], or -1 where there is no such
+        object, "per_class": {category name: AP}}.
+    """
+    results = [{"image_id": d["image_id"], "category_id": category_of[d["label"]], "bbox": d["bbox"],
+                "score": d["score"]} for d in detections if d["label"] in category_of]
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = truth.loadRes(results) if results else COCO()
+        if not results:
+            found.dataset = truth.dataset | {"annotations": []}
+            found.createIndex()
+        judge = COCOeval(truth, found, "bbox")
+        judge.params.imgIds = sorted(image_ids)
+        judge.params.catIds = sorted(category_of.values())
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    precision = judge.eval["precision"][:, :, :, 0, 2]  # (IoU, recall, class), all areas, 100 detections
+    per_class = {}
+    for k, category in enumerate(judge.params.catIds):
+        valid = precision[:, :, k][precision[:, :, k] > -1]
+        per_class[truth.cats[category]["name"]] = float(valid.mean()) if valid.size else -1.0
+    return dict(zip(METRICS, map(float, judge.stats[:6]), strict=True)) | {"per_class": per_class}
+
+
+def detection_scores(predict, loader, device, truth=None, name="evaluating"):
+    """`detect` and `coco_scores` of one CocoDetectionDataset's loader. -> (scores, detections)"""
+    data = loader.dataset
+    found = detect(predict, loader, device, name)
+    return coco_scores(truth or ground_truth(data.annotation_file), found, data.category_of, data.image_ids), found
+
+
+# ---- image quality ---------------------------------------------------------------------------------------------
+
+def luma(images):
+    """Y of MATLAB's rgb2ycbcr: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) float64 in [16, 235].
+
+    The de-raining literature measures on this channel; scores on RGB read about 1 to 2 dB lower.
+    """
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
+    return (images.double() * weights).sum(1, keepdim=True) + 16
+
+
+def psnr(images, targets, peak):
+    """Peak signal-to-noise ratio per image in dB: (B, C, H, W) twice, values in [0, peak] -> (B,) float64."""
+    error = (images.double() - targets.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(peak**2 / error.clamp(min=1e-12))
+
+
+def image_quality(images, targets):
+    """-> {"psnr", "ssim", "psnr_y", "ssim_y"}: (B,) each, on RGB in [0, 1] and on MATLAB's Y (peak 255).
+
+    SSIM after Wang et al. 2004 (11x11 Gaussian, sigma 1.5).
+    """
+    images, targets = images.double().clamp(0, 1), targets.double()
+    y, y_target = luma(images), luma(targets)
+    return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0, size_average=False),
+            "psnr_y": psnr(y, y_target, 255.0),
+            "ssim_y": ssim(y, y_target, data_range=255.0, size_average=False)}
+
+
+def mean_over_ranks(records):
+    """[{name: number}, ...] of this rank's images -> {name: mean over every rank's images}."""
+    everyone = gather_object(records)
+    return {name: float(np.mean([record[name] for record in everyone])) for name in everyone[0]}
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def latencies(models, images, warmup=2, repeats=7):
+    """Median milliseconds per call of several models, taken in turns in one run so that they share the machine's mood.
+
+    Args:
+        models: {name: callable of images}; images: (B, 3, H, W) on the device.
+    Returns:
+        {name: milliseconds per batch}.
+    """
+    def clock():
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    times = {name: [] for name in models}
+    for turn in range(warmup + repeats):
+        for name, model in models.items():
+            begin = clock()
+            model(images)
+            if turn >= warmup:
+                times[name].append(1000 * (clock() - begin))
+    return {name: float(np.median(values)) for name, values in times.items()}

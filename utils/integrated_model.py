@@ -1,0 +1,154 @@
+"""SPDNet in front of RT-DETR: one module that de-rains and detects, differentiable from the loss to the first pixel."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import checkpoint, detector, freeze
+from utils.config import UserError
+from utils.spdnet import SPDNet, load_spdnet
+
+FEATURE_LEVELS = ("backbone", "encoder")
+
+
+class _ClampWithReturn(torch.autograd.Function):
+    """clamp(x, 0, 1) whose gradient still pulls values back that have left the range.
+
+    A plain clamp has no gradient outside [0, 1]: a pixel that SPDNet pushed out would stay there for ever. Here the
+    gradient passes where a descent step moves the value towards the range, and is zero where it would push it further.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        outwards = ((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0))
+        return gradient.masked_fill(outwards, 0)
+
+
+class RainRobustRTDETR(nn.Module):
+    """De-rain, then detect.
+
+    Args:
+        spdnet: SPDNet (works in [0, 255]; this class owns the conversion).
+        rtdetr: transformers' RTDetrForObjectDetection.
+        freeze_derain, freeze_detection: freeze that part for good (parameters, buffers and mode, see utils.freeze).
+        derain_scale: 1.0, or 0.5 to let SPDNet see the image at half size: its correction is enlarged and added, at a
+            quarter of the cost.
+    """
+
+    def __init__(self, spdnet, rtdetr, freeze_derain=False, freeze_detection=False, derain_scale=1.0):
+        super().__init__()
+        if not 0 < derain_scale <= 1:
+            raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number in (0, 1], such as 1.0 or 0.5")
+        self.derain_module = spdnet
+        self.detection_module = rtdetr
+        self.derain_scale = derain_scale
+        if freeze_derain:
+            freeze.freeze(spdnet)
+        if freeze_detection:
+            freeze.freeze(rtdetr)
+
+    @property
+    def model_args(self):
+        """What is needed to build this module again, as plain data."""
+        return {"n_feats": self.derain_module.n_feats, "n_resblocks": self.derain_module.n_resblocks,
+                "derain_scale": self.derain_scale, "detector": self.detection_module.config.to_dict()}
+
+    def derain_unclamped(self, pixel_values):
+        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W), SPDNet's own output in the same unit, which may leave [0, 1]."""
+        if self.derain_scale == 1:
+            return self.derain_module(pixel_values * 255)[0] / 255
+        small = F.interpolate(pixel_values, scale_factor=self.derain_scale, mode="bilinear", antialias=True,
+                              align_corners=False)
+        correction = self.derain_module(small * 255)[0] / 255 - small
+        return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+
+    def derain(self, pixel_values):
+        """(B, 3, H, W) rainy in [0, 1] -> the same shape and range, de-rained."""
+        return _ClampWithReturn.apply(self.derain_unclamped(pixel_values))
+
+    def forward(self, pixel_values, labels=None, clean=None, feature_level=None):
+        """De-rain and detect.
+
+        Args:
+            pixel_values: (B, 3, H, W) RGB in [0, 1], sides a multiple of 32.
+            labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
+            clean: None, or (B', 3, H, W) images that only pass the de-rainer (for an identity loss).
+            feature_level: None, "backbone" or "encoder": which features of the de-rained images to return.
+        Returns:
+            transformers' RTDetrObjectDetectionOutput (`loss`, `loss_dict`, `logits`, `pred_boxes`, ...) plus
+            `derained` (B, 3, H, W) in [0, 1], `clamped` (scalar, share of values that the clamp cut),
+            `derained_clean` when `clean` was given, and `features`, a tuple of (B, C, h, w), when asked for.
+        """
+        batch = len(pixel_values)
+        restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
+        images = _ClampWithReturn.apply(restored)
+        derained = images[:batch]
+        if feature_level is None:
+            outputs = self.detection_module(pixel_values=derained, labels=labels)
+        else:
+            levels = detector.backbone_features(self.detection_module, derained)
+            outputs = detector.detect_from_features(self.detection_module, levels, labels)
+            outputs["features"] = tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
+        outputs["derained"] = derained
+        outputs["clamped"] = ((restored < 0) | (restored > 1)).float().mean().detach()
+        if clean is not None:
+            outputs["derained_clean"] = images[batch:]
+        return outputs
+
+    @torch.no_grad()
+    def clean_features(self, images, feature_level):
+        """The detector's features of images that need no de-raining: the targets of a consistency loss."""
+        levels = detector.backbone_features(self.detection_module, images)
+        if feature_level == "encoder":
+            levels = detector.detect_from_features(self.detection_module, levels).encoder_last_hidden_state
+        return tuple(levels)
+
+    def save_pretrained(self, folder):
+        """Write folder/spdnet.pt (a plain SPDNet state dict), folder/rtdetr/ (Hugging Face layout) and settings."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(self.derain_module.state_dict(), folder / "spdnet.pt")
+        self.detection_module.save_pretrained(folder / "rtdetr")
+        settings = {"derain_scale": self.derain_scale}
+        (folder / "integrated.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", freeze_derain=False, freeze_detection=False):
+        """Read what `save_pretrained` wrote."""
+        folder = Path(folder)
+        settings = folder / "integrated.json"
+        if not settings.is_file():
+            raise UserError(f"{folder.as_posix()} has no integrated.json: not a folder of RainRobustRTDETR")
+        spdnet = load_spdnet(folder / "spdnet.pt", device=device)
+        rtdetr = detector.load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
+        scale = json.loads(settings.read_text(encoding="utf-8"))["derain_scale"]
+        return cls(spdnet, rtdetr, freeze_derain, freeze_detection, scale).to(device)
+
+
+def load_integrated_model(spdnet_path, rtdetr_name, num_labels=80, device="cpu", freeze_derain=False,
+                          freeze_detection=False, derain_scale=1.0):
+    """Build the integrated model from files.
+
+    Args:
+        spdnet_path: SPDNet state dict (published or ours; its size is read from the shapes), or None for a new
+            full-size SPDNet near the identity.
+        rtdetr_name: hub id or local folder; num_labels: classes it must have, None for whatever it has.
+    Raises:
+        UserError: naming the constant whose file is missing or does not fit.
+    """
+    if spdnet_path is not None and not Path(spdnet_path).is_file():
+        raise UserError(f"SPDNET_MODEL_PATH = '{Path(spdnet_path).as_posix()}' does not exist. Train one with "
+                        "Training_SPDNet.py, take the published model_spa.pt (github.com/Joyies/SPDNet), or try "
+                        "--demo.")
+    rtdetr = detector.load_rtdetr(rtdetr_name, num_labels, device)
+    spdnet = SPDNet().to(device) if spdnet_path is None else load_spdnet(spdnet_path, device=device)
+    return RainRobustRTDETR(spdnet, rtdetr, freeze_derain, freeze_detection, derain_scale).to(device)

@@ -1,0 +1,63 @@
+"""DataLoaders whose order and randomness survive a resume and do not depend on workers or ranks."""
+
+import math
+import signal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from utils import datasets
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) keys: shuffled by (seed, epoch), shared out over ranks, able to start in the middle."""
+
+    def __init__(self, length, batch_size, shuffle, seed, rank, world):
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.rank, self.world = rank, world
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch, first_batch=0):
+        self.epoch, self.first = epoch, first_batch
+
+    def __len__(self):
+        return math.ceil(self.length / (self.batch_size * self.world))
+
+    def __iter__(self):
+        order = np.arange(self.length)
+        if self.shuffle:
+            # torch's permutation, because numpy does not promise the same stream in every release
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + 7919 * self.epoch))
+        order = [int(i) for i in order]
+        order += order[:-self.length % self.world]  # every rank gets as many samples
+        for batch in range(self.first, len(self)):
+            whole = order[batch * self.batch_size * self.world:(batch + 1) * self.batch_size * self.world]
+            share = len(whole) // self.world
+            yield [(self.epoch, i) for i in whole[self.rank * share:(self.rank + 1) * share]]
+
+
+def training_loader(dataset, batch_size, workers, seed):
+    """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
+    accelerator = Accelerator()
+    batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
+    return _loader(dataset, workers, batch_sampler=batches)
+
+
+def validation_loader(dataset, batch_size, workers):
+    """DataLoader over each sample once, in order; under torchrun every rank gets its own share."""
+    accelerator = Accelerator()
+    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
+
+
+def _loader(dataset, workers, **kwargs):
+    workers = min(workers, torch.multiprocessing.cpu_count())
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, collate_fn=datasets.collate, pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts, **kwargs)
+
+
+def _ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C belongs to the main process, which saves first
+    torch.set_num_threads(1)

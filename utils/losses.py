@@ -1,0 +1,81 @@
+"""Losses that more than one script uses. Every one runs in float32, whatever autocast says."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+
+@contextmanager
+def float32(device_type):
+    """Switch autocast off: squared pixels and box losses lose too much in half precision."""
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def _floats(value):
+    """-> the same nesting of tuples, lists and dicts with floating tensors as float32."""
+    if torch.is_tensor(value):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_floats(item) for item in value)
+    return value
+
+
+def rtdetr_loss(logits, labels, device, pred_boxes, config, *args, **kwargs):
+    """RT-DETR's criterion (Zhao et al. 2024), transformers' code; `detector.loss_function = rtdetr_loss` installs it.
+
+    Two additions, neither of which changes a float32 run on one device: it runs in float32 under autocast, and under
+    torchrun it is normalised by the boxes of all ranks (transformers uses each rank's own), so
+    that two processes equal one with the double batch.
+
+    Args and returns: those of transformers' RTDetrForObjectDetectionLoss; the loss terms are scalars.
+    """
+    with float32(torch.device(device).type):
+        loss, terms, auxiliary = RTDetrForObjectDetectionLoss(
+            _floats(logits), labels, device, _floats(pred_boxes), config, *_floats(args), **_floats(kwargs))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        own = sum(len(label["class_labels"]) for label in labels)
+        everyone = torch.tensor(float(own), device=loss.device)
+        torch.distributed.all_reduce(everyone)
+        scale = max(own, 1) * torch.distributed.get_world_size() / everyone.clamp(min=1)
+        loss, terms = loss * scale, {name: term * scale for name, term in terms.items()}
+    return loss, terms, auxiliary
+
+
+def feature_consistency(features, targets):
+    """Relative squared error of feature maps, averaged over levels.
+
+    Per image and level |f - t|^2 / |t|^2, so that levels of different size and scale count alike; 0 where the
+    de-rained image has the features of its clean twin, about 1 where it has none of them.
+
+    Args:
+        features, targets: sequences of (B, C, h, w), one per level; targets carry no gradient.
+    Returns:
+        scalar Tensor.
+    """
+    with float32(features[0].device.type):
+        terms = []
+        for feature, target in zip(features, targets, strict=True):
+            feature, target = feature.float().flatten(1), target.detach().float().flatten(1)  # (B, C*h*w)
+            terms.append((feature - target).square().sum(1) / target.square().sum(1).clamp(min=1e-6))
+        return torch.stack(terms).mean()
+
+
+def pixel_l1(images, targets):
+    """Mean absolute difference of images in [0, 1]: scalar Tensor."""
+    with float32(images.device.type):
+        return F.l1_loss(images.float(), targets.float())
+
+
+def staged_mse(stages, target):
+    """Mean squared error of every stage's image against the target, summed (SPDNet supervises all three stages).
+
+    Args:
+        stages: sequence of (B, 3, H, W) in [0, 1]; target: (B, 3, H, W) in [0, 1].
+    """
+    with float32(target.device.type):
+        return sum(F.mse_loss(stage.float(), target.float()) for stage in stages)

@@ -1,0 +1,71 @@
+"""The transforms of training and of evaluation, as named presets (torchvision v2: boxes and twins follow the image).
+
+Every preset maps a dict {"image": tv_tensors.Image (3, H, W) uint8, optionally "twin": the same, "boxes":
+tv_tensors.BoundingBoxes (N, 4) XYXY pixels, "labels": (N,) int64} to one of the same form. Image and twin pass in one
+call, so that both get the same geometry.
+"""
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+
+def evaluation(size):
+    """Stretch to (size, size), as RT-DETR's own image processor does; nothing random."""
+    return v2.Resize((size, size), antialias=True)
+
+
+def unchanged(sample):
+    """The image as it is, whatever its size."""
+    return sample
+
+
+def adaptation(size):
+    """Stretch and mirror: rain is drawn into the pixels already, and crops would change its scale."""
+    return v2.Compose([v2.Resize((size, size), antialias=True), v2.RandomHorizontalFlip(0.5)])
+
+
+def detection(size):
+    """RT-DETR's training augmentation (Zhao et al. 2024): colour, zoom out, IoU crop, mirror, then stretch."""
+    return v2.Compose([
+        v2.RandomPhotometricDistort(p=0.5),
+        # uint8 mean of ImageNet; one number per plane is what v2 accepts for uint8 images
+        v2.RandomZoomOut(fill={tv_tensors.Image: (124, 116, 104), "others": 0}, side_range=(1.0, 2.0), p=0.3),
+        v2.RandomApply([v2.RandomIoUCrop(min_scale=0.4)], p=0.6),
+        v2.SanitizeBoundingBoxes(min_size=1),  # finds the key "labels" itself
+        v2.RandomHorizontalFlip(0.5),
+        v2.Resize((size, size), antialias=True),
+    ])
+
+
+class PairedPatch:
+    """A random `size` x `size` patch of image and twin, mirrored and turned (the de-raining literature's recipe).
+
+    An image that is smaller than the patch is reflected at its border.
+    """
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, sample):
+        height, width = sample["image"].shape[-2:]
+        top, left, turns, mirror = (_draw(n) for n in (height - self.size + 1, width - self.size + 1, 2, 2))
+        result = dict(sample)
+        for key in ("image", "twin"):
+            patch = sample[key][..., top:top + self.size, left:left + self.size]
+            short = [max(self.size - side, 0) for side in (patch.shape[-1], patch.shape[-2])]
+            if any(short):
+                patch = v2.functional.pad(patch, [0, 0, *short], padding_mode="symmetric")
+            patch = patch.flip(-1) if mirror else patch
+            result[key] = tv_tensors.Image(patch.transpose(-1, -2) if turns else patch)
+        return result
+
+
+def _draw(number):
+    """-> a random integer in [0, number), 0 where there is no choice."""
+    return int(torch.randint(number, ())) if number > 1 else 0
+
+
+def paired_patches(size):
+    """Training patches of rainy/clean pairs; see PairedPatch."""
+    return PairedPatch(size)

@@ -1,0 +1,68 @@
+"""Tables on the console, results.json with everything that is needed to repeat a run."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "numpy", "pillow")
+
+
+def write_json(path, content):
+    """Write JSON in UTF-8, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_results(path, constants, results):
+    """results.json: the constants, where and with what it was measured, and {name: anything JSON} `results`."""
+    write_json(path, {"results": results, "constants": constants, "environment": environment()})
+
+
+def environment():
+    """-> {"commit", "date", "python", "machine", "device", library versions}."""
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"commit": _commit(), "date": datetime.now().isoformat(timespec="seconds"),
+            "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
+            "device": device} | {name: version(name) for name in LIBRARIES}
+
+
+def _commit():
+    """-> the git commit of this checkout, with "+changes" where files differ from it; None outside git."""
+    def git(*words):
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def table(rows, columns):
+    """-> a text table.
+
+    Args:
+        rows: [{column: value}, ...]; columns: {key: heading}. Floats show four digits, None as "-".
+    """
+    def cell(value):
+        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    body = [[cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns.values(), *body, strict=True)]
+    lines = ["  ".join(text.ljust(width) if i == 0 else text.rjust(width)
+                       for i, (text, width) in enumerate(zip(line, widths, strict=True)))
+             for line in [list(columns.values()), *body]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

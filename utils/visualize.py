@@ -1,0 +1,116 @@
+"""Pictures: boxes on images, grids with captions, training curves, cost against accuracy. Nothing needs a display."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+INK, PAPER = "#202020", "#ffffff"
+
+
+def to_pil(image):
+    """(3, H, W) float Tensor in [0, 1] -> PIL image (values outside are cut)."""
+    array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
+    """Draw boxes with class names on a copy of the image.
+
+    Args:
+        image: (3, H, W) float in [0, 1]; boxes: (N, 4) xyxy pixels; labels: (N,); names: {label: name};
+        scores: (N,) or None; scale: enlarge the picture so that small images stay readable.
+    Returns:
+        PIL image of scale times the size.
+    """
+    picture = to_pil(image)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+        colour = PALETTE[label % len(PALETTE)]
+        box = [value * scale for value in box]
+        box = [box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)]
+        pen.rectangle(box, outline=colour, width=2)
+        text = names[label] + (f" {scores[i]:.2f}" if scores is not None else "")
+        left, top, right, bottom = pen.textbbox((box[0] + 2, max(box[1] - 13, 0)), text, font=font)
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
+        pen.text((left, max(box[1] - 13, 0)), text, fill=INK, font=font)
+    return picture
+
+
+def grid(rows, headings, path=None):
+    """A page of pictures with a heading over every column.
+
+    Args:
+        rows: [[PIL image or (3, H, W) float Tensor, ...], ...], each row as long as `headings`; None leaves a gap.
+    Returns:
+        PIL image, also written to `path` when given.
+    """
+    rows = [[to_pil(cell) if torch.is_tensor(cell) else cell for cell in row] for row in rows]
+    widths = [max((row[i].width for row in rows if row[i]), default=1) for i in range(len(headings))]
+    heights = [max(cell.height for cell in row if cell) for row in rows]
+    gap, head = 4, 20
+    page = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(rows) + 1) + head), PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
+    for left, text in zip(lefts, headings, strict=True):
+        pen.text((left, 3), text, fill=INK, font=font)
+    top = head + gap
+    for row, height in zip(rows, heights, strict=True):
+        for left, cell in zip(lefts, row, strict=True):
+            if cell:
+                page.paste(cell, (left, top))
+        top += height + gap
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
+    return page
+
+
+def as_tensor(picture):
+    """PIL image -> (3, H, W) float in [0, 1], for TensorBoard."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
+def curves(history, path):
+    """Training curves of a fit's history, one panel per number, into a PNG."""
+    names = [name for name, value in history[0].items()
+             if isinstance(value, (int, float)) and name not in ("epoch", "step")]
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+    epochs = [record["epoch"] for record in history]
+    for panel, name in zip(panels.flat, names, strict=False):
+        panel.plot(epochs, [record.get(name, float("nan")) for record in history], marker="o", markersize=3)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("epoch", fontsize=8)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(names):]:
+        panel.axis("off")
+    _finish(figure, path)
+
+
+def cost_against_accuracy(points, path, x_label, y_label):
+    """Scatter of named points {"name": (cost, accuracy)}, for example milliseconds against mAP, into a PNG."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    for i, (name, (cost, accuracy)) in enumerate(points.items()):
+        panel.scatter(cost, accuracy, color=PALETTE[i % len(PALETTE)], zorder=3)
+        panel.annotate(name, (cost, accuracy), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    panel.set_xlabel(x_label)
+    panel.set_ylabel(y_label)
+    panel.margins(0.2)
+    panel.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def _finish(figure, path):
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

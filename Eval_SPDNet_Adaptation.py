@@ -94,7 +94,7 @@ def evaluate(cfg, models, loader, device):
         for prefix in prefixes:
             ids = [i for i, file in zip(data.image_ids, data.files, strict=True) if Path(file).name.startswith(prefix)]
             if not ids:
-                raise config.UserError(f"PREFIXES: no image of {data.annotation_file.as_posix()} starts with {prefix!r}")
+                raise config.UserError(f"PREFIXES: no image in {data.folder.as_posix()} starts with {prefix!r}")
             chosen = [d for d in found if d["image_id"] in set(ids)]
             by_prefix.append({"model": name, "images": prefix, "count": len(ids)}
                              | evaluation.coco_scores(truth, chosen, data.category_of, ids))
@@ -182,8 +182,9 @@ def main(**overrides):
         folder = Path(cfg.OUTPUT_DIR)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, rainy.dataset, device, id2label, folder / "detections.png")
-        points = {name: (latency[name]["batch 1"], next(r["mAP"] for r in rows if r["model"] == name)) for name in models}
-        visualize.cost_against_accuracy(points, folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")
+        on_rain = {row["model"]: row["mAP"] for row in rows if row["images"] == "rainy"}
+        visualize.cost_against_accuracy({name: (latency[name]["batch 1"], on_rain[name]) for name in models},
+                                        folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")
         print(f"\nwritten: {(folder / 'results.json').as_posix()}, detections.png, latency_map.png")
     return results
 

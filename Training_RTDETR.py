@@ -73,8 +73,8 @@ def build_loaders(cfg, id2label):
     if cfg.AUGMENTATION not in augmentations:
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
     train = datasets.clean_rainy_mixture(
-        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
-        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
+        coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
     val = datasets.CocoDetectionDataset(cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
                                         constant="COCO_DIR", domain="clean")
     for note in train.notes + val.notes:

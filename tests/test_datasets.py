@@ -15,8 +15,8 @@ NAMES = {0: "person", 1: "car"}
 
 
 def open_set(root, split="train", transform=None, id2label=NAMES, **kwargs):
-    return datasets.CocoDetectionDataset(root, split, id2label, transform or presets.evaluation(64), constant="COCO_DIR",
-                                         domain="clean", **kwargs)
+    return datasets.CocoDetectionDataset(root, split, id2label, transform or presets.evaluation(64),
+                                         constant="COCO_DIR", domain="clean", **kwargs)
 
 
 def edit(root, change, split="train"):
@@ -124,8 +124,8 @@ def test_subsets_depend_on_seed_and_names_alone():
 
 
 def test_the_mixture_shares_out_images_once(coco):
-    data = datasets.clean_rainy_mixture(coco / "coco", coco / "coco_rain", NAMES, presets.evaluation(64), coco_ratio=0.25,
-                                        rain_ratio=0.75, percent=100, seed=0, twins=True)
+    data = datasets.clean_rainy_mixture(coco / "coco", coco / "coco_rain", NAMES, presets.evaluation(64),
+                                        coco_ratio=0.25, rain_ratio=0.75, percent=100, seed=0, twins=True)
     samples = [data[i] for i in range(len(data))]
     assert [s["domain"] for s in samples] == ["clean"] * 2 + ["rainy"] * 6
     assert len({s["image_id"] for s in samples}) == 8

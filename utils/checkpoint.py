@@ -29,7 +29,8 @@ def save(content, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}. Free some disk space or choose another folder.") from error
+        raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."
+                              ) from error
 
 
 def load(path, device="cpu"):
@@ -40,7 +41,7 @@ def load(path, device="cpu"):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is no checkpoint
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: whatever torch makes of a broken file
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path.as_posix()} is not a readable checkpoint of tensors: {first_line}") from error
 

@@ -53,9 +53,10 @@ def validation_loader(dataset, batch_size, workers):
 
 def _loader(dataset, workers, **kwargs):
     workers = min(workers, torch.multiprocessing.cpu_count())
-    return torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
         dataset, num_workers=workers, collate_fn=datasets.collate, pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts, **kwargs)
+        persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(), **kwargs)
 
 
 def _ignore_interrupts(worker):

@@ -1,0 +1,210 @@
+"""The training loop: resume is bit-identical, groups are whole, frozen parts are checked, Ctrl+C saves."""
+
+import copy
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import small_spdnet
+from torch import nn
+
+from utils import checkpoint, datasets, engine, freeze, loaders, presets
+from utils.config import UserError
+
+NAMES = {0: "person", 1: "car"}
+
+
+class Net(nn.Module):
+    """A trainable convolution with dropout and live BatchNorm in front of a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.3))
+        self.tail = freeze.freeze(nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3)))
+
+    def forward(self, images):
+        return self.tail(self.head(images))
+
+
+def compute_losses(model, batch):
+    return {"mse": (model(batch["images"]) - batch["images"]).square().mean()}
+
+
+def run(coco, out, epochs=3, model=None, losses=compute_losses, batch=2, accumulate=2, **kwargs):
+    engine.seed_everything(1)
+    model = model or Net()
+    data = datasets.CocoDetectionDataset(coco / "coco", "train", NAMES, presets.detection(64), constant="COCO_DIR",
+                                         domain="clean", seed=1)
+    loader = loaders.training_loader(data, batch, 0, seed=1)
+    settings = {"output_dir": out, "epochs": epochs, "accumulate": accumulate, "checkpoint_steps": 1,
+                "parameters": [{"params": list(model.head.parameters()), "lr": 1e-2}], "loss_weights": {"mse": 1.0},
+                "warmup_steps": 2, "clip_norm": 1.0}
+    return model, engine.fit(model, loader, losses, **(settings | kwargs))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches_before", [1, 3, 4, 5, 9])
+def test_a_killed_run_resumes_bit_for_bit(coco, tmp_path, batches_before):
+    whole, result = run(coco, tmp_path / "whole")
+    count = 0
+
+    def dies(model, batch):
+        nonlocal count
+        count += 1
+        if count > batches_before:
+            raise Killed
+        return compute_losses(model, batch)
+
+    with pytest.raises(Killed):
+        run(coco, tmp_path / "killed", losses=dies)
+    resumed, again = run(coco, tmp_path / "killed", resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    strip = lambda history: [{k: v for k, v in r.items() if k not in ("time", "images_per_s")} for r in history]  # noqa: E731
+    assert strip(result["history"]) == strip(again["history"])
+
+
+def test_files_and_history(coco, tmp_path):
+    _, result = run(coco, tmp_path / "out", evaluate=lambda model: {"val/score": 0.5}, score="val/score",
+                    sample_images=lambda model: {"picture": torch.rand(3, 8, 8)}, constants={"LEARNING_RATE": 1e-2})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb"}
+    content = torch.load(tmp_path / "out" / "last.pt")
+    for key in ("model", "optimizer", "epoch", "step", "best_score", "torch_rng", "constants", "model_args"):
+        assert key in content
+    assert content["step"] == 6 and result["best_epoch"] == 1 and len(result["history"]) == 3
+    assert set(result["history"][0]["time"]) == {"data", "forward", "backward", "step"}
+    assert sum(result["history"][0]["time"].values()) == pytest.approx(1.0)
+
+
+def test_a_new_start_sets_the_earlier_run_aside(coco, tmp_path):
+    run(coco, tmp_path / "out", epochs=1)
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    run(coco, tmp_path / "out", epochs=1)
+    assert (tmp_path / "out" / "previous_1" / "last.pt").read_bytes() == before
+
+
+def test_resume_extends_a_finished_run_and_tells_changed_constants(coco, tmp_path, capsys):
+    run(coco, tmp_path / "out", epochs=1, constants={"BATCH_SIZE": 2})
+    _, result = run(coco, tmp_path / "out", epochs=2, resume=True, constants={"BATCH_SIZE": 3})
+    assert [record["epoch"] for record in result["history"]] == [1, 2]
+    assert "BATCH_SIZE was 2, is now 3" in capsys.readouterr().out
+
+
+def test_early_stopping_and_best_by_score(coco, tmp_path):
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    saved = []
+    _, result = run(coco, tmp_path / "out", epochs=5, patience=2, score="val/x",
+                    evaluate=lambda model: {"val/x": next(scores)},
+                    on_best=lambda model: saved.append(copy.deepcopy(model.state_dict())))
+    assert (result["best_epoch"], result["best_score"], len(result["history"]), len(saved)) == (2, 0.5, 4, 2)
+    best = torch.load(tmp_path / "out" / "best.pt")["model"]
+    assert all(torch.equal(best[name], saved[-1][name]) for name in best)
+
+
+def test_the_last_smaller_group_is_a_step_with_its_own_mean(coco, tmp_path):
+    """8 images, batches of 3, groups of 2: steps over (3, 3) and (2) images."""
+    plain = nn.Module()
+    plain.head = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential()
+    model.head = plain.head
+    gradients = []
+
+    def losses(model, batch):
+        return {"mse": model.head(batch["images"]).mean()}
+
+    hook = model.head.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+    run(coco, tmp_path / "out", epochs=1, model=model, losses=losses, batch=3, clip_norm=None)
+    hook.remove()
+    assert len(gradients) == 3
+    last = torch.load(tmp_path / "out" / "last.pt")
+    assert last["step"] == 2
+    assert gradients[2].norm() > 1.5 * gradients[0].norm()  # a group of one is not divided by two
+
+
+def test_a_frozen_module_that_changes_stops_the_run_loudly(coco, tmp_path):
+    def tampers(model, batch):
+        with torch.no_grad():
+            model.tail[1].running_mean += 0.1
+        return compute_losses(model, batch)
+    with pytest.raises(RuntimeError, match="frozen module 'tail' changed"):
+        run(coco, tmp_path / "out", losses=tampers, epochs=1)
+
+
+def test_frozen_buffers_do_not_move(coco, tmp_path):
+    before = freeze.fingerprint(Net().tail)
+    torch.manual_seed(1)
+    model, _ = run(coco, tmp_path / "out", epochs=2)
+    assert before == before and freeze.fingerprint(model.tail) == freeze.fingerprint(
+        _fresh_tail()) and model.head[1].num_batches_tracked > 0
+
+
+def _fresh_tail():
+    engine.seed_everything(1)
+    return Net().tail
+
+
+def test_a_loss_that_is_not_finite_stops_with_names(coco, tmp_path):
+    def explodes(model, batch):
+        return {"mse": compute_losses(model, batch)["mse"] * float("nan")}
+    with pytest.raises(UserError, match=r"not finite in epoch 1, batch 1 \(mse=nan; images .*jpg.*LEARNING_RATE"):
+        run(coco, tmp_path / "out", losses=explodes)
+
+
+def test_nothing_to_train_and_bad_settings_are_refused(coco, tmp_path):
+    model = Net()
+    with pytest.raises(UserError, match="nothing to train"):
+        run(coco, tmp_path / "out", model=model, parameters=[{"params": list(model.tail.parameters()), "lr": 1.0}])
+    with pytest.raises(UserError, match="PRECISION"):
+        run(coco, tmp_path / "out", precision="fp16")
+    with pytest.raises(UserError, match="SCHEDULE"):
+        run(coco, tmp_path / "out", schedule="linear", warmup_steps=0)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        run(coco, tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(coco, tmp_path, capsys):
+    whole, _ = run(coco, tmp_path / "whole")
+    count = 0
+
+    def interrupted(model, batch):
+        nonlocal count
+        count += 1
+        if count == 2:
+            signal.raise_signal(signal.SIGINT)
+        return compute_losses(model, batch)
+
+    _, result = run(coco, tmp_path / "out", losses=interrupted)
+    assert result["stopped"] == "interrupted" and "RESUME = True" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "out" / "last.pt")["step"] == 1
+    resumed, result = run(coco, tmp_path / "out", resume=True)
+    assert result["stopped"] == "all epochs done"
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_schedules():
+    factors = [engine.schedule_factor("cosine", step, 10, 2) for step in range(11)]
+    assert factors[:2] == [pytest.approx(1 / 3), pytest.approx(2 / 3)] and factors[2] == 1.0
+    assert factors[10] == pytest.approx(0.01) and factors[2:] == sorted(factors[2:], reverse=True)
+    assert [engine.schedule_factor("step", s, 8, 0, (0.25, 0.5)) for s in (0, 2, 4, 7)] == [1, 0.5, 0.25, 0.25]
+    assert engine.schedule_factor("constant", 5, 8, 0) == 1.0
+
+
+def test_bf16_trains_float32_weights(coco, tmp_path):
+    model, result = run(coco, tmp_path / "out", precision="bf16", epochs=2)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert result["history"][-1]["mse"] < result["history"][0]["mse"]
+
+
+def test_spdnet_trains_although_some_tensors_are_never_used():
+    model = small_spdnet()
+    loss = model(torch.rand(1, 3, 32, 32) * 255)[0].mean()
+    loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unused == set(model.unused_parameters())

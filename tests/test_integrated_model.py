@@ -1,0 +1,156 @@
+"""SPDNet in front of a frozen RT-DETR: outputs, gradients, files, and what frozen has to mean."""
+
+import copy
+
+import pytest
+import torch
+from conftest import small_spdnet
+
+from utils import detector, freeze, integrated_model, losses
+from utils.config import UserError
+from utils.integrated_model import RainRobustRTDETR, load_integrated_model
+from utils.spdnet import SPDNet
+
+LABELS = [{"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.2, 0.1, 0.1]])},
+          {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+
+
+@pytest.fixture
+def model(small_detector):
+    return RainRobustRTDETR(small_spdnet(), copy.deepcopy(small_detector), freeze_detection=True)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+def test_published_size_gives_the_guides_block():
+    names = {i: str(i) for i in range(80)}
+    model = RainRobustRTDETR(SPDNet(), detector.new_rtdetr("r18", names, train_backbone_norms=False),
+                             freeze_detection=True)
+    text = freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module})
+    assert text.splitlines() == ["SPDNet: 3,318,741 trainable parameters (100%)",
+                                 "RT-DETR: 0 trainable parameters (0% - FROZEN)",
+                                 "Total parameters: 23,493,349", "Trainable parameters: 3,318,741 (14.1%)"]
+
+
+def test_outputs_are_hugging_faces_plus_the_derained_image(model, images):
+    outputs = model(images, labels=LABELS)
+    assert outputs.logits.shape == (2, 40, 2) and outputs.pred_boxes.shape == (2, 40, 4)
+    assert outputs.loss.requires_grad and {"loss_vfl", "loss_bbox", "loss_giou"} <= set(outputs.loss_dict)
+    assert outputs.derained.shape == images.shape and 0 <= outputs.derained.min() <= outputs.derained.max() <= 1
+    direct = model.detection_module(pixel_values=outputs.derained, labels=LABELS)
+    assert torch.equal(direct.logits, outputs.logits) and torch.equal(direct.loss, outputs.loss)
+    assert torch.equal(model.derain(images), outputs.derained)
+
+
+@pytest.mark.parametrize("level", integrated_model.FEATURE_LEVELS)
+def test_asking_for_features_changes_no_output(model, images, level):
+    plain, rich = model(images, labels=LABELS), model(images, labels=LABELS, clean=images[:1], feature_level=level)
+    assert torch.equal(plain.logits, rich.logits) and torch.equal(plain.loss, rich.loss)
+    assert [f.shape[-1] for f in rich.features] == [12, 6, 3]
+    assert rich.derained_clean.shape == (1, 3, 96, 96)
+    same = model.clean_features(rich.derained.detach(), level)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same, rich.features, strict=True))
+    assert losses.feature_consistency(rich.features, same) < 1e-9
+    zero = [torch.zeros_like(f) for f in same]
+    assert losses.feature_consistency(zero, same).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_gradients_reach_every_used_tensor_of_spdnet_and_nothing_else(model, images):
+    model.train()
+    outputs = model(images, labels=LABELS)
+    assert outputs.denoising_meta_values is None  # the frozen detector stays in eval: no denoising queries
+    outputs.loss.backward()
+    missing = {name for name, p in model.derain_module.named_parameters() if p.grad is None}
+    assert missing == set(model.derain_module.unused_parameters())
+    assert all(p.grad is None for p in model.detection_module.parameters())
+
+
+def test_training_leaves_the_detector_bit_identical(model, images):
+    before = freeze.fingerprint(model.detection_module)
+    vanilla = model.detection_module(pixel_values=images).logits
+    model.train()
+    optimizer = torch.optim.Adam(model.derain_module.parameters(), lr=1e-3)
+    start = model.derain(images).detach()
+    for _ in range(2):
+        model(images, labels=LABELS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert freeze.fingerprint(model.detection_module) == before
+    assert torch.equal(model.detection_module(pixel_values=images).logits, vanilla)
+    assert not torch.equal(model.derain(images), start)
+
+
+def test_without_freezing_batch_norms_would_move(small_detector, images):
+    """The trap that freezing guards against: requires_grad alone does not stop them."""
+    loose = copy.deepcopy(small_detector).requires_grad_(False)
+    before = freeze.fingerprint(loose)
+    loose.train()
+    loose(pixel_values=images)
+    assert freeze.fingerprint(loose) != before
+
+
+def test_the_clamp_pulls_stray_values_back():
+    x = torch.tensor([-0.5, 0.5, 1.5, -0.5, 1.5], requires_grad=True)
+    y = integrated_model._ClampWithReturn.apply(x)
+    assert y.tolist() == [0.0, 0.5, 1.0, 0.0, 1.0]
+    y.backward(torch.tensor([-1.0, 1.0, 1.0, 1.0, -1.0]))
+    assert x.grad.tolist() == [-1.0, 1.0, 1.0, 0.0, 0.0]  # descent moves by -grad: only towards the range
+
+
+def test_half_scale_starts_near_the_identity_and_learns(small_detector, images):
+    smooth = torch.nn.functional.interpolate(images, scale_factor=1 / 8, mode="area")
+    smooth = torch.nn.functional.interpolate(smooth, size=(96, 96), mode="bilinear")
+    model = RainRobustRTDETR(small_spdnet(), small_detector, derain_scale=0.5)
+    derained = model.derain(smooth)
+    assert derained.shape == smooth.shape and (derained - smooth).abs().mean() < 0.02
+    derained.mean().backward()
+    assert model.derain_module.conv_init1.conv.weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="DERAIN_SCALE"):
+        RainRobustRTDETR(small_spdnet(), small_detector, derain_scale=0)
+
+
+def test_files_reproduce_the_outputs(model, images, tmp_path):
+    model.save_pretrained(tmp_path / "both")
+    again = RainRobustRTDETR.from_pretrained(tmp_path / "both", freeze_detection=True)
+    assert torch.equal(model.eval()(images).logits, again.eval()(images).logits)
+    assert torch.load(tmp_path / "both" / "spdnet.pt").keys() == model.derain_module.state_dict().keys()
+    loaded = load_integrated_model(tmp_path / "both" / "spdnet.pt", str(tmp_path / "both" / "rtdetr"), num_labels=2,
+                                   freeze_derain=True, freeze_detection=True)
+    assert torch.equal(model(images).logits, loaded.eval()(images).logits)
+    assert freeze.count_parameters(loaded)[1] == 0
+
+
+def test_errors_name_the_constant(weights, tmp_path):
+    rtdetr, spdnet = str(weights / "rtdetr"), weights / "spdnet.pt"
+    with pytest.raises(UserError, match="SPDNET_MODEL_PATH.*does not exist.*--demo"):
+        load_integrated_model(tmp_path / "none.pt", rtdetr, 2)
+    with pytest.raises(UserError, match="RTDETR_MODEL_NAME.*no config.json"):
+        load_integrated_model(spdnet, str(tmp_path / "none"), 2)
+    with pytest.raises(UserError, match="has 2 classes, 80 were expected"):
+        load_integrated_model(spdnet, rtdetr)
+    with pytest.raises(UserError, match="RTDETR_MODEL_NAME = 'PekingU/rtdetr_r18vd' cannot be loaded.*--demo"):
+        load_integrated_model(spdnet, "PekingU/rtdetr_r18vd")
+    torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="wrong.pt"):
+        load_integrated_model(tmp_path / "wrong.pt", rtdetr, 2)
+    with pytest.raises(UserError, match="integrated.json"):
+        RainRobustRTDETR.from_pretrained(tmp_path)
+
+
+def test_bf16_keeps_losses_in_float32(model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(images, labels=LABELS)
+    assert outputs.loss.dtype == torch.float32 and torch.isfinite(outputs.loss)
+    plain = model(images, labels=LABELS)
+    assert outputs.loss.item() == pytest.approx(plain.loss.item(), rel=0.1)
+
+
+def test_detector_loss_equals_transformers_own(small_detector, images):
+    ours = small_detector(pixel_values=images, labels=LABELS)
+    from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+    theirs = copy.deepcopy(small_detector)
+    theirs.loss_function = RTDetrForObjectDetectionLoss
+    assert torch.equal(theirs(pixel_values=images, labels=LABELS).loss, ours.loss)

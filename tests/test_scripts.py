@@ -1,0 +1,187 @@
+"""Every script for real, on eight small images: trains, writes its files, resumes, runs on two processes, refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import Eval_SPDNet_Adaptation
+import Training_RTDETR
+import Training_SPDNet
+import Training_SPDNet_Adaptation as Adaptation
+from utils.config import UserError
+from utils.spdnet import load_spdnet
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def base(coco, weights):
+    """Constants that point the adaptation at the small data and weights."""
+    return {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+            "IMAGE_SIZE": 96, "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
+            "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"), "NUM_EPOCHS": 2,
+            "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0,
+            "LEARNING_RATE": 1e-3}
+
+
+def without(settings, *names):
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
+    result = Adaptation.main(**base, FEATURE_WEIGHT=5.0, RECONSTRUCTION_WEIGHT=1.0, IDENTITY_WEIGHT=1.0)
+    first, last = result["history"][0], result["history"][-1]
+    assert last["features"] < first["features"]
+    assert {"detection", "features", "reconstruction", "identity", "clamped", "rain/mAP", "images_per_s"} <= set(last)
+    out = Path(base["OUTPUT_DIR"])
+    names = {path.name for path in out.iterdir()}
+    assert names == {"spdnet_adapted.pt", "last.pt", "best.pt", "metrics.json", "curves.png", "tb"}
+    adapted = load_spdnet(out / "spdnet_adapted.pt")
+    start = load_spdnet(base["SPDNET_MODEL_PATH"])
+    assert not torch.equal(adapted.output3.weight, start.output3.weight)
+    shown = capsys.readouterr().out
+    assert "RT-DETR: 0 trainable parameters (0% - FROZEN)" in shown and shown.isascii()
+
+
+def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
+    """SIGKILL in the middle of an epoch, in another process."""
+    script = ("import sys, json; sys.path.insert(0, '.'); import Training_SPDNet_Adaptation as A\n"
+              "cfg, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
+              "import os, signal; plain, calls = A.compute_losses, [0]\n"
+              "def counted(*args):\n"
+              "    calls[0] += 1\n"
+              "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+              "    return plain(*args)\n"
+              "A.compute_losses = counted\n"
+              "A.main(**cfg)\n")
+
+    def start(out, die, resume=False):
+        cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "FEATURE_WEIGHT": 5.0}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", script, json.dumps(cfg), str(die)], cwd=ROOT, timeout=300,
+                              capture_output=True, text=True, env=environment)
+        return done.returncode
+
+    assert start("whole", die=0) == 0
+    assert start("killed", die=4) != 0
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    assert start("killed", die=0, resume=True) == 0
+    whole, resumed = (torch.load(tmp_path / out / "last.pt")["model"] for out in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
+    settings = base | {"GRADIENT_ACCUMULATION_STEPS": 1, "NUM_EPOCHS": 1, "FEATURE_WEIGHT": 5.0}
+    one = Adaptation.main(**settings | {"BATCH_SIZE": 4, "OUTPUT_DIR": str(tmp_path / "one")})
+    flags = [word for name, value in (settings | {"OUTPUT_DIR": str(tmp_path / "two")}).items()
+             for word in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "Training_SPDNet_Adaptation.py", *flags], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 1/1") == 1  # one process reports
+    a, b = (torch.load(tmp_path / out / "last.pt") for out in ("one", "two"))
+    assert a["step"] == b["step"] == 2
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=2e-3, atol=2e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+    assert b["history"][0]["rain/mAP"] == pytest.approx(one["history"][0]["rain/mAP"], abs=1e-3)
+    assert b["history"][0]["features"] == pytest.approx(one["history"][0]["features"], rel=1e-3)
+
+
+def test_adaptation_without_labels(base, coco):
+    for root in ("coco", "coco_rain"):
+        for path in (coco / root / "annotations").iterdir():
+            path.unlink()
+        (coco / root / "annotations").rmdir()
+    result = Adaptation.main(**base, DETECTION_WEIGHT=0.0, FEATURE_WEIGHT=1.0)
+    assert result["history"][-1]["features"] < result["history"][0]["features"]
+    assert result["best_score"] < 0 and "rain/consistency" in result["history"][0]
+    with pytest.raises(UserError, match="FEATURE_WEIGHT"):
+        Adaptation.main(**base, DETECTION_WEIGHT=0.0, FEATURE_WEIGHT=0.0, RECONSTRUCTION_WEIGHT=1.0)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"FP16": True}, "FP16 = True: SPDNet"),
+    ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR.*make_rain.py"),
+    ({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH.*Training_SPDNet.py"),
+    ({"RTDETR_MODEL_NAME": "./none"}, "RTDETR_MODEL_NAME"),
+    ({"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 0.0}, "every loss weight is 0"),
+    ({"COCO_RATIO": 0.5}, "add up to 1"),
+    ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL"),
+    ({"PRECISION": "fp16"}, "PRECISION"),
+])
+def test_adaptation_refuses_with_one_clear_line(base, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        Adaptation.main(**base | change)
+    assert "\n" not in str(error.value)
+    assert not (Path(base["OUTPUT_DIR"]) / "last.pt").exists()
+
+
+def test_plain_detection_loss_needs_no_twins(base):
+    result = Adaptation.main(**base | {"NUM_EPOCHS": 1}, FEATURE_WEIGHT=0.0, ACTIVATION_CHECKPOINTING=True,
+                             DERAIN_SCALE=0.5, PRECISION="bf16")
+    assert set(result["history"][0]) >= {"detection", "clamped"} and "features" not in result["history"][0]
+
+
+def test_evaluation_reports_all_rows(base, weights, coco, capsys):
+    out = coco / "eval"
+    settings = without(base, "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "WARMUP_STEPS", "LEARNING_RATE")
+    results = Eval_SPDNet_Adaptation.main(**settings | {
+        "OUTPUT_DIR": str(out), "ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"), "PREFIXES": ("00000000000",)})
+    rows = {(r["model"], r["images"]): r for r in results["scores"]}
+    assert len(rows) == 9
+    for name in ("Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"):  # the same weights here
+        assert rows[name, "rainy"]["mAP"] == rows["Original SPDNet + RT-DETR", "rainy"]["mAP"]
+    shown = capsys.readouterr().out
+    for part in ("Vanilla RT-DETR mAP:", "Original SPDNet + RT-DETR:", "Adapted SPDNet + RT-DETR:", "AP_small"):
+        assert part in shown
+    assert {p.name for p in out.iterdir()} == {"results.json", "detections.png", "latency_map.png"}
+    written = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert written["results"]["milliseconds_per_image"]["Vanilla RT-DETR"]["batch 1"] > 0
+    assert Image.open(out / "detections.png").width > 300
+    with pytest.raises(UserError, match="ADAPTED_MODEL_PATH.*Training_SPDNet_Adaptation"):
+        Eval_SPDNet_Adaptation.main(**settings | {"ADAPTED_MODEL_PATH": "./none.pt"})
+    with pytest.raises(UserError, match="PREFIXES"):
+        Eval_SPDNet_Adaptation.main(**settings | {"ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"),
+                                                  "PREFIXES": ("fog_",)})
+
+
+def test_spdnet_training(coco, capsys):
+    settings = {"RAINY_DIR": str(coco / "coco_rain" / "train2017"), "CLEAN_DIR": str(coco / "coco" / "train2017"),
+                "VAL_RAINY_DIR": str(coco / "coco_rain" / "val2017"), "VAL_CLEAN_DIR": str(coco / "coco" / "val2017"),
+                "VAL_IMAGES": 3, "PATCH_SIZE": 48, "SPDNET_N_FEATS": 8, "SPDNET_N_RESBLOCKS": 1, "NUM_EPOCHS": 3,
+                "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out")}
+    result = Training_SPDNet.main(**settings)
+    assert result["history"][-1]["mse"] < result["history"][0]["mse"]
+    assert load_spdnet(coco / "out" / "spdnet_best.pt").n_feats == 8
+    assert "PSNR (Y)" in capsys.readouterr().out
+    more = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "more"),
+                                              "SPDNET_MODEL_PATH": str(coco / "out" / "spdnet_best.pt")})
+    assert more["history"][0]["mse"] < result["history"][0]["mse"]
+    with pytest.raises(UserError, match="INITIALISATION"):
+        Training_SPDNet.main(**settings | {"INITIALISATION": "zeros"})
+
+
+def test_detector_training(coco, weights):
+    settings = {"COCO_DIR": str(coco / "coco"), "IMAGE_SIZE": 96, "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny",
+                "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0, "LEARNING_RATE": 1e-3,
+                "BACKBONE_LEARNING_RATE": 1e-3, "OUTPUT_DIR": str(coco / "out")}
+    result = Training_RTDETR.main(**settings)
+    assert result["history"][-1]["detection"] < result["history"][0]["detection"]
+    # what it wrote is a detector for the other scripts, and a start for another run, here on rain as well
+    more = Training_RTDETR.main(**settings | {
+        "RTDETR_MODEL_NAME": str(coco / "out" / "detector"), "OUTPUT_DIR": str(coco / "more"), "NUM_EPOCHS": 1,
+        "COCO_RAIN_DIR": str(coco / "coco_rain"), "COCO_RATIO": 0.5, "RAIN_RATIO": 0.5})
+    assert more["history"][0]["detection"] < result["history"][0]["detection"]
+    with pytest.raises(UserError, match="ARCHITECTURE"):
+        Training_RTDETR.main(**settings | {"ARCHITECTURE": "r19"})
+    with pytest.raises(UserError, match="AUGMENTATION"):
+        Training_RTDETR.main(**settings | {"AUGMENTATION": "all"})

@@ -52,7 +52,7 @@ ACTIVATION_CHECKPOINTING = False        # True: less memory, slower
 NUM_EPOCHS = 300                        # published; with all of COCO 3 epochs see as many patches
 BATCH_SIZE = 16                         # published
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
-LEARNING_RATE = 5e-4                    # published, for Adam
+LEARNING_RATE = 5e-4                    # published, for Adam; short runs from the identity learn more at 1e-4
 SCHEDULE = "step"                       # constant, cosine or step
 DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shares of the run
 WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
@@ -71,7 +71,8 @@ DEMO = {
     "RAINY_DIR": "./demo/coco_rain/train2017", "CLEAN_DIR": "./demo/coco/train2017",
     "VAL_RAINY_DIR": "./demo/coco_rain/val2017", "VAL_CLEAN_DIR": "./demo/coco/val2017",
     "OUTPUT_DIR": "./demo/outputs_spdnet", "SPDNET_N_FEATS": 16, "SPDNET_N_RESBLOCKS": 1, "PATCH_SIZE": 64,
-    "NUM_EPOCHS": 2, "VAL_IMAGES": 40, "DATALOADER_WORKERS": 0,
+    "NUM_EPOCHS": 2, "PERCENT_DATASET": 50, "LEARNING_RATE": 1e-4, "SCHEDULE": "cosine", "WARMUP_STEPS": 10,
+    "VAL_IMAGES": 40, "DATALOADER_WORKERS": 0,
 }
 
 

@@ -54,8 +54,13 @@ def test_asking_for_features_changes_no_output(model, images, level):
     same = model.clean_features(rich.derained.detach(), level)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same, rich.features, strict=True))
     assert losses.feature_consistency(rich.features, same) < 1e-9
-    zero = [torch.zeros_like(f) for f in same]
-    assert losses.feature_consistency(zero, same).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_feature_consistency_is_relative_to_each_level():
+    targets = [torch.full((2, 4, 8, 8), 100.0), torch.full((2, 8, 2, 2), 0.01)]
+    assert losses.feature_consistency(targets, targets).item() == 0
+    assert losses.feature_consistency([0 * t for t in targets], targets).item() == pytest.approx(1.0)
+    assert losses.feature_consistency([1.1 * t for t in targets], targets).item() == pytest.approx(0.01, rel=1e-4)
 
 
 def test_gradients_reach_every_used_tensor_of_spdnet_and_nothing_else(model, images):

@@ -27,7 +27,7 @@ def base(coco, weights):
             "IMAGE_SIZE": 96, "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
             "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"), "NUM_EPOCHS": 2,
             "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0,
-            "LEARNING_RATE": 1e-3}
+            "LEARNING_RATE": 2e-4}
 
 
 def without(settings, *names):

@@ -27,7 +27,7 @@ RESUME = False                          # True goes on from interrupted runs in 
 
 DETECTOR = {"NUM_EPOCHS": 10, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
             "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
-DERAINER = {"NUM_EPOCHS": 4, "SCHEDULE": "cosine", "WARMUP_STEPS": 30}
+DERAINER = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 50}
 
 
 def rain_gap(folder, work):

@@ -1,1 +1,1 @@
-"""What two experiments share exists once in here; see docs/architecture.md for the map."""
+"""What two experiments share, once."""

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+from transformers.utils.logging import disable_progress_bar
 
 from utils import losses
 from utils.config import UserError
+
+disable_progress_bar()  # transformers draws bars in block characters, even for a file of a megabyte
 
 BACKBONES = {  # the published models' settings
     "r18": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},

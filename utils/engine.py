@@ -250,7 +250,7 @@ class _Run:
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
             for name, value in content["constants"].items():
-                if self.constants.get(name, value) != value:
+                if name != "RESUME" and self.constants.get(name, value) != value:
                     print(f"  note: {name} was {value!r}, is now {self.constants[name]!r}")
 
     def save_last(self):

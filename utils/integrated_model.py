@@ -1,11 +1,13 @@
 """SPDNet in front of RT-DETR: one module that de-rains and detects, differentiable from the loss to the first pixel."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
 from utils import checkpoint, detector, freeze
 from utils.config import UserError
@@ -31,6 +33,16 @@ class _ClampWithReturn(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         outwards = ((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0))
         return gradient.masked_fill(outwards, 0)
+
+
+@dataclass
+class RainRobustOutput(RTDetrObjectDetectionOutput):
+    """transformers' output plus the de-raining side; see RainRobustRTDETR.forward."""
+
+    derained: torch.Tensor | None = None  # (B, 3, H, W) in [0, 1]
+    clamped: torch.Tensor | None = None  # scalar, share of values that the clamp cut
+    derained_clean: torch.Tensor | None = None  # (B', 3, H, W) in [0, 1], only where `clean` was given
+    features: tuple | None = None  # (B, C, h, w) per level, only where they were asked for
 
 
 class RainRobustRTDETR(nn.Module):
@@ -84,25 +96,23 @@ class RainRobustRTDETR(nn.Module):
             clean: None, or (B', 3, H, W) images that only pass the de-rainer (for an identity loss).
             feature_level: None, "backbone" or "encoder": which features of the de-rained images to return.
         Returns:
-            transformers' RTDetrObjectDetectionOutput (`loss`, `loss_dict`, `logits`, `pred_boxes`, ...) plus
-            `derained` (B, 3, H, W) in [0, 1], `clamped` (scalar, share of values that the clamp cut),
-            `derained_clean` when `clean` was given, and `features`, a tuple of (B, C, h, w), when asked for.
+            RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
+            `clamped`, and where asked for `derained_clean` and `features`.
         """
         batch = len(pixel_values)
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
         images = _ClampWithReturn.apply(restored)
         derained = images[:batch]
+        features = None
         if feature_level is None:
             outputs = self.detection_module(pixel_values=derained, labels=labels)
         else:
             levels = detector.backbone_features(self.detection_module, derained)
             outputs = detector.detect_from_features(self.detection_module, levels, labels)
-            outputs["features"] = tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
-        outputs["derained"] = derained
-        outputs["clamped"] = ((restored < 0) | (restored > 1)).float().mean().detach()
-        if clean is not None:
-            outputs["derained_clean"] = images[batch:]
-        return outputs
+            features = tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
+        return RainRobustOutput(**outputs, derained=derained, features=features,
+                                clamped=((restored < 0) | (restored > 1)).float().mean().detach(),
+                                derained_clean=None if clean is None else images[batch:])
 
     @torch.no_grad()
     def clean_features(self, images, feature_level):

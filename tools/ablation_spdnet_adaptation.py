@@ -1,0 +1,110 @@
+"""Which loss should SPDNet be adapted with? Every variant over several seeds on the demo world, one table.
+
+    python tools/ablation_spdnet_adaptation.py
+
+Runs Training_SPDNet_Adaptation.py --demo with the loss weights of each variant, then scores the adapted network on
+clean images as well. Finished runs are kept in OUTPUT_DIR and not repeated; the table covers all that are there.
+"""
+
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import Eval_SPDNet_Adaptation as Eval  # noqa: E402
+import Training_SPDNet_Adaptation as Adaptation  # noqa: E402
+from utils import config, detector, engine, evaluation, integrated_model, report  # noqa: E402
+
+SEEDS = (0, 1, 2)                       # each run is repeated with these
+VARIANTS = ("detection", "detection+features", "features", "detection+encoder", "detection+features+identity",
+            "detection+features+reconstruction")  # names of LOSSES below
+OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
+
+LOSSES = {
+    "detection": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 0.0},
+    "detection+features": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0},
+    "features": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0},
+    "encoder": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
+    "detection+encoder": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
+    "detection+features+identity": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "IDENTITY_WEIGHT": 5.0},
+    "detection+features+reconstruction": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0,
+                                          "RECONSTRUCTION_WEIGHT": 5.0},
+    "detection+features, half scale": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "DERAIN_SCALE": 0.5},
+}
+
+
+def score(spdnet_path, derain_scale=1.0):
+    """-> {"clean", "rainy"}: mAP of SPDNet (None: without) and the demo's detector on the demo's validation scenes."""
+    cfg = config.resolve(vars(Eval), {"demo": True})
+    device = engine.device()
+    if spdnet_path is None:
+        model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+    else:
+        model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
+                                                       derain_scale).eval()
+    id2label = detector.id2label_of(getattr(model, "detection_module", model))
+    found = {}
+    for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"), ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR")):
+        loader = Eval.build_loader(cfg, root, constant, domain, id2label)
+        found[domain] = evaluation.detection_scores(lambda x: model(pixel_values=x), loader, device)[0]["mAP"]
+    return found
+
+
+def once(path, make):
+    """-> the JSON in `path`, made first where it is not there yet."""
+    if not path.is_file():
+        report.write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run(variant, seed, folder):
+    """Adapt with one variant and score the result."""
+    Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), **LOSSES[variant])
+    return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt",
+                                                      LOSSES[variant].get("DERAIN_SCALE", 1.0))
+
+
+def main(**overrides):
+    """Run what is missing, then print mean and spread over seeds of every variant."""
+    cfg = config.resolve(globals(), overrides)
+    os.chdir(ROOT)
+    unknown = set(cfg.VARIANTS) - LOSSES.keys()
+    if unknown:
+        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in LOSSES ({', '.join(LOSSES)})")
+    folder = Path(cfg.OUTPUT_DIR)
+    vanilla = once(folder / "vanilla.json", lambda: score(None))
+    start = config.resolve(vars(Eval), {"demo": True}).SPDNET_MODEL_PATH
+    original = once(folder / "original.json", lambda: score(start))
+    runs = []
+    for seed in cfg.SEEDS:
+        for variant in cfg.VARIANTS:
+            place = folder / f"{variant.replace('+', '_').replace(', ', '_').replace(' ', '_')}_{seed}"
+            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p)))
+    gap = vanilla["clean"] - vanilla["rainy"]
+    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"},
+            {"variant": "original SPDNet", "rainy": f"{original['rainy']:.4f}", "clean": f"{original['clean']:.4f}",
+             "gap": f"{100 * (original['rainy'] - vanilla['rainy']) / gap:.1f}%"}]
+    for variant in cfg.VARIANTS:
+        mine = [r for r in runs if r["variant"] == variant]
+        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
+        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
+        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
+                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+    print("\n" + report.table(rows, {"variant": "loss", "rainy": "mAP in rain", "gap": "rain gap won back",
+                                     "clean": "mAP on clean images through SPDNet"}))
+    report.write_results(folder / "results.json", cfg.as_dict(),
+                         {"vanilla": vanilla, "original": original, "runs": runs})
+
+
+def spread(values):
+    """-> "mean +- standard deviation"."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} +- {deviation:.4f}"
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -125,8 +125,8 @@ def check_source(source):
     if not source.is_dir():
         raise config.UserError(f"COCO = {source} is not a folder; {_LAYOUT}; set --coco, or try --demo")
     annotations = sorted((source / "annotations").glob("*.json"))
-    if not annotations:
-        raise config.UserError(f"COCO = {source} has no annotations/*.json; {_LAYOUT}")
+    if (source / "annotations").is_dir() and not annotations:
+        raise config.UserError(f"COCO = {source} has an annotations folder without *.json files; {_LAYOUT}")
     images = find_images(source)
     if not images:
         raise config.UserError(f"COCO = {source} has no images ({' '.join(_SUFFIXES)}); {_LAYOUT}")
@@ -201,7 +201,8 @@ def main(**overrides):
                               "version": rain.VERSION})
     started, bad = time.perf_counter(), []
     try:
-        copy_annotations(annotations, out / "annotations")
+        if annotations:
+            copy_annotations(annotations, out / "annotations")
         for folder in sorted({path.parent for path in images}):
             (out / folder).mkdir(parents=True, exist_ok=True)
         todo = [path for path in images if not (out / path).is_file()]
@@ -219,7 +220,7 @@ def main(**overrides):
     report = {"written": len(tasks) - len(bad), "kept": len(images) - len(tasks), "seconds": seconds}
     print(f"{source} -> {out}\n"
           f"  rain         {cfg.INTENSITY}, seed {cfg.SEED}\n"
-          f"  annotations  {len(annotations)} file(s) copied\n"
+          f"  annotations  {f'{len(annotations)} file(s) copied' if annotations else 'none there: a plain folder of images'}\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")
     if bad:

@@ -148,6 +148,12 @@ def test_bad_intensity_names_the_valid_ones():
 # --- make_rain.py -----------------------------------------------------
 
 
+def test_a_plain_folder_of_images_will_do(coco, tmp_path):
+    make(coco / "val2017", tmp_path / "twin")
+    assert sorted(p.name for p in (tmp_path / "twin").iterdir() if p.name != "rain.json") == sorted(
+        p.name for p in (coco / "val2017").iterdir())
+
+
 def test_twin_has_the_same_layout(coco, tmp_path):
     out = tmp_path / "twin"
     report = make(coco, out, INTENSITY="heavy")
@@ -257,7 +263,8 @@ def test_user_mistakes(coco, tmp_path):
     assert (tmp_path / "photos" / "mine.jpg").read_bytes() == b"x"
     empty = tmp_path / "empty"
     (empty / "val2017").mkdir(parents=True)
-    refused("no annotations", COCO=empty)
+    refused("no images", COCO=empty)
     (empty / "annotations").mkdir()
+    refused("annotations folder without", COCO=empty)
     (empty / "annotations" / "a.json").write_text("{}")
     refused("no images", COCO=empty)

@@ -166,6 +166,7 @@ def print_summary(rows, latency):
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}}."""
     cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
     device = engine.device()

@@ -119,6 +119,7 @@ def sample_images(model, loader, id2label):
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)

@@ -55,7 +55,7 @@ GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 5e-4                    # published, for Adam; short runs from the identity learn more at 1e-4
 SCHEDULE = "step"                       # constant, cosine or step
 DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shares of the run
-WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
+WARMUP_STEPS = 100                      # optimizer steps; without, the first ones break the identity
 CLIP_NORM = 1.0                         # limit of the gradient's norm
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster
 EARLY_STOPPING_PATIENCE = 50            # epochs without a better validation PSNR
@@ -71,7 +71,7 @@ DEMO = {
     "RAINY_DIR": "./demo/coco_rain/train2017", "CLEAN_DIR": "./demo/coco/train2017",
     "VAL_RAINY_DIR": "./demo/coco_rain/val2017", "VAL_CLEAN_DIR": "./demo/coco/val2017",
     "OUTPUT_DIR": "./demo/outputs_spdnet", "SPDNET_N_FEATS": 16, "SPDNET_N_RESBLOCKS": 1, "PATCH_SIZE": 64,
-    "NUM_EPOCHS": 2, "PERCENT_DATASET": 50, "LEARNING_RATE": 1e-4, "SCHEDULE": "cosine", "WARMUP_STEPS": 10,
+    "NUM_EPOCHS": 2, "PERCENT_DATASET": 50, "LEARNING_RATE": 1e-4, "SCHEDULE": "cosine", "WARMUP_STEPS": 20,
     "VAL_IMAGES": 40, "DATALOADER_WORKERS": 0,
 }
 

@@ -178,6 +178,7 @@ def sample_images(model, dataset, device, id2label):
 def main(**overrides):
     """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
     if cfg.FP16:
         raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
                                "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "

@@ -220,7 +220,7 @@ def main(**overrides):
     report = {"written": len(tasks) - len(bad), "kept": len(images) - len(tasks), "seconds": seconds}
     print(f"{source} -> {out}\n"
           f"  rain         {cfg.INTENSITY}, seed {cfg.SEED}\n"
-          f"  annotations  {f'{len(annotations)} file(s) copied' if annotations else 'none there: a plain folder of images'}\n"
+          f"  annotations  {len(annotations)} file(s) copied\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")
     if bad:

@@ -68,3 +68,13 @@ def test_user_errors_are_one_line_without_traceback(tmp_path):
     assert shown.returncode == 1
     assert "Traceback" not in shown.stderr
     assert [line for line in shown.stderr.splitlines() if line.startswith("Error: COCO_DIR")]
+
+
+def test_errors_from_loader_processes_and_full_gpus_are_one_line_too(capsys):
+    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    config._show_user_errors(config.UserError, config.UserError(text + "utils.config.UserError: cannot read a.jpg"),
+                             None)
+    assert capsys.readouterr().err == "Error: cannot read a.jpg\n"
+    out_of_memory = type("OutOfMemoryError", (RuntimeError,), {})
+    config._show_user_errors(out_of_memory, out_of_memory("CUDA out of memory"), None)
+    assert "Lower BATCH_SIZE" in capsys.readouterr().err

@@ -117,6 +117,9 @@ def test_adaptation_without_labels(base, coco):
     ({"COCO_RATIO": 0.5}, "add up to 1"),
     ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL"),
     ({"PRECISION": "fp16"}, "PRECISION"),
+    ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100.*multiple of 32, such as 96"),
+    ({"PERCENT_DATASET": 0}, "PERCENT_DATASET"),
+    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
 ])
 def test_adaptation_refuses_with_one_clear_line(base, change, message):
     with pytest.raises(UserError, match=message) as error:

@@ -144,7 +144,16 @@ def _comments(file):
 
 
 def _show_user_errors(kind, error, traceback):
+    text = str(error).strip()
     if issubclass(kind, UserError):
-        print(f"Error: {error}", file=sys.stderr)
+        if "Original Traceback" in text:  # from a data loader's process: torch puts the whole traceback into the text
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        print(f"Error: {text}", file=sys.stderr)
+    elif kind.__name__ == "OutOfMemoryError":
+        print("Error: the GPU is out of memory. Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by the same "
+              "factor) or IMAGE_SIZE; where the script has them, set ACTIVATION_CHECKPOINTING = True or "
+              f"PRECISION = 'bf16'. ({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -117,6 +117,8 @@ def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
 
     `part` = (first, last) keeps that share of the subset; parts that do not overlap share no name.
     """
+    if not 0 < percent <= 100:
+        raise UserError(f"PERCENT_DATASET = {percent}: choose a number above 0, up to 100")
     digests = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)[:max(1, round(len(names) * percent / 100))]
     return sorted(order[round(part[0] * len(order)):round(part[1] * len(order))])

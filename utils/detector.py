@@ -87,6 +87,13 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     return detector.to(device).eval()
 
 
+def require_size(image_size):
+    """UserError unless the side of the square input is one that RT-DETR takes."""
+    if image_size < 32 or image_size % 32:
+        raise UserError(f"IMAGE_SIZE = {image_size}: RT-DETR needs a multiple of 32, such as "
+                        f"{max(32, round(image_size / 32) * 32)}")
+
+
 def id2label_of(detector):
     """-> {label: class name} with int keys."""
     return {int(label): name for label, name in detector.config.id2label.items()}

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from utils import datasets
+from utils.config import UserError
 
 
 class EpochBatches(torch.utils.data.Sampler):
@@ -39,6 +40,8 @@ class EpochBatches(torch.utils.data.Sampler):
 
 def training_loader(dataset, batch_size, workers, seed):
     """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
+    if batch_size < 1:
+        raise UserError(f"BATCH_SIZE = {batch_size}: choose 1 or more")
     accelerator = Accelerator()
     batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
     return _loader(dataset, workers, batch_sampler=batches)

@@ -145,7 +145,7 @@ def main(**overrides):
         parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0}, evaluate=evaluate, score="val/mAP",
         on_best=save_detector, sample_images=lambda model: sample_images(model, val_loader, id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, seed=cfg.SEED,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]

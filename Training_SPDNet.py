@@ -162,7 +162,7 @@ def main(**overrides):
         sample_images=lambda plain: sample_images(plain, val_loader.dataset, device),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, milestones=cfg.DECAY_AT, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        seed=cfg.SEED, constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
     if result["history"]:
         rows = [{"images": "rainy input"} | untouched,
                 {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]

@@ -213,7 +213,7 @@ def main(**overrides):
         on_best=lambda plain: checkpoint.save(plain.derain_module.state_dict(), output),
         sample_images=lambda plain: sample_images(plain, val, device, id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, seed=cfg.SEED,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
     print(f"adapted SPDNet: {output.as_posix()}")
     print(f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}")

@@ -162,7 +162,7 @@ def test_nothing_to_train_and_bad_settings_are_refused(coco, tmp_path):
     with pytest.raises(UserError, match="PRECISION"):
         run(coco, tmp_path / "out", precision="fp16")
     with pytest.raises(UserError, match="SCHEDULE"):
-        run(coco, tmp_path / "out", schedule="linear", warmup_steps=0)
+        run(coco, tmp_path / "out", schedule="linear")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         run(coco, tmp_path / "file" / "out")

@@ -24,6 +24,7 @@ from utils import checkpoint, datasets, freeze, report, visualize
 from utils.config import UserError
 
 PRECISIONS = ("float32", "bf16")
+SCHEDULES = ("constant", "cosine", "step")
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what fit writes into the output folder
 
 
@@ -59,16 +60,14 @@ def schedule_factor(kind, step, total, warmup, milestones=(), gamma=0.5):
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     if kind == "step":
         return gamma ** sum(step >= share * total for share in milestones)
-    if kind == "constant":
-        return 1.0
-    raise UserError(f"SCHEDULE = {kind!r}: choose constant, cosine or step")
+    return 1.0
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------
 
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=(), precision="float32", patience=None, seed=0, constants=None, resume=False, checkpoint_steps=200):
+        milestones=(), precision="float32", patience=None, constants=None, resume=False, checkpoint_steps=200):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -97,10 +96,11 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         UserError: nothing to train, a loss that is not finite, an unwritable folder.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"PRECISION = {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    for name, value, known in (("PRECISION", precision, PRECISIONS), ("SCHEDULE", schedule, SCHEDULES)):
+        if value not in known:
+            raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
-               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps, seed)
+               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps)
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -184,7 +184,7 @@ class _Run:
     """The state of one `fit`: what is saved, what is counted, what is written."""
 
     def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
-                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps, seed):
+                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps):
         # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.main = self.accelerator.is_main_process
@@ -193,7 +193,6 @@ class _Run:
         self.accumulate, self.clip_norm = accumulate, clip_norm
         self.schedule, self.warmup_steps, self.milestones = schedule, warmup_steps, milestones
         self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
-        self.seed = seed
         self.trainable = [p for group in parameters for p in group["params"]]
         if not self.trainable or not any(p.requires_grad for p in self.trainable):
             raise UserError("nothing to train: every parameter is frozen")

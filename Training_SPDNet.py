@@ -30,7 +30,8 @@ from utils import (
     report,
     visualize,
 )
-from utils.spdnet import SPDNet, init_near_identity, load_spdnet
+from utils.spdnet import SPDNet, load_spdnet
+from utils.spdnet_init import init_near_identity
 
 # --- data ---------------------------------------------------------------------------------------------------------
 RAINY_DIR = "./dataset/coco_rain/train2017"  # rainy images, searched recursively

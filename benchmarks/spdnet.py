@@ -1,6 +1,6 @@
 """SPDNet's speed and memory: ours against a plain module-by-module NCHW version with the same weights.
 
-Run: PYTHONPATH=. python benchmarks/spdnet.py [--size 256] [--rounds 5] [--compile]
+Run: python benchmarks/spdnet.py [--size 256] [--rounds 5] [--compile]
 All variants run in turn in one process and their medians are compared, so that the ratios survive a noisy machine.
 The plain version reproduces the published code's numbers bit by bit (tests/test_spdnet.py).
 """
@@ -9,105 +9,18 @@ import argparse
 import copy
 import functools
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from utils.spdnet import SPDNet, init_near_identity
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# --- the plain version --------------------------------------------------------------------------------------------
-# What one writes first: NCHW, one nn.Module call per operation, wavelets as strided convolutions, torch.cat before
-# every convolution of several maps. It reads the same module tree, so it shares its parameters with ours.
-
-
-class PlainSPDNet:
-    """SPDNet's forward and backward as plain NCHW PyTorch on the parameters of an `SPDNet`."""
-
-    def __init__(self, net: SPDNet):
-        self.net = net
-        self.pad = nn.ReflectionPad2d(1)
-        self.relu = nn.ReLU()
-
-    def __call__(self, x):
-        """x (B, 3, H, W) in [0, 255] -> (out3, out2, out1)."""
-        n = self.net
-        x_init = self.convd(n.conv_init2, self.convd(n.conv_init1, x))
-        x1 = self.stage(n.sub1, x_init, self.extra(n.res_extra1, x))
-        out1 = n.output1(x1)
-        x2 = self.stage(n.sub2, self.convd(n.ag1, torch.cat([x1, x_init], 1)), self.extra(n.res_extra2, out1))
-        out2 = n.output2(self.convd(n.ag2_en, torch.cat([x2, x1], 1)))
-        x3 = self.stage(n.sub3, self.convd(n.ag2, torch.cat([x2, x1, x_init], 1)), self.extra(n.res_extra3, out2))
-        out3 = n.output3(self.convd(n.ag_en, torch.cat([x3, x2, x1], 1)))
-        return out3, out2, out1
-
-    def convd(self, module, x):
-        return self.relu(module.conv(self.pad(x)))
-
-    def block(self, rb, x):
-        y = self.relu(rb.module_body[0](x))
-        y = self.relu(rb.module_body[2](y))
-        b, c, _, _ = y.shape
-        weights = F.adaptive_avg_pool2d(y, 1).view(b, c)
-        weights = torch.sigmoid(rb.se.fc[2](self.relu(rb.se.fc[0](weights)))).view(b, c, 1, 1)
-        return y * weights.expand_as(y) + x
-
-    def group(self, rir, x):
-        y = x
-        for rb in list(rir.module_body)[:-1]:
-            y = self.block(rb, y)
-        return self.relu(rir.module_body[-1](y) + x)
-
-    def extra(self, branch, image):
-        residue = torch.max(image, 1, keepdim=True)[0] - torch.min(image, 1, keepdim=True)[0]
-        features = self.convd(branch.conv_init1, torch.cat([residue, residue, residue], 1))
-        return self.group(branch.extra, self.convd(branch.conv_init2, features))
-
-    def gate(self, gamma, feature, attention):
-        gated = feature * attention
-        maps = gamma(torch.cat([feature, gated], 1))
-        return feature * maps[:, 0:1] + gated * maps[:, 1:2]
-
-    def dwt(self, filters, x):
-        c = x.shape[1]
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        row = torch.cat([filters.h0_row, filters.h1_row] * c, 0)
-        x = F.conv2d(x, row, stride=(1, 2), groups=c)
-        column = torch.cat([filters.h0_col, filters.h1_col] * (2 * c), 0)
-        y = F.conv2d(x, column, stride=(2, 1), groups=2 * c)
-        y = y.reshape(y.shape[0], c, 4, *y.shape[2:])
-        return torch.cat([y[:, :, 1], y[:, :, 2], y[:, :, 3], y[:, :, 0]], 1)
-
-    def idwt(self, filters, y):
-        b, c4, h, w = y.shape
-        c = c4 // 4
-        ll, lh, hl, hh = y.reshape(b, c, 4, h, w).unbind(2)
-        g0, g1 = filters.g0_col.repeat(c, 1, 1, 1), filters.g1_col.repeat(c, 1, 1, 1)
-        low = F.conv_transpose2d(ll, g0, stride=(2, 1), groups=c) + F.conv_transpose2d(lh, g1, stride=(2, 1), groups=c)
-        high = F.conv_transpose2d(hl, g0, stride=(2, 1), groups=c) + F.conv_transpose2d(hh, g1, stride=(2, 1), groups=c)
-        g0, g1 = filters.g0_row.repeat(c, 1, 1, 1), filters.g1_row.repeat(c, 1, 1, 1)
-        return (F.conv_transpose2d(low, g0, stride=(1, 2), groups=c)
-                + F.conv_transpose2d(high, g1, stride=(1, 2), groups=c))
-
-    def fuse(self, module, x, y):
-        x = self.relu(module.up.conv2d(self.pad(x)))
-        x = F.interpolate(x, size=y.shape[2:], mode="nearest")
-        return self.relu(self.block(module.rb, x + y))
-
-    def stage(self, sub, x, prior):
-        attention = torch.sigmoid(sub.prior.query_conv(x) * sub.prior.key_conv(prior))
-        x, prior = self.gate(sub.prior.gamma1, x, attention), self.gate(sub.prior.gamma2, prior, attention)
-        level1 = self.convd(sub.fuse_res, torch.cat([x, prior], 1))
-        level2 = self.convd(sub.DWT_2, self.dwt(sub.DWT, level1))
-        level3 = self.convd(sub.DWT_3, self.dwt(sub.DWT, level2))
-        for k in "123":
-            level1 = self.group(getattr(sub, "branch1_" + k), level1)
-            level2 = self.group(getattr(sub, "branch2_" + k), level2)
-            level3 = self.group(getattr(sub, "branch3_" + k), level3)
-        level2 = self.fuse(sub.fuse23, self.idwt(sub.IDWT, self.convd(sub.IDWT_3, level3)), level2)
-        return self.fuse(sub.fuse12, self.idwt(sub.IDWT, self.convd(sub.IDWT_2, level2)), level1)
-
+from utils.spdnet import SPDNet
+from utils.spdnet_init import init_near_identity
+from utils.spdnet_plain import PlainSPDNet
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -118,12 +31,11 @@ def forward(model, x):
 
 
 def forward_backward(model, x):
-    """Gradients of the parameters and of the image."""
+    """-> gradients of the parameters, in one vector. The image needs none, as in training."""
     net = getattr(model, "net", model)
     net.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
     sum(output.float().square().mean() for output in model(x)).backward()
-    return x.grad
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
 
 
 def in_bfloat16(model, x):
@@ -141,7 +53,7 @@ def saved_bytes(model, x):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(x.clone().requires_grad_())
+        model(x)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -164,13 +76,14 @@ def psnr(a, b):
 
 def report_bfloat16(net, x, weights):
     """How far bfloat16 autocast's images and gradient are from float32's."""
-    exact, gradient = forward(net, x), forward_backward(net, x).flatten()
+    exact, gradient = forward(net, x), forward_backward(net, x)
     low = functools.partial(in_bfloat16, net)
     low.net = net
-    rounded, low_gradient = forward(low, x), forward_backward(low, x).flatten()
+    rounded, low_gradient = forward(low, x), forward_backward(low, x)
     print(f"  {weights} weights: out3, out2, out1 at "
           + ", ".join(f"{psnr(a, b):.1f}" for a, b in zip(rounded, exact, strict=True))
-          + f" dB of float32's, input gradient cosine {F.cosine_similarity(gradient, low_gradient, dim=0).item():.4f}")
+          + " dB of float32's, parameter gradient cosine "
+          + f"{F.cosine_similarity(gradient, low_gradient, dim=0).item():.4f}")
 
 
 def benchmark(size, rounds, compiled, device):

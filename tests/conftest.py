@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from utils import detector
-from utils.spdnet import SPDNet, init_near_identity
+from utils.spdnet import SPDNet
+from utils.spdnet_init import init_near_identity
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}

@@ -25,7 +25,7 @@ ASSETS_DIR = "./assets/demo"            # what is committed
 MEGABYTES = 12                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
-DETECTOR = {"NUM_EPOCHS": 10, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
+DETECTOR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
             "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
 DERAINER = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 50}
 
@@ -54,7 +54,7 @@ def main(**overrides):
     Training_SPDNet.main(demo=True, RAINY_DIR=f"{cfg.WORK_DIR}/coco_rain/train2017",
                          CLEAN_DIR=f"{cfg.WORK_DIR}/coco/train2017", OUTPUT_DIR=str(work / "spdnet"),
                          RESUME=cfg.RESUME, **cfg.DERAINER)
-    shutil.rmtree(assets, ignore_errors=True)
+    shutil.rmtree(assets / "rtdetr", ignore_errors=True)
     shutil.copytree(work / "rtdetr" / "detector", assets / "rtdetr")
     shutil.copy2(work / "spdnet" / "spdnet_best.pt", assets / "spdnet.pt")
     size = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 2**20

@@ -53,7 +53,8 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "ADAPTED_MODEL_PATH": "./demo/outputs_spdnet_adaptation/spdnet_adapted.pt",
-    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
+    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
+    "DATALOADER_WORKERS": 0,
 }
 VANILLA, ORIGINAL, ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
 

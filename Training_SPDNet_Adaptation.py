@@ -77,8 +77,8 @@ EVAL_BATCH_SIZE = 4                     # validation batch
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 50, "IMAGE_SIZE": 160,
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
-    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "NUM_EPOCHS": 3, "BATCH_SIZE": 4,
-    "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 3e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0,
+    "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "DERAIN_SCALE": 0.5, "NUM_EPOCHS": 2, "BATCH_SIZE": 4,
+    "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 4e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0,
     "EVAL_BATCH_SIZE": 8,
 }
 

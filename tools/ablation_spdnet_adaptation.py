@@ -33,19 +33,19 @@ LOSSES = {
     "detection+features+identity": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "IDENTITY_WEIGHT": 5.0},
     "detection+features+reconstruction": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0,
                                           "RECONSTRUCTION_WEIGHT": 5.0},
-    "detection+features, half scale": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "DERAIN_SCALE": 0.5},
+    "detection+features, full scale": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "DERAIN_SCALE": 1.0},
 }
 
 
-def score(spdnet_path, derain_scale=1.0):
+def score(spdnet_path, **overrides):
     """-> {"clean", "rainy"}: mAP of SPDNet (None: without) and the demo's detector on the demo's validation scenes."""
-    cfg = config.resolve(vars(Eval), {"demo": True})
+    cfg = config.resolve(vars(Eval), {"demo": True} | overrides)
     device = engine.device()
     if spdnet_path is None:
         model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
     else:
         model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
-                                                       derain_scale).eval()
+                                                       cfg.DERAIN_SCALE).eval()
     id2label = detector.id2label_of(getattr(model, "detection_module", model))
     found = {}
     for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"), ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR")):
@@ -64,8 +64,8 @@ def once(path, make):
 def run(variant, seed, folder):
     """Adapt with one variant and score the result."""
     Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), **LOSSES[variant])
-    return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt",
-                                                      LOSSES[variant].get("DERAIN_SCALE", 1.0))
+    scale = {name: value for name, value in LOSSES[variant].items() if name == "DERAIN_SCALE"}
+    return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt", **scale)
 
 
 def main(**overrides):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 INK, PAPER = "#202020", "#ffffff"
@@ -90,6 +91,7 @@ def curves(history, path):
         panel.plot(epochs, [record.get(name, float("nan")) for record in history], marker="o", markersize=3)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("epoch", fontsize=8)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(names):]:
         panel.axis("off")

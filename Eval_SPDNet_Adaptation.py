@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from utils import (
+    checkpoint,
     config,
     datasets,
     demo,
     detector,
-    engine,
     evaluation,
     freeze,
     integrated_model,
     loaders,
     presets,
+    processes,
     report,
     visualize,
 )
@@ -56,7 +57,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0,
 }
-VANILLA, ORIGINAL, ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
+_VANILLA, _ORIGINAL, _ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
 
 
 def build_models(cfg, device):
@@ -64,13 +65,19 @@ def build_models(cfg, device):
     if not Path(cfg.ADAPTED_MODEL_PATH).is_file():
         raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' does not exist: run python "
                                f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
+    trained = Path(cfg.ADAPTED_MODEL_PATH).with_name("best.pt")
+    if trained.is_file():
+        scale = checkpoint.load(trained)["model_args"].get("derain_scale", cfg.DERAIN_SCALE)
+        if scale != cfg.DERAIN_SCALE:
+            raise config.UserError(f"DERAIN_SCALE = {cfg.DERAIN_SCALE}, but {cfg.ADAPTED_MODEL_PATH} was trained with "
+                                   f"{scale}: set it to that")
     original = integrated_model.load_integrated_model(
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
         freeze_detection=True, derain_scale=cfg.DERAIN_SCALE)
     adapted = integrated_model.RainRobustRTDETR(
         freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device)), original.detection_module,
         derain_scale=cfg.DERAIN_SCALE).to(device)
-    return {VANILLA: original.detection_module.eval(), ORIGINAL: original.eval(), ADAPTED: adapted.eval()}
+    return {_VANILLA: original.detection_module.eval(), _ORIGINAL: original.eval(), _ADAPTED: adapted.eval()}
 
 
 def build_loader(cfg, root, constant, domain, id2label):
@@ -79,7 +86,7 @@ def build_loader(cfg, root, constant, domain, id2label):
                                          domain=domain, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
                                          unknown=cfg.UNKNOWN_CATEGORIES)
     for note in data.notes:
-        print(f"note: {note}")
+        processes.say(f"note: {note}")
     return loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
 
 
@@ -97,16 +104,19 @@ def evaluate(cfg, models, loader, device):
             if not ids:
                 raise config.UserError(f"PREFIXES: no image in {data.folder.as_posix()} starts with {prefix!r}")
             chosen = [d for d in found if d["image_id"] in set(ids)]
-            by_prefix.append({"model": name, "images": prefix, "count": len(ids)}
+            by_prefix.append({"model": name, "images": f"{prefix}*", "count": len(ids)}
                              | evaluation.coco_scores(truth, chosen, data.category_of, ids))
     return rows + by_prefix
 
 
-def gap_won_back(rows, name):
-    """Share of vanilla's loss in rain that `name` wins back; None where rain costs vanilla nothing."""
+def gap_won_back(rows, name, twins):
+    """Share of vanilla's loss in rain that `name` wins back; None where rain costs vanilla nothing, and where the clean
+    images are not the rainy ones' twins, so that there is no such gap."""
+    if not twins:
+        return None
     score = {(row["model"], row["images"]): row["mAP"] for row in rows}
-    gap = score[VANILLA, "clean"] - score[VANILLA, "rainy"]
-    return (score[name, "rainy"] - score[VANILLA, "rainy"]) / gap if gap > 0 else None
+    gap = score[_VANILLA, "clean"] - score[_VANILLA, "rainy"]
+    return (score[name, "rainy"] - score[_VANILLA, "rainy"]) / gap if gap > 0 else None
 
 
 def measure_latency(cfg, models, device):
@@ -125,7 +135,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: rainy with vanilla | original's image | adapted's image, each with its detections | ground truth."""
     count = min(cfg.PICTURES, len(dataset))
     picked = [dataset[i * len(dataset) // count] for i in range(count)]
-    scale = max(1, 240 // cfg.IMAGE_SIZE)
+    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
     rows = []
     for sample in picked:
         batch = datasets.to_device(datasets.collate([sample]), device)
@@ -134,7 +144,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
             outputs = model(pixel_values=batch["images"])
             found = evaluation.decode(outputs.logits, outputs.pred_boxes, [(side, side)])[0]
             keep = found["scores"] > cfg.SCORE_THRESHOLD
-            image = batch["images"][0] if name == VANILLA else outputs.derained[0]
+            image = batch["images"][0] if name == _VANILLA else outputs.derained[0]
             cells.append(visualize.draw_boxes(image, found["boxes"][keep], found["labels"][keep], id2label,
                                               found["scores"][keep], scale))
         boxes = sample["boxes"] * side
@@ -144,24 +154,25 @@ def draw_page(cfg, models, dataset, device, id2label, path):
     visualize.grid(rows, [*models, "ground truth"], path)
 
 
-def print_summary(rows, latency):
+def print_summary(rows, latency, twins):
     """The guide's three lines, the table, the gap, the cost on clean images."""
     score = {(row["model"], row["images"]): row["mAP"] for row in rows}
-    vanilla = score[VANILLA, "rainy"]
+    vanilla = score[_VANILLA, "rainy"]
     print("\nRainy images:")
-    print(f"{VANILLA + ' mAP:':<28}{vanilla:.4f}")
-    for name in (ORIGINAL, ADAPTED):
+    print(f"{_VANILLA + ' mAP:':<28}{vanilla:.4f}")
+    for name in (_ORIGINAL, _ADAPTED):
         change = f"({100 * (score[name, 'rainy'] / vanilla - 1):+.1f}%)" if vanilla > 0 else ""
         print(f"{name + ':':<28}{score[name, 'rainy']:.4f}  {change}")
     headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
     print("\n" + report.table(rows, headings))
-    for name in (ORIGINAL, ADAPTED):
-        share = gap_won_back(rows, name)
-        won = "rain costs vanilla nothing here" if share is None else f"{100 * share:.1f}% of the rain gap won back"
-        cost = score[name, "clean"] - score[VANILLA, "clean"]
+    for name in (_ORIGINAL, _ADAPTED):
+        share = gap_won_back(rows, name, twins)
+        won = (f"{100 * share:.1f}% of the rain gap won back" if share is not None else
+               "rain costs vanilla nothing here" if twins else "no rain gap, the clean images are other ones")
+        cost = score[name, "clean"] - score[_VANILLA, "clean"]
         print(f"{name}: {won}; clean images that pass through it: {cost:+.4f} mAP")
     print("\n" + report.table([{"model": name} | values for name, values in latency.items()],
-                              {"model": "ms per image"} | {key: key for key in latency[VANILLA]}))
+                              {"model": "ms per image"} | {key: key for key in latency[_VANILLA]}))
 
 
 def main(**overrides):
@@ -170,17 +181,18 @@ def main(**overrides):
     detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
-    device = engine.device()
+    device = processes.device()
     models = build_models(cfg, device)
-    id2label = detector.id2label_of(models[VANILLA])
+    id2label = detector.id2label_of(models[_VANILLA])
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
     rows = evaluate(cfg, models, rainy, device) + evaluate(cfg, models, clean, device)
+    twins = rainy.dataset.files == clean.dataset.files
     latency = measure_latency(cfg, models, device)
-    results = {"scores": rows, "gap_won_back": {name: gap_won_back(rows, name) for name in (ORIGINAL, ADAPTED)},
-               "milliseconds_per_image": latency}
-    if engine.is_main():
-        print_summary(rows, latency)
+    won_back = {name: gap_won_back(rows, name, twins) for name in (_ORIGINAL, _ADAPTED)}
+    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
+    if processes.is_main():
+        print_summary(rows, latency, twins)
         folder = Path(cfg.OUTPUT_DIR)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, rainy.dataset, device, id2label, folder / "detections.png")

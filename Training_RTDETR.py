@@ -10,12 +10,26 @@ Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout: set RTDETR_MODEL_N
 metrics.json, curves.png and tb/.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import RTDetrImageProcessor
 
-from utils import config, datasets, demo, detector, engine, evaluation, freeze, loaders, presets, report, visualize
+from utils import (
+    config,
+    datasets,
+    demo,
+    detector,
+    engine,
+    evaluation,
+    freeze,
+    loaders,
+    presets,
+    processes,
+    report,
+    visualize,
+)
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -59,12 +73,18 @@ DEMO = {
 
 
 def build_model(cfg):
-    """The detector to train: loaded, or new with the classes of the annotation file."""
-    if cfg.RTDETR_MODEL_NAME:
-        return freeze.unfreeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME))
+    """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
     categories = datasets.read_annotations(datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
-    return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
+    if not cfg.RTDETR_MODEL_NAME:
+        return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
+    model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
+    known = datasets.label_table(categories, detector.id2label_of(model), "", unknown="list")
+    if len(known) < len(categories):
+        processes.say(f"{cfg.RTDETR_MODEL_NAME} does not know all classes of the data: new class heads for "
+                      f"{', '.join(names)}")
+        model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, new_classes=dict(enumerate(names)))
+    return model
 
 
 def build_loaders(cfg, id2label):
@@ -78,7 +98,7 @@ def build_loaders(cfg, id2label):
     val = datasets.CocoDetectionDataset(cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
                                         constant="COCO_DIR", domain="clean")
     for note in train.notes + val.notes:
-        print(f"note: {note}")
+        processes.say(f"note: {note}")
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS))
 
@@ -127,7 +147,7 @@ def main(**overrides):
     id2label = detector.id2label_of(model)
     train_loader, val_loader = build_loaders(cfg, id2label)
     truth = evaluation.ground_truth(val_loader.dataset.annotation_file)
-    print(freeze.describe({"RT-DETR": model}))
+    processes.say(freeze.describe({"RT-DETR": model}))
 
     def evaluate(model):
         scores, _ = evaluation.detection_scores(lambda images: model(pixel_values=images), val_loader,
@@ -136,9 +156,13 @@ def main(**overrides):
 
     def save_detector(model):
         folder = Path(cfg.OUTPUT_DIR) / "detector"
-        model.save_pretrained(folder)
+        fresh = folder.with_name(".detector.tmp")  # a kill while writing must not cost the previous best one
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
         size = {"height": cfg.IMAGE_SIZE, "width": cfg.IMAGE_SIZE}
-        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
+        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
 
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
@@ -146,11 +170,12 @@ def main(**overrides):
         on_best=save_detector, sample_images=lambda model: sample_images(model, val_loader, id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        own_files=("detector",))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
-        print(report.table([best], {f"val/{name}": name for name in evaluation.METRICS}))
-        print(f"detector: {(Path(cfg.OUTPUT_DIR) / 'detector').as_posix()}")
+        processes.say(report.table([best], {f"val/{name}": name for name in evaluation.METRICS}))
+        processes.say(f"detector: {(Path(cfg.OUTPUT_DIR) / 'detector').as_posix()}")
     return result
 
 

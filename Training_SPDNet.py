@@ -27,6 +27,7 @@ from utils import (
     loaders,
     losses,
     presets,
+    processes,
     report,
     visualize,
 )
@@ -96,7 +97,7 @@ class Derainer(torch.nn.Module):
 def build_model(cfg, device):
     """A new SPDNet, or the one in SPDNET_MODEL_PATH."""
     if cfg.SPDNET_MODEL_PATH:
-        spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH)
+        spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH")
     else:
         spdnet = SPDNet(cfg.SPDNET_N_FEATS, cfg.SPDNET_N_RESBLOCKS)
         if cfg.INITIALISATION == "identity":
@@ -104,7 +105,7 @@ def build_model(cfg, device):
         elif cfg.INITIALISATION != "default":
             raise config.UserError(f"INITIALISATION = {cfg.INITIALISATION!r}: choose identity or default")
     spdnet.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
-    print(freeze.describe({"SPDNet": spdnet}))
+    processes.say(freeze.describe({"SPDNet": spdnet}))
     return Derainer(spdnet).to(device)
 
 
@@ -145,16 +146,19 @@ def sample_images(model, dataset, device):
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
+    if cfg.VAL_IMAGES < 1 or cfg.PATCH_SIZE < 16:
+        raise config.UserError(f"VAL_IMAGES = {cfg.VAL_IMAGES} must be 1 or more, PATCH_SIZE = {cfg.PATCH_SIZE} at "
+                               "least 16")
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)
-    device = engine.device()
+    device = processes.device()
     model = build_model(cfg, device)
     train_loader, val_loader = build_loaders(cfg)
     output = Path(cfg.OUTPUT_DIR) / "spdnet_best.pt"
     untouched = evaluate(lambda images: (images,), val_loader, device)
-    print(f"rainy input: {untouched['val/psnr_y']:.2f} dB, SSIM {untouched['val/ssim_y']:.4f} on Y; "
-          f"{untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} on RGB")
+    processes.say(f"rainy input: {untouched['val/psnr_y']:.2f} dB, SSIM {untouched['val/ssim_y']:.4f} on Y; "
+                  f"{untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} on RGB")
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
         parameters=[{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE}], loss_weights={"mse": 1.0},
@@ -163,16 +167,16 @@ def main(**overrides):
         sample_images=lambda plain: sample_images(plain, val_loader.dataset, device),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, milestones=cfg.DECAY_AT, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        own_files=(output.name,))
     if result["history"]:
         rows = [{"images": "rainy input"} | untouched,
                 {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]
-        print(report.table(rows, {"images": "images", "val/psnr_y": "PSNR (Y)", "val/ssim_y": "SSIM (Y)",
-                                  "val/psnr": "PSNR (RGB)", "val/ssim": "SSIM (RGB)"}))
-        print(f"SPDNet: {output.as_posix()}")
+        processes.say(report.table(rows, {"images": "images", "val/psnr_y": "PSNR (Y)", "val/ssim_y": "SSIM (Y)",
+                                          "val/psnr": "PSNR (RGB)", "val/ssim": "SSIM (RGB)"}))
+        processes.say(f"SPDNet: {output.as_posix()}")
     return result
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.benchmark = True  # patches have one size: let cuDNN pick the fastest kernels
     main(**config.from_command_line(globals()))

@@ -29,6 +29,7 @@ from utils import (
     loaders,
     losses,
     presets,
+    processes,
     visualize,
 )
 
@@ -89,7 +90,7 @@ def build_model(cfg, device):
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
         derain_scale=cfg.DERAIN_SCALE)
     model.derain_module.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
-    print(freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module}))
+    processes.say(freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module}))
     return model
 
 
@@ -98,7 +99,7 @@ def build_data(cfg, id2label):
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
     if cfg.DETECTION_WEIGHT == 0 and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
-        print("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
+        processes.say("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
         train, val = (datasets.PairedRainDataset(
             cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
             percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
@@ -112,7 +113,7 @@ def build_data(cfg, id2label):
     val = datasets.CocoDetectionDataset(cfg.COCO_RAIN_DIR, "val", id2label, val_transform, constant="COCO_RAIN_DIR",
                                         domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
     for note in train.notes + val.notes:
-        print(f"note: {note}")
+        processes.say(f"note: {note}")
     return train, val, True
 
 
@@ -152,12 +153,12 @@ def evaluate(model, loader, device, truth, weights, cfg):
     if truth is not None:
         scores, _ = evaluation.detection_scores(model, loader, device, truth, name="rainy validation")
         return {f"rain/{name}": scores[name] for name in evaluation.METRICS}
-    total = count = 0
+    found = []
     for batch in loader:
         batch = datasets.to_device(batch, device)
         terms = compute_losses(model, batch, weights, model.clean_features, cfg.FEATURE_LEVEL)
-        total, count = total + terms["features"].item() * len(batch["images"]), count + len(batch["images"])
-    return {"rain/consistency": -total / count}
+        found += [{"rain/consistency": -terms["features"].item()}] * len(batch["images"])
+    return evaluation.mean_over_ranks(found)
 
 
 def sample_images(model, dataset, device, id2label):
@@ -191,7 +192,7 @@ def main(**overrides):
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)
-    device = engine.device()
+    device = processes.device()
     model = build_model(cfg, device)
     id2label = detector.id2label_of(model.detection_module)
     train, val, labelled = build_data(cfg, id2label)
@@ -214,9 +215,11 @@ def main(**overrides):
         sample_images=lambda plain: sample_images(plain, val, device, id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
-    print(f"adapted SPDNet: {output.as_posix()}")
-    print(f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}")
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        own_files=(output.name,))
+    if result["history"]:
+        processes.say(f"adapted SPDNet: {output.as_posix()}\n"
+                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}")
     return result
 
 

@@ -35,7 +35,7 @@ WORKERS = 0                  # processes; 0 means all cores
 DEMO = {"COCO": "./demo/coco", "OUT": "./demo/coco_rain_heavy", "INTENSITY": "heavy"}
 
 _LAYOUT = "expected layout: <COCO>/annotations/*.json and folders with images such as <COCO>/train2017/*.jpg"
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _TEMPORARY = ".rain-tmp"
 _CHUNK = 8  # images a worker takes at a time
 

@@ -1,11 +1,11 @@
 """SPDNet's speed and memory: ours against a plain module-by-module NCHW version with the same weights.
 
-Run: python benchmarks/spdnet.py [--size 256] [--rounds 5] [--compile]
+    python benchmarks/spdnet.py
+
 All variants run in turn in one process and their medians are compared, so that the ratios survive a noisy machine.
 The plain version reproduces the published code's numbers bit by bit (tests/test_spdnet.py).
 """
 
-import argparse
 import copy
 import functools
 import statistics
@@ -18,9 +18,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import config
 from utils.spdnet import SPDNet
 from utils.spdnet_init import init_near_identity
 from utils.spdnet_plain import PlainSPDNet
+
+SIZE = 256                              # height and width of the image
+ROUNDS = 5                              # measurements per variant
+COMPILE = False                         # also torch.compile, which takes minutes
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -131,17 +136,13 @@ def benchmark(size, rounds, compiled, device):
     report_bfloat16(net, x, "disturbed")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=256, help="height and width of the image")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements per variant")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
-    options = parser.parse_args()
-    benchmark(options.size, options.rounds, options.compile, "cpu")
+def main(**overrides):
+    cfg = config.resolve(globals(), overrides)
+    benchmark(cfg.SIZE, cfg.ROUNDS, cfg.COMPILE, "cpu")
     if torch.cuda.is_available():
-        for size in (options.size, 640):
-            benchmark(size, options.rounds, options.compile, "cuda")
+        for size in (cfg.SIZE, 640):
+            benchmark(size, cfg.ROUNDS, cfg.COMPILE, "cuda")
 
 
 if __name__ == "__main__":
-    main()
+    main(**config.from_command_line(globals()))

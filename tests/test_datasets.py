@@ -101,6 +101,15 @@ def test_wrong_categories_and_broken_json_are_named(coco):
         open_set(coco / "coco")
 
 
+def test_sizes_and_fields_that_do_not_fit_are_named(coco):
+    Image.new("RGB", (20, 20)).save(coco / "coco" / "train2017" / "000000000004.jpg")
+    with pytest.raises(UserError, match="000000000004.jpg .is 20x20, its annotation says 96x96"):
+        open_set(coco / "coco")
+    edit(coco / "coco", lambda content: content["images"][0].pop("width"))
+    with pytest.raises(UserError, match="an entry of 'images' has no width"):
+        open_set(coco / "coco")
+
+
 def test_old_spellings_of_coco_classes_match():
     table = datasets.label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
                                  {3: "motorbike", 57: "sofa"}, "x.json")
@@ -149,7 +158,9 @@ def test_image_and_twin_get_the_same_geometry(tmp_path):
 
 def test_a_missing_or_misshapen_twin_is_named(coco):
     Image.new("RGB", (50, 50)).save(coco / "coco_rain" / "train2017" / "000000000005.jpg")
-    data = open_set(coco / "coco", twin_root=coco / "coco_rain", twin_constant="COCO_RAIN_DIR")
+    with pytest.raises(UserError, match="coco_rain/train2017/000000000005.jpg .is 50x50"):
+        open_set(coco / "coco", twin_root=coco / "coco_rain", twin_constant="COCO_RAIN_DIR")
+    data = open_set(coco / "coco", twin_root=coco / "coco_rain", twin_constant="COCO_RAIN_DIR", check=False)
     with pytest.raises(UserError, match="000000000005.jpg is 96x96, its twin"):
         data[data.image_ids.index(5)]
     (coco / "coco_rain" / "train2017" / "000000000005.jpg").unlink()
@@ -198,6 +209,10 @@ def test_paired_folders(tmp_path):
     parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged, part=part)
              for part in ((0, 0.6), (0.6, 1))]
     assert not {p for p, _ in parts[0].pairs} & {p for p, _ in parts[1].pairs}
+    Image.new("RGB", (50, 40)).save(tmp_path / "clean" / "sub" / "3.bmp")
+    with pytest.raises(UserError, match="share a name"):
+        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged)
+    (tmp_path / "clean" / "sub" / "3.bmp").unlink()
     (tmp_path / "clean" / "sub" / "3.png").unlink()
     with pytest.raises(UserError, match="CLEAN_DIR.*sub/3"):
         datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged)

@@ -12,6 +12,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from utils import demo
+from utils.config import UserError
 from utils.demo_scene import CATEGORIES, render_scene
 
 SMALL = {"num_train": 8, "num_val": 4}
@@ -188,7 +189,7 @@ def test_foreign_data_is_never_replaced(tmp_path):
     photo = tmp_path / "coco" / "train2017" / "photo.jpg"
     photo.parent.mkdir(parents=True)
     photo.write_bytes(b"dear")
-    with pytest.raises(FileExistsError, match="coco"):
+    with pytest.raises(UserError, match="coco"):
         demo.ensure_demo(tmp_path, **SMALL)
     assert photo.read_bytes() == b"dear" and not (tmp_path / ".lock").exists()
 

@@ -77,7 +77,7 @@ def test_files_and_history(coco, tmp_path):
     for key in ("model", "optimizer", "epoch", "step", "best_score", "torch_rng", "constants", "model_args"):
         assert key in content
     assert content["step"] == 6 and result["best_epoch"] == 1 and len(result["history"]) == 3
-    assert set(result["history"][0]["time"]) == {"data", "forward", "backward", "step"}
+    assert set(result["history"][0]["time"]) == {"data", "forward", "backward", "step", "save"}
     assert sum(result["history"][0]["time"].values()) == pytest.approx(1.0)
 
 
@@ -136,16 +136,41 @@ def test_a_frozen_module_that_changes_stops_the_run_loudly(coco, tmp_path):
 
 
 def test_frozen_buffers_do_not_move(coco, tmp_path):
-    before = freeze.fingerprint(Net().tail)
-    torch.manual_seed(1)
-    model, _ = run(coco, tmp_path / "out", epochs=2)
-    assert before == before and freeze.fingerprint(model.tail) == freeze.fingerprint(
-        _fresh_tail()) and model.head[1].num_batches_tracked > 0
-
-
-def _fresh_tail():
     engine.seed_everything(1)
-    return Net().tail
+    before = freeze.fingerprint(Net().tail)
+    model, _ = run(coco, tmp_path / "out", epochs=2)
+    assert freeze.fingerprint(model.tail) == before and model.head[1].num_batches_tracked > 0
+
+
+def test_resuming_with_another_frozen_part_is_refused_at_once(coco, tmp_path):
+    run(coco, tmp_path / "out", epochs=1)
+    other = Net()
+    other.tail[0].weight.data += 1
+    with pytest.raises(UserError, match="trained with another frozen tail"):
+        run(coco, tmp_path / "out", epochs=2, model=other, resume=True)
+
+
+def test_resuming_with_another_batch_size_starts_the_epoch_again(coco, tmp_path, capsys):
+    count = 0
+
+    def dies(model, batch):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise Killed
+        return compute_losses(model, batch)
+
+    with pytest.raises(Killed):
+        run(coco, tmp_path / "out", epochs=1, losses=dies)
+    _, result = run(coco, tmp_path / "out", epochs=1, batch=1, resume=True)
+    assert "epoch 1 starts again" in capsys.readouterr().out and len(result["history"]) == 1
+
+
+def test_the_scripts_own_output_is_set_aside_too(coco, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapted.pt").write_text("earlier")
+    run(coco, tmp_path / "out", epochs=1, own_files=("adapted.pt",))
+    assert (tmp_path / "out" / "previous_1" / "adapted.pt").read_text() == "earlier"
 
 
 def test_a_loss_that_is_not_finite_stops_with_names(coco, tmp_path):

@@ -128,6 +128,12 @@ def test_files_reproduce_the_outputs(model, images, tmp_path):
     assert freeze.count_parameters(loaded)[1] == 0
 
 
+def test_without_weights_spdnet_starts_near_the_identity(weights):
+    model = load_integrated_model(None, str(weights / "rtdetr"), 2)
+    image = torch.full((1, 3, 32, 32), 0.5)
+    assert (model.derain(image) - image).abs().mean() < 0.02
+
+
 def test_errors_name_the_constant(weights, tmp_path):
     rtdetr, spdnet = str(weights / "rtdetr"), weights / "spdnet.pt"
     with pytest.raises(UserError, match="SPDNET_MODEL_PATH.*does not exist.*--demo"):

@@ -17,14 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 import Eval_SPDNet_Adaptation as Eval  # noqa: E402
 import Training_SPDNet_Adaptation as Adaptation  # noqa: E402
-from utils import config, detector, engine, evaluation, integrated_model, report  # noqa: E402
+from utils import config, detector, evaluation, integrated_model, processes, report  # noqa: E402
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection", "detection+features", "features", "detection+encoder", "detection+features+identity",
-            "detection+features+reconstruction")  # names of LOSSES below
+            "detection+features+reconstruction")  # names of _LOSSES below
 OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
 
-LOSSES = {
+_LOSSES = {
     "detection": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 0.0},
     "detection+features": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0},
     "features": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0},
@@ -40,7 +40,7 @@ LOSSES = {
 def score(spdnet_path, **overrides):
     """-> {"clean", "rainy"}: mAP of SPDNet (None: without) and the demo's detector on the demo's validation scenes."""
     cfg = config.resolve(vars(Eval), {"demo": True} | overrides)
-    device = engine.device()
+    device = processes.device()
     if spdnet_path is None:
         model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
     else:
@@ -63,8 +63,8 @@ def once(path, make):
 
 def run(variant, seed, folder):
     """Adapt with one variant and score the result."""
-    Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), **LOSSES[variant])
-    scale = {name: value for name, value in LOSSES[variant].items() if name == "DERAIN_SCALE"}
+    Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), **_LOSSES[variant])
+    scale = {name: value for name, value in _LOSSES[variant].items() if name == "DERAIN_SCALE"}
     return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt", **scale)
 
 
@@ -72,9 +72,9 @@ def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(ROOT)
-    unknown = set(cfg.VARIANTS) - LOSSES.keys()
+    unknown = set(cfg.VARIANTS) - _LOSSES.keys()
     if unknown:
-        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in LOSSES ({', '.join(LOSSES)})")
+        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _LOSSES ({', '.join(_LOSSES)})")
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", lambda: score(None))
     start = config.resolve(vars(Eval), {"demo": True}).SPDNET_MODEL_PATH

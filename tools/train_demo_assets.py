@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import Training_RTDETR  # noqa: E402
 import Training_SPDNet  # noqa: E402
-from utils import config, datasets, demo, detector, engine, evaluation, loaders, presets  # noqa: E402
+from utils import config, datasets, demo, detector, evaluation, loaders, presets, processes  # noqa: E402
 
 SCENES = 5000                           # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
@@ -25,20 +25,20 @@ ASSETS_DIR = "./assets/demo"            # what is committed
 MEGABYTES = 12                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
-DETECTOR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
+_DETECTOR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
             "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
-DERAINER = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 50}
+_DERAINER = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 50}
 
 
 def rain_gap(folder, work):
     """-> mAP of the detector in `folder` on the demo's clean and rainy validation scenes."""
-    model = detector.load_rtdetr(folder, device=engine.device())
+    model = detector.load_rtdetr(folder, device=processes.device())
     scores = []
     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")):
         data = datasets.CocoDetectionDataset(work / root, "val", detector.id2label_of(model),
                                              presets.evaluation(160), constant="WORK_DIR", domain=domain)
         loader = loaders.validation_loader(data, 8, 0)
-        found, _ = evaluation.detection_scores(lambda x: model(pixel_values=x), loader, engine.device())
+        found, _ = evaluation.detection_scores(lambda x: model(pixel_values=x), loader, processes.device())
         scores.append(found["mAP"])
     return scores
 
@@ -50,10 +50,10 @@ def main(**overrides):
     demo.ensure_demo(cfg.WORK_DIR, num_train=cfg.SCENES)
     work, assets = Path(cfg.WORK_DIR), Path(cfg.ASSETS_DIR)
     Training_RTDETR.main(demo=True, COCO_DIR=f"{cfg.WORK_DIR}/coco", OUTPUT_DIR=str(work / "rtdetr"),
-                         RESUME=cfg.RESUME, **cfg.DETECTOR)
+                         RESUME=cfg.RESUME, **_DETECTOR)
     Training_SPDNet.main(demo=True, RAINY_DIR=f"{cfg.WORK_DIR}/coco_rain/train2017",
                          CLEAN_DIR=f"{cfg.WORK_DIR}/coco/train2017", OUTPUT_DIR=str(work / "spdnet"),
-                         RESUME=cfg.RESUME, **cfg.DERAINER)
+                         RESUME=cfg.RESUME, **_DERAINER)
     shutil.rmtree(assets / "rtdetr", ignore_errors=True)
     shutil.copytree(work / "rtdetr" / "detector", assets / "rtdetr")
     shutil.copy2(work / "spdnet" / "spdnet_best.pt", assets / "spdnet.pt")

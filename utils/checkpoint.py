@@ -6,6 +6,7 @@ Files are written beside their target and moved into place, so a killed run neve
 import argparse
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -26,11 +27,22 @@ def save(content, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, temporary)
-        os.replace(temporary, path)
+        replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."
                               ) from error
+
+
+def replace(temporary, path):
+    """os.replace, tried for two seconds: on Windows a virus scanner or an open reader can hold the target that long."""
+    for patience in (0.1, 0.3, 0.6, 1.0, None):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if patience is None:
+                raise
+            time.sleep(patience)
 
 
 def load(path, device="cpu"):

@@ -32,6 +32,8 @@ def read_image(path):
     """-> (3, H, W) uint8 RGB. UserError with the file's name where it is missing or broken."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
             return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
@@ -39,15 +41,18 @@ def read_image(path):
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
 
 
-def check_images(paths, what):
-    """Decode every file once at low resolution; UserError that names the broken ones.
+def check_images(paths, what, sizes=None):
+    """Decode every file once at low resolution; UserError that names the broken ones, and those whose size is not the
+    (width, height) that `sizes` (one per path) gives.
 
     A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped.
     """
-    def problem(path):
+    def problem(path, expected):
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if expected and image.size != expected:
+                    return (f"{Path(path).as_posix()} (is {image.width}x{image.height}, its annotation says "
+                            f"{expected[0]}x{expected[1]})")
                 image.draft("RGB", (image.width // 8, image.height // 8))
                 image.load()
         except FileNotFoundError:
@@ -56,13 +61,15 @@ def check_images(paths, what):
             return f"{Path(path).as_posix()} ({error})"
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(tqdm(pool.map(problem, paths), f"checking {what}", len(paths), ascii=True, leave=False,
-                          disable=None if len(paths) > 500 else True, unit="image"))
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        answers = pool.map(problem, paths, sizes or [None] * len(paths))
+        found = list(tqdm(answers, f"checking {what}", len(paths), ascii=True, leave=False, unit="image",
+                          disable=None if len(paths) > 500 else True))
     broken = [text for text in found if text]
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(f"{len(broken)} unreadable image(s) in {what}: {'; '.join(broken[:5])}{more}. "
+        raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
                         "Replace them or remove them from the data set.")
 
 
@@ -73,7 +80,7 @@ def label_table(categories, id2label, source, unknown="error"):
         categories: the annotation file's [{"id", "name"}, ...].
         id2label: {label: name} of the model, as in a Hugging Face config.
         source: named in the error.
-        unknown: "error", or "ignore" to leave categories out that the model does not know.
+        unknown: "error", "ignore" to leave categories out that the model does not know, "list" to only look.
     Returns:
         {category id: label}.
     Raises:
@@ -82,7 +89,7 @@ def label_table(categories, id2label, source, unknown="error"):
     known = {_plain(name): int(label) for label, name in id2label.items()}
     table = {c["id"]: known[_plain(c["name"])] for c in categories if _plain(c["name"]) in known}
     strangers = [c["name"] for c in categories if c["id"] not in table]
-    if strangers and (unknown == "error" or not table):
+    if strangers and unknown != "list" and (unknown == "error" or not table):
         classes = ", ".join(list(map(str, id2label.values()))[:8])
         raise UserError(f"{source}: the detector does not know {', '.join(repr(s) for s in strangers[:5])} (its "
                         f"classes: {classes}{', ...' if len(id2label) > 8 else ''}). Use a detector trained on these "
@@ -168,8 +175,9 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         self.notes = self._index_boxes(chosen, content["annotations"])
         if check:
             folders = [self.folder] + ([self.twin_folder] if twin_root else [])
+            sizes = [(image["width"], image["height"]) for image in chosen]
             check_images([folder / name for folder in folders for name in self.files],
-                         f"{constant} ({split}{', with twins' if twin_root else ''})")
+                         f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders))
 
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""
@@ -237,6 +245,13 @@ def read_annotations(path):
                if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{Path(path).as_posix()} has no {', '.join(missing)}: not a COCO annotation file")
+    needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
+              "annotations": ("id", "image_id", "category_id", "bbox")}
+    for part, keys in needed.items():
+        for entry in content[part]:
+            if missing := [key for key in keys if key not in entry]:
+                raise UserError(f"{Path(path).as_posix()}: an entry of '{part}' has no {', '.join(missing)}: "
+                                f"{str(entry)[:120]}")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:
         raise UserError(f"{Path(path).as_posix()}: annotations use category id(s) {sorted(strays)[:5]} that its "
@@ -308,8 +323,11 @@ def _images_below(folder, constant):
     """-> {relative name without extension: path} of the images below a folder."""
     if not folder.is_dir():
         raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {_advice(constant)}")
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path
-             for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(name, path) != path:
+            raise UserError(f"{constant}: {found[name].as_posix()} and {path.name} share a name; keep one of them")
     if not found:
         raise UserError(f"{constant} = '{folder.as_posix()}' holds no images ({' '.join(IMAGE_SUFFIXES)})")
     return found

@@ -28,6 +28,7 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from utils import rain
+from utils.config import UserError
 from utils.demo_scene import CATEGORIES, render_scene
 
 FORMAT_VERSION = 1                  # raise it when the same settings would give other files
@@ -47,7 +48,7 @@ def ensure_demo(root="./demo", num_train=1200, num_val=200, size=(160, 160), see
     Returns:
         Path(root). Calls after the first only read root/demo.json.
     Raises:
-        FileExistsError: root/coco or root/coco_rain holds something that is not a demo data set.
+        UserError: root/coco or root/coco_rain holds something that is not a demo data set.
     """
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "rain_version": rain.VERSION, "num_train": int(num_train),
@@ -193,7 +194,7 @@ def refuse_foreign(root):
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         if MAKER not in ours:
-            raise FileExistsError(f"{folder} is not a demo data set of RainSight and will not be replaced. "
+            raise UserError(f"{folder} is not a demo data set of RainSight and will not be replaced. "
                                   f"Move it away, or give ensure_demo another root.")
 
 

@@ -53,13 +53,14 @@ def new_rtdetr(size, id2label, train_backbone_norms=True):
     return detector
 
 
-def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME"):
+def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME", new_classes=None):
     """Load a pretrained RT-DETR in float32 and eval mode.
 
     Args:
         name: a Hugging Face hub id, or a folder written by save_pretrained.
         num_labels: number of classes that the caller expects; None takes the checkpoint's.
         constant: the script's constant that holds `name`, for the error.
+        new_classes: {label: name} replaces the checkpoint's classes; what depends on their number starts anew.
     Raises:
         UserError: not there, hub unreachable, not an RT-DETR, another number of classes.
     """
@@ -67,10 +68,13 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     if looks_local and not (Path(name) / "config.json").is_file():
         raise UserError(f"{constant} = '{name}': no config.json in that folder. Give a folder that save_pretrained "
                         "wrote, or a Hugging Face hub id such as PekingU/rtdetr_r18vd.")
+    changes = {} if new_classes is None else {
+        "id2label": new_classes, "label2id": {text: label for label, text in new_classes.items()},
+        "ignore_mismatched_sizes": True}
     try:
         # float32: transformers keeps a checkpoint's own dtype otherwise
         detector, report = RTDetrForObjectDetection.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local))
+            name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local), **changes)
     except Exception as error:  # huggingface_hub and httpx raise many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         advice = ("" if looks_local else " The hub may be unreachable: on a machine with network run "
@@ -78,7 +82,7 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
                   "or try --demo.")
         raise UserError(f"{constant} = '{name}' cannot be loaded: {reason}.{advice}") from error
     broken = [key for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
-    if broken:
+    if broken and new_classes is None:
         raise UserError(f"{constant} = '{name}': {len(broken)} weights are missing or misshapen, e.g. {broken[0]}")
     classes = detector.config.num_labels
     if num_labels is not None and classes != num_labels:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import checkpoint, datasets, freeze, report, visualize
+from utils import checkpoint, datasets, freeze, processes, report, visualize
 from utils.config import UserError
 
 PRECISIONS = ("float32", "bf16")
@@ -33,16 +32,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def device():
-    """-> this process's device: its GPU under torchrun, the first GPU, or the CPU."""
-    return Accelerator().device
-
-
-def is_main():
-    """-> True on the one process that prints and writes."""
-    return Accelerator().is_main_process
 
 
 # ---- schedule --------------------------------------------------------------------------------------------------
@@ -67,7 +56,8 @@ def schedule_factor(kind, step, total, warmup, milestones=(), gamma=0.5):
 
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=(), precision="float32", patience=None, constants=None, resume=False, checkpoint_steps=200):
+        milestones=(), precision="float32", patience=None, constants=None, resume=False, checkpoint_steps=200,
+        own_files=()):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -90,6 +80,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         resume: go on from output_dir/last.pt (from the start where there is none).
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
+        own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
     Raises:
@@ -99,8 +90,12 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     for name, value, known in (("PRECISION", precision, PRECISIONS), ("SCHEDULE", schedule, SCHEDULES)):
         if value not in known:
             raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
+    for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
+                        ("CHECKPOINT_STEPS", checkpoint_steps)):
+        if value < 1:
+            raise UserError(f"{name} = {value}: choose 1 or more")
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
-               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps)
+               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps, own_files)
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -140,7 +135,7 @@ def train_one_epoch(run):
         with nullcontext() if last_of_group else accelerator.no_sync(model):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 losses = run.compute_losses(model, batch)
-            total = sum(weight * losses[name].float() for name, weight in run.loss_weights.items() if name in losses)
+            total = sum(weight * losses[name].float() for name, weight in run.loss_weights.items())
             require_finite(total, losses, run, batch)
             clock.lap("forward")
             accelerator.backward(total / group)
@@ -159,12 +154,13 @@ def train_one_epoch(run):
         run.add_up(losses, total, len(batch["images"]))
         if last_of_group:
             run.log_step(bar, rate)
-            if run.interrupts.asked:
+            interrupted = processes.any_of(run.interrupts.asked)  # all ranks stop at the same step
+            if interrupted or run.step % run.checkpoint_steps == 0:
                 run.save_last()
+                clock.lap("save")
+            if interrupted:
                 bar.close()
                 return None
-            if run.step % run.checkpoint_steps == 0:
-                run.save_last()
         bar.update()
     bar.close()
     return run.epoch_record()
@@ -184,15 +180,16 @@ class _Run:
     """The state of one `fit`: what is saved, what is counted, what is written."""
 
     def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
-                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps):
-        # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps,
+                 own_files):
+        self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.compute_losses = model, loader, compute_losses
         self.folder, self.epochs, self.loss_weights, self.score = folder, epochs, loss_weights, score
         self.accumulate, self.clip_norm = accumulate, clip_norm
         self.schedule, self.warmup_steps, self.milestones = schedule, warmup_steps, milestones
         self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
+        self.own_files = own_files
         self.trainable = [p for group in parameters for p in group["params"]]
         if not self.trainable or not any(p.requires_grad for p in self.trainable):
             raise UserError("nothing to train: every parameter is frozen")
@@ -212,7 +209,9 @@ class _Run:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
             checkpoint.require_writable(self.folder, megabytes=8 * size + 50)  # last, best, a temporary file; Adam: x3
             if not resume:
-                set_aside(self.folder)
+                set_aside(self.folder, (*OWN_FILES, *self.own_files))
+            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
@@ -220,6 +219,10 @@ class _Run:
         if resume and (self.folder / "last.pt").is_file():
             content = checkpoint.load(self.folder / "last.pt")
             checkpoint.load_into(self.model, content["model"], (self.folder / "last.pt").as_posix())
+            for name, (module, before) in self.frozen.items():
+                if freeze.fingerprint(module) != before:
+                    raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with another frozen {name}: "
+                                    "resume with the weights of that run, or start anew with RESUME = False")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if content:
             self._restore(content)
@@ -233,9 +236,10 @@ class _Run:
         return {
             "model": plain.state_dict(), "optimizer": self.optimizer.state_dict(),
             "model_args": getattr(plain, "model_args", {}), "constants": self.constants,
-            "epoch": self.epoch, "batch": self.batch, "step": self.step, "bad_epochs": self.bad_epochs,
+            "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
+            "step": self.step, "bad_epochs": self.bad_epochs,
             "best_score": self.best_score, "best_epoch": self.best_epoch, "history": self.history,
-            "sums": self.sums, "torch_rng": torch.get_rng_state(),
+            "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
@@ -246,6 +250,13 @@ class _Run:
         torch.set_rng_state(content["torch_rng"].cpu())
         if content["cuda_rng"] and torch.cuda.device_count() == len(content["cuda_rng"]):
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
+        if not self.main:
+            self.sums = {}  # the saved sums are those of all ranks
+        if self.batch and (content["batches"] != len(self.loader.batch_sampler) or self.batch % self.accumulate
+                           and self.batch != content["batches"]):
+            processes.say("note: batch size, accumulation, data or number of processes have changed: "
+                          f"epoch {self.epoch + 1} starts again")
+            self.batch, self.sums = 0, {}
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
             for name, value in content["constants"].items():
@@ -254,8 +265,17 @@ class _Run:
 
     def save_last(self):
         """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes."""
+        state = self.state() | {"sums": self.sums_of_all()}
         if self.main:
-            checkpoint.save(self.state(), self.folder / "last.pt")
+            checkpoint.save(state, self.folder / "last.pt")
+
+    def sums_of_all(self):
+        """-> {name: sum over images}, "images": of every rank; every rank calls it."""
+        sums = {}
+        for part in gather_object([self.sums]):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     def set_learning_rates(self):
         factor = schedule_factor(self.schedule, self.step, self.total_steps, self.warmup_steps, self.milestones)
@@ -285,10 +305,7 @@ class _Run:
 
     def epoch_record(self):
         """-> {"epoch", "step", mean of every loss over images and ranks, "images_per_s", "time": shares}."""
-        sums = {}
-        for part in gather_object([self.sums]):
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + value
+        sums = self.sums_of_all()
         images = sums.pop("images")
         record = {"epoch": self.epoch + 1, "step": self.step} | {name: v / images for name, v in sums.items()}
         seconds, shares = self.clock.summary()
@@ -312,7 +329,6 @@ class _Run:
                                 self.folder / "best.pt")
                 if on_best:
                     on_best(plain)
-            self.save_last()
             best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
             visualize.curves(self.history, self.folder / "curves.png")
@@ -323,6 +339,7 @@ class _Run:
                 self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
             self.writer.flush()
             print(self._line(record, better), flush=True)
+        self.save_last()
         self.accelerator.wait_for_everyone()
 
     def _line(self, record, better):
@@ -347,16 +364,20 @@ class _Run:
                 print(f"training ended: {stopped}{best}")
 
 
-def set_aside(folder):
+def set_aside(folder, names):
     """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
-    earlier = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    earlier = [folder / name for name in names if (folder / name).exists()]
     if not earlier:
         return
     number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
     target = folder / f"previous_{number}"
-    target.mkdir()
-    for path in earlier:
-        shutil.move(str(path), target / path.name)
+    try:
+        target.mkdir()
+        for path in earlier:
+            shutil.move(str(path), target / path.name)
+    except OSError as error:  # Windows: TensorBoard or another program still has a file open
+        raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
+                        "or choose another OUTPUT_DIR") from error
     print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (RESUME = True would continue it)")
 
 

@@ -12,6 +12,7 @@ from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOu
 from utils import checkpoint, detector, freeze
 from utils.config import UserError
 from utils.spdnet import SPDNet, load_spdnet
+from utils.spdnet_init import init_near_identity
 
 FEATURE_LEVELS = ("backbone", "encoder")
 
@@ -155,10 +156,7 @@ def load_integrated_model(spdnet_path, rtdetr_name, num_labels=80, device="cpu",
     Raises:
         UserError: naming the constant whose file is missing or does not fit.
     """
-    if spdnet_path is not None and not Path(spdnet_path).is_file():
-        raise UserError(f"SPDNET_MODEL_PATH = '{Path(spdnet_path).as_posix()}' does not exist. Train one with "
-                        "Training_SPDNet.py, take the published model_spa.pt (github.com/Joyies/SPDNet), or try "
-                        "--demo.")
+    spdnet = (init_near_identity(SPDNet()) if spdnet_path is None
+              else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH"))
     rtdetr = detector.load_rtdetr(rtdetr_name, num_labels, device)
-    spdnet = SPDNet().to(device) if spdnet_path is None else load_spdnet(spdnet_path, device=device)
     return RainRobustRTDETR(spdnet, rtdetr, freeze_derain, freeze_detection, derain_scale).to(device)

@@ -5,9 +5,8 @@ import signal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from utils import datasets
+from utils import datasets, processes
 from utils.config import UserError
 
 
@@ -42,20 +41,24 @@ def training_loader(dataset, batch_size, workers, seed):
     """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
     if batch_size < 1:
         raise UserError(f"BATCH_SIZE = {batch_size}: choose 1 or more")
-    accelerator = Accelerator()
+    accelerator = processes.accelerator()
     batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
     return _loader(dataset, workers, batch_sampler=batches)
 
 
 def validation_loader(dataset, batch_size, workers):
     """DataLoader over each sample once, in order; under torchrun every rank gets its own share."""
-    accelerator = Accelerator()
+    if batch_size < 1:
+        raise UserError(f"EVAL_BATCH_SIZE = {batch_size}: choose 1 or more")
+    accelerator = processes.accelerator()
     mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
 
 
 def _loader(dataset, workers, **kwargs):
-    workers = min(workers, torch.multiprocessing.cpu_count())
+    if workers < 0:
+        raise UserError(f"DATALOADER_WORKERS = {workers}: choose 0 or more")
+    workers = min(workers, processes.available_cores())
     return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
         dataset, num_workers=workers, collate_fn=datasets.collate, pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from utils import checkpoint
+
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "numpy", "pillow")
 
 
@@ -19,7 +21,7 @@ def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    checkpoint.replace(temporary, path)
 
 
 def write_results(path, constants, results):

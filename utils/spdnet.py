@@ -13,6 +13,7 @@ owns the network (DESIGN rule 7). Letters in shape comments: B batch, C channels
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -398,11 +399,17 @@ class SPDNet(nn.Module):
         return out3.contiguous(), out2.contiguous(), out1.contiguous()
 
 
-def load_spdnet(path, n_feats: int | None = None, n_resblocks: int | None = None, device="cpu") -> SPDNet:
+def load_spdnet(path, n_feats: int | None = None, n_resblocks: int | None = None, device="cpu",
+                constant: str | None = None) -> SPDNet:
     """The network in a weight file (published or ours), on `device`; its size is read from the shapes when not given.
 
-    Raises checkpoint.CheckpointError with one line when the file is not a SPDNet's state dict.
+    Raises checkpoint.CheckpointError with one line when the file is missing (`constant` is the script's constant that
+    holds the path) or not a SPDNet's state dict.
     """
+    if constant and not Path(path).is_file():
+        raise checkpoint.CheckpointError(
+            f"{constant} = '{Path(path).as_posix()}' does not exist. Train one with Training_SPDNet.py, take the "
+            "published model_spa.pt (github.com/Joyies/SPDNet), or try --demo.")
     state = checkpoint.load_state(path)
     if n_feats is None:
         if "output1.weight" not in state or state["output1.weight"].dim() != 4:

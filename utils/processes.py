@@ -1,0 +1,50 @@
+"""One process or many: the same script under python, torchrun and accelerate launch."""
+
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+
+def accelerator():
+    """-> this process's Accelerator; every caller gets the same settings, as accelerate demands.
+
+    Precision is the engine's business, whatever an `accelerate config` says. NCCL does not exist on Windows.
+    """
+    # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    if sys.platform == "win32" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+def device():
+    """-> this process's device: its GPU under torchrun, the first GPU, or the CPU."""
+    return accelerator().device
+
+
+def is_main():
+    """-> True on the one process that prints and writes."""
+    return accelerator().is_main_process
+
+
+def say(text):
+    """Print once, however many processes there are."""
+    if is_main():
+        print(text, flush=True)
+
+
+def any_of(flag):
+    """-> True everywhere if `flag` is true on any process; every process must call it."""
+    if accelerator().num_processes == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device())
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def available_cores():
+    """-> number of cores that this process may use (a container or taskset may allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,7 +39,7 @@ def environment():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {"commit": _commit(), "date": datetime.now().isoformat(timespec="seconds"),
             "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
-            "device": device} | {name: version(name) for name in LIBRARIES}
+            "device": device} | {name: version(name) for name in LIBRARIES} | {"torch": torch.__version__}
 
 
 def _commit():

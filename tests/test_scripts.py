@@ -207,3 +207,16 @@ def test_detector_training(coco, weights):
         Training_RTDETR.main(**settings | {"ARCHITECTURE": "r19"})
     with pytest.raises(UserError, match="AUGMENTATION"):
         Training_RTDETR.main(**settings | {"AUGMENTATION": "all"})
+
+
+def test_loader_processes_start_by_spawn_as_on_windows(base):
+    script = ("import json, multiprocessing, sys; sys.path.insert(0, '.')\n"
+              "if __name__ == '__main__':\n"
+              "    multiprocessing.set_start_method('spawn')\n"
+              "    import Training_SPDNet_Adaptation as A\n"
+              "    A.main(**json.loads(sys.argv[1]))\n")
+    settings = base | {"DATALOADER_WORKERS": 1, "NUM_EPOCHS": 1}
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(settings)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (Path(base["OUTPUT_DIR"]) / "spdnet_adapted.pt").is_file()

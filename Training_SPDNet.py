@@ -42,6 +42,7 @@ VAL_CLEAN_DIR = "./dataset/coco/val2017"     # their clean partners
 PERCENT_DATASET = 100                   # seeded subset of the training pairs, in percent
 VAL_IMAGES = 100                         # validation pairs, a seeded subset; whole images, so they take time
 PATCH_SIZE = 128                        # side of the random training patch
+IMAGE_SCALE = 1.0                       # 0.5 for an SPDNet that will run at DERAIN_SCALE = 0.5: it sees finer rain
 
 # --- model --------------------------------------------------------------------------------------------------------
 SPDNET_N_FEATS = 32                     # width; 32 is the published size
@@ -111,9 +112,9 @@ def build_model(cfg, device):
 
 def build_loaders(cfg):
     """-> loader of random patches, loader of whole validation pairs (one by one: their sizes differ)."""
-    train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, presets.paired_patches(cfg.PATCH_SIZE),
+    train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, presets.paired_patches(cfg.PATCH_SIZE, cfg.IMAGE_SCALE),
                                        percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
-    val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, presets.unchanged,
+    val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, presets.scaled(cfg.IMAGE_SCALE),
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"), limit=cfg.VAL_IMAGES, seed=cfg.SEED)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             loaders.validation_loader(val, 1, cfg.DATALOADER_WORKERS))
@@ -149,6 +150,8 @@ def main(**overrides):
     if cfg.VAL_IMAGES < 1 or cfg.PATCH_SIZE < 16:
         raise config.UserError(f"VAL_IMAGES = {cfg.VAL_IMAGES} must be 1 or more, PATCH_SIZE = {cfg.PATCH_SIZE} at "
                                "least 16")
+    if not 0 < cfg.IMAGE_SCALE <= 1:
+        raise config.UserError(f"IMAGE_SCALE = {cfg.IMAGE_SCALE}: choose a number in (0, 1], such as 1.0 or 0.5")
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)

@@ -206,15 +206,15 @@ def test_paired_folders(tmp_path):
     assert (sample["image"].int() - sample["twin"].int()).abs().max() < 4  # the partner, not another image
     larger = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(64))[0]
     assert larger["image"].shape == (3, 64, 64)
-    parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged, part=part)
+    parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0), part=part)
              for part in ((0, 0.6), (0.6, 1))]
     assert not {p for p, _ in parts[0].pairs} & {p for p, _ in parts[1].pairs}
     Image.new("RGB", (50, 40)).save(tmp_path / "clean" / "sub" / "3.bmp")
     with pytest.raises(UserError, match="share a name"):
-        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged)
+        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0))
     (tmp_path / "clean" / "sub" / "3.bmp").unlink()
     (tmp_path / "clean" / "sub" / "3.png").unlink()
     with pytest.raises(UserError, match="CLEAN_DIR.*sub/3"):
-        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.unchanged)
+        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0))
     with pytest.raises(UserError, match="RAINY_DIR.*does not exist"):
-        datasets.PairedRainDataset(tmp_path / "none", tmp_path / "clean", presets.unchanged)
+        datasets.PairedRainDataset(tmp_path / "none", tmp_path / "clean", presets.scaled(1.0))

@@ -15,9 +15,22 @@ def evaluation(size):
     return v2.Resize((size, size), antialias=True)
 
 
-def unchanged(sample):
-    """The image as it is, whatever its size."""
-    return sample
+class Scaled:
+    """See `scaled`."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, sample):
+        if self.scale == 1:
+            return sample
+        size = [max(1, round(side * self.scale)) for side in sample["image"].shape[-2:]]
+        return v2.Resize(size, antialias=True)(sample)
+
+
+def scaled(scale):
+    """Shrink to `scale` of the size, as DERAIN_SCALE does in front of SPDNet; 1.0 leaves the image as it is."""
+    return Scaled(scale)
 
 
 def adaptation(size):
@@ -66,6 +79,6 @@ def _draw(number):
     return int(torch.randint(number, ())) if number > 1 else 0
 
 
-def paired_patches(size):
-    """Training patches of rainy/clean pairs; see PairedPatch."""
-    return PairedPatch(size)
+def paired_patches(size, scale=1.0):
+    """Training patches of rainy/clean pairs, cut from images that were `scaled` before; see PairedPatch."""
+    return v2.Compose([Scaled(scale), PairedPatch(size)])

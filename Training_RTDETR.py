@@ -88,19 +88,23 @@ def build_model(cfg):
 
 
 def build_loaders(cfg, id2label):
-    """-> training loader (augmented), validation loader (clean images, every one once)."""
+    """-> training loader (augmented), {"clean" or "rainy": validation loader} of the domains that are trained on."""
     augmentations = {"full": presets.detection, "mirror": presets.adaptation}
     if cfg.AUGMENTATION not in augmentations:
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
-    val = datasets.CocoDetectionDataset(cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                        constant="COCO_DIR", domain="clean")
-    for note in train.notes + val.notes:
+    roots = {"clean": (cfg.COCO_DIR, "COCO_DIR", cfg.COCO_RATIO), "rainy": (cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR",
+                                                                           cfg.RAIN_RATIO)}
+    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
+                                                 constant=constant, domain=domain)
+           for domain, (root, constant, ratio) in roots.items() if ratio > 0}
+    for note in train.notes + [note for data in val.values() for note in data.notes]:
         processes.say(f"note: {note}")
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
-            loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS))
+            {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+             for domain, data in val.items()})
 
 
 def parameter_groups(model, cfg):
@@ -118,6 +122,18 @@ def compute_losses(model, batch):
     """{"detection": RT-DETR's whole loss, with denoising queries; "vfl", "bbox", "giou": its last layer's terms}."""
     outputs = model(pixel_values=batch["images"], labels=batch["labels"])
     return {"detection": outputs.loss} | {name: outputs.loss_dict[f"loss_{name}"] for name in ("vfl", "bbox", "giou")}
+
+
+def evaluate(model, val_loaders, truths, shares):
+    """-> {"val/mAP", "val/AP50", ...}: the mean of the domains' scores weighted with their training shares,
+    and {"clean/mAP", "rainy/mAP"} apart where both were trained on."""
+    device = next(model.parameters()).device
+    found = {domain: evaluation.detection_scores(lambda images: model(pixel_values=images), loader, device,
+                                                 truths[domain], f"{domain} validation")[0]
+             for domain, loader in val_loaders.items()}
+    scores = {f"val/{name}": sum(shares[domain] * found[domain][name] for domain in found)
+              for name in evaluation.METRICS}
+    return scores | ({f"{domain}/mAP": found[domain]["mAP"] for domain in found} if len(found) > 1 else {})
 
 
 def sample_images(model, loader, id2label):
@@ -145,14 +161,11 @@ def main(**overrides):
     engine.seed_everything(cfg.SEED)
     model = build_model(cfg)
     id2label = detector.id2label_of(model)
-    train_loader, val_loader = build_loaders(cfg, id2label)
-    truth = evaluation.ground_truth(val_loader.dataset.annotation_file)
+    train_loader, val_loaders = build_loaders(cfg, id2label)
+    truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
+              for domain, loader in val_loaders.items()}
+    shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))
-
-    def evaluate(model):
-        scores, _ = evaluation.detection_scores(lambda images: model(pixel_values=images), val_loader,
-                                                next(model.parameters()).device, truth)
-        return {f"val/{name}": scores[name] for name in evaluation.METRICS}
 
     def save_detector(model):
         folder = Path(cfg.OUTPUT_DIR) / "detector"
@@ -166,8 +179,9 @@ def main(**overrides):
 
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
-        parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0}, evaluate=evaluate, score="val/mAP",
-        on_best=save_detector, sample_images=lambda model: sample_images(model, val_loader, id2label),
+        parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0},
+        evaluate=lambda model: evaluate(model, val_loaders, truths, shares), score="val/mAP", on_best=save_detector,
+        sample_images=lambda model: sample_images(model, list(val_loaders.values())[-1], id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from utils import (
-    checkpoint,
     config,
     datasets,
     demo,
@@ -65,12 +64,7 @@ def build_models(cfg, device):
     if not Path(cfg.ADAPTED_MODEL_PATH).is_file():
         raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' does not exist: run python "
                                f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
-    trained = Path(cfg.ADAPTED_MODEL_PATH).with_name("best.pt")
-    if trained.is_file():
-        scale = checkpoint.load(trained)["model_args"].get("derain_scale", cfg.DERAIN_SCALE)
-        if scale != cfg.DERAIN_SCALE:
-            raise config.UserError(f"DERAIN_SCALE = {cfg.DERAIN_SCALE}, but {cfg.ADAPTED_MODEL_PATH} was trained with "
-                                   f"{scale}: set it to that")
+    integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
     original = integrated_model.load_integrated_model(
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
         freeze_detection=True, derain_scale=cfg.DERAIN_SCALE)

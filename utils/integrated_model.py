@@ -46,6 +46,66 @@ class RainRobustOutput(RTDetrObjectDetectionOutput):
     features: tuple | None = None  # (B, C, h, w) per level, only where they were asked for
 
 
+def require_scale(derain_scale):
+    """UserError unless the scale is one that de-raining takes."""
+    if not 0 < derain_scale <= 1:
+        raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number in (0, 1], such as 1.0 or 0.5")
+
+
+def require_trained_scale(spdnet_path, derain_scale):
+    """UserError where best.pt beside the weights says that they were trained at another DERAIN_SCALE."""
+    trained = Path(spdnet_path).with_name("best.pt")
+    if not trained.is_file():
+        return
+    scale = (checkpoint.load(trained).get("model_args") or {}).get("derain_scale", derain_scale)
+    if scale != derain_scale:
+        raise UserError(f"DERAIN_SCALE = {derain_scale}, but {spdnet_path} was trained with {scale}: set it to that")
+
+
+def derain_unclamped(spdnet, pixel_values, scale=1.0):
+    """SPDNet in the project's unit, its output as it is.
+
+    Args:
+        spdnet: SPDNet, which works in [0, 255]; pixel_values: (B, 3, H, W) in [0, 1].
+        scale: 1.0, or 0.5 to let SPDNet see half the size: its correction is enlarged and added, a quarter of the cost.
+    Returns:
+        (B, 3, H, W), which may leave [0, 1].
+    """
+    if scale == 1:
+        return spdnet(pixel_values * 255)[0] / 255
+    small = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
+    correction = spdnet(small * 255)[0] / 255 - small
+    return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def clamp_with_return(images):
+    """clamp(images, 0, 1) with the gradient of `_ClampWithReturn`."""
+    return _ClampWithReturn.apply(images)
+
+
+def cut_share(images):
+    """Share of values that a clamp to [0, 1] cuts: scalar Tensor without gradient; 0 for no images at all."""
+    return ((images < 0) | (images > 1)).float().sum().detach() / max(images.numel(), 1)
+
+
+def detect_with_features(rtdetr, images, labels=None, feature_level=None):
+    """-> (transformers' output, the features of `feature_level` or None); images: (B, 3, H, W) in [0, 1]."""
+    if feature_level is None:
+        return rtdetr(pixel_values=images, labels=labels), None
+    levels = detector.backbone_features(rtdetr, images)
+    outputs = detector.detect_from_features(rtdetr, levels, labels)
+    return outputs, tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
+
+
+@torch.no_grad()
+def clean_features(rtdetr, images, feature_level):
+    """A frozen detector's features of images that need no de-raining: the targets of a consistency loss."""
+    levels = detector.backbone_features(rtdetr, images)
+    if feature_level == "encoder":
+        levels = detector.detect_from_features(rtdetr, levels).encoder_last_hidden_state
+    return tuple(levels)
+
+
 class RainRobustRTDETR(nn.Module):
     """De-rain, then detect.
 
@@ -59,8 +119,7 @@ class RainRobustRTDETR(nn.Module):
 
     def __init__(self, spdnet, rtdetr, freeze_derain=False, freeze_detection=False, derain_scale=1.0):
         super().__init__()
-        if not 0 < derain_scale <= 1:
-            raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number in (0, 1], such as 1.0 or 0.5")
+        require_scale(derain_scale)
         self.derain_module = spdnet
         self.detection_module = rtdetr
         self.derain_scale = derain_scale
@@ -77,16 +136,11 @@ class RainRobustRTDETR(nn.Module):
 
     def derain_unclamped(self, pixel_values):
         """(B, 3, H, W) in [0, 1] -> (B, 3, H, W), SPDNet's own output in the same unit, which may leave [0, 1]."""
-        if self.derain_scale == 1:
-            return self.derain_module(pixel_values * 255)[0] / 255
-        small = F.interpolate(pixel_values, scale_factor=self.derain_scale, mode="bilinear", antialias=True,
-                              align_corners=False)
-        correction = self.derain_module(small * 255)[0] / 255 - small
-        return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+        return derain_unclamped(self.derain_module, pixel_values, self.derain_scale)
 
     def derain(self, pixel_values):
         """(B, 3, H, W) rainy in [0, 1] -> the same shape and range, de-rained."""
-        return _ClampWithReturn.apply(self.derain_unclamped(pixel_values))
+        return clamp_with_return(self.derain_unclamped(pixel_values))
 
     def forward(self, pixel_values, labels=None, clean=None, feature_level=None):
         """De-rain and detect.
@@ -102,26 +156,14 @@ class RainRobustRTDETR(nn.Module):
         """
         batch = len(pixel_values)
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
-        images = _ClampWithReturn.apply(restored)
-        derained = images[:batch]
-        features = None
-        if feature_level is None:
-            outputs = self.detection_module(pixel_values=derained, labels=labels)
-        else:
-            levels = detector.backbone_features(self.detection_module, derained)
-            outputs = detector.detect_from_features(self.detection_module, levels, labels)
-            features = tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
-        return RainRobustOutput(**outputs, derained=derained, features=features,
-                                clamped=((restored < 0) | (restored > 1)).float().mean().detach(),
+        images = clamp_with_return(restored)
+        outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)
+        return RainRobustOutput(**outputs, derained=images[:batch], features=features, clamped=cut_share(restored),
                                 derained_clean=None if clean is None else images[batch:])
 
-    @torch.no_grad()
     def clean_features(self, images, feature_level):
-        """The detector's features of images that need no de-raining: the targets of a consistency loss."""
-        levels = detector.backbone_features(self.detection_module, images)
-        if feature_level == "encoder":
-            levels = detector.detect_from_features(self.detection_module, levels).encoder_last_hidden_state
-        return tuple(levels)
+        """See the function of this name."""
+        return clean_features(self.detection_module, images, feature_level)
 
     def save_pretrained(self, folder):
         """Write folder/spdnet.pt (a plain SPDNet state dict), folder/rtdetr/ (Hugging Face layout) and settings."""

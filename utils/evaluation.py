@@ -34,7 +34,7 @@ def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
     chosen = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))  # (B, n, 4)
     centre, extent = chosen[..., :2], chosen[..., 2:]
     corners = torch.cat([centre - extent / 2, centre + extent / 2], -1)
-    scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device, dtype=boxes.dtype)  # (B, 4)
+    scale = boxes.new_tensor([[w, h, w, h] for h, w in sizes]).reshape(-1, 4)  # (B, 4)
     corners = corners * scale[:, None]
     return [{"scores": s, "labels": i % classes, "boxes": c} for s, i, c in zip(scores, index, corners, strict=True)]
 
@@ -63,7 +63,29 @@ def detect(predict, loader, device, name="evaluating"):
 
 def ground_truth(annotation_file):
     """-> pycocotools COCO of a file, without its console output; missing iscrowd and area are filled in."""
-    content = datasets.read_annotations(annotation_file)
+    return _indexed(datasets.read_annotations(annotation_file))
+
+
+def merged_ground_truth(annotation_files, new_ids):
+    """-> pycocotools COCO of chosen images of several files.
+
+    Args:
+        annotation_files: {name: path}, whose categories agree where they share an id.
+        new_ids: {(name, image id in that file): image id in the result}.
+    """
+    merged = {"images": [], "annotations": [], "categories": {}}
+    for name, path in annotation_files.items():
+        content = datasets.read_annotations(path)
+        merged["categories"] |= {category["id"]: category for category in content["categories"]}
+        merged["images"] += [image | {"id": new_ids[name, image["id"]]} for image in content["images"]
+                             if (name, image["id"]) in new_ids]
+        merged["annotations"] += [note | {"image_id": new_ids[name, note["image_id"]]}
+                                  for note in content["annotations"] if (name, note["image_id"]) in new_ids]
+    notes = [note | {"id": number} for number, note in enumerate(merged["annotations"], 1)]
+    return _indexed(merged | {"annotations": notes, "categories": list(merged["categories"].values())})
+
+
+def _indexed(content):
     for note in content["annotations"]:
         note.setdefault("iscrowd", 0)
         note.setdefault("area", note["bbox"][2] * note["bbox"][3])

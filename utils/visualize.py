@@ -74,6 +74,14 @@ def grid(rows, headings, path=None):
     return page
 
 
+def captioned(picture, text):
+    """PIL image with a line of text below it."""
+    page = Image.new("RGB", (picture.width, picture.height + 16), PAPER)
+    page.paste(picture)
+    ImageDraw.Draw(page).text((3, picture.height + 1), text, fill=INK, font=ImageFont.load_default(size=11))
+    return page
+
+
 def as_tensor(picture):
     """PIL image -> (3, H, W) float in [0, 1], for TensorBoard."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
@@ -108,6 +116,40 @@ def cost_against_accuracy(points, path, x_label, y_label):
     panel.set_ylabel(y_label)
     panel.margins(0.2)
     panel.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def roc(false_alarms, recall, chosen, chosen_text, title, path):
+    """ROC curve with the operating point `chosen` = (false alarm rate, recall), None where one of them does not exist,
+    into a PNG."""
+    figure, panel = plt.subplots(figsize=(4.6, 4.4))
+    panel.plot(false_alarms, recall, color=PALETTE[3], drawstyle="steps-post")
+    panel.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
+    if None not in chosen:
+        panel.scatter(*chosen, color=PALETTE[0], zorder=3, label=chosen_text)
+        panel.legend(loc="lower right")
+    panel.set_xlabel("false alarms: clean images called rainy")
+    panel.set_ylabel("recall: rainy images called rainy")
+    panel.set_title(title, fontsize=10)
+    panel.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def threshold_sweep(rows, chosen, path):
+    """mAP, share of images de-rained and ms per image against the gate's threshold, into a PNG.
+
+    Args:
+        rows: [{"threshold", "derained", "mAP", "ms"}, ...]; chosen: the threshold in use, marked.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4))
+    x = [row["threshold"] for row in rows]
+    for panel, (key, title) in zip(panels, (("mAP", "mAP on the mix"), ("derained", "share of images de-rained"),
+                                            ("ms", "ms per image, mean over the mix")), strict=True):
+        panel.plot(x, [row[key] for row in rows], marker="o", markersize=3, color=PALETTE[3])
+        panel.axvline(chosen, color=PALETTE[0], linewidth=1, linestyle="--")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("threshold of the rain detector", fontsize=9)
+        panel.grid(alpha=0.3)
     _finish(figure, path)
 
 

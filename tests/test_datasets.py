@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_coco
 from PIL import Image
+from torchvision import tv_tensors
 
 from utils import datasets, loaders, presets
 from utils.config import UserError
@@ -218,3 +219,12 @@ def test_paired_folders(tmp_path):
         datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0))
     with pytest.raises(UserError, match="RAINY_DIR.*does not exist"):
         datasets.PairedRainDataset(tmp_path / "none", tmp_path / "clean", presets.scaled(1.0))
+
+
+def test_scaled_preset_shrinks_image_and_twin_alike():
+    sample = {"image": tv_tensors.Image(torch.zeros(3, 41, 60, dtype=torch.uint8)),
+              "twin": tv_tensors.Image(torch.zeros(3, 41, 60, dtype=torch.uint8))}
+    half = presets.scaled(0.5)(sample)
+    assert half["image"].shape == half["twin"].shape == (3, 20, 30)
+    assert presets.scaled(1.0)(sample) is sample
+    assert presets.paired_patches(16, 0.5)(sample)["image"].shape == (3, 16, 16)

@@ -182,6 +182,10 @@ def test_spdnet_training(coco, capsys):
     more = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "more"),
                                               "SPDNET_MODEL_PATH": str(coco / "out" / "spdnet_best.pt")})
     assert more["history"][0]["mse"] < result["history"][0]["mse"]
+    half = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "half"), "IMAGE_SCALE": 0.5})
+    assert half["history"][0]["val/psnr_y"] != result["history"][0]["val/psnr_y"]
+    with pytest.raises(UserError, match="IMAGE_SCALE"):
+        Training_SPDNet.main(**settings | {"IMAGE_SCALE": 0.0})
     with pytest.raises(UserError, match="INITIALISATION"):
         Training_SPDNet.main(**settings | {"INITIALISATION": "zeros"})
 
@@ -197,6 +201,9 @@ def test_detector_training(coco, weights):
         "RTDETR_MODEL_NAME": str(coco / "out" / "detector"), "OUTPUT_DIR": str(coco / "more"), "NUM_EPOCHS": 1,
         "COCO_RAIN_DIR": str(coco / "coco_rain"), "COCO_RATIO": 0.5, "RAIN_RATIO": 0.5})
     assert more["history"][0]["detection"] < result["history"][0]["detection"]
+    scores = more["history"][0]
+    assert scores["val/mAP"] == pytest.approx(0.5 * scores["clean/mAP"] + 0.5 * scores["rainy/mAP"])
+    assert "rainy/mAP" not in result["history"][0]
     # data with a class that the detector does not know: new heads
     for path in (coco / "coco" / "annotations").iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace('"car"', '"rickshaw"'), encoding="utf-8")

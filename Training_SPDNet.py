@@ -112,8 +112,9 @@ def build_model(cfg, device):
 
 def build_loaders(cfg):
     """-> loader of random patches, loader of whole validation pairs (one by one: their sizes differ)."""
-    train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, presets.paired_patches(cfg.PATCH_SIZE, cfg.IMAGE_SCALE),
-                                       percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+    patches = presets.paired_patches(cfg.PATCH_SIZE, cfg.IMAGE_SCALE)
+    train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, patches, percent=cfg.PERCENT_DATASET,
+                                       seed=cfg.SEED)
     val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, presets.scaled(cfg.IMAGE_SCALE),
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"), limit=cfg.VAL_IMAGES, seed=cfg.SEED)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),

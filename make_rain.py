@@ -1,11 +1,14 @@
-"""Write a rainy twin of a data set in COCO layout: same folders and file names, annotations copied.
+"""Write a rainy twin of a data set: same folders and file names, annotations copied where there are any.
 
     python make_rain.py --coco ./dataset/coco --out ./dataset/coco_rain
+    python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
     python make_rain.py --demo                     # procedural street scenes, a few seconds
+    python make_rain.py --kind windshield --demo   # the same scenes through a wet windshield
 
 Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
 A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete.
-The rain itself is in utils/rain.py; docs/rain.md shows and measures it.
+The rain itself is in utils/rain.py (falling streaks) and utils/windshield.py (drops on glass); docs/rain.md and
+docs/windshield.md show and measure it.
 """
 
 import json
@@ -18,23 +21,46 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
-from utils import config, rain
+from utils import config, cores, rain, windshield
 
-COCO = "./dataset/coco"      # clean data set: annotations/*.json and folders with images
-OUT = "./dataset/coco_rain"  # the twin; may exist if it was begun with the same settings
+KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
+COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
+CLEAR = "./data/clear"       # for windshield, the clean images: one folder or nested ones, annotations not needed
+OUT = ""                     # the twin; empty: ./dataset/coco_rain, for windshield ./data/windshield_rainy_v40
 INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image
 SEED = 0                     # another seed, another rain on every image
 WORKERS = 0                  # processes; 0 means all cores
 
-DEMO = {"COCO": "./demo/coco", "OUT": "./demo/coco_rain_heavy", "INTENSITY": "heavy"}
+DEMO = {"COCO": "./demo/coco", "CLEAR": "./demo/coco", "INTENSITY": "heavy"}
 
-_LAYOUT = "expected layout: <COCO>/annotations/*.json and folders with images such as <COCO>/train2017/*.jpg"
+
+class Kind(NamedTuple):
+    """What the two kinds of rain do differently."""
+
+    source: str  # the constant that names the clean images
+    layout: str  # what is expected there
+    out: str  # where the twin goes if OUT is empty
+    demo_out: str
+    add: object  # function (image, rng, intensity) -> image; a worker gets it by its name
+    version: object  # of the function's pixels
+
+
+_KINDS = {
+    "streaks": Kind("COCO", "expected layout: <COCO>/annotations/*.json and folders with images such as "
+                    "<COCO>/train2017/*.jpg", "./dataset/coco_rain", "./demo/coco_rain_heavy",
+                    rain.add_rain, rain.VERSION),
+    "windshield": Kind("CLEAR", "expected layout: images in <CLEAR> or in folders below it",
+                       "./data/windshield_rainy_v40", "./demo/windshield_rainy_heavy",
+                       windshield.add_windshield_rain, windshield.VERSION),
+}
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _TEMPORARY = ".rain-tmp"
 _CHUNK = 8  # images a worker takes at a time
@@ -80,14 +106,17 @@ def save_like(pixels, picture, target):
         temporary.unlink(missing_ok=True)
 
 
-def rain_one(task):
-    """One image in a worker process: (source, target, seed, intensity) -> None, or why the source is unreadable."""
+def rain_one(task, add=rain.add_rain):
+    """One image in a worker process: (source, target, seed, intensity) -> None, or why the source is unreadable.
+
+    add: function (image, rng, intensity) -> image.
+    """
     source, target, seed, intensity = task
     try:
         picture, pixels = load_image(source)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
         return f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    save_like(rain.add_rain(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
+    save_like(add(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
     return None
 
 
@@ -102,43 +131,42 @@ def _end_with_parent():
     os._exit(1)
 
 
-def run_tasks(tasks, workers):
+def run_tasks(tasks, workers, add=rain.add_rain):
     """Yield rain_one's answers in the order of tasks, over processes (in this one for a single worker)."""
-    workers = min(workers or len(available_cores()), 61, -(-len(tasks) // _CHUNK))  # 61: Windows' limit
+    function = partial(rain_one, add=add)
+    workers = min(workers or cores.available_cores(), 61, -(-len(tasks) // _CHUNK))  # 61: Windows' limit
     if workers <= 1:
-        yield from map(rain_one, tasks)
+        yield from map(function, tasks)
         return
     pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
-        yield from pool.map(rain_one, tasks, chunksize=_CHUNK)
+        yield from pool.map(function, tasks, chunksize=_CHUNK)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def available_cores():
-    """-> the cores this process may use (a container or taskset may allow fewer than the machine has)."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-
-
-def check_source(source):
+def check_source(source, kind):
     """-> (images, annotation files) of the clean data set, or a UserError that says what is missing."""
     if not source.is_dir():
-        raise config.UserError(f"COCO = {source} is not a folder; {_LAYOUT}; set --coco, or try --demo")
+        raise config.UserError(f"{kind.source} = {source} is not a folder; {kind.layout}; set --{kind.source.lower()}, "
+                               "or try --demo")
     annotations = sorted((source / "annotations").glob("*.json"))
     if (source / "annotations").is_dir() and not annotations:
-        raise config.UserError(f"COCO = {source} has an annotations folder without *.json files; {_LAYOUT}")
+        raise config.UserError(f"{kind.source} = {source} has an annotations folder without *.json files; "
+                               f"{kind.layout}")
     images = find_images(source)
     if not images:
-        raise config.UserError(f"COCO = {source} has no images ({' '.join(_SUFFIXES)}); {_LAYOUT}")
+        raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(_SUFFIXES)}); {kind.layout}")
     return images, annotations
 
 
-def prepare_out(source, out, settings):
+def prepare_out(source, out, settings, kind):
     """Create OUT and its rain.json, or check that what is there was made with the same settings."""
     if out.resolve() == source.resolve():
-        raise config.UserError(f"OUT and COCO are the same folder ({out}): the clean images would be lost; set --out")
+        raise config.UserError(f"OUT and {kind.source} are the same folder ({out}): the clean images would be lost; "
+                               "set --out")
     if source.resolve() in out.resolve().parents:
-        raise config.UserError(f"OUT = {out} lies inside COCO = {source}; set --out to a folder beside it")
+        raise config.UserError(f"OUT = {out} lies inside {kind.source} = {source}; set --out to a folder beside it")
     record = out / "rain.json"
     try:
         if record.is_file():
@@ -148,6 +176,7 @@ def prepare_out(source, out, settings):
                 before = None
             if not isinstance(before, dict):
                 raise config.UserError(f"{record} is damaged; delete OUT = {out} or set another --out")
+            before = {"kind": "streaks", **before}  # written before there was another kind
             other = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in settings.items()
                      if before.get(key) != value]
             if other:
@@ -183,22 +212,26 @@ def copy_annotations(files, folder):
 def main(**overrides):
     """Write the twin; -> {"written": int, "kept": int, "seconds": float}. UserError names every unreadable image."""
     cfg = config.resolve(globals(), overrides)
-    if cfg.demo and cfg.COCO == DEMO["COCO"]:
+    if cfg.KIND not in _KINDS:
+        raise config.UserError(f"KIND = {cfg.KIND!r} is unknown; valid: {', '.join(_KINDS)}")
+    kind = _KINDS[cfg.KIND]
+    source = Path(getattr(cfg, kind.source))
+    out = Path(cfg.OUT or (kind.demo_out if cfg.demo else kind.out))
+    if cfg.demo and source == Path(DEMO[kind.source]):
         from utils import demo
         try:
             demo.ensure_demo()
         except OSError as error:
             raise config.UserError(str(error)) from None
-    source, out = Path(cfg.COCO), Path(cfg.OUT)
     try:
         rain.check_intensity(cfg.INTENSITY)
     except ValueError as error:
         raise config.UserError(f"INTENSITY: {error}") from None
     if cfg.WORKERS < 0:
         raise config.UserError(f"WORKERS = {cfg.WORKERS} is negative; 0 means all cores")
-    images, annotations = check_source(source)
-    prepare_out(source, out, {"source": source.resolve().as_posix(), "seed": cfg.SEED, "intensity": cfg.INTENSITY,
-                              "version": rain.VERSION})
+    images, annotations = check_source(source, kind)
+    prepare_out(source, out, {"kind": cfg.KIND, "source": source.resolve().as_posix(), "seed": cfg.SEED,
+                              "intensity": cfg.INTENSITY, "version": kind.version}, kind)
     started, bad = time.perf_counter(), []
     try:
         if annotations:
@@ -207,7 +240,7 @@ def main(**overrides):
             (out / folder).mkdir(parents=True, exist_ok=True)
         todo = [path for path in images if not (out / path).is_file()]
         tasks = [(source / path, out / path, cfg.SEED, cfg.INTENSITY) for path in todo]
-        bar = tqdm(run_tasks(tasks, cfg.WORKERS), total=len(tasks), unit="img", ascii=True, desc="rain")
+        bar = tqdm(run_tasks(tasks, cfg.WORKERS, kind.add), total=len(tasks), unit="img", ascii=True, desc="rain")
         bad = [answer for answer in bar if answer]
     except OSError as error:
         raise config.UserError(f"cannot write to OUT = {out} ({error}); finished files are kept, run again") from None
@@ -219,7 +252,7 @@ def main(**overrides):
     seconds = time.perf_counter() - started
     report = {"written": len(tasks) - len(bad), "kept": len(images) - len(tasks), "seconds": seconds}
     print(f"{source} -> {out}\n"
-          f"  rain         {cfg.INTENSITY}, seed {cfg.SEED}\n"
+          f"  rain         {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"
           f"  annotations  {len(annotations)} file(s) copied\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")

@@ -7,7 +7,6 @@ Units: images leave a data set as uint8 (a quarter of the traffic between proces
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from utils import cores
 from utils.config import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -61,7 +61,7 @@ def check_images(paths, what, sizes=None):
             return f"{Path(path).as_posix()} ({error})"
         return None
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores.available_cores())) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         answers = pool.map(problem, paths, sizes or [None] * len(paths))
         found = list(tqdm(answers, f"checking {what}", len(paths), ascii=True, leave=False, unit="image",

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from utils import rain
 from utils.config import UserError
+from utils.cores import available_cores
 from utils.demo_scene import CATEGORIES, render_scene
 
 FORMAT_VERSION = 1                  # raise it when the same settings would give other files
@@ -114,7 +115,7 @@ def draw_all(build, settings, refresh):
 
 def results(function, jobs, refresh):
     """function(job) for every job, in order; over all cores when there are many. refresh() is called now and then."""
-    workers = min(os.cpu_count() or 1, 8)
+    workers = min(available_cores(), 8)
     if len(jobs) > PARALLEL_FROM and workers > 1 and not multiprocessing.current_process().daemon:
         found = []
         try:

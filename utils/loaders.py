@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import torch
 
-from utils import datasets, processes
+from utils import cores, datasets, processes
 from utils.config import UserError
 
 
@@ -58,7 +58,7 @@ def validation_loader(dataset, batch_size, workers):
 def _loader(dataset, workers, **kwargs):
     if workers < 0:
         raise UserError(f"DATALOADER_WORKERS = {workers}: choose 0 or more")
-    workers = min(workers, processes.available_cores())
+    workers = min(workers, cores.available_cores())
     return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
         dataset, num_workers=workers, collate_fn=datasets.collate, pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts,

@@ -43,8 +43,3 @@ def any_of(flag):
     value = torch.tensor(int(flag), device=device())
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return bool(value.item())
-
-
-def available_cores():
-    """-> number of cores that this process may use (a container or taskset may allow fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

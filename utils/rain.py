@@ -19,6 +19,7 @@ All layers of streaks add their optical depth in one float map; the colour chann
 handful of uint8 passes inside Pillow. Speed: benchmarks/rain.py.
 """
 
+import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -102,6 +103,15 @@ def check_intensity(intensity: str) -> str:
     return intensity
 
 
+def check_image(image: np.ndarray) -> None:
+    """ValueError unless image is what the generators take: (H, W, 3) uint8 with at least one pixel."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"rain needs a uint8 array (H, W, 3), got {got}")
+    if 0 in image.shape:
+        raise ValueError(f"rain needs at least one pixel, got {image.shape}")
+
+
 def sample_parameters(rng: np.random.Generator, intensity: str = "random") -> RainParameters:
     """Draw the look of one image. "random" picks light, medium or heavy with equal probability."""
     check_intensity(intensity)
@@ -155,13 +165,21 @@ def add_rain(image: np.ndarray, rng: np.random.Generator, intensity: str = "rand
     return apply_rain(image, sample_parameters(rng, intensity), rng)
 
 
+def mist_parameters(rng: np.random.Generator) -> RainParameters:
+    """Mist, fog or distant rain: a veil of any strength and no streak at all."""
+    p = sample_parameters(rng)
+    return dataclasses.replace(p, layers=(), veil=float(rng.uniform(0.35, 1.8)), spray=float(rng.uniform(0.0, 0.6)),
+                               airlight=float(rng.uniform(0.9, 1.25)), softness=float(rng.uniform(0.0, 0.5)))
+
+
+def add_mist(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Misty copy of an image: (H, W, 3) uint8 RGB -> the same shape and type."""
+    return apply_rain(image, mist_parameters(rng), rng)
+
+
 def apply_rain(image: np.ndarray, parameters: RainParameters, rng: np.random.Generator) -> np.ndarray:
     """Render given parameters: image (H, W, 3) uint8 -> (H, W, 3) uint8. rng places the streaks."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"add_rain needs a uint8 array (H, W, 3), got {got}")
-    if 0 in image.shape:
-        raise ValueError(f"add_rain needs at least one pixel, got {image.shape}")
+    check_image(image)
     p = parameters
     height, width = image.shape[:2]
     scene = _tone(Image.fromarray(image), p)
@@ -171,11 +189,11 @@ def apply_rain(image: np.ndarray, parameters: RainParameters, rng: np.random.Gen
     background = np.asarray(small, dtype=np.float32)  # (h, w, 3)
     bright = np.percentile(background.mean(axis=2), 85)
     airlight = np.clip(p.airlight * (0.8 * bright + 58.0), 40.0, 245.0) * np.float32(p.tint)  # (3,)
-    sheets = _smooth_noise(rng, *background.shape[:2])  # (h, w) in 0..1
-    veil = _enlarge(0.85 * airlight + 0.15 * background, width, height)
-    drops = _enlarge(1.12 * airlight + 0.28 * background, width, height)
+    sheets = smooth_noise(rng, *background.shape[:2])  # (h, w) in 0..1
+    veil = enlarge(0.85 * airlight + 0.15 * background, width, height)
+    drops = enlarge(1.12 * airlight + 0.28 * background, width, height)
 
-    haze = _enlarge(255.0 * (1.0 - np.exp(-_veil_depth(p, sheets, rng))), width, height)
+    haze = enlarge(255.0 * (1.0 - np.exp(-_veil_depth(p, sheets, rng))), width, height)
     streaks = np.zeros((height, width), dtype=np.float32)  # optical depth
     for layer in p.layers:
         _add_streaks(streaks, layer, p, sheets, rng)
@@ -187,7 +205,7 @@ def apply_rain(image: np.ndarray, parameters: RainParameters, rng: np.random.Gen
         scene = Image.blend(scene, half, p.softness)
     scene = Image.composite(veil, scene, haze)
     scene = Image.composite(drops, scene, alpha)
-    return np.array(_add_noise(scene, p.noise, rng))
+    return np.array(add_noise(scene, p.noise, rng))
 
 
 def _tone(scene: Image.Image, p: RainParameters) -> Image.Image:
@@ -206,14 +224,14 @@ def _veil_depth(p: RainParameters, sheets: np.ndarray, rng: np.random.Generator)
     h, w = sheets.shape
     rows = ((np.arange(h, dtype=np.float32) + 0.5) / h)[:, None]  # 0 top .. 1 bottom
     if p.horizon < 0.0:
-        distance = 0.35 + 0.65 * _smooth_noise(rng, h, w)
+        distance = 0.35 + 0.65 * smooth_noise(rng, h, w)
         ground = 0.6
     else:
         # Flat ground: distance is proportional to 1 / (y - horizon); everything above counts as far.
         distance = 1.0 / (1.0 + 4.0 * np.clip(rows - p.horizon, 0.0, None) / (1.0 - p.horizon))
         ground = p.horizon + 0.15
     sheet = 1.0 + p.patchiness * (2.0 * sheets - 1.0)
-    spray = p.spray * _smooth_noise(rng, h, w) ** 2 * np.exp(-(((rows - ground) / 0.22) ** 2))
+    spray = p.spray * smooth_noise(rng, h, w) ** 2 * np.exp(-(((rows - ground) / 0.22) ** 2))
     return 1.5 * np.tanh((p.veil * distance * sheet + spray) / 1.5)  # at most 1.5: a person still sees the object
 
 
@@ -281,13 +299,13 @@ def _splat(depth: np.ndarray, per_streak: np.ndarray, first: np.ndarray, count: 
     np.add.at(depth.reshape(-1), index.reshape(-1), v.reshape(-1))
 
 
-def _smooth_noise(rng: np.random.Generator, h: int, w: int, cells: int = 5) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, h: int, w: int, cells: int = 5) -> np.ndarray:
     """Smooth random field (h, w) float32 in 0..1: a few random cells, enlarged bicubically."""
     grid = Image.fromarray(rng.random((cells, cells + 1), dtype=np.float32))
     return np.clip(np.asarray(grid.resize((w, h), Image.Resampling.BICUBIC)), 0.0, 1.0)
 
 
-def _enlarge(field: np.ndarray, width: int, height: int) -> Image.Image:
+def enlarge(field: np.ndarray, width: int, height: int) -> Image.Image:
     """(h, w) or (h, w, 3) float in 0..255 -> uint8 picture of the full size."""
     small = Image.fromarray(np.clip(field, 0.0, 255.0).astype(np.uint8))
     return small.resize((width, height), Image.Resampling.BILINEAR)
@@ -305,7 +323,7 @@ def _noise_tile() -> Image.Image:
     return Image.fromarray(np.clip(tile * (32.0 / 2.0**0.5) + 128.5, 0, 255).astype(np.uint8))
 
 
-def _add_noise(scene: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
+def add_noise(scene: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
     """Add the tile, shifted by a random offset and scaled to sigma grey levels; clipped to 0..255."""
     tile = _noise_tile()
     left, top = (int(v) for v in rng.integers(0, tile.width, 2))

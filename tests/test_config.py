@@ -47,6 +47,19 @@ def test_command_line_parses_by_type_and_ignores_case():
         parse("--UNKNOWN", "1")
 
 
+def test_bare_flags_and_dashes():
+    script = {"SHOW_IT": False, "HIDE": True, "MAX_SIZE": 3}
+    parse = lambda *argv: config.from_command_line(script, argv)  # noqa: E731
+    assert parse("--show-it", "--HIDE") == parse("--SHOW_IT", "--hide") == {"SHOW_IT": True, "HIDE": True}
+    assert parse("--show_it", "false", "--hide", "False", "--max-size", "4") == {
+        "SHOW_IT": False, "HIDE": False, "MAX_SIZE": 4}
+    assert parse("--show-it", "--max-size", "4") == {"SHOW_IT": True, "MAX_SIZE": 4}
+    with pytest.raises(config.UserError, match="SHOW_IT"):
+        config.resolve(script, parse("--show-it", "3"))
+    with pytest.raises(SystemExit):
+        parse("--max-size")  # only a boolean has a meaning without its value
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py")))
 def test_help_lists_every_constant_with_its_comment(script):
     shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -89,7 +89,9 @@ def _checked(name, value, default):
 
 
 def from_command_line(namespace, argv=None):
-    """Parse `--NAME value` flags (case does not matter) and `--demo` into overrides for `resolve`.
+    """Parse `--NAME value` flags and `--demo` into overrides for `resolve`.
+
+    Also `--name`, and `--na-me` for NA_ME; a boolean constant's bare flag means true.
 
     Also makes the running program show a UserError as one line instead of a traceback, with exit code 1.
     """
@@ -106,8 +108,10 @@ def from_command_line(namespace, argv=None):
                             help="small built-in data and weights, no network, a few minutes on a CPU")
     for name, default in constants.items():
         text = f"{comments.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
-        aliases = [f"--{name}"] + ([f"--{name.lower()}"] if name.lower() != "demo" else [])
-        parser.add_argument(*aliases, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+        small = [name.lower(), name.lower().replace("_", "-")] if name.lower() != "demo" else []
+        bare = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        parser.add_argument(*[f"--{spelling}" for spelling in dict.fromkeys([name, *small])], dest=name,
+                            metavar="VALUE", default=argparse.SUPPRESS, help=text, **bare)
     overrides = vars(parser.parse_args(argv))
     return {name: value if name == "demo" else _parsed(name, value, constants[name])
             for name, value in overrides.items()}

@@ -16,32 +16,35 @@ INK, PAPER = "#202020", "#ffffff"
 
 
 def to_pil(image):
-    """(3, H, W) float Tensor in [0, 1] -> PIL image (values outside are cut)."""
-    array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)
+    """(3, H, W) Tensor, float in [0, 1] (values outside are cut) or uint8 -> PIL image."""
+    if image.dtype != torch.uint8:
+        image = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
     """Draw boxes with class names on a copy of the image.
 
     Args:
-        image: (3, H, W) float in [0, 1]; boxes: (N, 4) xyxy pixels; labels: (N,); names: {label: name};
+        image: (3, H, W) float in [0, 1] or uint8; boxes: (N, 4) xyxy pixels; labels: (N,); names: {label: name};
         scores: (N,) or None; scale: enlarge the picture so that small images stay readable.
     Returns:
         PIL image of scale times the size.
     """
     picture = to_pil(image)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    if scale != 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    size = max(11, picture.height // 50)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=size)
     for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = PALETTE[label % len(PALETTE)]
         box = [value * scale for value in box]
         box = [box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)]
-        pen.rectangle(box, outline=colour, width=2)
+        pen.rectangle(box, outline=colour, width=max(2, picture.height // 300))
         text = names[label] + (f" {scores[i]:.2f}" if scores is not None else "")
-        left, top, right, bottom = pen.textbbox((box[0] + 2, max(box[1] - 13, 0)), text, font=font)
+        left, top, right, bottom = pen.textbbox((box[0] + 2, max(box[1] - size - 2, 0)), text, font=font)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-        pen.text((left, max(box[1] - 13, 0)), text, fill=INK, font=font)
+        pen.text((left, max(box[1] - size - 2, 0)), text, fill=INK, font=font)
     return picture
 
 

@@ -1,0 +1,319 @@
+"""Detect objects in an image, a folder, a video or a camera's pictures, de-raining those in which it rains.
+
+    python detect.py --demo                                       # renders a clip in which it begins to rain
+    python detect.py --source street.jpg                          # or a folder, a video.mp4, 0 for the first camera
+    python detect.py --source drive.mp4 --model conditional --threshold 0.5 --show-derained --compare
+
+Writes OUTPUT (a second run gets OUTPUT2, ...): the pictures or the video with boxes, detections.json in COCO's result
+format, images.json with file, frame, rain probability and branch of every image_id. docs/detect.md tells more.
+"""
+
+import contextlib
+import itertools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from utils import (
+    config,
+    demo_clip,
+    detections,
+    detector,
+    evaluation,
+    presets,
+    processes,
+    video,
+    visualize,
+)
+from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
+from utils.integrated_model import load_integrated_model, require_trained_scale
+
+# --- what to look at ----------------------------------------------------------------------------------------------
+SOURCE = ""                             # image, folder of images, video, camera number ("0"), or a stream's URL
+MAX_FRAMES = 0                          # stop after so many frames or images; 0: at the end (a camera: Ctrl+C)
+OUTPUT = "./runs/detect"                # folder of the results; detect2, detect3, ... where it is there already
+THRESHOLD = 0.5                         # score from which on a box is drawn and written; COCO scores want 0.001
+SHOW_DERAINED = False                   # put the image that the detector saw beside the result
+COMPARE = False                         # put vanilla RT-DETR's result beside it
+
+# --- models -------------------------------------------------------------------------------------------------------
+MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet: always; vanilla: never
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
+SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
+RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
+RAIN_THRESHOLD = 0.5                    # an image is rainy from this probability on; None: the rain detector's own
+DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; as in its training
+PIPELINE_DIR = ""                       # folder of save_pretrained: replaces the five constants above for conditional
+IMAGE_SIZE = 640                        # side of the square that the models see, as in training
+BATCH_SIZE = 4                          # images per forward; 1 for a camera, so that nothing waits
+
+DEMO = {
+    "SOURCE": "./demo/rain_begins.mp4", "OUTPUT": "./demo/runs/detect", "IMAGE_SIZE": 160, "DERAIN_SCALE": 0.5,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
+    "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
+}
+_SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+def build_model(cfg, device):
+    """-> MODEL in eval mode: (pixel_values (B, 3, H, W) in [0, 1]) -> transformers' outputs, plus `derained` where it
+    has a de-rainer and `rain_stats` where it has a gate."""
+    def vanilla():
+        return detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+
+    def spdnet():
+        require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+        return load_integrated_model(cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, None, device,
+                                     derain_scale=cfg.DERAIN_SCALE)
+
+    def conditional():
+        if cfg.PIPELINE_DIR:
+            return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device)
+        require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+        return load_conditional_model(cfg.RAIN_DETECTOR_PATH, cfg.RTDETR_MODEL_NAME, cfg.SPDNET_MODEL_PATH,
+                                      device=device, rain_threshold=cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE)
+
+    builders = {"conditional": conditional, "spdnet": spdnet, "vanilla": vanilla}
+    if cfg.MODEL not in builders:
+        raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join(builders)}")
+    if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":
+        raise config.UserError(f"PIPELINE_DIR holds a conditional pipeline, but MODEL = {cfg.MODEL!r}: leave one out")
+    return builders[cfg.MODEL]().eval()
+
+
+def build_models(cfg, device):
+    """-> {name: model}, the chosen one last; the vanilla one beside it is its own detector."""
+    if cfg.MODEL == "vanilla" and (cfg.COMPARE or cfg.SHOW_DERAINED):
+        raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
+                               "MODEL, or leave them out")
+    chosen = build_model(cfg, device)
+    return ({"vanilla": rtdetr_of(chosen)} if cfg.COMPARE else {}) | {cfg.MODEL: chosen}
+
+
+def rtdetr_of(model):
+    """-> the RT-DETR inside a model, or the model itself."""
+    return getattr(model, "detection_module", model)
+
+
+# --- one batch ----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def detect_frames(cfg, models, frames, device):
+    """Run every model on one batch.
+
+    Args:
+        frames: video.Frames with images of any size; the models see them stretched to IMAGE_SIZE.
+    Returns:
+        per frame None where it has no image, else {model: {"boxes": (n, 4) xyxy pixels inside the image, "labels",
+        "scores": (n,), "seen": (3, S, S) in [0, 1] or None, "branch": "rain", "clean" or None, "rain": probability or
+        None, "finite": bool}}; and the number of images that SPDNet spoilt and the gate passed on as they were.
+    """
+    images = [frame.image for frame in frames if frame.image is not None]
+    if not images:
+        return [None] * len(frames), 0
+    stretch, sizes = presets.evaluation(cfg.IMAGE_SIZE), [tuple(image.shape[-2:]) for image in images]
+    pixels = torch.stack([stretch(image) for image in images]).to(device).float().div_(255)
+    results, fallbacks = [{} for _ in images], 0
+    for name, model in models.items():
+        outputs = model(pixel_values=pixels)
+        gate, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
+        fallbacks += gate["num_fallback"] if gate else 0
+        finite = outputs.logits.isfinite().flatten(1).all(1) & outputs.pred_boxes.isfinite().flatten(1).all(1)
+        found = evaluation.decode(outputs.logits, outputs.pred_boxes, sizes)
+        for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
+            one = {key: value[one["scores"] >= cfg.THRESHOLD].cpu() for key, value in one.items()}
+            one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+            one |= {"seen": None if seen is None else seen[i], "branch": None, "rain": None, "finite": bool(finite[i])}
+            if gate:
+                one |= {"branch": "rain" if gate["mask"][i] else "clean", "rain": float(gate["scores"][i])}
+            results[i][name] = one
+    found = iter(results)
+    return [None if frame.image is None else next(found) for frame in frames], fallbacks
+
+
+def draw(cfg, image, result, id2label):
+    """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
+    panels = []
+    for name, one in result.items():
+        gate = "" if one["branch"] is None else f"rain {one['rain']:.2f}, {one['branch']} branch, "
+        picture = visualize.draw_boxes(image, one["boxes"], one["labels"], id2label, one["scores"])
+        panels.append(with_banner(picture, f"{name}: {gate}{len(one['boxes'])} objects"))
+    if cfg.SHOW_DERAINED:
+        if one["seen"] is None:
+            raise config.UserError(f"SHOW_DERAINED: MODEL = {cfg.MODEL!r} de-rains no image")
+        seen = visualize.to_pil(one["seen"]).resize(picture.size, Image.Resampling.BICUBIC)
+        panels.append(with_banner(seen, "what the detector saw"))
+    if len(panels) == 1:
+        return picture
+    page = Image.new("RGB", (sum(panel.width for panel in panels), picture.height))
+    for i, panel in enumerate(panels):
+        page.paste(panel, (i * picture.width, 0))
+    return page
+
+
+def with_banner(picture, text):
+    """Write a line onto a dark strip in the lower left corner, in place. -> the picture"""
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, picture.height // 36))
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    corner = picture.height - (bottom - top) - 6
+    pen.rectangle((0, corner, right - left + 8, picture.height), fill=visualize.INK)
+    pen.text((4 - left, corner + 3 - top), text, fill=visualize.PAPER, font=font)
+    return picture
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Tally:
+    """What the summary says. Lists end at _SHOWN entries: a camera may run for days."""
+
+    images: int = 0
+    objects: int = 0
+    derained: int | None = None  # None: a model that de-rains nothing
+    fallbacks: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+    problem_count: int = 0
+    problems: list = field(default_factory=list)
+    switch_count: int = 0
+    switches: list = field(default_factory=list)
+    branch: str | None = None
+
+    def report(self, problem):
+        """Say a problem at once, and keep it for the end."""
+        self.problem_count += 1
+        if self.problem_count <= _SHOWN:
+            self.problems.append(problem)
+            tqdm.write(f"problem: {problem}")
+
+    def count(self, frame, one):
+        """Count one frame; `one` is its result, None where it has no image."""
+        if frame.problem:
+            self.report(frame.problem)
+        if one is None:
+            return
+        if not one["finite"]:
+            self.report(f"{frame.name}: the model answers with numbers that are not finite")
+        self.images += 1
+        self.objects += len(one["boxes"])
+        if one["seen"] is not None:
+            self.derained = (self.derained or 0) + (one["branch"] != "clean")
+        if frame.number is not None and one["branch"] != self.branch:
+            self.switch_count += 1
+            if self.switch_count <= _SHOWN:
+                self.switches.append({"frame": frame.number, "seconds": frame.seconds, "branch": one["branch"],
+                                      "rain_probability": one["rain"]})
+            self.branch = one["branch"]
+
+
+def batches(frames, size, limit):
+    """Yield lists of at most `size` frames, as they are needed; `limit` frames in all, 0 for every one."""
+    frames = itertools.islice(frames, limit or None)
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
+def run(cfg, models, source, folder, device):
+    """Detect in every frame and write the results as they come. -> Tally"""
+    id2label = detector.id2label_of(rtdetr_of(models[cfg.MODEL]))
+    tally, begin = Tally(), time.perf_counter()
+    total = min(filter(None, (source.total, cfg.MAX_FRAMES)), default=None)
+    bar = tqdm(total=total, desc=source.name, unit="image", ascii=True, dynamic_ncols=True, disable=total == 1)
+    with detections.Results(folder, source, id2label) as results, source.writer(folder) as pictures, bar:
+        try:
+            for frames in batches(source, 1 if source.live else cfg.BATCH_SIZE, cfg.MAX_FRAMES):
+                found, fallbacks = detect_frames(cfg, models, frames, device)
+                tally.fallbacks += fallbacks
+                for frame, result in zip(frames, found, strict=True):
+                    one = result and result[cfg.MODEL]
+                    results.add(frame, one)
+                    if result is None:
+                        pictures.hold()
+                    else:
+                        pictures.write(draw(cfg, frame.image, result, id2label), frame.name)
+                    tally.count(frame, one)
+                bar.update(len(frames))
+        except KeyboardInterrupt:
+            tally.stopped = True
+    tally.seconds = time.perf_counter() - begin
+    if source.cut_short:
+        tally.report(source.cut_short)
+    return tally
+
+
+def new_folder(output):
+    """-> a folder that did not exist before: OUTPUT, OUTPUT2, OUTPUT3, ..."""
+    path = Path(output)
+    if not path.name:
+        raise config.UserError(f"OUTPUT = '{output}': give a folder of its own")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = path.with_name(path.name + (str(number) if number > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise config.UserError(f"OUTPUT = '{path.as_posix()}' cannot be made: {error.strerror or error}") from error
+
+
+def print_summary(cfg, tally, source, folder):
+    """Images, objects, what the gate did, speed, where the results are."""
+    derained = "" if tally.derained is None else f", {tally.derained} of them in the rain branch"
+    lines = [f"\n{cfg.SOURCE} -> {folder.as_posix()}{' (stopped)' if tally.stopped else ''}",
+             f"  images   {tally.images}{derained}",
+             f"  objects  {tally.objects} with a score of {cfg.THRESHOLD:g} or more",
+             f"  time     {tally.seconds:.1f} s, {tally.images / max(tally.seconds, 1e-9):.1f} images/s"]
+    if tally.fallbacks:
+        lines.append(f"  note     {tally.fallbacks} image(s) were detected on as they were: SPDNet's answer was not "
+                     "finite")
+    for switch in tally.switches:
+        lines.append(f"  gate     {switch['branch']} branch from frame {switch['frame']} ({switch['seconds']:.2f} s), "
+                     f"rain probability {switch['rain_probability']:.2f}")
+    if tally.switch_count > len(tally.switches):
+        lines.append(f"  gate     {tally.switch_count - len(tally.switches)} more changes, see images.json")
+    lines.append(f"  written  {'video' if source.fps else 'pictures'}, detections.json, images.json")
+    print("\n".join(lines), flush=True)
+
+
+def main(**overrides):
+    """Detect; -> {"folder", "images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches"}.
+
+    Raises:
+        UserError: what cannot start; and at the end, after everything else was written, where images or frames could
+            not be read.
+    """
+    cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
+    if not 0 <= cfg.THRESHOLD <= 1:
+        raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")
+    if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
+        raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
+                               "least 0")
+    if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
+        demo_clip.ensure_clip(cfg.SOURCE)
+    device = processes.device()
+    with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
+        models = build_models(cfg, device)
+        folder = new_folder(cfg.OUTPUT)
+        try:
+            tally = run(cfg, models, source, folder, device)
+        except OSError as error:
+            raise config.UserError(f"OUTPUT = '{folder.as_posix()}': cannot write ({error})") from error
+        print_summary(cfg, tally, source, folder)
+    if tally.problem_count:
+        more = f"; and {tally.problem_count - 5} more" if tally.problem_count > 5 else ""
+        raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
+                               f"{'; '.join(tally.problems[:5])}{more}")
+    names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches")
+    return {"folder": folder} | {name: getattr(tally, name) for name in names}
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

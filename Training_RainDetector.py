@@ -1,0 +1,196 @@
+"""Train the rain detector: is there rain, mist or water on the lens in this image? One probability per image.
+
+MobileNetV3-Small on clean images, their rainy twins from disk, and weather that is rendered anew in every epoch (light
+to heavy streaks, mist without streaks, drops on the lens). Both classes get the same JPEG artefacts, resize kernels,
+blur, noise and brightness, so that none of these tells them apart; see docs/rain_detector.md.
+
+    python Training_RainDetector.py --demo
+    python Training_RainDetector.py --TEST_CLEAN_DIRS "('./photos_dry',)" --TEST_RAINY_DIRS "('./photos_rain',)"
+
+Writes OUTPUT_DIR/rain_detector_best.pt (best epoch by AUROC on the validation part; calibrated, with the threshold for
+FALSE_ALARM_RATE), test.json, rain_roc.png, rain_mistakes.png, last.pt, best.pt, metrics.json, curves.png and tb/.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from utils import (
+    classification,
+    config,
+    datasets,
+    demo,
+    engine,
+    freeze,
+    loaders,
+    processes,
+    rain_data,
+    rain_report,
+    report,
+    visualize,
+)
+from utils.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
+
+# --- data ---------------------------------------------------------------------------------------------------------
+CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
+RAINY_DIRS = ("./dataset/coco_rain/train2017",)  # rainy images, twins of the clean ones or not; () renders all rain
+RENDERED_SHARE = 0.5                    # share of the rainy samples that are rendered anew, the others come from disk
+PERCENT_DATASET = 10                    # seeded subset of both in percent
+VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
+TEST_CLEAN_DIRS = ()                    # folders that are only judged at the end, best real photographs: dry ...
+TEST_RAINY_DIRS = ()                    # ... and wet
+TEST_PREFIXES = ()                      # judge files of these name prefixes apart, e.g. ("rain_", "mist_")
+
+# --- model --------------------------------------------------------------------------------------------------------
+BACKBONE_WEIGHTS = "imagenet"           # imagenet (torchvision downloads 10 MB), a local file of it, or "" for random
+FALSE_ALARM_RATE = 0.01                 # share of clean validation images that the stored threshold may call rainy
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 10                         # the weather of every epoch is new
+BATCH_SIZE = 64                         # half of them rainy on average
+LEARNING_RATE = 3e-4                    # from ImageNet weights; 1e-3 from random ones
+WEIGHT_DECAY = 1e-2                     # not on biases and normalisation layers
+WARMUP_STEPS = 50                       # optimizer steps of linear warm-up
+SCHEDULE = "cosine"                     # constant, cosine or step
+CLIP_NORM = 5.0                         # limit of the gradient's norm
+PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better validation AUROC
+DATALOADER_WORKERS = 8                  # processes that render; at most the number of cores is used
+SEED = 0                                # subset, order, weather, augmentation
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./rain_detector_pretrained"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+EVAL_BATCH_SIZE = 64                    # validation batch
+
+DEMO = {
+    "CLEAN_DIRS": ("./demo/coco/train2017",), "RAINY_DIRS": ("./demo/coco_rain/train2017",), "PERCENT_DATASET": 100,
+    "TEST_CLEAN_DIRS": ("./demo/coco/val2017",), "TEST_RAINY_DIRS": ("./demo/coco_rain/val2017",),
+    "BACKBONE_WEIGHTS": "", "LEARNING_RATE": 1e-3, "NUM_EPOCHS": 4, "BATCH_SIZE": 32, "DATALOADER_WORKERS": 0,
+    "OUTPUT_DIR": "./demo/rain_detector_pretrained",
+}
+
+
+def build_data(cfg):
+    """-> training data, validation data; no file name is in both."""
+    if not 0 < cfg.VALIDATION_SHARE < 1:
+        raise config.UserError(f"VALIDATION_SHARE = {cfg.VALIDATION_SHARE}: choose a share in (0, 1), such as 0.1")
+    parts = {"train": [], "val": []}
+    for folders, constant in ((cfg.CLEAN_DIRS, "CLEAN_DIRS"), (cfg.RAINY_DIRS, "RAINY_DIRS")):
+        paths = rain_data.images_below(folders, constant)
+        chosen = datasets.seeded_subset([path.stem for path in paths], cfg.PERCENT_DATASET, cfg.SEED)
+        paths = [paths[i] for i in chosen]
+        datasets.check_images(paths, constant)
+        for part, held_out in (("train", False), ("val", True)):
+            parts[part].append([p for p in paths if rain_data.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
+    if set(map(str, parts["train"][0])) & set(map(str, parts["train"][1])):
+        raise config.UserError("CLEAN_DIRS and RAINY_DIRS share images: an image cannot be both")
+    return (rain_data.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED),
+            rain_data.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED))
+
+
+def parameter_groups(model, cfg):
+    """Biases and normalisation layers without weight decay."""
+    groups = {True: [], False: []}
+    for parameter in model.parameters():
+        groups[parameter.ndim > 1].append(parameter)
+    return [{"params": groups[is_matrix], "lr": cfg.LEARNING_RATE,
+             "weight_decay": cfg.WEIGHT_DECAY if is_matrix else 0.0} for is_matrix in (True, False)]
+
+
+def compute_losses(model, batch):
+    """{"bce": binary cross-entropy of the logit; "accuracy": share of right answers at 0.5, only reported}."""
+    logits = model(batch["images"])
+    targets = torch.tensor([float(domain == "rainy") for domain in batch["domains"]], device=logits.device)
+    return {"bce": F.binary_cross_entropy_with_logits(logits.float(), targets),
+            "accuracy": ((logits > 0) == (targets > 0.5)).float().mean().detach()}
+
+
+def evaluate(model, loader, device, false_alarm_rate):
+    """Calibrate on the validation images (temperature and threshold are set in the model), then score.
+
+    Returns:
+        {"val/auroc", "val/bce", "val/recall" and "val/false_alarms" at the chosen threshold, "val/threshold",
+        "val/temperature"}.
+    """
+    logits, targets, _ = rain_report.logits_of(model, loader, device)
+    temperature = classification.fit_temperature(logits, targets)
+    probabilities = torch.sigmoid(logits / temperature).numpy()
+    threshold = classification.threshold_for_false_alarms(probabilities, targets.numpy(), false_alarm_rate)
+    model.temperature.fill_(temperature)
+    model.operating_threshold.fill_(threshold)
+    counts = classification.counts(probabilities, targets.numpy(), threshold)
+    return {"val/auroc": classification.auroc(logits.numpy(), targets.numpy()),
+            "val/bce": F.binary_cross_entropy_with_logits(logits / temperature, targets).item(),
+            "val/recall": counts["recall"], "val/false_alarms": counts["false_alarm_rate"],
+            "val/threshold": threshold, "val/temperature": temperature}
+
+
+def sample_images(model, dataset, device):
+    """-> {tag: picture}: what the network saw and what it said, clean above, rainy below."""
+    half = len(dataset) // 2
+    count = min(6, half)
+    rows = []
+    for start in (0, half):
+        samples = [dataset[start + i * half // count] for i in range(count)]
+        batch = datasets.to_device(datasets.collate(samples), device)
+        rows.append([visualize.captioned(visualize.to_pil(image), f"p = {p:.2f}")
+                     for image, p in zip(batch["images"], model.probability(batch["images"]).tolist(), strict=True)])
+    return {"clean above, rainy below": visualize.as_tensor(visualize.grid(rows, [""] * count))}
+
+
+def test(cfg, path, device):
+    """Judge the TEST_* folders with the trained detector: table, test.json, pictures."""
+    sets = rain_report.test_sets(cfg.TEST_CLEAN_DIRS, cfg.TEST_RAINY_DIRS, cfg.TEST_PREFIXES)
+    rain_detector = load_rain_detector(path, device)
+    judged = rain_report.judge(rain_detector, sets, device, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    summary = rain_report.summarise(judged, rain_detector.operating_threshold.item())
+    if processes.is_main():
+        print("\n" + rain_report.describe(summary))
+        report.write_results(Path(cfg.OUTPUT_DIR) / "test.json", cfg.as_dict(), summary)
+        rain_report.write_pictures(judged, summary["threshold"], cfg.OUTPUT_DIR)
+    return summary
+
+
+def main(**overrides):
+    """Train and test; -> {"history", "best_epoch", "best_score", "stopped", "test"}."""
+    cfg = config.resolve(globals(), overrides)
+    classification.require_rate(cfg.FALSE_ALARM_RATE)
+    if bool(cfg.TEST_CLEAN_DIRS) != bool(cfg.TEST_RAINY_DIRS):
+        raise config.UserError("TEST_CLEAN_DIRS and TEST_RAINY_DIRS belong together: set both or neither")
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.device()
+    model = new_rain_detector(cfg.BACKBONE_WEIGHTS).to(device)
+    processes.say(freeze.describe({"rain detector": model}))
+    train, val = build_data(cfg)
+    if cfg.TEST_CLEAN_DIRS:  # a wrong folder is found now, not after the training
+        rain_report.test_sets(cfg.TEST_CLEAN_DIRS, cfg.TEST_RAINY_DIRS, cfg.TEST_PREFIXES)
+    train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
+    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    output = Path(cfg.OUTPUT_DIR) / "rain_detector_best.pt"
+
+    result = engine.fit(
+        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
+        parameters=parameter_groups(model, cfg), loss_weights={"bce": 1.0},
+        evaluate=lambda plain: evaluate(plain, val_loader, device, cfg.FALSE_ALARM_RATE), score="val/auroc",
+        on_best=lambda plain: save_rain_detector(plain, output),
+        sample_images=lambda plain: sample_images(plain, val, device),
+        clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS, schedule=cfg.SCHEDULE, precision=cfg.PRECISION,
+        patience=cfg.EARLY_STOPPING_PATIENCE, constants=cfg.as_dict(), resume=cfg.RESUME,
+        checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
+    if not output.is_file():
+        return result
+    if cfg.TEST_CLEAN_DIRS:
+        result["test"] = test(cfg, output, device)
+    processes.say(f"\nrain detector: {output.as_posix()}")
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

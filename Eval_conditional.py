@@ -1,0 +1,305 @@
+"""Evaluate the conditional model: a rain detector decides per image whether RT-DETR sees it de-rained or as it is.
+
+Compares it with never and with always de-raining, with a gate that knows the weather (oracle), with a gate that was
+trained together with SPDNet, and with a detector fine-tuned on rain behind the same gate: on clean images, on rainy
+ones and on a mix, with the time that each costs.
+
+    python Eval_conditional.py --demo
+    python Eval_conditional.py
+
+Writes OUTPUT_DIR/results.json, threshold_sweep.png, rain_roc.png, rain_mistakes.png and detections.png.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import (
+    conditional_report,
+    config,
+    datasets,
+    demo,
+    detector,
+    evaluation,
+    freeze,
+    integrated_model,
+    loaders,
+    presets,
+    processes,
+    rain_report,
+    report,
+    visualize,
+)
+from utils.conditional_model import ConditionalRainRobustRTDETR, require_same_outputs
+from utils.rain_detector import load_rain_detector
+from utils.spdnet import load_spdnet
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
+PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
+RAIN_SHARE = 0.5                        # share of rainy images in the mix
+IMAGE_SIZE = 640                        # side of the square input, as in training
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- models -------------------------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
+RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
+RAIN_THRESHOLD = 0.5                    # an image is rainy from this probability on; None: the rain detector's own
+SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
+ORIGINAL_SPDNET_PATH = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
+DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
+SOFT_PIPELINE_DIR = ""                  # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its row out
+RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+PICTURES = 3                            # rainy and as many clean images on the page of detections
+SCORE_THRESHOLD = 0.4                   # boxes drawn on it
+SEED = 0                                # of the subset and of the mix
+OUTPUT_DIR = "./outputs_conditional/eval"
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "ORIGINAL_SPDNET_PATH": "./assets/demo/spdnet.pt",
+    "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_rain", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
+    "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_conditional/eval",
+}
+_DOMAINS = ("clean", "rainy")
+
+
+def build_loaders(cfg, id2label):
+    """-> {"clean", "rainy": validation loader}."""
+    found = {}
+    for domain, root, constant in zip(_DOMAINS, (cfg.COCO_DIR, cfg.COCO_RAIN_DIR), ("COCO_DIR", "COCO_RAIN_DIR"),
+                                      strict=True):
+        data = datasets.CocoDetectionDataset(
+            root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE), constant=constant, domain=domain,
+            percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES)
+        for note in data.notes:
+            processes.say(f"note: {note}")
+        found[domain] = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    return found
+
+
+def build_models(cfg, device):
+    """-> (rain detector, {branch: detector or RainRobustRTDETR}, the soft-trained pipeline or None).
+
+    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "soft" (the SPDNet that
+    was trained with a soft gate). All are (pixel_values) -> outputs with logits and pred_boxes.
+    """
+    rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
+    vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
+    integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+
+    def with_spdnet(spdnet, scale=cfg.DERAIN_SCALE):
+        return integrated_model.RainRobustRTDETR(spdnet, vanilla, freeze_derain=True,
+                                                 derain_scale=scale).to(device).eval()
+
+    branches = {"vanilla": vanilla}
+    if cfg.ORIGINAL_SPDNET_PATH:
+        branches["original"] = with_spdnet(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
+    branches["adapted"] = with_spdnet(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
+    if cfg.RAINY_DETECTOR_NAME:
+        branches["fine-tuned"] = freeze.freeze(detector.load_rtdetr(cfg.RAINY_DETECTOR_NAME, device=device,
+                                                                    constant="RAINY_DETECTOR_NAME"))
+        require_same_outputs(vanilla, branches["fine-tuned"])
+    soft = None
+    if cfg.SOFT_PIPELINE_DIR:
+        soft = ConditionalRainRobustRTDETR.from_pretrained(cfg.SOFT_PIPELINE_DIR, device)
+        if soft.derain_module is None:
+            raise config.UserError(f"SOFT_PIPELINE_DIR = '{cfg.SOFT_PIPELINE_DIR}' has no SPDNet: not a pipeline of "
+                                   "Training_Conditional.py")
+        branches["soft"] = with_spdnet(soft.derain_module, soft.derain_scale)
+    for name, constant in (("original", "ORIGINAL_SPDNET_PATH"), ("fine-tuned", "RAINY_DETECTOR_NAME"),
+                           ("soft", "SOFT_PIPELINE_DIR")):
+        if name not in branches:
+            processes.say(f"note: {constant} is empty, so the {name} rows are left out")
+    return rain_detector, branches, soft
+
+
+def strategies(branches, gates):
+    """-> [(row's name, rainy branch, goes(domain, image_id))]: when does an image take the rainy branch?
+
+    Args:
+        gates: {"rain detector", "soft": goes} as far as they exist.
+    """
+    def never(domain, image_id):
+        return False
+
+    def always(domain, image_id):
+        return True
+
+    def oracle(domain, image_id):
+        return domain == "rainy"
+    rows = [("vanilla (never)", "vanilla", never)]
+    for branch in [name for name in branches if name not in ("vanilla", "soft")]:
+        rows += [(f"always {branch}", branch, always), (f"conditional {branch}", branch, gates["rain detector"]),
+                 (f"oracle gate, {branch}", branch, oracle)]
+    if "soft" in branches:
+        rows.append(("conditional soft-trained", "soft", gates["soft"]))
+    return rows
+
+
+def score(rows, parts, found):
+    """-> [{"model", "clean/mAP", ..., "mix/AP75", "derained_clean", "derained_rainy": shares}, ...]."""
+    table = []
+    for name, branch, goes in rows:
+        row = {"model": name, "branch": branch}
+        for part_name, part in parts.items():
+            scores = part.scores(conditional_report.chooser(found, "vanilla", branch, goes))
+            row |= {f"{part_name}/{metric}": scores[metric] for metric in conditional_report.COLUMNS}
+            if part_name != "mix":
+                row[f"derained_{part_name}"] = float(np.mean([goes(*key) for key in part.images]))
+        table.append(row)
+    return table
+
+
+def measure_latency(cfg, rain_detector, branches, device):
+    """Milliseconds per image of the parts, and of the whole conditional model on images that it calls clean or rainy.
+
+    Returns:
+        {"batch 1": {"gate", each branch, "conditional, clean", "conditional, rainy": ms per image}, "batch N": ...}.
+    """
+    pipelines = {}
+    for weather, threshold in (("clean", np.inf), ("rainy", -np.inf)):  # what it calls rainy does not depend on noise
+        pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
+                                               derain_scale=cfg.DERAIN_SCALE).to(device).eval()
+        pipeline.rain_threshold = threshold
+        pipelines[f"conditional, {weather}"] = pipeline
+    models = {"gate": rain_detector.predict} | {name: (lambda x, model=model: model(pixel_values=x))
+                                                for name, model in (branches | pipelines).items() if name != "soft"}
+    result = {}
+    for batch in sorted({1, cfg.EVAL_BATCH_SIZE}):
+        images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
+        result[f"batch {batch}"] = {name: ms / batch for name, ms in evaluation.latencies(models, images).items()}
+    return result
+
+
+def add_cost(table, latency):
+    """Mean ms per image and images/s on clean and rainy images, worked out from the parts' own times at batch 1."""
+    ms = latency["batch 1"] | {"soft": latency["batch 1"]["adapted"]}
+    for row in table:
+        gated = row["model"].startswith("conditional")
+        for domain in _DOMAINS:
+            share = row[f"derained_{domain}"]
+            row[f"ms_{domain}"] = gated * ms["gate"] + share * ms[row["branch"]] + (1 - share) * ms["vanilla"]
+        row["images_per_s_clean"] = 1000 / row["ms_clean"]
+
+
+@torch.no_grad()
+def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
+    """Page: what came in, with vanilla's detections | what the detector saw, with the pipeline's | ground truth."""
+    rows = []
+    side, scale = cfg.IMAGE_SIZE, max(1, -(-240 // cfg.IMAGE_SIZE))
+    for domain in ("rainy", "clean"):
+        data = loaders_of[domain].dataset
+        for i in range(min(cfg.PICTURES, len(data))):
+            sample = data[i * len(data) // cfg.PICTURES]
+            batch = datasets.to_device(datasets.collate([sample]), device)
+            outputs, vanilla = pipeline(batch["images"]), pipeline.detection_module(pixel_values=batch["images"])
+            cells = []
+            for image, result in ((batch["images"][0], vanilla), (outputs.derained[0], outputs)):
+                one = evaluation.decode(result.logits, result.pred_boxes, [(side, side)])[0]
+                keep = one["scores"] > cfg.SCORE_THRESHOLD
+                cells.append(visualize.draw_boxes(image, one["boxes"][keep], one["labels"][keep], id2label,
+                                                  one["scores"][keep], scale))
+            stats = outputs.rain_stats
+            took = "de-rained" if stats["mask"][0] else "left as it is"
+            cells[1] = visualize.captioned(cells[1], f"{domain}, p = {stats['scores'][0]:.3f}: {took}")
+            boxes = sample["boxes"] * side
+            corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+            cells.append(visualize.draw_boxes(batch["images"][0], corners, sample["labels"], id2label, scale=scale))
+            rows.append(cells)
+    visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
+
+
+def print_summary(table, latency, gate, false_alarms, missed):
+    """The rows, the gate, the images on which it errs, and the speed on clean images."""
+    headings = {"model": "model"} | {f"{part}/{metric}": f"{part} {metric}" for part in ("clean", "rainy", "mix")
+                                     for metric in conditional_report.COLUMNS}
+    print("\n" + report.table(table, headings))
+    cost = [{"model": row["model"], "clean": f"{100 * row['derained_clean']:.1f}%",
+             "rainy": f"{100 * row['derained_rainy']:.1f}%", "ms_clean": f"{row['ms_clean']:.1f}",
+             "ms_rainy": f"{row['ms_rainy']:.1f}", "speed": f"{row['images_per_s_clean']:.1f}"} for row in table]
+    print("\n" + report.table(cost, {
+        "model": "model", "clean": "clean images to the rainy branch", "rainy": "rainy images to it",
+        "ms_clean": "ms per clean image", "ms_rainy": "per rainy image", "speed": "clean images/s"}))
+    print("\nRain detector:\n" + rain_report.describe(gate))
+    rows = {row["model"]: row for row in table}
+    vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows["conditional adapted"]["clean/mAP"]
+    if not false_alarms:
+        print(f"clean images: no false alarm; conditional mAP {gated!r}, vanilla {vanilla!r}")
+    else:
+        shown = ", ".join(f"{Path(path).name} ({p:.3f})" for path, p in false_alarms[:10])
+        more = f" and {len(false_alarms) - 10} more, see results.json" if len(false_alarms) > 10 else ""
+        print(f"clean images: {len(false_alarms)} false alarm(s): {shown}{more}; conditional mAP "
+              f"{gated - vanilla:+.4f} against vanilla")
+    print(f"rainy images: {len(missed)} taken for clean")
+    one = latency["batch 1"]
+    print(f"clean image, batch 1: {one['conditional, clean']:.1f} ms, always de-raining {one['adapted']:.1f} ms: "
+          f"{one['adapted'] / one['conditional, clean']:.1f} times as fast (the guide promises 3 to 5); the gate is "
+          f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
+
+
+def main(**overrides):
+    """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "milliseconds_per_image", "sweep"}."""
+    cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
+    if cfg.demo:
+        demo.ensure_demo()
+    device = processes.device()
+    rain_detector, branches, soft = build_models(cfg, device)
+    id2label = detector.id2label_of(branches["vanilla"])
+    loaders_of = build_loaders(cfg, id2label)
+    pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
+                                           cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE).to(device).eval()
+    threshold = pipeline.rain_threshold
+
+    data = {domain: loader.dataset for domain, loader in loaders_of.items()}
+    parts = {domain: conditional_report.part_of(data[domain]) for domain in _DOMAINS}
+    parts["mix"] = conditional_report.mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
+    scores = {domain: conditional_report.gate_scores(rain_detector, loader, device)
+              for domain, loader in loaders_of.items()}
+    gates = {"rain detector": conditional_report.hard_gate(scores, threshold)}
+    if soft:
+        soft_scores = {domain: conditional_report.gate_scores(soft.rain_detector, loader, device)
+                       for domain, loader in loaders_of.items()}
+        gates["soft"] = conditional_report.hard_gate(soft_scores, soft.rain_threshold)
+    found = {domain: {name: conditional_report.by_image(
+        evaluation.detect(lambda x, model=model: model(pixel_values=x), loader, device, f"{name}, {domain}"),
+        data[domain].image_ids) for name, model in branches.items()} for domain, loader in loaders_of.items()}
+
+    table = score(strategies(branches, gates), parts, found)
+    latency = measure_latency(cfg, rain_detector, branches, device)
+    add_cost(table, latency)
+    one = latency["batch 1"]
+    sweep = conditional_report.sweep(parts["mix"], found, scores, "vanilla", "adapted",
+                                     {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
+    judged = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
+                                                   for name in data[domain].files],
+                       "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
+              for domain in _DOMAINS}
+    gate = rain_report.summarise(judged, threshold)
+    false_alarms, missed = (
+        [(path, float(p)) for path, p in zip(judged[domain]["paths"], judged[domain]["probabilities"], strict=True)
+         if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
+    results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
+               "milliseconds_per_image": latency, "sweep": sweep}
+    if processes.is_main():
+        print_summary(table, latency, gate, false_alarms, missed)
+        folder = Path(cfg.OUTPUT_DIR)
+        report.write_results(folder / "results.json", cfg.as_dict(), results)
+        visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
+        rain_report.write_pictures(judged, threshold, folder)
+        draw_page(cfg, pipeline, loaders_of, device, id2label, folder / "detections.png")
+        print(f"\nwritten: {(folder / 'results.json').as_posix()}, threshold_sweep.png, rain_roc.png, detections.png")
+    return results
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,220 @@
+"""Train SPDNet and the rain detector together, through a frozen RT-DETR: its loss decides what counts as rain.
+
+A hard gate (rainy or not) has no gradient. With GATE = "soft" a training step shows the detector the mixture
+p * de-rained + (1 - p) * image, so that the loss reaches the rain detector's probability p as well as SPDNet; at
+inference the gate is hard. GATE = "hard" trains SPDNet alone, behind a fixed gate, for comparison.
+
+    python Training_Conditional.py --demo
+    python Training_Conditional.py
+
+Start from the results of Training_RainDetector.py and Training_SPDNet_Adaptation.py. Writes OUTPUT_DIR/pipeline/ (the
+best epoch, everything that detect.py and Eval_conditional.py need), last.pt, best.pt, metrics.json, curves.png, tb/.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from utils import (
+    conditional_model,
+    config,
+    datasets,
+    demo,
+    detector,
+    engine,
+    evaluation,
+    freeze,
+    integrated_model,
+    loaders,
+    losses,
+    presets,
+    processes,
+)
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+PERCENT_DATASET = 10                    # seeded subset in percent
+COCO_RATIO = 0.5                        # share of clean images: the gate has to see both
+RAIN_RATIO = 0.5                        # share of rainy images
+IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- models -------------------------------------------------------------------------------------------------------
+SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # start weights
+RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # start weights
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder; stays frozen
+DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
+RAIN_THRESHOLD = 0.5                    # of the hard gate, in validation and afterwards; None: the rain detector's own
+GATE = "soft"                           # soft: the loss trains the gate as well; hard: the gate stays as it is
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 5                          # both parts are trained already
+BATCH_SIZE = 2                          # per GPU; with a soft gate every image passes SPDNet
+GRADIENT_ACCUMULATION_STEPS = 8         # effective batch 16
+LEARNING_RATE = 5e-5                    # SPDNet's
+RAIN_DETECTOR_LEARNING_RATE = 1e-5      # the gate's: it is good already
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up
+SCHEDULE = "cosine"                     # constant, cosine or step
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+EARLY_STOPPING_PATIENCE = 3             # epochs without a better score
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+SEED = 0                                # subset, order, augmentation
+
+# --- loss weights (0 switches a term off) ---------------------------------------------------------------------------
+DETECTION_WEIGHT = 1.0                  # RT-DETR's loss on what the gate lets it see
+FEATURE_WEIGHT = 5.0                    # its features against those of the clean twin, relative squared error
+GATE_WEIGHT = 0.1                       # cross-entropy of the gate's probability: keeps "rainy" meaning rainy
+RAIN_SCORE_WEIGHT = 0.5                 # best epoch: this share of the rainy mAP, the rest of the clean mAP
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_conditional"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of last.pt within an epoch
+EVAL_BATCH_SIZE = 4                     # validation batch
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 50, "IMAGE_SIZE": 160,
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_conditional", "DERAIN_SCALE": 0.5,
+    "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 20,
+    "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
+}
+
+
+def build_model(cfg, device):
+    """The conditional model: SPDNet and (with a soft gate) the rain detector train, RT-DETR is frozen."""
+    model = conditional_model.load_conditional_model(
+        cfg.RAIN_DETECTOR_PATH, cfg.RTDETR_MODEL_NAME, spdnet_path=cfg.SPDNET_MODEL_PATH, device=device,
+        rain_threshold=cfg.RAIN_THRESHOLD, gate=cfg.GATE, derain_scale=cfg.DERAIN_SCALE)
+    if cfg.GATE == "hard":
+        freeze.freeze(model.rain_detector)
+    processes.say(freeze.describe({"SPDNet": model.derain_module, "rain detector": model.rain_detector,
+                                   "RT-DETR": model.detection_module}))
+    return model
+
+
+def build_loaders(cfg, id2label):
+    """-> training loader of the clean/rainy mix, {"clean" or "rainy": validation loader}."""
+    train = datasets.clean_rainy_mixture(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
+        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(cfg.FEATURE_WEIGHT),
+        unknown=cfg.UNKNOWN_CATEGORIES)
+    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
+                                                 constant=constant, domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
+           for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"),
+                                          ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR"))}
+    for note in train.notes + [note for data in val.values() for note in data.notes]:
+        processes.say(f"note: {note}")
+    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+            {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+             for domain, data in val.items()})
+
+
+def loss_weights(cfg):
+    """-> {name: weight} of the terms that are switched on."""
+    weights = {"detection": cfg.DETECTION_WEIGHT, "features": cfg.FEATURE_WEIGHT,
+               "gate": cfg.GATE_WEIGHT if cfg.GATE == "soft" else 0.0}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def compute_losses(model, batch, weights, clean_features):
+    """Named losses of one batch, scalars: those in `weights`; "gate_right", the share of images that the gate tells
+    right, is only reported.
+
+    Args:
+        model: ConditionalRainRobustRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where
+            the feature term is on; clean_features: ConditionalRainRobustRTDETR.clean_features.
+    """
+    outputs = model(batch["images"], labels=batch["labels"] if "detection" in weights else None,
+                    feature_level="backbone" if "features" in weights else None)
+    scores = outputs.rain_stats["scores"].float()
+    rainy = torch.tensor([domain == "rainy" for domain in batch["domains"]], device=scores.device)
+    terms = {}
+    if "detection" in weights:
+        terms["detection"] = outputs.loss
+    if "features" in weights:
+        terms["features"] = losses.feature_consistency(outputs.features, clean_features(batch["twins"], "backbone"))
+    if "gate" in weights:
+        terms["gate"] = F.binary_cross_entropy(scores, rainy.float())
+    if not any(term.requires_grad for term in terms.values()):
+        # a hard gate that let no image of this batch through SPDNet: nothing to learn from it, but a step all the same
+        link = 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+        terms = {name: term + link for name, term in terms.items()}
+    terms["gate_right"] = (outputs.rain_stats["mask"] == rainy).float().mean()
+    return terms
+
+
+def evaluate(model, val_loaders, truths, device, rain_weight):
+    """-> {"score", "clean/mAP", "clean/derained" (share of images that the gate sent to SPDNet), "rainy/..."}, the gate
+    hard."""
+    found = {}
+    for domain, loader in val_loaders.items():
+        sent = []
+
+        def predict(images, sent=sent):
+            outputs = model(images)
+            sent += [{"derained": float(rainy)} for rainy in outputs.rain_stats["mask"].tolist()]
+            return outputs
+        scores, _ = evaluation.detection_scores(predict, loader, device, truths[domain], f"{domain} validation")
+        found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": evaluation.mean_over_ranks(sent)["derained"]}
+    return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
+
+
+def save_pipeline(model, folder):
+    """Replace OUTPUT_DIR/pipeline as a whole: a kill while writing must not cost the previous best one."""
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
+    if not 0 <= cfg.RAIN_SCORE_WEIGHT <= 1:
+        raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT}: choose a share in [0, 1]")
+    weights = loss_weights(cfg)
+    if not weights:
+        raise config.UserError("every loss weight is 0: there is nothing to train on")
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.device()
+    integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+    model = build_model(cfg, device)
+    train_loader, val_loaders = build_loaders(cfg, detector.id2label_of(model.detection_module))
+    truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
+              for domain, loader in val_loaders.items()}
+    groups = [{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}]
+    if cfg.GATE == "soft":
+        groups.append({"params": list(model.rain_detector.parameters()), "lr": cfg.RAIN_DETECTOR_LEARNING_RATE})
+    pipeline = Path(cfg.OUTPUT_DIR) / "pipeline"
+
+    def evaluate_now(plain):
+        return evaluate(plain, val_loaders, truths, device, cfg.RAIN_SCORE_WEIGHT)
+
+    with torch.no_grad():
+        start = evaluate_now(model.eval())
+    processes.say("before: " + "  ".join(f"{name} {value:.4f}" for name, value in start.items()))
+    result = engine.fit(
+        model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, model.clean_features),
+        output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS, parameters=groups, loss_weights=weights,
+        evaluate=evaluate_now, score="score", on_best=lambda plain: save_pipeline(plain, pipeline),
+        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS, own_files=("pipeline",))
+    if result["history"]:
+        processes.say(f"pipeline: {pipeline.as_posix()}\n"
+                      f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")
+    return result | {"before": start}
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,358 @@
+"""The gate: what goes where, bit for bit; gradients; fallbacks; the pipeline on disk; two scripts on eight images."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_spdnet, write_coco
+
+import Eval_conditional
+import Training_Conditional
+from utils import conditional_report, datasets, detector, evaluation, integrated_model, loaders, presets
+from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
+from utils.config import UserError
+from utils.rain_detector import RainDetector, save_rain_detector
+
+LABELS = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])},
+          {"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.6, 0.6, 0.3, 0.3]])},
+          {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+
+
+class Darkness(RainDetector):
+    """A rain detector that calls dark images rainy: logit = 50 * (0.4 - mean)."""
+
+    def forward(self, images):
+        return 50 * (0.4 - images.mean((1, 2, 3))) + 0 * self.head[0].bias.sum()
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.rand(3, 3, 64, 96) * torch.tensor([1.0, 0.5, 0.6]).view(3, 1, 1, 1)  # clean, rainy, rainy
+
+
+@pytest.fixture
+def model(small_detector):
+    torch.manual_seed(0)
+    return ConditionalRainRobustRTDETR(Darkness(), small_spdnet(), copy.deepcopy(small_detector)).eval()
+
+
+# ---- routing -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_only_rainy_images_of_a_mixed_batch_pass_spdnet(model, images):
+    seen = []
+    model.derain_module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    outputs = model(images)
+    assert outputs.rain_stats["mask"].tolist() == [False, True, True]
+    assert (outputs.rain_stats["num_rainy"], outputs.rain_stats["num_clean"]) == (2, 1)
+    assert len(seen) == 1 and torch.equal(seen[0], images[1:] * 255)
+    assert torch.equal(outputs.derained[0], images[0])
+    always = integrated_model.RainRobustRTDETR(model.derain_module, model.detection_module).eval()(images)
+    vanilla = model.detection_module(pixel_values=images)
+    torch.testing.assert_close(outputs.logits[1:], always.logits[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.logits[:1], vanilla.logits[:1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_all_clean_batch_equals_vanilla_bit_for_bit(model, images):
+    clean = images[:1].expand(3, -1, -1, -1).contiguous()
+    calls = []
+    model.derain_module.register_forward_pre_hook(lambda *args: calls.append(1))
+    outputs, vanilla = model(clean, labels=LABELS), model.detection_module(pixel_values=clean, labels=LABELS)
+    assert not calls and outputs.derained is clean
+    assert torch.equal(outputs.logits, vanilla.logits) and torch.equal(outputs.pred_boxes, vanilla.pred_boxes)
+    assert torch.equal(outputs.loss, vanilla.loss) and outputs.loss_dict.keys() == vanilla.loss_dict.keys()
+
+
+@torch.no_grad()
+def test_an_all_rainy_batch_equals_always_de_raining(model, images):
+    always = integrated_model.RainRobustRTDETR(model.derain_module, model.detection_module).eval()(images[1:])
+    assert torch.equal(model(images[1:]).logits, always.logits)
+
+
+@torch.no_grad()
+def test_an_empty_batch(model, images):
+    outputs = model(images[:0])
+    assert outputs.logits.shape == (0, 40, 2) and outputs.pred_boxes.shape == (0, 40, 4)
+    assert outputs.rain_stats["num_rainy"] == outputs.rain_stats["num_clean"] == 0
+    assert evaluation.decode(outputs.logits, outputs.pred_boxes, []) == []
+
+
+@torch.no_grad()
+def test_nan_from_spdnet_falls_back_for_that_image_only(model, images):
+    def spoil(module, args, output):
+        return tuple(torch.cat([o[:1] * float("nan"), o[1:]]) for o in output)
+    healthy = model(images).derained
+    model.derain_module.register_forward_hook(spoil)
+    outputs = model(images)
+    assert outputs.rain_stats["num_fallback"] == 1 and outputs.logits.isfinite().all()
+    assert torch.equal(outputs.derained[1], images[1])
+    torch.testing.assert_close(outputs.derained[2], healthy[2])
+
+
+def test_nan_is_not_hidden_in_training(model, images):
+    model.derain_module.register_forward_hook(lambda module, args, output: tuple(o * float("nan") for o in output))
+    assert not model.train()(images).derained.isfinite().all()
+
+
+# ---- the other branch ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_detectors(small_detector):
+    torch.manual_seed(5)
+    other = detector.new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
+    return ConditionalRainRobustRTDETR(Darkness(), None, copy.deepcopy(small_detector), rainy_detector=other).eval()
+
+
+@torch.no_grad()
+def test_rainy_images_go_to_the_other_detector(two_detectors, images):
+    outputs = two_detectors(images, labels=LABELS)
+    clean = two_detectors.detection_module(pixel_values=images[:1], labels=LABELS[:1])
+    rainy = two_detectors.rainy_detector(pixel_values=images[1:], labels=LABELS[1:])
+    assert torch.equal(outputs.logits, torch.cat([clean.logits, rainy.logits]))
+    assert torch.equal(outputs.pred_boxes, torch.cat([clean.pred_boxes, rainy.pred_boxes]))
+    assert outputs.loss.item() == pytest.approx((clean.loss.item() + 2 * rainy.loss.item()) / 3)
+    assert torch.equal(two_detectors(images[:1]).logits, clean.logits)
+    assert torch.equal(two_detectors(images[1:]).logits, rainy.logits)
+
+
+def test_detectors_that_do_not_fit_together_are_refused(small_detector):
+    for other, message in ((detector.new_rtdetr("tiny", {0: "person", 1: "bus"}), "other classes"),
+                           (detector.new_rtdetr("r18", {0: "person", 1: "car"}), "300 queries")):
+        with pytest.raises(UserError, match=message):
+            ConditionalRainRobustRTDETR(Darkness(), None, small_detector, rainy_detector=other)
+    with pytest.raises(UserError, match="GATE"):
+        ConditionalRainRobustRTDETR(Darkness(), small_spdnet(), small_detector, gate="gentle")
+    with pytest.raises(UserError, match="RAIN_THRESHOLD"):
+        ConditionalRainRobustRTDETR(Darkness(), small_spdnet(), small_detector, rain_threshold=7)
+
+
+# ---- the soft gate -------------------------------------------------------------------------------------------------
+
+def real_gate(small_detector, gate):
+    torch.manual_seed(0)
+    model = ConditionalRainRobustRTDETR(RainDetector(), small_spdnet(), copy.deepcopy(small_detector), gate=gate)
+    with torch.no_grad():  # a fresh SPDNet is near the identity, where the gate makes no difference
+        model.derain_module.output3.weight.add_(0.02 * torch.randn_like(model.derain_module.output3.weight))
+    model.detection_module.requires_grad_(False)
+    return model
+
+
+def test_soft_gate_mixes_and_its_gradient_reaches_the_rain_detector(small_detector, images):
+    model = real_gate(small_detector, "soft").train()
+    outputs = model(images, labels=LABELS)
+    p = outputs.rain_stats["scores"][:, None, None, None]
+    always = integrated_model.clamp_with_return(integrated_model.derain_unclamped(model.derain_module, images))
+    torch.testing.assert_close(outputs.derained, p * always + (1 - p) * images)
+    outputs.loss.backward()
+    gate = [q.grad for q in model.rain_detector.head.parameters()] + [model.rain_detector.features[0][0].weight.grad]
+    assert all(g is not None and g.abs().sum() > 0 for g in gate)
+    assert any(q.grad is not None and q.grad.abs().sum() > 0 for q in model.derain_module.parameters())
+    assert not model.rain_detector.training  # BatchNorm statistics stay
+
+
+def test_hard_gate_gives_the_rain_detector_no_gradient(small_detector, images):
+    model = real_gate(small_detector, "hard").train()
+    model.rain_threshold = 0.0
+    model(images, labels=LABELS).loss.backward()
+    assert all(q.grad is None for q in model.rain_detector.parameters())
+
+
+@torch.no_grad()
+def test_a_soft_gate_is_hard_in_eval(small_detector, images):
+    soft, hard = (real_gate(small_detector, gate).eval() for gate in ("soft", "hard"))
+    for threshold in (0.0, 1.0):
+        soft.rain_threshold = hard.rain_threshold = threshold
+        assert torch.equal(soft(images).logits, hard(images).logits)
+
+
+# ---- on disk -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("branch", ["spdnet", "detector"])
+@torch.no_grad()
+def test_the_whole_pipeline_in_one_folder(small_detector, images, tmp_path, branch):
+    torch.manual_seed(2)
+    rainy = {"derain_module": small_spdnet()} if branch == "spdnet" else {
+        "derain_module": None, "rainy_detector": copy.deepcopy(small_detector)}
+    model = ConditionalRainRobustRTDETR(RainDetector(), detection_module=copy.deepcopy(small_detector),
+                                        rain_threshold=0.3, derain_scale=0.5, **rainy).eval()
+    model.save_pretrained(tmp_path / "pipeline")
+    again = ConditionalRainRobustRTDETR.from_pretrained(tmp_path / "pipeline")
+    assert (again.rain_threshold, again.derain_scale, again.training) == (0.3, 0.5, False)
+    for threshold in (0.0, 1.0):
+        model.rain_threshold = again.rain_threshold = threshold
+        assert torch.equal(again(images).logits, model(images).logits)
+    with pytest.raises(UserError, match="conditional.json"):
+        ConditionalRainRobustRTDETR.from_pretrained(tmp_path)
+
+
+def test_the_rain_detectors_own_threshold(small_detector):
+    gate = RainDetector()
+    gate.operating_threshold.fill_(0.8)
+    model = ConditionalRainRobustRTDETR(gate, small_spdnet(), small_detector, rain_threshold=None)
+    assert model.rain_threshold == pytest.approx(0.8)
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def files(coco, weights):
+    """coco and coco_rain, weights, and coco/rain_detector.pt that calls about half of the images rainy."""
+    torch.manual_seed(0)
+    gate = RainDetector().eval()
+    save_rain_detector(gate, coco / "rain_detector.pt")
+    return coco
+
+
+def validation(root, domain, small_detector):
+    data = datasets.CocoDetectionDataset(root, "val", detector.id2label_of(small_detector), presets.evaluation(96),
+                                         constant="COCO_DIR", domain=domain)
+    return loaders.validation_loader(data, 4, 0)
+
+
+@torch.no_grad()
+def test_choosing_per_image_equals_running_the_conditional_model(files, small_detector):
+    torch.manual_seed(3)
+    model = ConditionalRainRobustRTDETR(Darkness(), small_spdnet(), small_detector).eval()
+    with torch.no_grad():
+        model.derain_module.output3.weight.add_(0.02 * torch.randn_like(model.derain_module.output3.weight))
+    loader = validation(files / "coco_rain", "rainy", small_detector)
+    ids = loader.dataset.image_ids
+    scores = {"rainy": conditional_report.gate_scores(model.rain_detector, loader, "cpu")}
+    model.rain_threshold = float(np.median(list(scores["rainy"].values())))
+    always = integrated_model.RainRobustRTDETR(model.derain_module, small_detector).eval()
+    found = {"rainy": {name: conditional_report.by_image(
+        evaluation.detect(lambda x, m=m: m(pixel_values=x), loader, "cpu"), ids)
+        for name, m in (("vanilla", small_detector), ("adapted", always))}}
+    goes = conditional_report.hard_gate(scores, model.rain_threshold)
+    choose = conditional_report.chooser(found, "vanilla", "adapted", goes)
+    whole = conditional_report.by_image(evaluation.detect(model, loader, "cpu"), ids)
+    sent = [goes("rainy", i) for i in ids]
+    assert any(sent) and not all(sent)
+    for image_id in ids:
+        ours = sorted(choose("rainy", image_id), key=lambda d: -d["score"])[:20]
+        theirs = sorted(whole[image_id], key=lambda d: -d["score"])[:20]
+        assert [d["score"] for d in ours] == pytest.approx([d["score"] for d in theirs], abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_the_mix_has_the_wanted_share_and_no_scene_twice(files, small_detector, share):
+    clean, rainy = (validation(files / root, domain, small_detector).dataset
+                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    part = conditional_report.mixed_part(clean, rainy, share, 0)
+    assert len(part.images) == 8 and sum(domain == "rainy" for domain, _ in part.images) == round(8 * share)
+    assert len({image_id for _, image_id in part.images}) == 8
+    assert sorted(part.truth.getImgIds()) == list(range(1, 9))
+    boxes = sum(len(clean.boxes) for _ in range(1))  # twins: the same boxes on either side
+    assert len(part.truth.getAnnIds()) == boxes
+
+
+def test_the_mix_of_other_images_keeps_the_share(files, small_detector):
+    write_coco(files / "other", ids=range(20, 24), splits=("val",))
+    clean = validation(files / "coco", "clean", small_detector).dataset
+    other = validation(files / "other", "rainy", small_detector).dataset
+    part = conditional_report.mixed_part(clean, other, 0.5, 0)
+    assert sum(domain == "rainy" for domain, _ in part.images) == 4 and len(part.images) == 8
+    with pytest.raises(UserError, match="RAIN_SHARE"):
+        conditional_report.mixed_part(clean, other, 1.5, 0)
+
+
+def test_scores_of_a_mix_by_hand(files, small_detector):
+    """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found."""
+    clean, rainy = (validation(files / root, domain, small_detector).dataset
+                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    part = conditional_report.mixed_part(clean, rainy, 0.5, 0)
+    perfect = {i: [{"image_id": i, "label": rainy.label_of[note["category_id"]], "bbox": note["bbox"], "score": 1.0}
+                   for note in datasets.read_annotations(rainy.annotation_file)["annotations"]
+                   if note["image_id"] == i] for i in rainy.image_ids}
+    everything = part.scores(lambda domain, image_id: perfect[image_id])
+    half = part.scores(lambda domain, image_id: perfect[image_id] if domain == "rainy" else [])
+    assert everything["mAP"] == pytest.approx(1.0) and 0 < half["mAP"] < 1
+
+
+# ---- scripts -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def base(files):
+    return {"COCO_DIR": str(files / "coco"), "COCO_RAIN_DIR": str(files / "coco_rain"), "IMAGE_SIZE": 96,
+            "PERCENT_DATASET": 100, "RTDETR_MODEL_NAME": str(files / "rtdetr"), "DATALOADER_WORKERS": 0,
+            "SPDNET_MODEL_PATH": str(files / "spdnet.pt"), "RAIN_DETECTOR_PATH": str(files / "rain_detector.pt"),
+            "OUTPUT_DIR": str(files / "out")}
+
+
+TRAINING = {"NUM_EPOCHS": 2, "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "WARMUP_STEPS": 0}
+
+
+def test_training_moves_spdnet_and_gate_and_not_the_detector(base, files):
+    result = Training_Conditional.main(**base, **TRAINING)
+    assert result["history"][-1]["features"] < result["history"][0]["features"]
+    assert {"detection", "gate", "gate_right", "clean/derained", "rainy/mAP"} <= set(result["history"][0])
+    before = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
+    after = ConditionalRainRobustRTDETR.from_pretrained(files / "out" / "pipeline")
+    same = {name: torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items()}
+    assert all(equal for name, equal in same.items() if name.startswith("detection_module"))
+    assert not same["rain_detector.head.0.weight"] and not same["derain_module.output3.weight"]
+    assert same["rain_detector.features.0.1.running_mean"]
+
+
+def test_training_behind_a_hard_gate_leaves_the_gate_alone(base, files):
+    result = Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 1}, GATE="hard", RAIN_THRESHOLD=1.0)
+    assert "gate" not in result["history"][0]  # and no image was de-rained: the step has nothing to learn, yet runs
+    assert result["history"][0]["clean/derained"] == 0
+    Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 2}, GATE="hard", RAIN_THRESHOLD=0.0, RESUME=True)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"GATE": "gentle"}, "GATE"),
+    ({"RAIN_DETECTOR_PATH": "./none.pt"}, "RAIN_DETECTOR_PATH.*Training_RainDetector"),
+    ({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH"),
+    ({"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 0.0, "GATE_WEIGHT": 0.0}, "every loss weight is 0"),
+    ({"RAIN_SCORE_WEIGHT": 2.0}, "RAIN_SCORE_WEIGHT"),
+    ({"DERAIN_SCALE": 0.0}, "DERAIN_SCALE"),
+])
+def test_training_refuses_with_one_clear_line(base, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        Training_Conditional.main(**base | TRAINING | change)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_shows_every_row(base, files, small_detector, capsys):
+    pipeline = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
+    pipeline.save_pretrained(files / "pipeline")
+    results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")},
+                                    ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
+                                    SOFT_PIPELINE_DIR=str(files / "pipeline"),
+                                    RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"], PICTURES=1)
+    rows = {row["model"]: row for row in results["scores"]}
+    assert set(rows) == {"vanilla (never)", "conditional soft-trained"} | {
+        f"{what} {branch}" for branch in ("original", "adapted", "fine-tuned")
+        for what in ("always", "conditional", "oracle gate,")}
+    assert rows["oracle gate, adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
+    assert rows["oracle gate, adapted"]["rainy/mAP"] == rows["always adapted"]["rainy/mAP"]
+    assert rows["conditional original"]["mix/mAP"] == rows["conditional adapted"]["mix/mAP"]  # the same weights here
+    assert len(results["false_alarms"]) == results["rain_detector"]["false_positive"]
+    assert len(results["missed"]) == results["rain_detector"]["false_negative"]
+    assert results["sweep"][-1]["derained"] == 0 and results["sweep"][0]["derained"] == 1
+    shown = capsys.readouterr().out
+    assert shown.isascii() and "times as fast" in shown and "called rainy" in shown
+    assert {"results.json", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
+        path.name for path in (files / "eval").iterdir()}
+    json.loads((files / "eval" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
+    results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")}, ORIGINAL_SPDNET_PATH="",
+                                    RAIN_THRESHOLD=1.0, PICTURES=1)
+    rows = {row["model"]: row for row in results["scores"]}
+    assert not results["false_alarms"]
+    assert rows["conditional adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
+    assert capsys.readouterr().out.count("is empty, so the") == 3
+    for change, message in (({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH"),
+                            ({"RAIN_DETECTOR_PATH": "./none.pt"}, "RAIN_DETECTOR_PATH"),
+                            ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR"),
+                            ({"RAIN_SHARE": -1.0}, "RAIN_SHARE")):
+        with pytest.raises(UserError, match=message):
+            Eval_conditional.main(**base | {"ORIGINAL_SPDNET_PATH": ""} | change)

@@ -1,0 +1,220 @@
+"""A rain detector decides per image: rainy ones are de-rained before RT-DETR sees them, clean ones go straight to it.
+
+    image -> rain detector -> rainy: SPDNet -> RT-DETR       (or another detector that knows rain)
+                           -> clean: RT-DETR, untouched
+
+The hard decision has no gradient. With gate="soft" a training step mixes the two images by the probability, so that
+the detection loss trains the rain detector as well; in eval mode the gate is always hard.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import checkpoint, detector, freeze
+from utils.config import UserError
+from utils.integrated_model import (
+    RainRobustOutput,
+    clamp_with_return,
+    clean_features,
+    cut_share,
+    derain_unclamped,
+    detect_with_features,
+    require_scale,
+)
+from utils.rain_detector import load_rain_detector, save_rain_detector
+from utils.spdnet import load_spdnet
+
+GATES = ("hard", "soft")
+
+
+@dataclass
+class ConditionalOutput(RainRobustOutput):
+    """transformers' output plus what the gate did; see ConditionalRainRobustRTDETR.forward."""
+
+    rain_stats: dict | None = None
+
+
+class ConditionalRainRobustRTDETR(nn.Module):
+    """De-rain where it rains, then detect.
+
+    Args:
+        rain_detector: RainDetector.
+        derain_module: SPDNet, or None where `rainy_detector` takes its place.
+        detection_module: transformers' RTDetrForObjectDetection; all images, or the clean ones.
+        rain_threshold: an image is rainy from this probability on; None takes the rain detector's own.
+        gate: "hard", or "soft" for training (see above).
+        derain_scale: see integrated_model.derain_unclamped.
+        rainy_detector: None, or a detector of the same classes and number of queries that rainy images go to as
+            they are: an RT-DETR fine-tuned on rain, for example.
+    """
+
+    def __init__(self, rain_detector, derain_module, detection_module, rain_threshold=0.5, gate="hard",
+                 derain_scale=1.0, rainy_detector=None):
+        super().__init__()
+        require_scale(derain_scale)
+        if gate not in GATES:
+            raise UserError(f"GATE = {gate!r}: choose {' or '.join(GATES)}")
+        if (derain_module is None) == (rainy_detector is None):
+            raise ValueError("give either a derain_module or a rainy_detector")
+        if gate == "soft" and derain_module is None:
+            raise UserError("GATE = 'soft' mixes images, so it needs RAINY_BRANCH = 'spdnet'")
+        if rainy_detector is not None:
+            require_same_outputs(detection_module, rainy_detector)
+        self.rain_detector, self.derain_module, self.detection_module = rain_detector, derain_module, detection_module
+        self.rainy_detector = rainy_detector
+        self.rain_threshold = float(rain_detector.operating_threshold if rain_threshold is None else rain_threshold)
+        if not 0 <= self.rain_threshold <= 1:
+            raise UserError(f"RAIN_THRESHOLD = {rain_threshold}: choose a probability in [0, 1]")
+        self.gate, self.derain_scale = gate, derain_scale
+
+    def train(self, mode=True):
+        """Train mode, except for the rain detector: its BatchNorm statistics do not suit small batches."""
+        super().train(mode)
+        self.rain_detector.eval()
+        return self
+
+    def forward(self, pixel_values, labels=None, feature_level=None):
+        """Gate, de-rain, detect.
+
+        Args:
+            pixel_values: (B, 3, H, W) RGB in [0, 1], sides a multiple of 32; B may be 0.
+            labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
+            feature_level: None, "backbone" or "encoder": features of the images that the detector saw (SPDNet only).
+        Returns:
+            ConditionalOutput: transformers' fields (`logits` (B, Q, K), `pred_boxes` (B, Q, 4), `loss` ...; only these
+            three where two detectors shared a batch), `derained` (B, 3, H, W): the images that were detected on,
+            `clamped`, `features`, and `rain_stats`: {"scores": (B,) probability, "mask": (B,) bool, "num_rainy",
+            "num_clean", "num_fallback": int}, the last counting images that SPDNet answered with NaN or infinity, for
+            which the original was used (in train mode they reach the loss, and training stops).
+        """
+        scores = self.rain_detector.probability(pixel_values) if len(pixel_values) else pixel_values.new_zeros(0)
+        mask = scores >= self.rain_threshold
+        images, clamped, fallback = self._images(pixel_values, scores, mask)
+        stats = {"scores": scores, "mask": mask, "num_rainy": int(mask.sum()), "num_clean": int((~mask).sum()),
+                 "num_fallback": fallback}
+        features = None
+        if not len(images):
+            outputs = self._nothing(images)
+        elif self.rainy_detector is None:
+            outputs, features = detect_with_features(self.detection_module, images, labels, feature_level)
+        else:
+            outputs = self._detect_apart(images, mask, labels)
+        return ConditionalOutput(**outputs, derained=images, clamped=clamped, features=features, rain_stats=stats)
+
+    def _images(self, images, scores, mask):
+        """-> what the detector sees (B, 3, H, W), share of values cut by the clamp, number of fallbacks."""
+        none = images.new_zeros(())
+        if self.rainy_detector is not None:
+            return images, none, 0
+        if self.gate == "soft" and self.training:
+            restored = derain_unclamped(self.derain_module, images, self.derain_scale)
+            share = scores[:, None, None, None]
+            return share * clamp_with_return(restored) + (1 - share) * images, cut_share(restored), 0
+        if not mask.any():
+            return images, none, 0  # the very tensor: bit for bit what the detector alone would see
+        restored = derain_unclamped(self.derain_module, images[mask], self.derain_scale)
+        broken = torch.zeros(len(restored), dtype=torch.bool, device=images.device)
+        if not self.training:
+            broken = ~restored.isfinite().flatten(1).all(1)
+            restored = torch.where(broken[:, None, None, None], images[mask], restored)
+        seen = images.clone()
+        seen[mask] = clamp_with_return(restored).to(seen.dtype)
+        return seen, cut_share(restored), int(broken.sum())
+
+    def _detect_apart(self, images, mask, labels):
+        """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes", "loss"}"""
+        if not mask.any() or mask.all():
+            return (self.rainy_detector if mask.all() else self.detection_module)(pixel_values=images, labels=labels)
+        parts = []
+        for chosen, model in ((~mask, self.detection_module), (mask, self.rainy_detector)):
+            own = None if labels is None else [label for label, yes in zip(labels, chosen, strict=True) if yes]
+            boxes = 0 if own is None else sum(len(label["class_labels"]) for label in own)
+            parts.append((chosen, model(pixel_values=images[chosen], labels=own), boxes))
+        merged = {}
+        for name in ("logits", "pred_boxes"):
+            values = [part[1][name] for part in parts]
+            merged[name] = values[0].new_empty(len(images), *values[0].shape[1:])
+            for (chosen, _, _), value in zip(parts, values, strict=True):
+                merged[name][chosen] = value
+        if labels is not None:  # RT-DETR's loss is a sum over boxes divided by their number
+            merged["loss"] = sum(part.loss * boxes for _, part, boxes in parts) / max(1, sum(p[2] for p in parts))
+        return merged
+
+    def _nothing(self, images):
+        config = self.detection_module.config
+        return {"logits": images.new_zeros(0, config.num_queries, config.num_labels),
+                "pred_boxes": images.new_zeros(0, config.num_queries, 4)}
+
+    def clean_features(self, images, feature_level):
+        """See integrated_model.clean_features."""
+        return clean_features(self.detection_module, images, feature_level)
+
+    @property
+    def model_args(self):
+        """What is needed to build this module again, as plain data."""
+        args = {"rain_detector": self.rain_detector.model_args, "rain_threshold": self.rain_threshold,
+                "gate": self.gate, "derain_scale": self.derain_scale,
+                "detector": self.detection_module.config.to_dict()}
+        if self.derain_module is not None:
+            args |= {"n_feats": self.derain_module.n_feats, "n_resblocks": self.derain_module.n_resblocks}
+        return args
+
+    def save_pretrained(self, folder):
+        """Write the whole pipeline: rain_detector.pt, spdnet.pt or rainy_detector/, rtdetr/, conditional.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_rain_detector(self.rain_detector, folder / "rain_detector.pt")
+        self.detection_module.save_pretrained(folder / "rtdetr")
+        if self.derain_module is not None:
+            checkpoint.save(self.derain_module.state_dict(), folder / "spdnet.pt")
+        else:
+            self.rainy_detector.save_pretrained(folder / "rainy_detector")
+        settings = {"rain_threshold": self.rain_threshold, "derain_scale": self.derain_scale,
+                    "rainy_branch": "spdnet" if self.derain_module is not None else "detector"}
+        (folder / "conditional.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", gate="hard"):
+        """Read what `save_pretrained` wrote, in eval mode, the detector frozen."""
+        folder = Path(folder)
+        file = folder / "conditional.json"
+        if not file.is_file():
+            raise UserError(f"{folder.as_posix()} has no conditional.json: not a folder of "
+                            "ConditionalRainRobustRTDETR.save_pretrained")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        branch = {"spdnet_path": folder / "spdnet.pt"} if settings["rainy_branch"] == "spdnet" else {
+            "rainy_detector_name": str(folder / "rainy_detector")}
+        return load_conditional_model(folder / "rain_detector.pt", str(folder / "rtdetr"), **branch, device=device,
+                                      rain_threshold=settings["rain_threshold"], gate=gate,
+                                      derain_scale=settings["derain_scale"])
+
+
+def require_same_outputs(one, other):
+    """UserError unless two detectors answer with the same classes and the same number of queries."""
+    if detector.id2label_of(one) != detector.id2label_of(other):
+        raise UserError("RAINY_BRANCH: the detector for rainy images has other classes than the one for clean images")
+    if one.config.num_queries != other.config.num_queries:
+        raise UserError(f"RAINY_BRANCH: the detector for rainy images has {other.config.num_queries} queries, the one "
+                        f"for clean images {one.config.num_queries}")
+
+
+def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, rainy_detector_name=None, device="cpu",
+                           rain_threshold=0.5, gate="hard", derain_scale=1.0):
+    """Build the conditional model from files, in eval mode, its detectors frozen.
+
+    Args:
+        spdnet_path or rainy_detector_name: exactly one of them, the branch of rainy images.
+    Raises:
+        UserError: naming the constant whose file is missing or does not fit.
+    """
+    rain_detector = load_rain_detector(rain_detector_path)
+    rtdetr = freeze.freeze(detector.load_rtdetr(rtdetr_name))
+    spdnet = None if spdnet_path is None else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH")
+    rainy = None if rainy_detector_name is None else freeze.freeze(
+        detector.load_rtdetr(rainy_detector_name, constant="RAINY_BRANCH"))
+    return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, rain_threshold, gate, derain_scale,
+                                       rainy).to(device).eval()

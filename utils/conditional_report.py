@@ -1,0 +1,127 @@
+"""What gates and rainy branches are worth: detections of every branch are computed once, then combined per image.
+
+`found` is {domain: {branch: {image_id: [detection, ...]}}} with domains "clean" and "rainy"; `scores` is {domain:
+{image_id: probability of rain}}. Whether an image takes one branch or the other changes nothing in the branch itself,
+so a gate is a choice per image; tests hold the choice against the conditional model's own output.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from utils import datasets, evaluation
+from utils.config import UserError
+
+COLUMNS = ("mAP", "AP50", "AP75")
+
+
+@torch.no_grad()
+def gate_scores(rain_detector, loader, device):
+    """-> {image_id: probability of rain} over a validation loader, of all ranks."""
+    found = []
+    for batch in loader:
+        images = batch["images"].to(device, non_blocking=True).float().div_(255)
+        found += list(zip(batch["image_ids"], rain_detector.probability(images).tolist(), strict=True))
+    return dict(gather_object(found))
+
+
+def by_image(detections, image_ids):
+    """[detection, ...] -> {image_id: [detection, ...]}, images without detections included."""
+    grouped = {image_id: [] for image_id in image_ids}
+    for detection in detections:
+        grouped[detection["image_id"]].append(detection)
+    return grouped
+
+
+@dataclass
+class Part:
+    """A set of images to score on: [(domain, image_id), ...], their ground truth, and the ids they have in it."""
+
+    images: list
+    truth: object  # pycocotools COCO
+    new_ids: dict  # {(domain, image_id): id in truth}
+    category_of: dict  # {label: category id}
+
+    def scores(self, choose):
+        """COCO scores of the detections that `choose(domain, image_id)` returns."""
+        chosen = [detection | {"image_id": self.new_ids[key]} for key in self.images for detection in choose(*key)]
+        return evaluation.coco_scores(self.truth, chosen, self.category_of, list(self.new_ids.values()))
+
+
+def part_of(data):
+    """-> Part of all images of one CocoDetectionDataset."""
+    keys = [(data.domain, image_id) for image_id in data.image_ids]
+    return Part(keys, evaluation.ground_truth(data.annotation_file), {key: key[1] for key in keys}, data.category_of)
+
+
+def mixed_part(clean, rainy, rain_share, seed):
+    """-> Part of clean and rainy images, `rain_share` of them rainy: a seeded choice in which no scene is seen twice.
+
+    Args:
+        clean, rainy: CocoDetectionDataset; where they hold the same file names (twins) each name is taken once, else as
+            many images as the share allows.
+    """
+    if not 0 <= rain_share <= 1:
+        raise UserError(f"RAIN_SHARE = {rain_share}: choose a share in [0, 1]")
+    if clean.files == rainy.files:
+        count = len(rainy.files)
+        wet = _seeded(rainy, round(rain_share * count), seed)
+        dry = [i for i in range(count) if i not in set(wet)]
+    else:
+        total = min(len(rainy) / rain_share if rain_share else np.inf,
+                    len(clean) / (1 - rain_share) if rain_share < 1 else np.inf)
+        wet = _seeded(rainy, round(rain_share * total), seed)
+        dry = _seeded(clean, round((1 - rain_share) * total), seed)
+    keys = [("clean", clean.image_ids[i]) for i in dry] + [("rainy", rainy.image_ids[i]) for i in wet]
+    new_ids = {key: number for number, key in enumerate(keys, 1)}
+    category_of = _same_categories(clean, rainy)
+    truth = evaluation.merged_ground_truth({"clean": clean.annotation_file, "rainy": rainy.annotation_file}, new_ids)
+    return Part(keys, truth, new_ids, category_of)
+
+
+def _seeded(data, count, seed):
+    """-> indices of `count` images, a seeded choice."""
+    return datasets.seeded_subset(data.files, 100 * count / len(data.files), seed) if count else []
+
+
+def _same_categories(clean, rainy):
+    """-> {label: category id} of both annotation files, which must agree where they share a class."""
+    for label in clean.category_of.keys() & rainy.category_of.keys():
+        if clean.category_of[label] != rainy.category_of[label]:
+            raise UserError(f"{clean.annotation_file.as_posix()} and {rainy.annotation_file.as_posix()} give one class "
+                            f"the ids {clean.category_of[label]} and {rainy.category_of[label]}: they cannot be mixed")
+    return clean.category_of | rainy.category_of
+
+
+def chooser(found, plain, branch, goes):
+    """-> choose(domain, image_id): the detections of `branch` where goes(domain, image_id), else those of `plain`."""
+    return lambda domain, image_id: found[domain][branch if goes(domain, image_id) else plain][image_id]
+
+
+def hard_gate(scores, threshold):
+    """-> goes(domain, image_id) of a gate: rainy from `threshold` on."""
+    return lambda domain, image_id: scores[domain][image_id] >= threshold
+
+
+def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
+    """The gate at many thresholds.
+
+    Args:
+        part: Part; found, scores: see the module; plain, branch: names in `found`.
+        milliseconds: {"gate", "plain", "branch": ms per image}, to work out the mean cost.
+    Returns:
+        [{"threshold", "derained": share, "mAP", "ms": per image}, ...], rising thresholds; 0 sends every image to the
+        branch, the last one (above 1) none.
+    """
+    rows, known = [], {}
+    for threshold in [*np.linspace(0, 1, steps), 1.01]:
+        goes = hard_gate(scores, threshold)
+        sent = tuple(goes(*key) for key in part.images)
+        if sent not in known:  # the same choice has the same score
+            known[sent] = part.scores(chooser(found, plain, branch, goes))["mAP"]
+        share = float(np.mean(sent))
+        cost = milliseconds["gate"] + share * milliseconds["branch"] + (1 - share) * milliseconds["plain"]
+        rows.append({"threshold": float(threshold), "derained": share, "mAP": known[sent], "ms": cost})
+    return rows

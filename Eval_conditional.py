@@ -31,7 +31,7 @@ from utils import (
     report,
     visualize,
 )
-from utils.conditional_model import ConditionalRainRobustRTDETR, require_same_outputs
+from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
 from utils.rain_detector import load_rain_detector
 from utils.spdnet import load_spdnet
 
@@ -52,6 +52,7 @@ ORIGINAL_SPDNET_PATH = "./model_spa.pt"  # SPDNet before adaptation; "" leaves i
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
 SOFT_PIPELINE_DIR = ""                  # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its row out
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
+FEATURE_MODEL_DIR = ""                  # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
@@ -88,8 +89,8 @@ def build_loaders(cfg, id2label):
 def build_models(cfg, device):
     """-> (rain detector, {branch: detector or RainRobustRTDETR}, the soft-trained pipeline or None).
 
-    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "soft" (the SPDNet that
-    was trained with a soft gate). All are (pixel_values) -> outputs with logits and pred_boxes.
+    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature", "soft" (the
+    SPDNet that was trained with a soft gate). All are (pixel_values) -> outputs with logits and pred_boxes.
     """
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
     vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
@@ -103,10 +104,11 @@ def build_models(cfg, device):
     if cfg.ORIGINAL_SPDNET_PATH:
         branches["original"] = with_spdnet(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
     branches["adapted"] = with_spdnet(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
-    if cfg.RAINY_DETECTOR_NAME:
-        branches["fine-tuned"] = freeze.freeze(detector.load_rtdetr(cfg.RAINY_DETECTOR_NAME, device=device,
-                                                                    constant="RAINY_DETECTOR_NAME"))
-        require_same_outputs(vanilla, branches["fine-tuned"])
+    for name, value, constant in (("fine-tuned", cfg.RAINY_DETECTOR_NAME, "RAINY_DETECTOR_NAME"),
+                                  ("feature", cfg.FEATURE_MODEL_DIR, "FEATURE_MODEL_DIR")):
+        if value:
+            branches[name] = load_rainy_detector(value, device, constant)
+            require_same_outputs(vanilla, branches[name], constant)
     soft = None
     if cfg.SOFT_PIPELINE_DIR:
         soft = ConditionalRainRobustRTDETR.from_pretrained(cfg.SOFT_PIPELINE_DIR, device)
@@ -115,7 +117,7 @@ def build_models(cfg, device):
                                    "Training_Conditional.py")
         branches["soft"] = with_spdnet(soft.derain_module, soft.derain_scale)
     for name, constant in (("original", "ORIGINAL_SPDNET_PATH"), ("fine-tuned", "RAINY_DETECTOR_NAME"),
-                           ("soft", "SOFT_PIPELINE_DIR")):
+                           ("feature", "FEATURE_MODEL_DIR"), ("soft", "SOFT_PIPELINE_DIR")):
         if name not in branches:
             processes.say(f"note: {constant} is empty, so the {name} rows are left out")
     return rain_detector, branches, soft

@@ -30,6 +30,7 @@ from utils import (
     visualize,
 )
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
+from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import load_integrated_model, require_trained_scale
 
 # --- what to look at ----------------------------------------------------------------------------------------------
@@ -41,13 +42,15 @@ SHOW_DERAINED = False                   # put the image that the detector saw be
 COMPARE = False                         # put vanilla RT-DETR's result beside it
 
 # --- models -------------------------------------------------------------------------------------------------------
-MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet: always; vanilla: never
+MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet, feature: always; vanilla: never
+RAINY_BRANCH = "spdnet"                 # of conditional: spdnet, or a detector that knows rain (folder or hub id)
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
+FEATURE_MODEL_DIR = "./outputs_feature_derain/model"  # of feature, from Training_FeatureDerain.py
 RAIN_THRESHOLD = 0.5                    # an image is rainy from this probability on; None: the rain detector's own
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; as in its training
-PIPELINE_DIR = ""                       # folder of save_pretrained: replaces the five constants above for conditional
+PIPELINE_DIR = ""                       # folder of save_pretrained: replaces the constants above for conditional
 IMAGE_SIZE = 640                        # side of the square that the models see, as in training
 BATCH_SIZE = 4                          # images per forward; 1 for a camera, so that nothing waits
 
@@ -75,11 +78,18 @@ def build_model(cfg, device):
     def conditional():
         if cfg.PIPELINE_DIR:
             return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device)
-        require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
-        return load_conditional_model(cfg.RAIN_DETECTOR_PATH, cfg.RTDETR_MODEL_NAME, cfg.SPDNET_MODEL_PATH,
-                                      device=device, rain_threshold=cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE)
+        if cfg.RAINY_BRANCH == "spdnet":
+            require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+            branch = {"spdnet_path": cfg.SPDNET_MODEL_PATH}
+        else:
+            branch = {"rainy_detector_name": cfg.RAINY_BRANCH}
+        return load_conditional_model(cfg.RAIN_DETECTOR_PATH, cfg.RTDETR_MODEL_NAME, **branch, device=device,
+                                      rain_threshold=cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE)
 
-    builders = {"conditional": conditional, "spdnet": spdnet, "vanilla": vanilla}
+    def feature():
+        return FeatureDerainRTDETR.from_pretrained(cfg.FEATURE_MODEL_DIR, device, "FEATURE_MODEL_DIR")
+
+    builders = {"conditional": conditional, "spdnet": spdnet, "feature": feature, "vanilla": vanilla}
     if cfg.MODEL not in builders:
         raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join(builders)}")
     if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":
@@ -88,17 +98,22 @@ def build_model(cfg, device):
 
 
 def build_models(cfg, device):
-    """-> {name: model}, the chosen one last; the vanilla one beside it is its own detector."""
+    """-> {name: model}, the chosen one last; the vanilla one beside it is its own detector where that stayed frozen."""
     if cfg.MODEL == "vanilla" and (cfg.COMPARE or cfg.SHOW_DERAINED):
         raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
                                "MODEL, or leave them out")
     chosen = build_model(cfg, device)
-    return ({"vanilla": rtdetr_of(chosen)} if cfg.COMPARE else {}) | {cfg.MODEL: chosen}
+    if not cfg.COMPARE:
+        return {cfg.MODEL: chosen}
+    # feature-level training may have changed the detector, so the plain one is loaded
+    vanilla = rtdetr_of(chosen) if cfg.MODEL != "feature" else detector.load_rtdetr(cfg.RTDETR_MODEL_NAME,
+                                                                                  device=device)
+    return {"vanilla": vanilla, cfg.MODEL: chosen}
 
 
 def rtdetr_of(model):
     """-> the RT-DETR inside a model, or the model itself."""
-    return getattr(model, "detection_module", model)
+    return getattr(model, "detection_module", getattr(model, "rtdetr", model))
 
 
 # --- one batch ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import Training_Conditional
 from utils import conditional_report, datasets, detector, evaluation, integrated_model, loaders, presets
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.config import UserError
+from utils.feature_derain import FeatureDerainRTDETR
 from utils.rain_detector import RainDetector, save_rain_detector
 
 LABELS = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])},
@@ -171,12 +172,13 @@ def test_a_soft_gate_is_hard_in_eval(small_detector, images):
 
 # ---- on disk -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("branch", ["spdnet", "detector"])
+@pytest.mark.parametrize("branch", ["spdnet", "detector", "feature"])
 @torch.no_grad()
 def test_the_whole_pipeline_in_one_folder(small_detector, images, tmp_path, branch):
     torch.manual_seed(2)
+    other = copy.deepcopy(small_detector)
     rainy = {"derain_module": small_spdnet()} if branch == "spdnet" else {
-        "derain_module": None, "rainy_detector": copy.deepcopy(small_detector)}
+        "derain_module": None, "rainy_detector": FeatureDerainRTDETR(other) if branch == "feature" else other}
     model = ConditionalRainRobustRTDETR(RainDetector(), detection_module=copy.deepcopy(small_detector),
                                         rain_threshold=0.3, derain_scale=0.5, **rainy).eval()
     model.save_pretrained(tmp_path / "pipeline")
@@ -322,13 +324,15 @@ def test_training_refuses_with_one_clear_line(base, change, message):
 def test_evaluation_shows_every_row(base, files, small_detector, capsys):
     pipeline = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
     pipeline.save_pretrained(files / "pipeline")
+    FeatureDerainRTDETR(copy.deepcopy(small_detector)).save_pretrained(files / "feature")
     results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")},
                                     ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
                                     SOFT_PIPELINE_DIR=str(files / "pipeline"),
-                                    RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"], PICTURES=1)
+                                    RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"],
+                                    FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1)
     rows = {row["model"]: row for row in results["scores"]}
     assert set(rows) == {"vanilla (never)", "conditional soft-trained"} | {
-        f"{what} {branch}" for branch in ("original", "adapted", "fine-tuned")
+        f"{what} {branch}" for branch in ("original", "adapted", "fine-tuned", "feature")
         for what in ("always", "conditional", "oracle gate,")}
     assert rows["oracle gate, adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
     assert rows["oracle gate, adapted"]["rainy/mAP"] == rows["always adapted"]["rainy/mAP"]
@@ -349,7 +353,7 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
     rows = {row["model"]: row for row in results["scores"]}
     assert not results["false_alarms"]
     assert rows["conditional adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
-    assert capsys.readouterr().out.count("is empty, so the") == 3
+    assert capsys.readouterr().out.count("is empty, so the") == 4
     for change, message in (({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH"),
                             ({"RAIN_DETECTOR_PATH": "./none.pt"}, "RAIN_DETECTOR_PATH"),
                             ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR"),

@@ -1,5 +1,6 @@
 """detect.py: images, folders, videos and cameras as streams; damage is reported; results are valid at any end."""
 
+import copy
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import detect
 from utils import config, demo_clip, detections, video
 from utils.conditional_model import load_conditional_model
 from utils.config import UserError
+from utils.feature_derain import FeatureDerainRTDETR
 from utils.rain_detector import RainDetector, new_rain_detector, save_rain_detector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +163,19 @@ def test_several_models_share_the_detector_and_wrong_wishes_are_refused(base, cl
         with pytest.raises(UserError, match=text):
             detect.main(**base | wrong, SOURCE=str(clip))
     assert not Path(base["OUTPUT"]).exists()
+
+
+def test_feature_model_alone_and_as_the_rainy_branch(base, clip, weights, small_detector):
+    model = FeatureDerainRTDETR(copy.deepcopy(small_detector))
+    model.save_pretrained(weights / "feature")
+    alone = detect.main(**base | {"SOURCE": str(clip), "MODEL": "feature", "COMPARE": True,
+                                  "FEATURE_MODEL_DIR": str(weights / "feature")})
+    assert alone["derained"] is None and alone["objects"] == alone["images"] * PER_IMAGE
+    gated = detect.main(**base | {"SOURCE": str(clip), "RAINY_BRANCH": str(weights / "feature"),
+                                  "RAIN_THRESHOLD": 0.0})
+    assert results(gated["folder"])[0] == results(alone["folder"])[0]  # every frame took the rainy branch
+    with pytest.raises(UserError, match="FEATURE_MODEL_DIR"):
+        detect.main(**base | {"SOURCE": str(clip), "MODEL": "feature", "FEATURE_MODEL_DIR": "./none"})
 
 
 def test_a_saved_pipeline_answers_like_its_parts(base, clip, tmp_path):

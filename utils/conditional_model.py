@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import checkpoint, detector, freeze
+from utils import checkpoint, detector, feature_derain, freeze
 from utils.config import UserError
+from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import (
     RainRobustOutput,
     clamp_with_return,
@@ -49,7 +50,7 @@ class ConditionalRainRobustRTDETR(nn.Module):
         gate: "hard", or "soft" for training (see above).
         derain_scale: see integrated_model.derain_unclamped.
         rainy_detector: None, or a detector of the same classes and number of queries that rainy images go to as
-            they are: an RT-DETR fine-tuned on rain, for example.
+            they are: an RT-DETR fine-tuned on rain, or a FeatureDerainRTDETR.
     """
 
     def __init__(self, rain_detector, derain_module, detection_module, rain_threshold=0.5, gate="hard",
@@ -128,7 +129,9 @@ class ConditionalRainRobustRTDETR(nn.Module):
     def _detect_apart(self, images, mask, labels):
         """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes", "loss"}"""
         if not mask.any() or mask.all():
-            return (self.rainy_detector if mask.all() else self.detection_module)(pixel_values=images, labels=labels)
+            model = self.rainy_detector if mask.all() else self.detection_module
+            outputs = model(pixel_values=images, labels=labels)
+            return {name: value for name, value in outputs.items() if name != "features"}  # FeatureDerainRTDETR's own
         parts = []
         for chosen, model in ((~mask, self.detection_module), (mask, self.rainy_detector)):
             own = None if labels is None else [label for label, yes in zip(labels, chosen, strict=True) if yes]
@@ -193,13 +196,21 @@ class ConditionalRainRobustRTDETR(nn.Module):
                                       derain_scale=settings["derain_scale"])
 
 
-def require_same_outputs(one, other):
+def require_same_outputs(one, other, constant="RAINY_BRANCH"):
     """UserError unless two detectors answer with the same classes and the same number of queries."""
+    one, other = (getattr(model, "rtdetr", model) for model in (one, other))  # inside a FeatureDerainRTDETR
     if detector.id2label_of(one) != detector.id2label_of(other):
-        raise UserError("RAINY_BRANCH: the detector for rainy images has other classes than the one for clean images")
+        raise UserError(f"{constant}: the detector for rainy images has other classes than the one for clean images")
     if one.config.num_queries != other.config.num_queries:
-        raise UserError(f"RAINY_BRANCH: the detector for rainy images has {other.config.num_queries} queries, the one "
+        raise UserError(f"{constant}: the detector for rainy images has {other.config.num_queries} queries, the one "
                         f"for clean images {one.config.num_queries}")
+
+
+def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH"):
+    """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, else see detector.load_rtdetr."""
+    if (Path(name) / feature_derain.SETTINGS).is_file():
+        return freeze.freeze(FeatureDerainRTDETR.from_pretrained(name, device, constant))
+    return freeze.freeze(detector.load_rtdetr(name, device=device, constant=constant))
 
 
 def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, rainy_detector_name=None, device="cpu",
@@ -214,7 +225,6 @@ def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, ra
     rain_detector = load_rain_detector(rain_detector_path)
     rtdetr = freeze.freeze(detector.load_rtdetr(rtdetr_name))
     spdnet = None if spdnet_path is None else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH")
-    rainy = None if rainy_detector_name is None else freeze.freeze(
-        detector.load_rtdetr(rainy_detector_name, constant="RAINY_BRANCH"))
+    rainy = None if rainy_detector_name is None else load_rainy_detector(rainy_detector_name)
     return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, rain_threshold, gate, derain_scale,
                                        rainy).to(device).eval()

@@ -70,7 +70,7 @@ def break_shortcuts():
     """The augmentation of training, the same for both classes, on a (3, H, W) uint8 image of any size."""
     return v2.Compose([
         v2.RandomHorizontalFlip(0.5),
-        v2.ColorJitter(brightness=0.45, contrast=0.35, saturation=0.5, hue=0.03),
+        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.2, saturation=0.4, hue=0.03)], p=0.8),
         v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.6))], p=0.3),
         RandomKernelResize(),
         v2.RandomApply([Noise(8.0)], p=0.3),

@@ -133,17 +133,12 @@ def draw_page(cfg, models, dataset, device, id2label, path):
     rows = []
     for sample in picked:
         batch = datasets.to_device(datasets.collate([sample]), device)
-        side, cells = cfg.IMAGE_SIZE, []
+        cells = []
         for name, model in models.items():
             outputs = model(pixel_values=batch["images"])
-            found = evaluation.decode(outputs.logits, outputs.pred_boxes, [(side, side)])[0]
-            keep = found["scores"] > cfg.SCORE_THRESHOLD
-            image = batch["images"][0] if name == _VANILLA else outputs.derained[0]
-            cells.append(visualize.draw_boxes(image, found["boxes"][keep], found["labels"][keep], id2label,
-                                              found["scores"][keep], scale))
-        boxes = sample["boxes"] * side
-        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
-        cells.append(visualize.draw_boxes(batch["images"][0], corners, sample["labels"], id2label, scale=scale))
+            images = batch["images"] if name == _VANILLA else outputs.derained
+            cells += visualize.draw_detections(images, outputs, id2label, cfg.SCORE_THRESHOLD, scale)
+        cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
         rows.append(cells)
     visualize.grid(rows, [*models, "ground truth"], path)
 

@@ -196,25 +196,19 @@ def add_cost(table, latency):
 def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     """Page: what came in, with vanilla's detections | what the detector saw, with the pipeline's | ground truth."""
     rows = []
-    side, scale = cfg.IMAGE_SIZE, max(1, -(-240 // cfg.IMAGE_SIZE))
+    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
     for domain in ("rainy", "clean"):
         data = loaders_of[domain].dataset
         for i in range(min(cfg.PICTURES, len(data))):
             sample = data[i * len(data) // cfg.PICTURES]
             batch = datasets.to_device(datasets.collate([sample]), device)
             outputs, vanilla = pipeline(batch["images"]), pipeline.detection_module(pixel_values=batch["images"])
-            cells = []
-            for image, result in ((batch["images"][0], vanilla), (outputs.derained[0], outputs)):
-                one = evaluation.decode(result.logits, result.pred_boxes, [(side, side)])[0]
-                keep = one["scores"] > cfg.SCORE_THRESHOLD
-                cells.append(visualize.draw_boxes(image, one["boxes"][keep], one["labels"][keep], id2label,
-                                                  one["scores"][keep], scale))
+            cells = [visualize.draw_detections(images, result, id2label, cfg.SCORE_THRESHOLD, scale)[0]
+                     for images, result in ((batch["images"], vanilla), (outputs.derained, outputs))]
             stats = outputs.rain_stats
             took = "de-rained" if stats["mask"][0] else "left as it is"
             cells[1] = visualize.captioned(cells[1], f"{domain}, p = {stats['scores'][0]:.3f}: {took}")
-            boxes = sample["boxes"] * side
-            corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
-            cells.append(visualize.draw_boxes(batch["images"][0], corners, sample["labels"], id2label, scale=scale))
+            cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
             rows.append(cells)
     visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
 

@@ -142,13 +142,7 @@ def sample_images(model, loader, id2label):
     samples = [loader.dataset[i] for i in range(min(4, len(loader.dataset)))]
     batch = datasets.to_device(datasets.collate(samples), device)
     outputs = model(pixel_values=batch["images"])
-    side = batch["images"].shape[-1]
-    found = evaluation.decode(outputs.logits, outputs.pred_boxes, [(side, side)] * len(samples))
-    row = []
-    for image, result in zip(batch["images"], found, strict=True):
-        keep = result["scores"] > 0.4
-        row.append(visualize.draw_boxes(image, result["boxes"][keep], result["labels"][keep], id2label,
-                                        result["scores"][keep]))
+    row = visualize.draw_detections(batch["images"], outputs, id2label)
     return {"detections": visualize.as_tensor(visualize.grid([row], [""] * len(row)))}
 
 

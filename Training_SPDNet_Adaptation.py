@@ -165,14 +165,8 @@ def sample_images(model, dataset, device, id2label):
     """-> {tag: picture}: rainy with vanilla detections | de-rained with the model's detections."""
     batch = datasets.to_device(datasets.collate([dataset[i] for i in range(min(3, len(dataset)))]), device)
     outputs = model(batch["images"])
-    side = batch["images"].shape[-1]
-    rows = []
-    vanilla = model.detection_module(pixel_values=batch["images"])
-    for images, result in ((batch["images"], vanilla), (outputs.derained, outputs)):
-        found = evaluation.decode(result.logits, result.pred_boxes, [(side, side)] * len(images))
-        rows.append([visualize.draw_boxes(image, f["boxes"][f["scores"] > 0.4], f["labels"][f["scores"] > 0.4],
-                                          id2label, f["scores"][f["scores"] > 0.4])
-                     for image, f in zip(images, found, strict=True)])
+    rows = [visualize.draw_detections(batch["images"], model.detection_module(pixel_values=batch["images"]), id2label),
+            visualize.draw_detections(outputs.derained, outputs, id2label)]
     return {"rainy above, de-rained below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
 
 

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from utils import evaluation
+
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 INK, PAPER = "#202020", "#ffffff"
 
@@ -46,6 +48,33 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
         pen.text((left, max(box[1] - size - 2, 0)), text, fill=INK, font=font)
     return picture
+
+
+def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
+    """Draw a detector's answer on its input images.
+
+    Args:
+        images: (B, 3, S, S) in [0, 1]; outputs: with `logits` and `pred_boxes` of these images.
+        threshold: boxes from this score on; scale: see draw_boxes.
+    Returns:
+        [PIL image, ...].
+    """
+    size = tuple(images.shape[-2:])
+    pictures = []
+    for image, found in zip(images, evaluation.decode(outputs.logits, outputs.pred_boxes, [size] * len(images)),
+                            strict=True):
+        keep = found["scores"] >= threshold
+        pictures.append(draw_boxes(image, found["boxes"][keep], found["labels"][keep], id2label, found["scores"][keep],
+                                   scale))
+    return pictures
+
+
+def draw_truth(image, sample, id2label, scale=1):
+    """Draw the annotated boxes of a data set's sample (normalised cxcywh) on an image (3, H, W). -> PIL image"""
+    height, width = image.shape[-2:]
+    boxes = sample["boxes"] * torch.tensor([width, height, width, height])
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+    return draw_boxes(image, corners, sample["labels"], id2label, scale=scale)
 
 
 def grid(rows, headings, path=None):

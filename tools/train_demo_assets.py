@@ -1,10 +1,17 @@
-"""Make assets/demo/: the small RT-DETR and the small SPDNet that every --demo starts from.
+"""Make assets/demo/: the small trained weights that every --demo starts from.
 
-    python tools/train_demo_assets.py            # about an hour on two CPU cores, minutes on a GPU
+    python tools/train_demo_assets.py            # about three hours on two CPU cores, minutes on a GPU
 
-Both come from this repository's own scripts on procedural scenes (utils/demo.py): 5,000 training scenes that contain
-the demo's own 1,200, validation on the demo's 200, which neither network sees in training. Prints the detector's
-scores on clean and on rainy scenes: it must be good (mAP at least 0.5) and must suffer (lose at least a third).
+    rtdetr/            the detector, trained on clean scenes             Training_RTDETR.py
+    spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
+    spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py
+    rtdetr_rain/       the detector, fine-tuned on rain                  Training_RTDETR.py
+    rain_detector.pt   is it raining?                                    Training_RainDetector.py
+
+All come from this repository's own scripts on procedural scenes (utils/demo.py): 5,000 training scenes that contain the
+demo's own 1,200 (the last two see only those), validation on the demo's 200, which no network is trained on. Prints the
+detector's scores on clean and on rainy scenes: it must be good (mAP at least 0.5) and must suffer (lose at least a
+third).
 """
 
 import os
@@ -15,19 +22,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import Training_RainDetector  # noqa: E402
 import Training_RTDETR  # noqa: E402
 import Training_SPDNet  # noqa: E402
+import Training_SPDNet_Adaptation  # noqa: E402
 from utils import config, datasets, demo, detector, evaluation, loaders, presets, processes  # noqa: E402
 
 SCENES = 5000                           # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
 ASSETS_DIR = "./assets/demo"            # what is committed
-MEGABYTES = 12                          # limit of that folder
+STAGES = ("rtdetr", "spdnet", "spdnet_adapted", "rtdetr_rain", "rain_detector")  # what to make; later ones use earlier
+MEGABYTES = 19                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
-_DETECTOR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
-            "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
-_DERAINER = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 50}
+_RTDETR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
+           "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
+_SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": 100, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
+           "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "PRECISION": "bf16", "VAL_IMAGES": 100}  # whole scenes at half size
+_SPDNET_ADAPTED = {"PERCENT_DATASET": 50}
+_RTDETR_RAIN = {"COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "CLIP_NORM": 1.0,
+                "LEARNING_RATE": 3e-4, "BACKBONE_LEARNING_RATE": 3e-4}
+_RAIN_DETECTOR = {"NUM_EPOCHS": 14}
 
 
 def rain_gap(folder, work):
@@ -43,20 +58,45 @@ def rain_gap(folder, work):
     return scores
 
 
+def keep(source, target):
+    """Copy a trained file or folder into the assets, in place of an older one."""
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
 def main(**overrides):
-    """Draw, train both, copy the best epochs into ASSETS_DIR."""
+    """Draw, train, copy the best epochs into ASSETS_DIR."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(ROOT)
-    demo.ensure_demo(cfg.WORK_DIR, num_train=cfg.SCENES)
     work, assets = Path(cfg.WORK_DIR), Path(cfg.ASSETS_DIR)
-    Training_RTDETR.main(demo=True, COCO_DIR=f"{cfg.WORK_DIR}/coco", OUTPUT_DIR=str(work / "rtdetr"),
-                         RESUME=cfg.RESUME, **_DETECTOR)
-    Training_SPDNet.main(demo=True, RAINY_DIR=f"{cfg.WORK_DIR}/coco_rain/train2017",
-                         CLEAN_DIR=f"{cfg.WORK_DIR}/coco/train2017", OUTPUT_DIR=str(work / "spdnet"),
-                         RESUME=cfg.RESUME, **_DERAINER)
-    shutil.rmtree(assets / "rtdetr", ignore_errors=True)
-    shutil.copytree(work / "rtdetr" / "detector", assets / "rtdetr")
-    shutil.copy2(work / "spdnet" / "spdnet_best.pt", assets / "spdnet.pt")
+    demo.ensure_demo(work, num_train=cfg.SCENES)
+    clean, rainy = f"{cfg.WORK_DIR}/coco", f"{cfg.WORK_DIR}/coco_rain"
+    for stage in cfg.STAGES:
+        common = {"demo": True, "RESUME": cfg.RESUME, "OUTPUT_DIR": str(work / stage)}
+        if stage == "rtdetr":
+            Training_RTDETR.main(**common, COCO_DIR=clean, **_RTDETR)
+            keep(work / stage / "detector", assets / "rtdetr")
+        elif stage == "spdnet":
+            Training_SPDNet.main(**common, RAINY_DIR=f"{rainy}/train2017", CLEAN_DIR=f"{clean}/train2017", **_SPDNET)
+            keep(work / stage / "spdnet_best.pt", assets / "spdnet.pt")
+        elif stage == "spdnet_adapted":
+            Training_SPDNet_Adaptation.main(
+                **common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
+                RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_SPDNET_ADAPTED)
+            keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
+        elif stage == "rtdetr_rain":
+            Training_RTDETR.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
+            keep(work / stage / "detector", assets / "rtdetr_rain")
+        elif stage == "rain_detector":
+            Training_RainDetector.main(**common, **_RAIN_DETECTOR)
+            keep(work / stage / "rain_detector_best.pt", assets / "rain_detector.pt")
+        else:
+            raise config.UserError(f"STAGES: {stage!r} is not one of rtdetr, spdnet, spdnet_adapted, rtdetr_rain, "
+                                   "rain_detector")
     size = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 2**20
     clean, rainy = rain_gap(str(assets / "rtdetr"), work)
     print(f"{assets.as_posix()}: {size:.1f} MB; detector mAP {clean:.4f} clean, {rainy:.4f} in rain "

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from utils import (
+    comparison,
     config,
     datasets,
     demo,
@@ -103,27 +104,6 @@ def evaluate(cfg, models, loader, device):
     return rows + by_prefix
 
 
-def gap_won_back(rows, name, twins):
-    """Share of vanilla's loss in rain that `name` wins back; None where rain costs vanilla nothing, and where the clean
-    images are not the rainy ones' twins, so that there is no such gap."""
-    if not twins:
-        return None
-    score = {(row["model"], row["images"]): row["mAP"] for row in rows}
-    gap = score[_VANILLA, "clean"] - score[_VANILLA, "rainy"]
-    return (score[name, "rainy"] - score[_VANILLA, "rainy"]) / gap if gap > 0 else None
-
-
-def measure_latency(cfg, models, device):
-    """-> {model: {"batch 1": ms per image, "batch N": ms per image}}."""
-    result = {name: {} for name in models}
-    for batch in sorted({1, cfg.EVAL_BATCH_SIZE}):
-        images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
-        calls = {name: (lambda x, model=model: model(pixel_values=x)) for name, model in models.items()}
-        for name, milliseconds in evaluation.latencies(calls, images).items():
-            result[name][f"batch {batch}"] = milliseconds / batch
-    return result
-
-
 @torch.no_grad()
 def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: rainy with vanilla | original's image | adapted's image, each with its detections | ground truth."""
@@ -155,7 +135,7 @@ def print_summary(rows, latency, twins):
     headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
     print("\n" + report.table(rows, headings))
     for name in (_ORIGINAL, _ADAPTED):
-        share = gap_won_back(rows, name, twins)
+        share = comparison.gap_won_back(rows, name, _VANILLA, twins)
         won = (f"{100 * share:.1f}% of the rain gap won back" if share is not None else
                "rain costs vanilla nothing here" if twins else "no rain gap, the clean images are other ones")
         cost = score[name, "clean"] - score[_VANILLA, "clean"]
@@ -177,8 +157,8 @@ def main(**overrides):
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
     rows = evaluate(cfg, models, rainy, device) + evaluate(cfg, models, clean, device)
     twins = rainy.dataset.files == clean.dataset.files
-    latency = measure_latency(cfg, models, device)
-    won_back = {name: gap_won_back(rows, name, twins) for name in (_ORIGINAL, _ADAPTED)}
+    latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
+    won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
     if processes.is_main():
         print_summary(rows, latency, twins)

@@ -20,7 +20,7 @@ from utils import checkpoint, detector, freeze
 from utils.config import UserError
 
 DERAIN_TYPES = ("multiscale", "lightweight", "none")
-WIDTH = 0.375  # of the corrections: 1.46M parameters on R18; 0.125 brings them to 0.33M
+WIDTH = 0.375  # of the corrections: 1.46M parameters on R18; 0.125 brings them to 0.34M
 _MAX_CHANNELS = (128, 256, 512)  # R18's; a wider backbone (R50) does not make the corrections wider
 SETTINGS = "feature_derain.json"
 

@@ -1,0 +1,248 @@
+"""Compare feature-level de-raining with the plain detector, with SPDNet and with plain fine-tuning on rain.
+
+    python Eval_FeatureDerain.py --demo
+    python Eval_FeatureDerain.py
+    python Eval_FeatureDerain.py --DATASET mixedrain --MIXEDRAIN_DIR ./dataset/MixedRain
+
+Prints COCO scores, cost and the guide's comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
+versions), latency_map.png and masks.png (detections, and where each scale sees rain). Models whose constant is "" or
+whose file is not there are left out with a note; only the vanilla detector and the multiscale model must be there.
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils import (
+    comparison,
+    config,
+    datasets,
+    demo,
+    detector,
+    evaluation,
+    feature_derain,
+    freeze,
+    integrated_model,
+    loaders,
+    mixedrain,
+    presets,
+    processes,
+    report,
+    visualize,
+)
+from utils.spdnet import load_spdnet
+
+# --- data ---------------------------------------------------------------------------------------------------------
+DATASET = "coco_rain"                   # coco_rain (rainy and clean images), or mixedrain (by kind of weather)
+COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
+MIXEDRAIN_DIR = "./dataset/MixedRain"   # images/ and labels.txt, see utils/mixedrain.py
+PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
+IMAGE_SIZE = 640                        # side of the square input, as in training
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- models -------------------------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # vanilla: the detector that the training runs started from
+MULTISCALE_MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
+LIGHTWEIGHT_MODEL_NAME = "./outputs_feature_derain_lightweight/model"  # the same with DERAIN_TYPE = "lightweight"
+FINETUNED_MODEL_NAME = ""               # the baseline to beat: detector/ of Training_RTDETR.py on the same rainy mix
+SPDNET_MODEL_PATH = "./model_spa.pt"    # the original SPDNet
+ADAPTED_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
+DERAIN_SCALE = 1.0                      # of both SPDNets, as they were trained
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+EVAL_BATCH_SIZE = 24                    # validation batch, and the batch N of the latencies
+NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
+COMPILE = False                         # True: torch.compile every model first (minutes), then score and time it
+PICTURES = 6                            # images on the page of masks
+SCORE_THRESHOLD = 0.4                   # boxes drawn on it
+SEED = 0                                # of the subset
+OUTPUT_DIR = "./outputs_feature_derain/eval"
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MULTISCALE_MODEL_NAME": "./demo/outputs_feature_derain/model",
+    "LIGHTWEIGHT_MODEL_NAME": "./demo/outputs_feature_derain_lightweight/model",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt",
+    "ADAPTED_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "FINETUNED_MODEL_NAME": "./assets/demo/rtdetr_rain",
+    "DERAIN_SCALE": 0.5,
+    "OUTPUT_DIR": "./demo/outputs_feature_derain/eval", "EVAL_BATCH_SIZE": 8, "NUM_WORKERS": 0,
+}
+_DATASETS = ("coco_rain", "mixedrain")
+_VANILLA, _MULTISCALE, _LIGHTWEIGHT = "Vanilla RT-DETR", "Feature-Level (Multiscale)", "Feature-Level (Lightweight)"
+_ORIGINAL, _ADAPTED, _FINETUNED = "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR", "Fine-tuned RT-DETR"
+
+
+def build_models(cfg, device):
+    """-> {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes, in the order of the table."""
+    vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
+    models = {_VANILLA: vanilla}
+    for name, constant in ((_ORIGINAL, "SPDNET_MODEL_PATH"), (_ADAPTED, "ADAPTED_MODEL_PATH")):
+        if is_there(cfg, constant, name):
+            if name == _ADAPTED:
+                integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
+            spdnet = freeze.freeze(load_spdnet(getattr(cfg, constant), device=device, constant=constant))
+            models[name] = integrated_model.RainRobustRTDETR(spdnet, vanilla, derain_scale=cfg.DERAIN_SCALE).to(device)
+    for name, constant in ((_MULTISCALE, "MULTISCALE_MODEL_NAME"), (_LIGHTWEIGHT, "LIGHTWEIGHT_MODEL_NAME")):
+        if name == _MULTISCALE and getattr(cfg, constant) or is_there(cfg, constant, name):
+            models[name] = feature_derain.FeatureDerainRTDETR.from_pretrained(getattr(cfg, constant), device, constant)
+            require_classes(models[name].rtdetr, vanilla, constant)
+    if is_there(cfg, "FINETUNED_MODEL_NAME", _FINETUNED):
+        models[_FINETUNED] = detector.load_rtdetr(cfg.FINETUNED_MODEL_NAME, device=device,
+                                                  constant="FINETUNED_MODEL_NAME")
+        require_classes(models[_FINETUNED], vanilla, "FINETUNED_MODEL_NAME")
+    return {name: model.eval() for name, model in models.items()}
+
+
+def is_there(cfg, constant, name):
+    """-> whether an optional model can be loaded; says which row is left out otherwise."""
+    path = getattr(cfg, constant)
+    if path and Path(path).exists():
+        return True
+    reason = f"'{path}' does not exist" if path else "is empty"
+    processes.say(f"note: {constant} {reason}: no row '{name}'")
+    return False
+
+
+def require_classes(rtdetr, vanilla, constant):
+    """UserError where a detector's labels mean something else than vanilla's."""
+    if detector.id2label_of(rtdetr) != detector.id2label_of(vanilla):
+        raise config.UserError(f"{constant}: this detector has other classes than RTDETR_MODEL_NAME; compare detectors "
+                               "that were trained on the same classes")
+
+
+def build_loaders(cfg, id2label):
+    """-> {images: validation loader}: "rainy" and "clean", or "mixedrain"."""
+    transform = presets.evaluation(cfg.IMAGE_SIZE)
+    common = {"percent": cfg.PERCENT_DATASET, "seed": cfg.SEED, "unknown": cfg.UNKNOWN_CATEGORIES}
+    if cfg.DATASET == "mixedrain":
+        found = [mixedrain.MixedRainDataset(cfg.MIXEDRAIN_DIR, id2label, transform, Path(cfg.OUTPUT_DIR) / "mixedrain",
+                                            **common)]
+    else:
+        found = [datasets.CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
+                                               **common)
+                 for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),
+                                                (cfg.COCO_DIR, "COCO_DIR", "clean"))]
+    for note in [note for data in found for note in data.notes]:
+        processes.say(f"note: {note}")
+    return {data.domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS) for data in found}
+
+
+def evaluate(models, loader, device):
+    """-> [{"model", "images", "count", "mAP", "AP50", ...}, ...], a row per model, then per weather and model."""
+    data = loader.dataset
+    truth = evaluation.ground_truth(data.annotation_file)
+    kinds = data.kinds() if isinstance(data, mixedrain.MixedRainDataset) else {}
+    rows, by_kind = [], []
+    for name, model in models.items():
+        scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
+        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
+        for kind, ids in kinds.items():
+            chosen = [d for d in found if d["image_id"] in set(ids)]
+            by_kind.append({"model": name, "images": kind, "count": len(ids)}
+                           | evaluation.coco_scores(truth, chosen, data.category_of, ids))
+    return rows + sorted(by_kind, key=lambda row: list(kinds).index(row["images"]))
+
+
+@torch.no_grad()
+def measure_cost(cfg, models, latency, device):
+    """-> {model: {"parameters", "fps" at batch 1, "memory_mb": peak of a forward at batch N, None without a GPU}}."""
+    cost = {}
+    for name, model in models.items():
+        memory = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            start = torch.cuda.memory_allocated()
+            model(torch.rand(cfg.EVAL_BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device))
+            own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+            memory = (torch.cuda.max_memory_allocated() - start + own) / 2**20
+        cost[name] = {"parameters": freeze.count_parameters(model)[0], "fps": 1000 / latency[name]["batch 1"],
+                      "memory_mb": memory}
+    return cost
+
+
+@torch.no_grad()
+def draw_page(cfg, models, dataset, device, id2label, path):
+    """Page: detections of vanilla and of the feature models, where each scale of the latter sees rain, ground truth."""
+    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
+    features = {name: model for name, model in models.items() if name in (_MULTISCALE, _LIGHTWEIGHT)}
+    count = min(cfg.PICTURES, len(dataset))
+    rows, headings = [], []
+    for sample in (dataset[i * len(dataset) // count] for i in range(count)):
+        batch = datasets.to_device(datasets.collate([sample]), device)
+        side = cfg.IMAGE_SIZE * scale
+        cells = {name: visualize.draw_detections(batch["images"], model(batch["images"]), id2label,
+                                                 cfg.SCORE_THRESHOLD, scale)[0]
+                 for name, model in ({_VANILLA: models[_VANILLA]} | features).items()}
+        for name, model in features.items():
+            for block, mask in zip(model.derain_module.blocks, model.rain_masks(batch["images"]), strict=True):
+                overlay = visualize.to_pil(feature_derain.mask_overlay(batch["images"][0], mask[0]))
+                title = f"{name.split('(')[1][:-1].lower()} mask {mask.shape[-1]}x{mask.shape[-1]}"
+                cells[f"{title}, blend {block.blend.item():.2f}"] = overlay.resize((side, side))
+        cells["ground truth"] = visualize.draw_truth(batch["images"][0], sample, id2label, scale)
+        rows.append(list(cells.values()))
+        headings = list(cells)
+    visualize.grid(rows, headings, path)
+
+
+def print_summary(rows, latency, cost, won_back, main_images):
+    """COCO scores, cost, and the guide's comparison table with what was measured here."""
+    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
+    print("\n" + report.table(rows, headings))
+    table = [{"model": name} | {key: f"{value:.1f}" for key, value in latency[name].items()}
+             | {"fps": f"{values['fps']:.1f}", "parameters": f"{values['parameters']:,}",
+                "memory": None if values["memory_mb"] is None else f"{values['memory_mb']:.0f}",
+                "gap": None if won_back.get(name) is None else f"{100 * won_back[name]:.1f}%"}
+             for name, values in cost.items()]
+    print("\n" + report.table(table, {"model": "model"} | {key: f"ms, {key}" for key in latency[_VANILLA]}
+                              | {"fps": "FPS", "parameters": "parameters", "memory": "MB (GPU)",
+                                 "gap": "rain gap won back"}))
+    score = {row["model"]: row["mAP"] for row in rows if row["images"] == main_images}
+    base, vanilla = latency[_VANILLA]["batch 1"], score[_VANILLA]
+    table = [{"approach": "No De-rain" if name == _VANILLA else name,
+              "derain": f"{latency[name]['batch 1'] - base:.1f} ms", "total": f"{latency[name]['batch 1']:.1f} ms",
+              "fps": f"{cost[name]['fps']:.1f}",
+              "impact": "Baseline" if name == _VANILLA else f"{score[name] - vanilla:+.4f}"
+                        + (f" ({100 * (score[name] / vanilla - 1):+.1f}%)" if vanilla > 0 else "")}
+             for name in latency]
+    print(f"\nPerformance comparison, {main_images} images, batch 1\n" + report.table(
+        table, {"approach": "Approach", "derain": "De-rain Time", "total": "Total Time", "fps": "FPS",
+                "impact": "mAP Impact"}))
+
+
+def main(**overrides):
+    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}, "cost": {...}}."""
+    cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
+    if cfg.DATASET not in _DATASETS:
+        raise config.UserError(f"DATASET = {cfg.DATASET!r}: choose {' or '.join(_DATASETS)}")
+    if cfg.NUM_WORKERS < 0:
+        raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
+    if cfg.demo:
+        demo.ensure_demo()
+    device = processes.device()
+    models = build_models(cfg, device)
+    id2label = detector.id2label_of(models[_VANILLA])
+    found = build_loaders(cfg, id2label)
+    first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
+    fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}
+    rows = [row for loader in found.values() for row in evaluate(fast, loader, device)]
+    twins = "clean" in found and found["rainy"].dataset.files == found["clean"].dataset.files
+    latency = comparison.milliseconds_per_image(fast, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
+    cost = measure_cost(cfg, models, latency, device)
+    won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in models if name != _VANILLA}
+    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency, "cost": cost}
+    if processes.is_main():
+        print_summary(rows, latency, cost, won_back, first)
+        folder = Path(cfg.OUTPUT_DIR)
+        report.write_results(folder / "results.json", cfg.as_dict(), results)
+        draw_page(cfg, models, found[first].dataset, device, id2label, folder / "masks.png")
+        score = {row["model"]: row["mAP"] for row in rows if row["images"] == first}
+        visualize.cost_against_accuracy({name: (latency[name]["batch 1"], score[name]) for name in models},
+                                        folder / "latency_map.png", "ms per image, batch 1", f"mAP on {first} images")
+        print(f"\nwritten: {(folder / 'results.json').as_posix()}, masks.png, latency_map.png")
+    return results
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

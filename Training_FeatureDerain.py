@@ -1,0 +1,313 @@
+"""Train a small module that suppresses rain in RT-DETR's features, between the backbone and the hybrid encoder.
+
+Phase 1: the detector is frozen, the module learns from the detection loss, and (as every rainy image has a clean twin)
+from the distance between its output and the pretrained backbone's features of the twin. Phase 2: module and detector
+train together, the detector slowly. A fresh module is the identity, so both start at the pretrained detector's mAP.
+CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
+
+    python Training_FeatureDerain.py --demo
+    python Training_FeatureDerain.py
+
+Writes OUTPUT_DIR/model/ (the best epoch of both phases), and in OUTPUT_DIR/phase1 and phase2 last.pt (to resume),
+best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_FeatureDerain.py
+"""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from utils import (
+    checkpoint,
+    config,
+    datasets,
+    demo,
+    detector,
+    engine,
+    evaluation,
+    feature_derain,
+    freeze,
+    loaders,
+    losses,
+    presets,
+    processes,
+    report,
+    visualize,
+)
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+PERCENT_DATASET = 10                    # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
+COCO_RATIO = 0.3                        # share of clean images, so that these are not over-processed
+RAIN_RATIO = 0.7                        # share of rainy images
+IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- model --------------------------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id, or a folder written by save_pretrained
+DERAIN_TYPE = "multiscale"              # multiscale, lightweight (63 parameters), none (plain fine-tuning: a baseline)
+NUM_RESIDUAL_BLOCKS = 2                 # corrections per scale, multiscale only
+REFINE_WIDTH = 0.375                    # their width: 1.46M parameters on R18; 0.125: 0.34M
+FREEZE_BACKBONE = False                 # True keeps the backbone in phase 2 as it is
+
+# --- training -----------------------------------------------------------------------------------------------------
+PHASE1_EPOCHS = 5                       # module alone; 0 leaves the phase out
+PHASE2_EPOCHS = 10                      # module and detector; 0 leaves the phase out
+PHASE1_LR = 5e-4                        # the module is new, so higher than for fine-tuning
+PHASE2_DERAIN_LR = 1e-4                 # module
+PHASE2_DETECTOR_LR = 1e-5               # detector, ten times lower
+FREEZE_BATCH_NORM = True                # phase 2: BatchNorm stays as pretrained; small rainy batches would spoil it
+BATCH_SIZE = 16                         # per GPU; 6 to 8 on 8 GB
+GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in each phase
+SCHEDULE = "cosine"                     # constant, cosine or step
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase
+NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
+SEED = 0                                # subset, order, augmentation, initial weights
+
+# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0) -------------------------
+DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
+CONSISTENCY_WEIGHT = 5.0                # rainy images: features against the pretrained ones of the clean twin
+IDENTITY_WEIGHT = 5.0                   # clean images: features against their own pretrained ones
+
+# --- validation ---------------------------------------------------------------------------------------------------
+RAIN_SCORE_WEIGHT = 0.5                 # "best" goes by this times the rainy mAP ...
+CLEAN_SCORE_WEIGHT = 0.5                # ... plus this times the clean mAP: neither can be sold for the other
+EVAL_BATCH_SIZE = 24                    # validation batch
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_feature_derain"
+RESUME = False                          # True goes on where the run stopped, in whichever phase
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 3,
+    "PHASE2_EPOCHS": 3, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 5e-4, "PHASE2_DETECTOR_LR": 1e-4, "BATCH_SIZE": 8,
+    "WARMUP_STEPS": 20, "NUM_WORKERS": 0,
+}
+
+
+def build_model(cfg, device):
+    """A pretrained detector with a fresh module, and the block of parameter counts of both phases."""
+    model = feature_derain.create_feature_derain_rtdetr(
+        cfg.RTDETR_MODEL_NAME, cfg.DERAIN_TYPE, cfg.NUM_RESIDUAL_BLOCKS, cfg.FREEZE_BACKBONE, device, cfg.REFINE_WIDTH)
+    if cfg.DERAIN_TYPE == "lightweight":
+        processes.say("warning: lightweight has 63 parameters, which learn little (its loss hardly falls); "
+                      "DERAIN_TYPE = 'multiscale' is the one to use where accuracy counts")
+    return model
+
+
+def build_data(cfg, id2label, weights):
+    """-> training data (with clean twins where a loss needs them), {domain: validation data}; the latter is {"rainy"}
+    alone, without labels, where both folders are plain folders of images."""
+    train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
+    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
+    if "detection" not in weights and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
+        processes.say("no annotations: training by feature consistency alone, 10% of the pairs kept for validation")
+        train, val = (datasets.PairedRainDataset(
+            cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
+            percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
+            for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
+        return train, {"rainy": val}
+    train = datasets.clean_rainy_mixture(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
+        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=needs_twins(weights),
+        unknown=cfg.UNKNOWN_CATEGORIES)
+    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, val_transform, constant=constant,
+                                                 domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
+           for domain, root, constant in (("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR"),
+                                          ("clean", cfg.COCO_DIR, "COCO_DIR"))}
+    for note in train.notes + [note for data in val.values() for note in data.notes]:
+        processes.say(f"note: {note}")
+    return train, val
+
+
+def loss_weights(cfg):
+    """-> {name: weight} of the terms that are switched on and have images (identity: clean ones)."""
+    weights = {"detection": cfg.DETECTION_WEIGHT, "consistency": cfg.CONSISTENCY_WEIGHT,
+               "identity": cfg.IDENTITY_WEIGHT if cfg.COCO_RATIO else 0}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def needs_twins(weights):
+    """-> True where a loss compares features with those of the clean twin."""
+    return "consistency" in weights or "identity" in weights
+
+
+def compute_losses(model, batch, weights, teacher):
+    """Named losses of one batch, scalars: those in `weights`.
+
+    Args:
+        model: FeatureDerainRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where needed.
+        teacher: the pretrained model, frozen, which makes the targets of both feature terms; None without them.
+    """
+    labelled = "detection" in weights
+    outputs = model(batch["images"], labels=batch["labels"] if labelled else None, detect=labelled)
+    terms = {"detection": outputs.loss} if labelled else {}
+    if needs_twins(weights):
+        targets = teacher.clean_features(batch["twins"])
+        for name, domain in (("consistency", "rainy"), ("identity", "clean")):
+            if name in weights:
+                terms[name] = domain_consistency(outputs.features, targets, batch["domains"], domain)
+    return terms
+
+
+def domain_consistency(features, targets, domains, domain):
+    """Relative feature error (see losses.feature_consistency), summed over the batch's images of one domain, divided
+    by the whole batch: every image weighs the same, however the domains fall into batches."""
+    chosen = [i for i, name in enumerate(domains) if name == domain]
+    if not chosen:
+        return sum(level.sum() for level in features) * 0.0
+    error = losses.feature_consistency([level[chosen] for level in features], [level[chosen] for level in targets])
+    return error * (len(chosen) / len(domains))
+
+
+def evaluate(model, val_loaders, truths, device, cfg):
+    """-> {"score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50"}; {"score": minus the feature error} without
+    labels."""
+    if not truths:
+        return {"score": -feature_error(model, val_loaders["rainy"], device)}
+    scores = {domain: evaluation.detection_scores(model, loader, device, truths[domain], f"{domain} validation")[0]
+              for domain, loader in val_loaders.items()}
+    total = (cfg.RAIN_SCORE_WEIGHT * scores["rainy"]["mAP"] + cfg.CLEAN_SCORE_WEIGHT * scores["clean"]["mAP"])
+    return {"score": total} | {f"{prefix}/{name}": scores[domain][name] for name in ("mAP", "AP50")
+                               for prefix, domain in (("rain", "rainy"), ("clean", "clean"))}
+
+
+def feature_error(model, loader, device):
+    """-> mean relative error of the de-rained features against those of the clean twin."""
+    found = []
+    for batch in loader:
+        batch = datasets.to_device(batch, device)
+        error = losses.feature_consistency(model(batch["images"], detect=False).features,
+                                           model.clean_features(batch["twins"])).item()
+        found += [{"error": error}] * len(batch["images"])
+    return evaluation.mean_over_ranks(found)["error"]
+
+
+def sample_images(model, dataset, device, id2label):
+    """-> {tag: picture}: rainy images with detections, below them the finest scale's rain mask."""
+    batch = datasets.to_device(datasets.collate([dataset[i] for i in range(min(3, len(dataset)))]), device)
+    rows = [visualize.draw_detections(batch["images"], model(batch["images"]), id2label)]
+    if masks := model.rain_masks(batch["images"]):
+        rows.append([feature_derain.mask_overlay(image, mask)
+                     for image, mask in zip(batch["images"], masks[0], strict=True)])
+    return {"detections above, rain mask below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
+
+
+def save_model(model, folder, image_size):
+    """Write the model beside `folder`, then swap: a kill while writing must not cost the previous best one."""
+    fresh = folder.with_name(".model.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh, image_size)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def planned_phases(cfg, weights):
+    """-> [(phase, epochs), ...] to run; UserError where the constants leave nothing, or what cannot be done."""
+    for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS", "NUM_WORKERS"):
+        if getattr(cfg, name) < 0:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 0 or more")
+    phases = {1: cfg.PHASE1_EPOCHS, 2: cfg.PHASE2_EPOCHS}
+    if phases[1] and cfg.DERAIN_TYPE == "none":
+        processes.say("note: DERAIN_TYPE = 'none' has no module to train: phase 1 is left out")
+        phases[1] = 0
+    if phases[2] and "detection" not in weights:
+        processes.say("note: DETECTION_WEIGHT = 0: phase 2 needs the detection loss and is left out")
+        phases[2] = 0
+    if not any(phases.values()):
+        raise config.UserError("nothing to train: PHASE1_EPOCHS and PHASE2_EPOCHS leave no epoch (with DERAIN_TYPE = "
+                               "'none' only phase 2 exists, with DETECTION_WEIGHT = 0 only phase 1)")
+    return [(phase, epochs) for phase, epochs in phases.items() if epochs]
+
+
+def parameter_groups(model, phase, cfg):
+    """Freeze for the phase and say what trains. -> parameter groups with their learning rates."""
+    if phase == 1:
+        model.freeze_detector()
+        rates = [(cfg.PHASE1_LR, model.derain_module)]
+    else:
+        model.unfreeze_detector(cfg.FREEZE_BATCH_NORM)
+        rates = [(cfg.PHASE2_DERAIN_LR, model.derain_module), (cfg.PHASE2_DETECTOR_LR, model.rtdetr)]
+    parts = {"De-rain module": model.derain_module, "RT-DETR": model.rtdetr}
+    processes.say(f"\nphase {phase}\n" + freeze.describe({label: part for label, part in parts.items()
+                                                          if freeze.count_parameters(part)[0]}))
+    groups = [{"params": [p for p in module.parameters() if p.requires_grad], "lr": rate} for rate, module in rates]
+    return [group for group in groups if group["params"]]  # "none" has no parameters
+
+
+def main(**overrides):
+    """Train; -> {phase number: {"history", "best_epoch", "best_score", "stopped"} of engine.fit}."""
+    cfg = config.resolve(globals(), overrides)
+    detector.require_size(cfg.IMAGE_SIZE)
+    weights = loss_weights(cfg)
+    if "detection" not in weights and "consistency" not in weights:
+        raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
+    phases = planned_phases(cfg, weights)
+    if cfg.demo:
+        demo.ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.device()
+    model = build_model(cfg, device)
+    id2label = detector.id2label_of(model.rtdetr)
+    train, val = build_data(cfg, id2label, weights)
+    train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
+    val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
+                   for domain, data in val.items()}
+    truths = {domain: evaluation.ground_truth(data.annotation_file) for domain, data in val.items()} if (
+        "clean" in val) else {}
+    teacher = freeze.freeze(copy.deepcopy(model)) if needs_twins(weights) else None
+    folder = Path(cfg.OUTPUT_DIR)
+    if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
+        engine.set_aside(folder, ("phase1", "phase2", "model"))
+
+    results, best_score, latest = {}, -math.inf, {}
+
+    def validate(plain):
+        latest.update(evaluate(plain, val_loaders, truths, device, cfg))
+        return dict(latest)
+
+    def keep_best(plain):
+        if latest["score"] > best_score:  # better than every epoch of the phases before
+            save_model(plain, folder / "model", cfg.IMAGE_SIZE)
+
+    for phase, epochs in phases:
+        groups = parameter_groups(model, phase, cfg)
+        engine.seed_everything(cfg.SEED + phase)  # of the denoising queries, wherever the run was resumed
+        results[phase] = result = engine.fit(
+            model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher),
+            output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups, loss_weights=weights,
+            evaluate=validate, score="score", on_best=keep_best,
+            sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
+            accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+            schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+            constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        if result["stopped"] == "interrupted":
+            return results
+        best_score = max(best_score, result["best_score"])
+        best = folder / f"phase{phase}" / "best.pt"  # the next phase starts there, not at the last epoch
+        checkpoint.load_into(model, checkpoint.load_state(best), best.as_posix())
+    print_summary(results, folder, cfg)
+    return results
+
+
+def print_summary(results, folder, cfg):
+    """The best epoch of each phase, and what to do next."""
+    rows = [{"phase": f"phase {phase}"} | result["history"][result["best_epoch"] - 1]
+            for phase, result in results.items()]
+    names = [name for name in ("epoch", "score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50") if name in rows[0]]
+    processes.say("\nbest epochs\n" + report.table(rows, {"phase": ""} | {name: name for name in names}))
+    processes.say(f"model: {(folder / 'model').as_posix()}\n"
+                  f"next: python Eval_FeatureDerain.py{' --demo' if cfg.demo else ''}")
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

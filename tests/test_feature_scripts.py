@@ -1,0 +1,320 @@
+"""The feature-de-raining scripts for real, on eight small images: both phases, resume, two processes, evaluation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CATEGORIES
+from PIL import Image
+
+import Eval_FeatureDerain
+import export
+import Training_FeatureDerain as Training
+from utils import checkpoint, feature_derain, freeze, mixedrain, presets
+from utils.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = {label: category["name"] for label, category in enumerate(CATEGORIES)}
+
+
+@pytest.fixture
+def base(coco, weights):
+    """Constants that point the training at the small data and weights."""
+    return {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+            "IMAGE_SIZE": 96, "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"),
+            "PHASE1_EPOCHS": 2, "PHASE2_EPOCHS": 1, "BATCH_SIZE": 2, "WARMUP_STEPS": 0, "NUM_WORKERS": 0,
+            "COCO_RATIO": 0.5, "RAIN_RATIO": 0.5}
+
+
+def state(folder, phase):
+    return torch.load(Path(folder) / f"phase{phase}" / "last.pt")["model"]
+
+
+def test_both_phases_train_what_they_should_and_write_everything(base, weights, capsys):
+    results = Training.main(**base | {"PHASE1_EPOCHS": 3})
+    first, last = results[1]["history"][0], results[1]["history"][-1]
+    assert last["consistency"] < first["consistency"]
+    assert {"detection", "consistency", "identity", "score", "rain/mAP", "clean/mAP"} <= set(last)
+    assert first["score"] == pytest.approx(0.5 * first["rain/mAP"] + 0.5 * first["clean/mAP"])
+    out = Path(base["OUTPUT_DIR"])
+    assert {path.name for path in out.iterdir()} == {"phase1", "phase2", "model"}
+    for phase in ("phase1", "phase2"):
+        assert {path.name for path in (out / phase).iterdir()} == {"last.pt", "best.pt", "metrics.json", "curves.png",
+                                                                   "tb"}
+    start = {f"rtdetr.{name}": value for name, value in checkpoint_of(weights).items()}
+    one, two = state(out, 1), state(out, 2)
+    norms = {name for name in start if "running_" in name}
+    assert all(torch.equal(one[name], value) for name, value in start.items())  # phase 1: the detector has not moved
+    assert any(not torch.equal(two[name], value) for name, value in start.items())
+    assert norms and all(torch.equal(two[name], start[name]) for name in norms)  # BatchNorm stays in phase 2
+    shown = capsys.readouterr().out
+    assert "RT-DETR: 0 trainable parameters (0% - FROZEN)" in shown and "phase 2" in shown and shown.isascii()
+
+
+def checkpoint_of(weights):
+    return feature_derain.detector.load_rtdetr(str(weights / "rtdetr")).state_dict()
+
+
+def test_the_better_phase_is_kept(base, monkeypatch):
+    """A phase 2 that is worse than phase 1 must not replace its model; phase 2 starts at phase 1's best epoch."""
+    scores = iter([0.3, 0.5, 0.4, 0.1])  # three epochs of phase 1, one of phase 2
+    seen = []
+
+    def evaluate(model, *args):
+        seen.append({name: value.clone() for name, value in model.derain_module.state_dict().items()})
+        return {"score": next(scores)}
+    monkeypatch.setattr(Training, "evaluate", evaluate)
+    results = Training.main(**base | {"PHASE1_EPOCHS": 3, "PHASE2_DERAIN_LR": 0.0, "PHASE2_DETECTOR_LR": 1e-5})
+    assert results[1]["best_epoch"] == 2 and results[2]["best_score"] == 0.1
+    kept = checkpoint.load(Path(base["OUTPUT_DIR"]) / "model" / "derain.pt")
+    for name, value in kept.items():
+        assert torch.equal(value, seen[1][name])
+        assert torch.equal(value, seen[3][name])  # at rate 0 phase 2 ends where it started
+    assert any(not torch.equal(seen[1][name], seen[2][name]) for name in kept)
+
+
+def test_killed_in_either_phase_resumes_bit_for_bit(base, tmp_path):
+    """SIGKILL in phase 1 (in its second epoch), then in phase 2, each in another process."""
+    script = ("import sys, json; sys.path.insert(0, '.'); import Training_FeatureDerain as T\n"
+              "cfg, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
+              "import os, signal; plain, calls = T.compute_losses, [0]\n"
+              "def counted(*args):\n"
+              "    calls[0] += 1\n"
+              "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+              "    return plain(*args)\n"
+              "T.compute_losses = counted\n"
+              "T.main(**cfg)\n")
+
+    def start(out, die, resume=False):
+        cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "BATCH_SIZE": 4}
+        done = subprocess.run([sys.executable, "-c", script, json.dumps(cfg), str(die)], cwd=ROOT, timeout=300,
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done.returncode
+
+    assert start("whole", die=0) == 0
+    assert start("killed", die=4) != 0  # two steps an epoch: two epochs of phase 1, one of phase 2
+    assert not (tmp_path / "killed" / "phase2").exists()
+    assert start("killed", die=3, resume=True) != 0  # the rest of phase 1 is one step
+    assert (tmp_path / "killed" / "phase2" / "last.pt").exists()
+    assert start("killed", die=0, resume=True) == 0
+    for number in (1, 2):
+        whole, resumed = state(tmp_path / "whole", number), state(tmp_path / "killed", number)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert start("killed", die=1) != 0  # a new run, killed at once: the old phase 2 must not survive as its own
+    assert not (tmp_path / "killed" / "phase2").exists()
+    assert (tmp_path / "killed" / "previous_1" / "phase2" / "last.pt").is_file()
+
+
+def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
+    one = Training.main(**base | {"BATCH_SIZE": 4, "PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "one")})
+    settings = base | {"PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "two")}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "Training_FeatureDerain.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 1/1") == 2  # one line per phase, from one process
+    a, b = state(tmp_path / "one", 1), state(tmp_path / "two", 1)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=2e-3, atol=2e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+    metrics = json.loads((tmp_path / "two" / "phase1" / "metrics.json").read_text(encoding="utf-8"))["history"][0]
+    for name in ("detection", "consistency", "identity"):  # the ranks see different numbers of rainy images and boxes
+        assert metrics[name] == pytest.approx(one[1]["history"][0][name], rel=1e-3)
+
+
+def test_without_labels(base, coco, capsys):
+    for root in ("coco", "coco_rain"):
+        for path in (coco / root / "annotations").iterdir():
+            path.unlink()
+        (coco / root / "annotations").rmdir()
+    results = Training.main(**base | {"PHASE1_EPOCHS": 3, "PHASE1_LR": 2e-3}, DETECTION_WEIGHT=0.0)
+    assert set(results) == {1} and "phase 2 needs the detection loss" in capsys.readouterr().out
+    assert results[1]["history"][-1]["consistency"] < results[1]["history"][0]["consistency"]
+    assert results[1]["best_score"] < 0
+    assert feature_derain.FeatureDerainRTDETR.from_pretrained(Path(base["OUTPUT_DIR"]) / "model")
+
+
+def test_baseline_and_lightweight(base, tmp_path, capsys):
+    results = Training.main(**base | {"DERAIN_TYPE": "none", "OUTPUT_DIR": str(tmp_path / "plain")})
+    assert set(results) == {2} and "phase 1 is left out" in capsys.readouterr().out
+    Training.main(**base | {"DERAIN_TYPE": "lightweight", "OUTPUT_DIR": str(tmp_path / "light"), "PHASE1_EPOCHS": 1,
+                            "PHASE2_EPOCHS": 0}, CONSISTENCY_WEIGHT=0.0, IDENTITY_WEIGHT=0.0)
+    shown = capsys.readouterr().out
+    assert "warning: lightweight has 63 parameters" in shown
+    assert "De-rain module: 63 trainable parameters (100%)" in shown
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"DERAIN_TYPE": "heavy"}, "DERAIN_TYPE = 'heavy'"),
+    ({"NUM_RESIDUAL_BLOCKS": 0}, "NUM_RESIDUAL_BLOCKS"),
+    ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR.*make_rain.py"),
+    ({"RTDETR_MODEL_NAME": "./none"}, "RTDETR_MODEL_NAME"),
+    ({"DETECTION_WEIGHT": 0.0, "CONSISTENCY_WEIGHT": 0.0}, "DETECTION_WEIGHT and CONSISTENCY_WEIGHT"),
+    ({"COCO_RATIO": 0.4}, "add up to 1"),
+    ({"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
+    ({"PHASE1_EPOCHS": -1}, "PHASE1_EPOCHS = -1"),
+    ({"PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 0}, "nothing to train"),
+    ({"DERAIN_TYPE": "none", "PHASE2_EPOCHS": 0}, "nothing to train"),
+    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
+    ({"NUM_WORKERS": -1}, "NUM_WORKERS = -1"),
+])
+def test_training_refuses_with_one_clear_line(base, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        Training.main(**base | change)
+    assert "\n" not in str(error.value)
+    assert not Path(base["OUTPUT_DIR"]).exists()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def evaluation_base(base, weights, small_detector):
+    """Constants of the evaluation, with a fresh multiscale and a lightweight model on disk."""
+    for name in ("multiscale", "lightweight"):
+        feature_derain.FeatureDerainRTDETR(small_detector, name).save_pretrained(weights / name, 96)
+    return {name: base[name] for name in ("COCO_DIR", "COCO_RAIN_DIR", "IMAGE_SIZE", "RTDETR_MODEL_NAME",
+                                          "NUM_WORKERS")} | {
+        "MULTISCALE_MODEL_NAME": str(weights / "multiscale"), "LIGHTWEIGHT_MODEL_NAME": str(weights / "lightweight"),
+        "FINETUNED_MODEL_NAME": str(weights / "rtdetr"), "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
+        "ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"), "EVAL_BATCH_SIZE": 4, "PICTURES": 2,
+        "OUTPUT_DIR": str(weights / "eval")}
+
+
+def test_evaluation_reports_all_rows(evaluation_base, capsys):
+    results = Eval_FeatureDerain.main(**evaluation_base)
+    rows = {(row["model"], row["images"]): row for row in results["scores"]}
+    assert len(rows) == 12  # six models, rainy and clean
+    for images in ("rainy", "clean"):  # fresh modules and an equal detector: vanilla's own scores
+        vanilla = rows["Vanilla RT-DETR", images]
+        for name in ("Feature-Level (Multiscale)", "Feature-Level (Lightweight)", "Fine-tuned RT-DETR"):
+            assert rows[name, images]["mAP"] == pytest.approx(vanilla["mAP"], abs=1e-6)
+    assert results["cost"]["Feature-Level (Lightweight)"]["parameters"] == (
+        results["cost"]["Vanilla RT-DETR"]["parameters"] + 63)
+    shown = capsys.readouterr().out
+    assert shown.isascii() and "De-rain Time" in shown and "No De-rain" in shown and "rain gap won back" in shown
+    out = Path(evaluation_base["OUTPUT_DIR"])
+    assert {path.name for path in out.iterdir()} == {"results.json", "masks.png", "latency_map.png"}
+    written = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
+    assert written["milliseconds_per_image"]["Feature-Level (Multiscale)"]["batch 1"] > 0
+    assert Image.open(out / "masks.png").width > 9 * 240  # three detections, two times three masks
+
+
+def test_missing_optional_models_are_notes_and_required_ones_errors(evaluation_base, weights, capsys):
+    few = evaluation_base | {"LIGHTWEIGHT_MODEL_NAME": "", "FINETUNED_MODEL_NAME": "", "SPDNET_MODEL_PATH": "./none.pt",
+                             "ADAPTED_MODEL_PATH": "./none.pt"}
+    results = Eval_FeatureDerain.main(**few)
+    assert [row["model"] for row in results["scores"][:2]] == ["Vanilla RT-DETR", "Feature-Level (Multiscale)"]
+    shown = capsys.readouterr().out
+    for note in ("note: LIGHTWEIGHT_MODEL_NAME is empty", "note: SPDNET_MODEL_PATH './none.pt' does not exist"):
+        assert note in shown
+    for change, message in (({"MULTISCALE_MODEL_NAME": "./none"}, "MULTISCALE_MODEL_NAME.*Training_FeatureDerain"),
+                            ({"RTDETR_MODEL_NAME": "./none"}, "RTDETR_MODEL_NAME"),
+                            ({"DATASET": "kitti"}, "DATASET = 'kitti'"),
+                            ({"NUM_WORKERS": -1}, "NUM_WORKERS = -1"),
+                            ({"DATASET": "mixedrain", "MIXEDRAIN_DIR": "./none"}, "MIXEDRAIN_DIR.*labels.txt")):
+        with pytest.raises(UserError, match=message):
+            Eval_FeatureDerain.main(**few | change)
+    torch.save({"model_args": {"derain_scale": 0.5}}, weights / "best.pt")
+    with pytest.raises(UserError, match="DERAIN_SCALE = 1.0, but .* was trained with 0.5"):
+        Eval_FeatureDerain.main(**evaluation_base)
+
+
+# ---- MixedRain -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Four images, one per kind of weather; the clear one has no objects."""
+    folder = tmp_path / "MixedRain"
+    (folder / "images").mkdir(parents=True)
+    for i, name in enumerate(("mist_001.jpg", "rain_storm_7.png", "snow_storm-2.jpg", "sunny.jpg")):
+        Image.new("RGB", (120, 80), (60 * i, 90, 120)).save(folder / "images" / name)
+    (folder / "labels.txt").write_text("mist_001 0 0.5 0.5 0.5 0.25\nrain_storm_7.png 1 0.25 0.5 0.5 1.0\n\n"
+                                       "mist_001.jpg 1 0.9 0.9 0.1 0.1\nsnow_storm-2 9 0.5 0.5 0.2 0.2\n",
+                                       encoding="utf-8")
+    return folder
+
+
+def test_mixedrain_loader(mixed, tmp_path):
+    data = mixedrain.MixedRainDataset(mixed, LABELS, presets.evaluation(96), tmp_path / "converted", unknown="ignore")
+    assert len(data) == 4 and data.kinds() == {"mist": [1], "rain_storm": [2], "snow_storm": [3], "clear": [4]}
+    sample = data[data.files.index("mist_001.jpg")]
+    torch.testing.assert_close(sample["boxes"], torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.9, 0.9, 0.1, 0.1]]))
+    assert sample["labels"].tolist() == [0, 1] and sample["image"].shape == (3, 96, 96)
+    assert data[data.files.index("sunny.jpg")]["boxes"].shape == (0, 4)
+    assert data[data.files.index("snow_storm-2.jpg")]["boxes"].shape == (0, 4)  # a truck, which this detector ignores
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("mist_001 0 0.5 0.5 0.5", "line 2.*is not 'image_id class_id"),
+    ("mist_001 car 0.5 0.5 0.5 0.5", "line 2.*is not 'image_id class_id"),
+    ("mist_002 0 0.5 0.5 0.5 0.5", "line 2.*no image named 'mist_002'"),
+    ("mist_001 10 0.5 0.5 0.5 0.5", "line 2.*class_id 10 is not one of 0 .person. to 9 .truck."),
+    ("mist_001 0 50 0.5 0.5 0.5", "line 2.*shares of the image"),
+    ("mist_001 0 nan 0.5 0.5 0.5", "line 2.*shares of the image"),
+])
+def test_mixedrain_names_the_bad_line(mixed, line, message):
+    (mixed / "labels.txt").write_text(f"mist_001 0 0.5 0.5 0.5 0.25\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        mixedrain.read_mixedrain(mixed)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_on_mixedrain(evaluation_base, mixed, capsys):
+    results = Eval_FeatureDerain.main(**evaluation_base | {
+        "DATASET": "mixedrain", "MIXEDRAIN_DIR": str(mixed), "UNKNOWN_CATEGORIES": "ignore",
+        "LIGHTWEIGHT_MODEL_NAME": "", "FINETUNED_MODEL_NAME": "", "SPDNET_MODEL_PATH": "", "ADAPTED_MODEL_PATH": ""})
+    kinds = [(row["images"], row["count"]) for row in results["scores"] if row["model"] == "Vanilla RT-DETR"]
+    assert kinds == [("mixedrain", 4), ("mist", 1), ("rain_storm", 1), ("snow_storm", 1), ("clear", 1)]
+    assert "snow_storm" in capsys.readouterr().out
+
+
+# ---- export ----------------------------------------------------------------------------------------------------
+
+def test_export_writes_checked_files(weights, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    trained = str(ROOT / "assets" / "demo" / "rtdetr")  # a random detector's queries are all equally good
+    model = feature_derain.create_feature_derain_rtdetr(trained)
+    with torch.no_grad():
+        for block in model.derain_module.blocks:
+            block.blend.fill_(0.5)
+    model.save_pretrained(weights / "multiscale", 96)
+    results = export.main(MODEL_NAME=str(weights / "multiscale"), RTDETR_MODEL_NAME=trained, IMAGE_SIZE=96,
+                          OUTPUT_DIR=str(weights / "exported"))
+    assert set(results) == {"vanilla", "feature_derain"}
+    assert {path.name for path in (weights / "exported").iterdir()} == {
+        f"{name}.{kind}" for name in results for kind in ("onnx", "pt2")}
+    for name, differences in results.items():
+        assert set(differences) == {"onnx", "torch.export"} and max(differences.values()) < 1e-3
+        program = torch.export.load(weights / "exported" / f"{name}.pt2").module()
+        logits, boxes = program(torch.rand(1, 3, 96, 96))
+        assert logits.shape == (1, 40, 5) and boxes.shape == (1, 40, 4)
+    assert capsys.readouterr().out.isascii()
+
+
+def test_export_without_onnx_says_what_to_install(weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime.*FORMATS"):
+        export.main(RTDETR_MODEL_NAME=str(weights / "rtdetr"), MODEL_NAME="", IMAGE_SIZE=96,
+                    OUTPUT_DIR=str(weights / "exported"))
+    with pytest.raises(UserError, match="FORMATS"):
+        export.main(FORMATS=("tensorrt",))
+
+
+def test_fingerprint_of_the_teacher_does_not_follow_the_student(base, monkeypatch):
+    """Phase 2 trains the detector; the targets of the feature losses stay those of the pretrained one."""
+    marks = []
+    plain = Training.compute_losses
+
+    def spy(model, batch, weights, teacher):
+        marks.append(freeze.fingerprint(teacher))
+        return plain(model, batch, weights, teacher)
+    monkeypatch.setattr(Training, "compute_losses", spy)
+    Training.main(**base | {"PHASE1_EPOCHS": 1})
+    assert len(marks) == 8 and len(set(marks)) == 1

@@ -1,0 +1,87 @@
+"""Which losses and phases should feature de-raining train with? Every variant over several seeds on the demo world.
+
+    python tools/ablation_feature_derain.py
+    python tools/ablation_feature_derain.py --SEEDS "(0,)" --PERCENT_DATASET 5 --EPOCHS 2 --OUTPUT_DIR ./demo/try
+
+Runs Training_FeatureDerain.py --demo with the constants of each variant, all with the same images and the same number
+of epochs. Finished runs are kept in OUTPUT_DIR and not repeated; the table covers all that are there.
+"""
+
+import os
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from ablation_spdnet_adaptation import once, score, spread  # noqa: E402
+
+import Training_FeatureDerain as Training  # noqa: E402
+from utils import config, report  # noqa: E402
+
+SEEDS = (0, 1, 2)                       # each run is repeated with these
+VARIANTS = ("detection", "detection+consistency", "detection+consistency+identity", "consistency",
+            "both phases", "both phases, detection", "joint from the start", "fine-tuning")  # names of _VARIANTS below
+EPOCHS = 6                              # of every run; "both phases" spends half of them on each
+PERCENT_DATASET = 100                   # of the demo's 1,200 training images
+OUTPUT_DIR = "./demo/ablation_feature_derain"  # a folder per run, and results.json
+
+_DETECTION = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 0.0, "IDENTITY_WEIGHT": 0.0}
+_ALL = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 5.0, "IDENTITY_WEIGHT": 5.0}
+_VARIANTS = {  # share of the epochs in phase 1, constants
+    "detection": (1.0, _DETECTION),
+    "detection+consistency": (1.0, _ALL | {"IDENTITY_WEIGHT": 0.0}),
+    "detection+consistency+identity": (1.0, _ALL),
+    "detection+consistency+10 x identity": (1.0, _ALL | {"IDENTITY_WEIGHT": 50.0}),
+    "consistency": (1.0, _ALL | {"DETECTION_WEIGHT": 0.0}),  # no labels
+    "lightweight": (1.0, _ALL | {"DERAIN_TYPE": "lightweight"}),
+    "both phases": (0.5, _ALL),
+    "both phases, detection": (0.5, _DETECTION),
+    "both phases, BatchNorm alive": (0.5, _ALL | {"FREEZE_BATCH_NORM": False}),
+    "joint from the start": (0.0, _ALL),
+    "fine-tuning": (0.0, _DETECTION | {"DERAIN_TYPE": "none"}),  # the baseline: no module, the guide's loss
+    "fine-tuning+consistency": (0.0, _ALL | {"DERAIN_TYPE": "none"}),
+}
+
+
+def run(variant, seed, folder, cfg):
+    """Train one variant. -> {"variant", "seed", "rainy", "clean": mAP of its best epoch, "phase": where that was}."""
+    share, constants = _VARIANTS[variant]
+    first = round(share * cfg.EPOCHS)
+    results = Training.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), PERCENT_DATASET=cfg.PERCENT_DATASET,
+                            PHASE1_EPOCHS=first, PHASE2_EPOCHS=cfg.EPOCHS - first, **constants)
+    phase, best = max(((phase, record) for phase, result in results.items() for record in result["history"]),
+                      key=lambda item: item[1]["score"])
+    return {"variant": variant, "seed": seed, "phase": phase, "rainy": best["rain/mAP"], "clean": best["clean/mAP"]}
+
+
+def main(**overrides):
+    """Run what is missing, then print mean and spread over seeds of every variant."""
+    cfg = config.resolve(globals(), overrides)
+    os.chdir(ROOT)
+    unknown = set(cfg.VARIANTS) - _VARIANTS.keys()
+    if unknown:
+        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
+    folder = Path(cfg.OUTPUT_DIR)
+    vanilla = once(folder / "vanilla.json", lambda: score(None))
+    runs = []
+    for seed in cfg.SEEDS:
+        for variant in cfg.VARIANTS:
+            place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
+            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
+    gap = vanilla["clean"] - vanilla["rainy"]
+    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
+    for variant in cfg.VARIANTS:
+        mine = [r for r in runs if r["variant"] == variant]
+        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
+        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
+        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
+                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+    print("\n" + report.table(rows, {"variant": "variant", "rainy": "mAP in rain", "gap": "rain gap won back",
+                                     "clean": "mAP on clean images"}))
+    report.write_results(folder / "results.json", cfg.as_dict(), {"vanilla": vanilla, "runs": runs})
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

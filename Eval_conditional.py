@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from utils import (
+    checkpoint,
+    comparison,
     conditional_report,
     config,
     datasets,
@@ -50,7 +54,8 @@ RAIN_THRESHOLD = 0.5                    # an image is rainy from this probabilit
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
 ORIGINAL_SPDNET_PATH = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
-SOFT_PIPELINE_DIR = ""                  # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its row out
+SOFT_PIPELINE_DIR = ""                  # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its rows out
+HARD_PIPELINE_DIR = ""                  # the same from a run with GATE = "hard", to compare the two
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
 FEATURE_MODEL_DIR = ""                  # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
 
@@ -68,8 +73,15 @@ DEMO = {
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "ORIGINAL_SPDNET_PATH": "./assets/demo/spdnet.pt",
     "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_rain", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_conditional/eval",
+    # rows that appear once Training_Conditional.py --demo and Training_FeatureDerain.py --demo have run
+    "SOFT_PIPELINE_DIR": "./demo/outputs_conditional/pipeline",
+    "HARD_PIPELINE_DIR": "./demo/outputs_conditional_hard/pipeline",
+    "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
 }
+_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 _DOMAINS = ("clean", "rainy")
+_OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "soft-trained": "SOFT_PIPELINE_DIR",
+             "hard-trained": "HARD_PIPELINE_DIR"}
 
 
 def build_loaders(cfg, id2label):
@@ -87,47 +99,69 @@ def build_loaders(cfg, id2label):
 
 
 def build_models(cfg, device):
-    """-> (rain detector, {branch: detector or RainRobustRTDETR}, the soft-trained pipeline or None).
+    """-> (rain detector, {branch: model}, {branch: the pipeline that was trained as a whole}).
 
-    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature", "soft" (the
-    SPDNet that was trained with a soft gate). All are (pixel_values) -> outputs with logits and pred_boxes.
+    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature",
+    "soft-trained", "hard-trained" (SPDNets that were trained together with a gate). All are (pixel_values) -> outputs
+    with logits and pred_boxes; those with SPDNet de-rain every image and have `rain_stats`.
     """
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
     vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
 
     def with_spdnet(spdnet, scale=cfg.DERAIN_SCALE):
-        return integrated_model.RainRobustRTDETR(spdnet, vanilla, freeze_derain=True,
-                                                 derain_scale=scale).to(device).eval()
+        return ConditionalRainRobustRTDETR(conditional_report.AlwaysRainy(), spdnet, vanilla,
+                                           derain_scale=scale).to(device).eval()
 
-    branches = {"vanilla": vanilla}
+    branches, pipelines = {"vanilla": vanilla}, {}
     if cfg.ORIGINAL_SPDNET_PATH:
         branches["original"] = with_spdnet(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
     branches["adapted"] = with_spdnet(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
-    for name, value, constant in (("fine-tuned", cfg.RAINY_DETECTOR_NAME, "RAINY_DETECTOR_NAME"),
-                                  ("feature", cfg.FEATURE_MODEL_DIR, "FEATURE_MODEL_DIR")):
-        if value:
+    for name, constant in _OPTIONAL.items():
+        value = getattr(cfg, constant)
+        if not value:
+            continue
+        if name in ("fine-tuned", "feature"):
             branches[name] = load_rainy_detector(value, device, constant)
             require_same_outputs(vanilla, branches[name], constant)
-    soft = None
-    if cfg.SOFT_PIPELINE_DIR:
-        soft = ConditionalRainRobustRTDETR.from_pretrained(cfg.SOFT_PIPELINE_DIR, device)
-        if soft.derain_module is None:
-            raise config.UserError(f"SOFT_PIPELINE_DIR = '{cfg.SOFT_PIPELINE_DIR}' has no SPDNet: not a pipeline of "
-                                   "Training_Conditional.py")
-        branches["soft"] = with_spdnet(soft.derain_module, soft.derain_scale)
-    for name, constant in (("original", "ORIGINAL_SPDNET_PATH"), ("fine-tuned", "RAINY_DETECTOR_NAME"),
-                           ("feature", "FEATURE_MODEL_DIR"), ("soft", "SOFT_PIPELINE_DIR")):
+            continue
+        pipelines[name] = pipeline = ConditionalRainRobustRTDETR.from_pretrained(value, device, constant=constant)
+        if pipeline.derain_module is None:
+            raise config.UserError(f"{constant} = '{value}' has no SPDNet: not a pipeline of Training_Conditional.py")
+        if freeze.fingerprint(pipeline.detection_module) != freeze.fingerprint(vanilla):
+            raise config.UserError(f"{constant} = '{value}' was trained with another detector than RTDETR_MODEL_NAME")
+        branches[name] = with_spdnet(pipeline.derain_module, pipeline.derain_scale)
+    for name, constant in ({"original": "ORIGINAL_SPDNET_PATH"} | _OPTIONAL).items():
         if name not in branches:
-            processes.say(f"note: {constant} is empty, so the {name} rows are left out")
-    return rain_detector, branches, soft
+            reason = "not there" if cfg.demo else "empty"
+            processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
+    return rain_detector, branches, pipelines
+
+
+def detect_everything(branches, loaders_of, device):
+    """Run every branch on every image.
+
+    Returns:
+        {domain: {branch: {image_id: [detection, ...]}}}, see conditional_report; {branch: number of images that its
+        SPDNet answered with NaN or infinity, where vanilla's detections stand instead}.
+    """
+    found, fallbacks = {domain: {} for domain in loaders_of}, dict.fromkeys(branches, 0)
+    for domain, loader in loaders_of.items():
+        for name, model in branches.items():
+            def predict(images, model=model, name=name):
+                outputs = model(pixel_values=images)
+                fallbacks[name] += (getattr(outputs, "rain_stats", None) or {}).get("num_fallback", 0)
+                return outputs
+            detections = evaluation.detect(predict, loader, device, f"{name}, {domain}")
+            found[domain][name] = conditional_report.by_image(detections, loader.dataset.image_ids)
+    return found, {name: sum(gather_object([count])) for name, count in fallbacks.items()}
 
 
 def strategies(branches, gates):
     """-> [(row's name, rainy branch, goes(domain, image_id))]: when does an image take the rainy branch?
 
     Args:
-        gates: {"rain detector", "soft": goes} as far as they exist.
+        gates: {"rain detector" and each pipeline that was trained as a whole: goes}.
     """
     def never(domain, image_id):
         return False
@@ -138,21 +172,20 @@ def strategies(branches, gates):
     def oracle(domain, image_id):
         return domain == "rainy"
     rows = [("vanilla (never)", "vanilla", never)]
-    for branch in [name for name in branches if name not in ("vanilla", "soft")]:
-        rows += [(f"always {branch}", branch, always), (f"conditional {branch}", branch, gates["rain detector"]),
+    for branch in [name for name in branches if name != "vanilla"]:
+        gate = gates.get(branch, gates["rain detector"])
+        rows += [(f"always {branch}", branch, always), (f"conditional {branch}", branch, gate),
                  (f"oracle gate, {branch}", branch, oracle)]
-    if "soft" in branches:
-        rows.append(("conditional soft-trained", "soft", gates["soft"]))
     return rows
 
 
 def score(rows, parts, found):
-    """-> [{"model", "clean/mAP", ..., "mix/AP75", "derained_clean", "derained_rainy": shares}, ...]."""
+    """-> [{"model", "branch", "clean/mAP", ..., "mix/AP75", "derained_clean", "derained_rainy": shares}, ...]."""
     table = []
-    for name, branch, goes in rows:
+    for name, branch, goes in tqdm(rows, "scoring", ascii=True, leave=False, disable=None):
         row = {"model": name, "branch": branch}
         for part_name, part in parts.items():
-            scores = part.scores(conditional_report.chooser(found, "vanilla", branch, goes))
+            scores = part.scores(found, "vanilla", branch, goes)
             row |= {f"{part_name}/{metric}": scores[metric] for metric in conditional_report.COLUMNS}
             if part_name != "mix":
                 row[f"derained_{part_name}"] = float(np.mean([goes(*key) for key in part.images]))
@@ -164,32 +197,28 @@ def measure_latency(cfg, rain_detector, branches, device):
     """Milliseconds per image of the parts, and of the whole conditional model on images that it calls clean or rainy.
 
     Returns:
-        {"batch 1": {"gate", each branch, "conditional, clean", "conditional, rainy": ms per image}, "batch N": ...}.
+        {"gate", each branch, "conditional, clean", "conditional, rainy": {"batch 1": ms per image, "batch N": ...}}.
     """
-    pipelines = {}
-    for weather, threshold in (("clean", np.inf), ("rainy", -np.inf)):  # what it calls rainy does not depend on noise
+    whole = {}
+    for weather, threshold in (("clean", np.inf), ("rainy", -np.inf)):  # the images are noise: decide for the gate
         pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
                                                derain_scale=cfg.DERAIN_SCALE).to(device).eval()
         pipeline.rain_threshold = threshold
-        pipelines[f"conditional, {weather}"] = pipeline
-    models = {"gate": rain_detector.predict} | {name: (lambda x, model=model: model(pixel_values=x))
-                                                for name, model in (branches | pipelines).items() if name != "soft"}
-    result = {}
-    for batch in sorted({1, cfg.EVAL_BATCH_SIZE}):
-        images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
-        result[f"batch {batch}"] = {name: ms / batch for name, ms in evaluation.latencies(models, images).items()}
-    return result
+        whole[f"conditional, {weather}"] = pipeline
+    gate = {"gate": lambda pixel_values: rain_detector.predict(pixel_values)}
+    return comparison.milliseconds_per_image(gate | branches | whole, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
 
 
 def add_cost(table, latency):
-    """Mean ms per image and images/s on clean and rainy images, worked out from the parts' own times at batch 1."""
-    ms = latency["batch 1"] | {"soft": latency["batch 1"]["adapted"]}
+    """Mean ms per image on clean and rainy images at batch 1, and images/s at batch N, worked out from the parts' own
+    times and the shares of images that take each."""
+    one, many = ({name: list(values.values())[i] for name, values in latency.items()} for i in (0, -1))
     for row in table:
         gated = row["model"].startswith("conditional")
         for domain in _DOMAINS:
             share = row[f"derained_{domain}"]
-            row[f"ms_{domain}"] = gated * ms["gate"] + share * ms[row["branch"]] + (1 - share) * ms["vanilla"]
-        row["images_per_s_clean"] = 1000 / row["ms_clean"]
+            cost = [gated * ms["gate"] + share * ms[row["branch"]] + (1 - share) * ms["vanilla"] for ms in (one, many)]
+            row |= {f"ms_{domain}": cost[0], f"images_per_s_{domain}": 1000 / cost[1]}
 
 
 @torch.no_grad()
@@ -213,17 +242,22 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
 
 
-def print_summary(table, latency, gate, false_alarms, missed):
+def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
     """The rows, the gate, the images on which it errs, and the speed on clean images."""
     headings = {"model": "model"} | {f"{part}/{metric}": f"{part} {metric}" for part in ("clean", "rainy", "mix")
                                      for metric in conditional_report.COLUMNS}
     print("\n" + report.table(table, headings))
-    cost = [{"model": row["model"], "clean": f"{100 * row['derained_clean']:.1f}%",
-             "rainy": f"{100 * row['derained_rainy']:.1f}%", "ms_clean": f"{row['ms_clean']:.1f}",
-             "ms_rainy": f"{row['ms_rainy']:.1f}", "speed": f"{row['images_per_s_clean']:.1f}"} for row in table]
-    print("\n" + report.table(cost, {
-        "model": "model", "clean": "clean images to the rainy branch", "rainy": "rainy images to it",
-        "ms_clean": "ms per clean image", "ms_rainy": "per rainy image", "speed": "clean images/s"}))
+    cost = [{"model": row["model"]} | {f"{key}_{domain}": text.format(row[f"{name}_{domain}"] * factor)
+                                       for domain in _DOMAINS for key, name, text, factor in (
+                                           ("to", "derained", "{:.1f}%", 100), ("ms", "ms", "{:.1f}", 1),
+                                           ("speed", "images_per_s", "{:.1f}", 1))} for row in table]
+    batch = list(latency["vanilla"])[-1]
+    print("\n" + report.table(cost, {"model": "model"} | {
+        f"{key}_{domain}": text for domain in _DOMAINS for key, text in (
+            ("to", f"{domain} to the branch"), ("ms", f"ms/{domain} image"), ("speed", f"{domain}/s, {batch}"))}))
+    for name, count in fallbacks.items():
+        if count:
+            print(f"note: SPDNet of '{name}' answered {count} image(s) with NaN or infinity; the original stands there")
     print("\nRain detector:\n" + rain_report.describe(gate))
     rows = {row["model"]: row for row in table}
     vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows["conditional adapted"]["clean/mAP"]
@@ -235,20 +269,25 @@ def print_summary(table, latency, gate, false_alarms, missed):
         print(f"clean images: {len(false_alarms)} false alarm(s): {shown}{more}; conditional mAP "
               f"{gated - vanilla:+.4f} against vanilla")
     print(f"rainy images: {len(missed)} taken for clean")
-    one = latency["batch 1"]
+    one = {name: values["batch 1"] for name, values in latency.items()}
     print(f"clean image, batch 1: {one['conditional, clean']:.1f} ms, always de-raining {one['adapted']:.1f} ms: "
           f"{one['adapted'] / one['conditional, clean']:.1f} times as fast (the guide promises 3 to 5); the gate is "
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
 def main(**overrides):
-    """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "milliseconds_per_image", "sweep"}."""
+    """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
+    "sweep"}."""
     cfg = config.resolve(globals(), overrides)
     detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
-    device = processes.device()
-    rain_detector, branches, soft = build_models(cfg, device)
+        for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
+            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
+                setattr(cfg, constant, "")
+    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    checkpoint.require_writable(folder)
+    rain_detector, branches, pipelines = build_models(cfg, device)
     id2label = detector.id2label_of(branches["vanilla"])
     loaders_of = build_loaders(cfg, id2label)
     pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
@@ -261,18 +300,16 @@ def main(**overrides):
     scores = {domain: conditional_report.gate_scores(rain_detector, loader, device)
               for domain, loader in loaders_of.items()}
     gates = {"rain detector": conditional_report.hard_gate(scores, threshold)}
-    if soft:
-        soft_scores = {domain: conditional_report.gate_scores(soft.rain_detector, loader, device)
-                       for domain, loader in loaders_of.items()}
-        gates["soft"] = conditional_report.hard_gate(soft_scores, soft.rain_threshold)
-    found = {domain: {name: conditional_report.by_image(
-        evaluation.detect(lambda x, model=model: model(pixel_values=x), loader, device, f"{name}, {domain}"),
-        data[domain].image_ids) for name, model in branches.items()} for domain, loader in loaders_of.items()}
+    for name, trained in pipelines.items():
+        own = {domain: conditional_report.gate_scores(trained.rain_detector, loader, device)
+               for domain, loader in loaders_of.items()}
+        gates[name] = conditional_report.hard_gate(own, trained.rain_threshold)
+    found, fallbacks = detect_everything(branches, loaders_of, device)
 
     table = score(strategies(branches, gates), parts, found)
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
-    one = latency["batch 1"]
+    one = {name: values["batch 1"] for name, values in latency.items()}
     sweep = conditional_report.sweep(parts["mix"], found, scores, "vanilla", "adapted",
                                      {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
     judged = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
@@ -284,10 +321,9 @@ def main(**overrides):
         [(path, float(p)) for path, p in zip(judged[domain]["paths"], judged[domain]["probabilities"], strict=True)
          if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
-               "milliseconds_per_image": latency, "sweep": sweep}
+               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep}
     if processes.is_main():
-        print_summary(table, latency, gate, false_alarms, missed)
-        folder = Path(cfg.OUTPUT_DIR)
+        print_summary(table, latency, gate, false_alarms, missed, fallbacks)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(judged, threshold, folder)

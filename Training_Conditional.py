@@ -11,13 +11,13 @@ Start from the results of Training_RainDetector.py and Training_SPDNet_Adaptatio
 best epoch, everything that detect.py and Eval_conditional.py need), last.pt, best.pt, metrics.json, curves.png, tb/.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from utils import (
+    checkpoint,
     conditional_model,
     config,
     datasets,
@@ -83,6 +83,7 @@ DEMO = {
     "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 20,
     "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
+_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 
 
 def build_model(cfg, device):
@@ -131,19 +132,15 @@ def compute_losses(model, batch, weights, clean_features):
     """
     outputs = model(batch["images"], labels=batch["labels"] if "detection" in weights else None,
                     feature_level="backbone" if "features" in weights else None)
-    scores = outputs.rain_stats["scores"].float()
-    rainy = torch.tensor([domain == "rainy" for domain in batch["domains"]], device=scores.device)
+    logits = outputs.rain_stats["logits"]
+    rainy = torch.tensor([domain == "rainy" for domain in batch["domains"]], device=logits.device)
     terms = {}
     if "detection" in weights:
         terms["detection"] = outputs.loss
     if "features" in weights:
         terms["features"] = losses.feature_consistency(outputs.features, clean_features(batch["twins"], "backbone"))
     if "gate" in weights:
-        terms["gate"] = F.binary_cross_entropy(scores, rainy.float())
-    if not any(term.requires_grad for term in terms.values()):
-        # a hard gate that let no image of this batch through SPDNet: nothing to learn from it, but a step all the same
-        link = 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
-        terms = {name: term + link for name, term in terms.items()}
+        terms["gate"] = F.binary_cross_entropy_with_logits(logits, rainy.float())
     terms["gate_right"] = (outputs.rain_stats["mask"] == rainy).float().mean()
     return terms
 
@@ -162,15 +159,6 @@ def evaluate(model, val_loaders, truths, device, rain_weight):
         scores, _ = evaluation.detection_scores(predict, loader, device, truths[domain], f"{domain} validation")
         found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": evaluation.mean_over_ranks(sent)["derained"]}
     return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
-
-
-def save_pipeline(model, folder):
-    """Replace OUTPUT_DIR/pipeline as a whole: a kill while writing must not cost the previous best one."""
-    fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
 
 
 def main(**overrides):
@@ -205,7 +193,8 @@ def main(**overrides):
     result = engine.fit(
         model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, model.clean_features),
         output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS, parameters=groups, loss_weights=weights,
-        evaluate=evaluate_now, score="score", on_best=lambda plain: save_pipeline(plain, pipeline),
+        evaluate=evaluate_now, score="score",
+        on_best=lambda plain: checkpoint.replace_folder(plain.save_pretrained, pipeline),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS, own_files=("pipeline",))

@@ -14,7 +14,6 @@ best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_FeatureDerain
 
 import copy
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -201,15 +200,6 @@ def sample_images(model, dataset, device, id2label):
     return {"detections above, rain mask below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
 
 
-def save_model(model, folder, image_size):
-    """Write the model beside `folder`, then swap: a kill while writing must not cost the previous best one."""
-    fresh = folder.with_name(".model.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh, image_size)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-
-
 def planned_phases(cfg, weights):
     """-> [(phase, epochs), ...] to run; UserError where the constants leave nothing, or what cannot be done."""
     for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS", "NUM_WORKERS"):
@@ -276,7 +266,7 @@ def main(**overrides):
 
     def keep_best(plain):
         if latest["score"] > best_score:  # better than every epoch of the phases before
-            save_model(plain, folder / "model", cfg.IMAGE_SIZE)
+            checkpoint.replace_folder(lambda path: plain.save_pretrained(path, cfg.IMAGE_SIZE), folder / "model")
 
     for phase, epochs in phases:
         groups = parameter_groups(model, phase, cfg)

@@ -10,13 +10,13 @@ Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout: set RTDETR_MODEL_N
 metrics.json, curves.png and tb/.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import RTDetrImageProcessor
 
 from utils import (
+    checkpoint,
     config,
     datasets,
     demo,
@@ -161,20 +161,17 @@ def main(**overrides):
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))
 
-    def save_detector(model):
-        folder = Path(cfg.OUTPUT_DIR) / "detector"
-        fresh = folder.with_name(".detector.tmp")  # a kill while writing must not cost the previous best one
-        shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh)
+    def save_detector(model, folder):
+        model.save_pretrained(folder)
         size = {"height": cfg.IMAGE_SIZE, "width": cfg.IMAGE_SIZE}
-        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
 
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
         parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0},
-        evaluate=lambda model: evaluate(model, val_loaders, truths, shares), score="val/mAP", on_best=save_detector,
+        evaluate=lambda model: evaluate(model, val_loaders, truths, shares), score="val/mAP", 
+        on_best=lambda model: checkpoint.replace_folder(lambda folder: save_detector(model, folder),
+                                                        Path(cfg.OUTPUT_DIR) / "detector"),
         sample_images=lambda model: sample_images(model, list(val_loaders.values())[-1], id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,

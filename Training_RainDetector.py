@@ -7,8 +7,8 @@ blur, noise and brightness, so that none of these tells them apart; see docs/rai
     python Training_RainDetector.py --demo
     python Training_RainDetector.py --TEST_CLEAN_DIRS "('./photos_dry',)" --TEST_RAINY_DIRS "('./photos_rain',)"
 
-Writes OUTPUT_DIR/rain_detector_best.pt (best epoch by AUROC on the validation part; calibrated, with the threshold for
-FALSE_ALARM_RATE), test.json, rain_roc.png, rain_mistakes.png, last.pt, best.pt, metrics.json, curves.png and tb/.
+Writes OUTPUT_DIR/rain_detector_best.pt (best epoch by likelihood on the validation part; calibrated, with the threshold
+for FALSE_ALARM_RATE), test.json, rain_roc.png, rain_mistakes.png, last.pt, best.pt, metrics.json, curves.png and tb/.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ WARMUP_STEPS = 50                       # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step
 CLIP_NORM = 5.0                         # limit of the gradient's norm
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on
-EARLY_STOPPING_PATIENCE = 5             # epochs without a better validation AUROC
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better validation likelihood
 DATALOADER_WORKERS = 8                  # processes that render; at most the number of cores is used
 SEED = 0                                # subset, order, weather, augmentation
 
@@ -112,8 +112,8 @@ def evaluate(model, loader, device, false_alarm_rate):
     """Calibrate on the validation images (temperature and threshold are set in the model), then score.
 
     Returns:
-        {"val/auroc", "val/bce", "val/recall" and "val/false_alarms" at the chosen threshold, "val/threshold",
-        "val/temperature"}.
+        {"val/likelihood": mean log-likelihood, calibrated, "val/auroc", "val/recall" and "val/false_alarms" at the
+        chosen threshold, "val/threshold", "val/temperature"}.
     """
     logits, targets, _ = rain_report.logits_of(model, loader, device)
     temperature = classification.fit_temperature(logits, targets)
@@ -123,7 +123,7 @@ def evaluate(model, loader, device, false_alarm_rate):
     model.operating_threshold.fill_(threshold)
     counts = classification.counts(probabilities, targets.numpy(), threshold)
     return {"val/auroc": classification.auroc(logits.numpy(), targets.numpy()),
-            "val/bce": F.binary_cross_entropy_with_logits(logits / temperature, targets).item(),
+            "val/likelihood": -F.binary_cross_entropy_with_logits(logits / temperature, targets).item(),
             "val/recall": counts["recall"], "val/false_alarms": counts["false_alarm_rate"],
             "val/threshold": threshold, "val/temperature": temperature}
 
@@ -176,7 +176,7 @@ def main(**overrides):
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
         parameters=parameter_groups(model, cfg), loss_weights={"bce": 1.0},
-        evaluate=lambda plain: evaluate(plain, val_loader, device, cfg.FALSE_ALARM_RATE), score="val/auroc",
+        evaluate=lambda plain: evaluate(plain, val_loader, device, cfg.FALSE_ALARM_RATE), score="val/likelihood",
         on_best=lambda plain: save_rain_detector(plain, output),
         sample_images=lambda plain: sample_images(plain, val, device),
         clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS, schedule=cfg.SCHEDULE, precision=cfg.PRECISION,

@@ -59,6 +59,7 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
 }
+_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 _SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
 
 
@@ -77,7 +78,7 @@ def build_model(cfg, device):
 
     def conditional():
         if cfg.PIPELINE_DIR:
-            return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device)
+            return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device, constant="PIPELINE_DIR")
         if cfg.RAINY_BRANCH == "spdnet":
             require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
             branch = {"spdnet_path": cfg.SPDNET_MODEL_PATH}
@@ -102,6 +103,8 @@ def build_models(cfg, device):
     if cfg.MODEL == "vanilla" and (cfg.COMPARE or cfg.SHOW_DERAINED):
         raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
                                "MODEL, or leave them out")
+    if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
+        raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
     chosen = build_model(cfg, device)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
@@ -160,8 +163,6 @@ def draw(cfg, image, result, id2label):
         picture = visualize.draw_boxes(image, one["boxes"], one["labels"], id2label, one["scores"])
         panels.append(with_banner(picture, f"{name}: {gate}{len(one['boxes'])} objects"))
     if cfg.SHOW_DERAINED:
-        if one["seen"] is None:
-            raise config.UserError(f"SHOW_DERAINED: MODEL = {cfg.MODEL!r} de-rains no image")
         seen = visualize.to_pil(one["seen"]).resize(picture.size, Image.Resampling.BICUBIC)
         panels.append(with_banner(seen, "what the detector saw"))
     if len(panels) == 1:
@@ -251,7 +252,9 @@ def run(cfg, models, source, folder, device):
                     if result is None:
                         pictures.hold()
                     else:
-                        pictures.write(draw(cfg, frame.image, result, id2label), frame.name)
+                        problem = pictures.write(draw(cfg, frame.image, result, id2label), frame.name)
+                        if problem:
+                            tally.report(problem)
                     tally.count(frame, one)
                 bar.update(len(frames))
         except KeyboardInterrupt:
@@ -265,7 +268,7 @@ def run(cfg, models, source, folder, device):
 def new_folder(output):
     """-> a folder that did not exist before: OUTPUT, OUTPUT2, OUTPUT3, ..."""
     path = Path(output)
-    if not path.name:
+    if not path.name or path.name == "..":
         raise config.UserError(f"OUTPUT = '{output}': give a folder of its own")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,8 +277,8 @@ def new_folder(output):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
-    except OSError as error:
-        raise config.UserError(f"OUTPUT = '{path.as_posix()}' cannot be made: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise config.UserError(f"OUTPUT = '{path.as_posix()}' cannot be made: {error}") from error
 
 
 def print_summary(cfg, tally, source, folder):

@@ -35,11 +35,17 @@ def test_roc_curve_and_its_area(sample):
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.37])
 def test_threshold_keeps_false_alarms_at_the_wanted_rate_and_is_the_lowest_such(sample, rate):
-    scores, targets = sample
+    scores, targets = np.float32(sample[0]), sample[1]
     threshold = c.threshold_for_false_alarms(scores, targets, rate)
     assert c.counts(scores, targets, threshold)["false_alarm_rate"] <= rate
     lower = scores[scores < threshold].max()
     assert c.counts(scores, targets, lower)["false_alarm_rate"] > rate
+
+
+def test_threshold_above_every_score():
+    for scores, targets in (([1, 1, 0.2], [0, 0, 1]), ([3, 1, 2], [0, 0, 1]), ([0.5], [0])):
+        threshold = c.threshold_for_false_alarms(scores, targets, 0.0)
+        assert c.counts(scores, targets, threshold)["false_positive"] == 0
 
 
 def test_threshold_refuses_a_rate_that_is_none():
@@ -64,7 +70,9 @@ def test_temperature_is_the_likeliest():
     def loss(temperature):
         return F.binary_cross_entropy_with_logits(3.0 * truth / temperature, targets).item()
     assert loss(found) <= min(loss(found * 1.02), loss(found / 1.02))
-    assert c.fit_temperature(torch.tensor([-2.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(0.05, rel=0.01)
+    without_mistakes = torch.tensor([-5.0, 5.0]).repeat(100), torch.tensor([0.0, 1.0]).repeat(100)
+    assert 0.8 < c.fit_temperature(*without_mistakes) < 1.3
+    assert c.fit_temperature(torch.tensor([1.0, -1.0]), torch.tensor([0.0, 1.0])) == pytest.approx(20, rel=0.01)
 
 
 def test_calibration_error_by_hand():

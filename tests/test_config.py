@@ -91,3 +91,11 @@ def test_errors_from_loader_processes_and_full_gpus_are_one_line_too(capsys):
     out_of_memory = type("OutOfMemoryError", (RuntimeError,), {})
     config._show_user_errors(out_of_memory, out_of_memory("CUDA out of memory"), None)
     assert "Lower BATCH_SIZE" in capsys.readouterr().err
+
+
+def test_none_only_where_the_script_allows_it():
+    namespace = {"RATE": 0.5, "THRESHOLD": 0.5, "_NONE_ALLOWED": ("THRESHOLD",)}
+    assert config.resolve(namespace, {"THRESHOLD": None}).THRESHOLD is None
+    assert config.from_command_line(namespace, ["--threshold", "None"]) == {"THRESHOLD": None}
+    with pytest.raises(config.UserError, match="RATE = None"):
+        config.resolve(namespace, {"RATE": None})

@@ -72,6 +72,8 @@ def main(**overrides):
     """Draw, train, copy the best epochs into ASSETS_DIR."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(ROOT)
+    if unknown := [stage for stage in cfg.STAGES if stage not in STAGES]:
+        raise config.UserError(f"STAGES: {', '.join(map(repr, unknown))} is not one of {', '.join(STAGES)}")
     work, assets = Path(cfg.WORK_DIR), Path(cfg.ASSETS_DIR)
     demo.ensure_demo(work, num_train=cfg.SCENES)
     clean, rainy = f"{cfg.WORK_DIR}/coco", f"{cfg.WORK_DIR}/coco_rain"
@@ -91,12 +93,9 @@ def main(**overrides):
         elif stage == "rtdetr_rain":
             Training_RTDETR.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
             keep(work / stage / "detector", assets / "rtdetr_rain")
-        elif stage == "rain_detector":
+        else:
             Training_RainDetector.main(**common, **_RAIN_DETECTOR)
             keep(work / stage / "rain_detector_best.pt", assets / "rain_detector.pt")
-        else:
-            raise config.UserError(f"STAGES: {stage!r} is not one of rtdetr, spdnet, spdnet_adapted, rtdetr_rain, "
-                                   "rain_detector")
     size = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 2**20
     clean, rainy = rain_gap(str(assets / "rtdetr"), work)
     print(f"{assets.as_posix()}: {size:.1f} MB; detector mAP {clean:.4f} clean, {rainy:.4f} in rain "

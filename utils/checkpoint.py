@@ -45,6 +45,28 @@ def replace(temporary, path):
             time.sleep(patience)
 
 
+def replace_folder(write, folder):
+    """Let `write(path)` fill a new folder, then put it in the place of `folder`, the old one kept until that is done.
+
+    A kill at any moment leaves the old folder, the new one, or the old one under .<name>.old (moved back next time).
+    """
+    folder = Path(folder)
+    fresh, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        write(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except OSError as error:  # a full disk; on Windows also a file of the old folder that another program has open
+        raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "
+                              "folder open.") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def load(path, device="cpu"):
     """-> the content of a checkpoint file. Foreign files may hold an argparse.Namespace; nothing else is unpickled."""
     path = Path(path)

@@ -1,6 +1,6 @@
 """How good is a yes/no detector with a probability: ROC, calibration, the choice of a threshold, the usual counts.
 
-`scores` and `targets` are numpy arrays (N,): probabilities (or any number that grows with "yes") and 0/1.
+`scores` and `targets` are numpy arrays (N,): any number that grows with "yes", such as a probability, and 0/1.
 """
 
 import numpy as np
@@ -36,18 +36,21 @@ def require_rate(rate):
 
 
 def threshold_for_false_alarms(scores, targets, rate):
-    """-> the lowest threshold at which at most `rate` of the no's score at or above it (a number in (0, 1]).
+    """-> a threshold at or above which at most `rate` of the no's score, and as many yes's as that allows.
 
-    It lies half-way to the next lower score, so that it does not hang on the last digit of one image.
+    It lies half-way between two scores, so that it does not hang on the last digit of one image; above all scores it
+    is the next float32. Compare in float32: that is what a checkpoint keeps it in.
     """
     require_rate(rate)
-    negative = np.sort(np.asarray(scores, float)[~np.asarray(targets, bool)])[::-1]
+    scores = np.asarray(scores, np.float32)
+    negative = np.sort(scores[~np.asarray(targets, bool)])[::-1]
     if not len(negative):
         raise ValueError("no negative sample to choose a threshold on")
     allowed = int(rate * len(negative))  # so many false alarms are fine
-    first_quiet = negative[allowed]
-    above = np.asarray(scores, float)[np.asarray(scores, float) > first_quiet]
-    return float((first_quiet + (above.min() if len(above) else 1.0)) / 2)
+    quiet = negative[allowed]  # this one must stay below the threshold
+    above = scores[scores > quiet]
+    half_way = np.float32((float(quiet) + float(above.min())) / 2) if len(above) else quiet
+    return float(half_way if half_way > quiet else np.nextafter(quiet, np.float32(np.inf)))
 
 
 def counts(scores, targets, threshold):
@@ -71,14 +74,17 @@ def counts(scores, targets, threshold):
 def fit_temperature(logits, targets):
     """The temperature that minimises the negative log-likelihood of sigmoid(logits / temperature).
 
-    Guo et al., ICML 2017. One convex variable (1 / temperature), so a bisection on its derivative finds it.
+    Guo et al., ICML 2017, with Platt's targets (1999): a little less than certain, else data without any mistake would
+    drive the temperature to zero. One convex variable (1 / temperature): a bisection on its derivative finds it.
 
     Args:
         logits: (N,) Tensor; targets: (N,) Tensor of 0 and 1.
     Returns:
-        float in [0.05, 20]; at its limits there is nothing to fit (every answer right, or no better than chance).
+        float in [0.05, 20]; 20 means no better than chance.
     """
     logits, targets = logits.double(), targets.double()
+    yes, no = targets.sum(), (1 - targets).sum()
+    targets = torch.where(targets > 0.5, (yes + 1) / (yes + 2), 1 / (no + 2))
 
     def slope(scale):  # of the mean negative log-likelihood with respect to scale = 1 / temperature
         return ((torch.sigmoid(logits * scale) - targets) * logits).mean().item()

@@ -67,9 +67,7 @@ class ConditionalRainRobustRTDETR(nn.Module):
             require_same_outputs(detection_module, rainy_detector)
         self.rain_detector, self.derain_module, self.detection_module = rain_detector, derain_module, detection_module
         self.rainy_detector = rainy_detector
-        self.rain_threshold = float(rain_detector.operating_threshold if rain_threshold is None else rain_threshold)
-        if not 0 <= self.rain_threshold <= 1:
-            raise UserError(f"RAIN_THRESHOLD = {rain_threshold}: choose a probability in [0, 1]")
+        self.rain_threshold = threshold_of(rain_detector, rain_threshold)
         self.gate, self.derain_scale = gate, derain_scale
 
     def train(self, mode=True):
@@ -86,16 +84,23 @@ class ConditionalRainRobustRTDETR(nn.Module):
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             feature_level: None, "backbone" or "encoder": features of the images that the detector saw (SPDNet only).
         Returns:
-            ConditionalOutput: transformers' fields (`logits` (B, Q, K), `pred_boxes` (B, Q, 4), `loss` ...; only these
-            three where two detectors shared a batch), `derained` (B, 3, H, W): the images that were detected on,
-            `clamped`, `features`, and `rain_stats`: {"scores": (B,) probability, "mask": (B,) bool, "num_rainy",
-            "num_clean", "num_fallback": int}, the last counting images that SPDNet answered with NaN or infinity, for
-            which the original was used (in train mode they reach the loss, and training stops).
+            ConditionalOutput: transformers' fields (`logits` (B, Q, K), `pred_boxes` (B, Q, 4), `loss` ...; only the
+            first two where two detectors shared a batch), `derained` (B, 3, H, W): the images that were detected on,
+            `clamped`, `features`, and `rain_stats`: {"scores": (B,) probability, "logits": (B,) its calibrated logit,
+            "mask": (B,) bool, "num_rainy", "num_clean", "num_fallback": int}, the last counting images that SPDNet
+            answered with NaN or infinity, for which the original was used (in train mode they reach the loss, and
+            training stops).
+        Raises:
+            ValueError: labels, where a rainy_detector takes part: two detectors have no common loss.
         """
-        scores = self.rain_detector.probability(pixel_values) if len(pixel_values) else pixel_values.new_zeros(0)
+        if labels is not None and self.rainy_detector is not None:
+            raise ValueError("there is no common loss of two detectors: train each by itself")
+        logits = self.rain_detector.logit(pixel_values) if len(pixel_values) else pixel_values.new_zeros(0)
+        scores = torch.sigmoid(logits)
         mask = scores >= self.rain_threshold
-        images, clamped, fallback = self._images(pixel_values, scores, mask)
-        stats = {"scores": scores, "mask": mask, "num_rainy": int(mask.sum()), "num_clean": int((~mask).sum()),
+        rainy = int(mask.sum())
+        images, clamped, fallback = self._images(pixel_values, scores, mask, rainy)
+        stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": rainy, "num_clean": len(mask) - rainy,
                  "num_fallback": fallback}
         features = None
         if not len(images):
@@ -103,10 +108,10 @@ class ConditionalRainRobustRTDETR(nn.Module):
         elif self.rainy_detector is None:
             outputs, features = detect_with_features(self.detection_module, images, labels, feature_level)
         else:
-            outputs = self._detect_apart(images, mask, labels)
+            outputs = self._detect_apart(images, mask, rainy)
         return ConditionalOutput(**outputs, derained=images, clamped=clamped, features=features, rain_stats=stats)
 
-    def _images(self, images, scores, mask):
+    def _images(self, images, scores, mask, rainy):
         """-> what the detector sees (B, 3, H, W), share of values cut by the clamp, number of fallbacks."""
         none = images.new_zeros(())
         if self.rainy_detector is not None:
@@ -115,7 +120,10 @@ class ConditionalRainRobustRTDETR(nn.Module):
             restored = derain_unclamped(self.derain_module, images, self.derain_scale)
             share = scores[:, None, None, None]
             return share * clamp_with_return(restored) + (1 - share) * images, cut_share(restored), 0
-        if not mask.any():
+        if not rainy and self.training and torch.is_grad_enabled():
+            # nothing to learn from this batch, but the step needs a gradient, and torchrun one on every rank
+            return images + 0.0 * sum(p.sum() for p in self.derain_module.parameters() if p.requires_grad), none, 0
+        if not rainy:
             return images, none, 0  # the very tensor: bit for bit what the detector alone would see
         restored = derain_unclamped(self.derain_module, images[mask], self.derain_scale)
         broken = torch.zeros(len(restored), dtype=torch.bool, device=images.device)
@@ -126,25 +134,16 @@ class ConditionalRainRobustRTDETR(nn.Module):
         seen[mask] = clamp_with_return(restored).to(seen.dtype)
         return seen, cut_share(restored), int(broken.sum())
 
-    def _detect_apart(self, images, mask, labels):
-        """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes", "loss"}"""
-        if not mask.any() or mask.all():
-            model = self.rainy_detector if mask.all() else self.detection_module
-            outputs = model(pixel_values=images, labels=labels)
+    def _detect_apart(self, images, mask, rainy):
+        """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes"}, more for one detector"""
+        if rainy in (0, len(images)):
+            outputs = (self.rainy_detector if rainy else self.detection_module)(pixel_values=images)
             return {name: value for name, value in outputs.items() if name != "features"}  # FeatureDerainRTDETR's own
-        parts = []
-        for chosen, model in ((~mask, self.detection_module), (mask, self.rainy_detector)):
-            own = None if labels is None else [label for label, yes in zip(labels, chosen, strict=True) if yes]
-            boxes = 0 if own is None else sum(len(label["class_labels"]) for label in own)
-            parts.append((chosen, model(pixel_values=images[chosen], labels=own), boxes))
+        clean, wet = self.detection_module(pixel_values=images[~mask]), self.rainy_detector(pixel_values=images[mask])
         merged = {}
         for name in ("logits", "pred_boxes"):
-            values = [part[1][name] for part in parts]
-            merged[name] = values[0].new_empty(len(images), *values[0].shape[1:])
-            for (chosen, _, _), value in zip(parts, values, strict=True):
-                merged[name][chosen] = value
-        if labels is not None:  # RT-DETR's loss is a sum over boxes divided by their number
-            merged["loss"] = sum(part.loss * boxes for _, part, boxes in parts) / max(1, sum(p[2] for p in parts))
+            merged[name] = clean[name].new_empty(len(images), *clean[name].shape[1:])
+            merged[name][~mask], merged[name][mask] = clean[name], wet[name]
         return merged
 
     def _nothing(self, images):
@@ -181,19 +180,38 @@ class ConditionalRainRobustRTDETR(nn.Module):
         (folder / "conditional.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", gate="hard"):
-        """Read what `save_pretrained` wrote, in eval mode, the detector frozen."""
+    def from_pretrained(cls, folder, device="cpu", gate="hard", constant="folder"):
+        """Read what `save_pretrained` wrote, in eval mode, the detector frozen; UserError that names `constant`."""
         folder = Path(folder)
         file = folder / "conditional.json"
         if not file.is_file():
-            raise UserError(f"{folder.as_posix()} has no conditional.json: not a folder of "
-                            "ConditionalRainRobustRTDETR.save_pretrained")
-        settings = json.loads(file.read_text(encoding="utf-8"))
+            raise UserError(f"{constant} = '{folder.as_posix()}' has no conditional.json: give the folder pipeline/ "
+                            "that Training_Conditional.py (or save_pretrained) wrote")
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict) or not {"rainy_branch", "rain_threshold", "derain_scale"} <= set(settings):
+            raise UserError(f"{constant}: {file.as_posix()} is damaged; save the pipeline again")
         branch = {"spdnet_path": folder / "spdnet.pt"} if settings["rainy_branch"] == "spdnet" else {
             "rainy_detector_name": str(folder / "rainy_detector")}
         return load_conditional_model(folder / "rain_detector.pt", str(folder / "rtdetr"), **branch, device=device,
                                       rain_threshold=settings["rain_threshold"], gate=gate,
                                       derain_scale=settings["derain_scale"])
+
+
+def threshold_of(rain_detector, rain_threshold):
+    """-> the threshold to use: the given one, or the rain detector's own for None; UserError unless a probability."""
+    if rain_threshold is None:
+        return rain_detector.operating_threshold.item()
+    try:
+        value = float(rain_threshold)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"RAIN_THRESHOLD = {rain_threshold!r}: choose a probability in [0, 1], or None for the one "
+                        "that Training_RainDetector.py chose")
+    return value
 
 
 def require_same_outputs(one, other, constant="RAINY_BRANCH"):

@@ -5,16 +5,25 @@
 so a gate is a choice per image; tests hold the choice against the conditional model's own output.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from utils import datasets, evaluation
 from utils.config import UserError
 
 COLUMNS = ("mAP", "AP50", "AP75")
+
+
+class AlwaysRainy(torch.nn.Module):
+    """Stands in for a rain detector where every image is to be de-rained."""
+
+    def logit(self, images):
+        """(B, 3, H, W) -> (B,) infinity."""
+        return images.new_full((len(images),), torch.inf)
 
 
 @torch.no_grad()
@@ -43,11 +52,17 @@ class Part:
     truth: object  # pycocotools COCO
     new_ids: dict  # {(domain, image_id): id in truth}
     category_of: dict  # {label: category id}
+    known: dict = field(default_factory=dict)  # scores by what was chosen: many gates choose alike
 
-    def scores(self, choose):
-        """COCO scores of the detections that `choose(domain, image_id)` returns."""
-        chosen = [detection | {"image_id": self.new_ids[key]} for key in self.images for detection in choose(*key)]
-        return evaluation.coco_scores(self.truth, chosen, self.category_of, list(self.new_ids.values()))
+    def scores(self, found, plain, branch, goes):
+        """COCO scores where an image takes `branch` if goes(domain, image_id), else `plain`; see the module."""
+        taken = tuple(branch if goes(*key) else plain for key in self.images)
+        if taken not in self.known:
+            chosen = [detection | {"image_id": self.new_ids[key]} for key, name in zip(self.images, taken, strict=True)
+                      for detection in found[key[0]][name][key[1]]]
+            self.known[taken] = evaluation.coco_scores(self.truth, chosen, self.category_of,
+                                                       list(self.new_ids.values()))
+        return self.known[taken]
 
 
 def part_of(data):
@@ -60,15 +75,20 @@ def mixed_part(clean, rainy, rain_share, seed):
     """-> Part of clean and rainy images, `rain_share` of them rainy: a seeded choice in which no scene is seen twice.
 
     Args:
-        clean, rainy: CocoDetectionDataset; where they hold the same file names (twins) each name is taken once, else as
-            many images as the share allows.
+        clean, rainy: CocoDetectionDataset; a file name that both hold (a twin) is taken once, and as many images as the
+            share allows.
     """
     if not 0 <= rain_share <= 1:
         raise UserError(f"RAIN_SHARE = {rain_share}: choose a share in [0, 1]")
-    if clean.files == rainy.files:
-        count = len(rainy.files)
-        wet = _seeded(rainy, round(rain_share * count), seed)
-        dry = [i for i in range(count) if i not in set(wet)]
+    twins = {*clean.files} & {*rainy.files}
+    if twins:
+        wet = _seeded(rainy, min(round(rain_share * len({*clean.files, *rainy.files})), len(rainy)), seed)
+        taken = {rainy.files[i] for i in wet}
+        dry = [i for i, name in enumerate(clean.files) if name not in taken]
+        if len(twins) < max(len(clean), len(rainy)):  # some twins are missing: there may be too many of one kind
+            total = min(len(wet) / rain_share if rain_share else np.inf,
+                        len(dry) / (1 - rain_share) if rain_share < 1 else np.inf)
+            wet, dry = wet[:round(rain_share * total)], dry[:round((1 - rain_share) * total)]
     else:
         total = min(len(rainy) / rain_share if rain_share else np.inf,
                     len(clean) / (1 - rain_share) if rain_share < 1 else np.inf)
@@ -87,17 +107,13 @@ def _seeded(data, count, seed):
 
 
 def _same_categories(clean, rainy):
-    """-> {label: category id} of both annotation files, which must agree where they share a class."""
-    for label in clean.category_of.keys() & rainy.category_of.keys():
-        if clean.category_of[label] != rainy.category_of[label]:
-            raise UserError(f"{clean.annotation_file.as_posix()} and {rainy.annotation_file.as_posix()} give one class "
-                            f"the ids {clean.category_of[label]} and {rainy.category_of[label]}: they cannot be mixed")
-    return clean.category_of | rainy.category_of
-
-
-def chooser(found, plain, branch, goes):
-    """-> choose(domain, image_id): the detections of `branch` where goes(domain, image_id), else those of `plain`."""
-    return lambda domain, image_id: found[domain][branch if goes(domain, image_id) else plain][image_id]
+    """-> {label: category id} of both annotation files, which must agree: one id for a class, one class for an id."""
+    both = clean.category_of | rainy.category_of
+    agree = all(both[label] == category for label, category in clean.category_of.items())
+    if not agree or len(set(both.values())) < len(both):
+        raise UserError(f"{clean.annotation_file.as_posix()} and {rainy.annotation_file.as_posix()} number their "
+                        "categories differently: they cannot be mixed")
+    return both
 
 
 def hard_gate(scores, threshold):
@@ -115,13 +131,11 @@ def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
         [{"threshold", "derained": share, "mAP", "ms": per image}, ...], rising thresholds; 0 sends every image to the
         branch, the last one (above 1) none.
     """
-    rows, known = [], {}
-    for threshold in [*np.linspace(0, 1, steps), 1.01]:
+    rows = []
+    for threshold in tqdm([*np.linspace(0, 1, steps), 1.01], "thresholds", ascii=True, leave=False, disable=None):
         goes = hard_gate(scores, threshold)
-        sent = tuple(goes(*key) for key in part.images)
-        if sent not in known:  # the same choice has the same score
-            known[sent] = part.scores(chooser(found, plain, branch, goes))["mAP"]
-        share = float(np.mean(sent))
+        share = float(np.mean([goes(*key) for key in part.images]))
         cost = milliseconds["gate"] + share * milliseconds["branch"] + (1 - share) * milliseconds["plain"]
-        rows.append({"threshold": float(threshold), "derained": share, "mAP": known[sent], "ms": cost})
+        rows.append({"threshold": float(threshold), "derained": share, "ms": cost,
+                     "mAP": part.scores(found, plain, branch, goes)["mAP"]})
     return rows

@@ -45,7 +45,7 @@ def resolve(namespace, overrides):
     """Merge a script's constants, its DEMO dict and overrides.
 
     Args:
-        namespace: the script's `globals()`.
+        namespace: the script's `globals()`; constants that it names in a tuple _NONE_ALLOWED take None as well.
         overrides: {name: value}; the key `demo` (bool) applies the script's DEMO dict before the other overrides.
     Returns:
         Config with every constant as an attribute, and `demo`.
@@ -59,7 +59,10 @@ def resolve(namespace, overrides):
         raise UserError("this script has no demo")
     for source in (namespace["DEMO"] if use_demo else {}, overrides):
         for name, value in source.items():
-            values[name] = _checked(_known(name, values), value, constants_of(namespace)[name])
+            if value is None and name in namespace.get("_NONE_ALLOWED", ()):
+                values[name] = None
+            else:
+                values[name] = _checked(_known(name, values), value, constants_of(namespace)[name])
     return Config(demo=use_demo, **values)
 
 

@@ -17,7 +17,9 @@ def accelerator():
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if sys.platform == "win32" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    # without a GPU torchrun's processes only find each other when they are told that it is a CPU run
+    many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers, cpu=many_on_cpu)
 
 
 def device():

@@ -54,7 +54,7 @@ def images_below(folders, constant):
     """-> sorted paths of all images below the folders, each once."""
     found = {}
     for folder in folders:
-        folder = Path(folder)
+        folder = Path(str(folder))
         if not folder.is_dir():
             raise UserError(f"{constant}: '{folder.as_posix()}' does not exist. Set the constant to folders of images, "
                             "or try --demo.")
@@ -136,7 +136,8 @@ class RainClassificationDataset(torch.utils.data.Dataset):
         if not 0 <= rendered_share <= 1:
             raise UserError(f"RENDERED_SHARE = {rendered_share}: choose a share in [0, 1]")
         if not rainy and rendered_share == 0:
-            raise UserError("RAINY_DIRS is empty and RENDERED_SHARE is 0: there is no rain to learn")
+            raise UserError("RENDERED_SHARE is 0 and RAINY_DIRS has no image for training or for validation: there is "
+                            "no rain to learn")
         self.clean, self.rainy, self.seed = list(clean), list(rainy), seed
         self.rendered_share = rendered_share if rainy else 1.0
         self.augmentation = break_shortcuts() if augment else None

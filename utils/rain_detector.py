@@ -49,9 +49,13 @@ class RainDetector(nn.Module):
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.head(self.features(images).mean((2, 3))).squeeze(1)  # (B, 576) -> (B,)
 
+    def logit(self, images):
+        """(B, 3, H, W) in [0, 1] -> (B,) calibrated logit, float32; differentiable."""
+        return self(images).float() / self.temperature
+
     def probability(self, images):
         """(B, 3, H, W) in [0, 1] -> (B,) calibrated probability of rain; differentiable."""
-        return torch.sigmoid(self(images).float() / self.temperature)
+        return torch.sigmoid(self.logit(images))
 
     @torch.no_grad()
     def predict(self, images, threshold=0.5):
@@ -109,8 +113,9 @@ def load_rain_detector(path, device="cpu", constant="RAIN_DETECTOR_PATH"):
     if not Path(path).is_file():
         raise UserError(f"{constant} = '{path}' does not exist: train one with Training_RainDetector.py")
     content = checkpoint.load(path)
-    if not isinstance(content, dict) or not {"hidden", "dropout"} <= set(content.get("model_args") or {}):
-        raise UserError(f"{constant} = '{path}' is not a file of Training_RainDetector.py (no model_args in it)")
+    args = content.get("model_args") if isinstance(content, dict) else None
+    if not isinstance(args, dict) or {"hidden", "dropout"} != set(args) or "model" not in content:
+        raise UserError(f"{constant} = '{path}' is not a file of Training_RainDetector.py")
     detector = RainDetector(**content["model_args"])
     checkpoint.load_into(detector, content["model"], f"{constant} = '{path}'")
     return detector.to(device).eval()

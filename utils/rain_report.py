@@ -34,12 +34,17 @@ def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "T
     Returns:
         {name: (paths, "clean" or "rainy")}.
     """
-    sets, used = {}, set()
+    sets, used, owner = {}, set(), {}
     for folders, domain, constant in zip((clean_dirs, rainy_dirs), ("clean", "rainy"), constants, strict=False):
         for folder in folders:
             paths = rain_data.images_below([folder], constant)
             datasets.check_images(paths, f"{constant} ({folder})")
+            for path in paths:
+                if owner.setdefault(path.resolve(), domain) != domain:
+                    raise UserError(f"{path.as_posix()} is in {constants[0]} and in {constants[1]}: it cannot be both")
             name = "/".join(Path(folder).resolve().parts[-2:])
+            if any(known == name or known.startswith(f"{name}: ") for known in sets):
+                name = Path(folder).resolve().as_posix()
             for prefix in prefixes:
                 own = [path for path in paths if path.name.startswith(prefix)]
                 if own:

@@ -9,6 +9,7 @@ FFmpeg has patched up cannot be told from a sound one.
 """
 
 import os
+import re
 import struct
 import time
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Video:
                 for _ in range(min(late, LONGEST_GAP)):
                     yield self._frame(number)
                     number += 1
+                begin += max(0, late - LONGEST_GAP) / self.fps  # the rest of a longer gap is forgotten
             good, pixels = self.capture.retrieve()
             if good:
                 yield self._frame(number, torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).permute(2, 0, 1))
@@ -128,7 +130,8 @@ class Video:
 
     def writer(self, folder):
         """-> a writer of a video with the same rate and number of frames; see VideoWriter."""
-        return VideoWriter(Path(folder) / f"{Path(self.name).stem}.mp4", self.fps)
+        stem = re.sub(r'[<>:"|?*]', "_", Path(self.name).stem) or "stream"  # what Windows refuses in a file name
+        return VideoWriter(Path(folder) / f"{stem}.mp4", self.fps)
 
     def close(self):
         """Let the file or the camera go."""
@@ -148,8 +151,12 @@ class PictureWriter:
         """Nothing is open between two pictures."""
 
     def write(self, picture, name):
-        """Save a PIL image."""
-        picture.save(self.folder / name, quality=92)
+        """Save a PIL image. -> None, or what the file format has against it (WebP ends at 16383 pixels)."""
+        try:
+            picture.save(self.folder / name, quality=92)
+        except ValueError as error:
+            return f"{name} cannot be written: {error}"
+        return None
 
     def hold(self):
         """No picture for a broken image."""

@@ -363,6 +363,8 @@ def test_training_behind_a_hard_gate_leaves_the_gate_alone(base, files):
     more = Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 2}, GATE="hard", RAIN_THRESHOLD=0.0,
                                      RESUME=True)
     assert more["history"][1]["clean/derained"] == 1
+    with pytest.raises(UserError, match="other trainable parts.*RESUME = False|another frozen rain_detector"):
+        Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 3}, GATE="soft", RESUME=True)
     before = load_rain_detector(base["RAIN_DETECTOR_PATH"]).state_dict()
     after = ConditionalRainRobustRTDETR.from_pretrained(files / "out" / "pipeline").rain_detector.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -387,6 +389,9 @@ def test_two_processes_also_where_a_rank_de_rains_nothing(base, files):
     ({"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 0.0, "GATE_WEIGHT": 0.0}, "every loss weight is 0"),
     ({"RAIN_SCORE_WEIGHT": 2.0}, "RAIN_SCORE_WEIGHT"),
     ({"DERAIN_SCALE": 0.0}, "DERAIN_SCALE"),
+    ({"LEARNING_RATE": -1.0}, "a learning rate is -1.0"),
+    ({"GATE_WEIGHT": -5.0}, "the weight of the loss 'gate' is -5.0"),
+    ({"WARMUP_STEPS": -3}, "WARMUP_STEPS is -3"),
 ])
 def test_training_refuses_with_one_clear_line(base, change, message):
     with pytest.raises(UserError, match=message) as error:

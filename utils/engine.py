@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,10 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import checkpoint, datasets, freeze, processes, report, visualize
+from utils.clock import Clock
 from utils.config import UserError
+from utils.schedule import SCHEDULES, plateau_factor, schedule_factor
 
-PRECISIONS = ("float32", "bf16")
-SCHEDULES = ("constant", "cosine", "step")
+PRECISIONS = ("float32", "bf16")  # what every network here stands; fp16 is for those that say so
+_AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what fit writes into the output folder
 
 
@@ -34,30 +35,12 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# ---- schedule --------------------------------------------------------------------------------------------------
-
-def schedule_factor(kind, step, total, warmup, milestones=(), gamma=0.5):
-    """-> the factor on every group's learning rate for optimizer step `step` (0-based) of `total`.
-
-    Linear warm-up over `warmup` steps, then "constant", "cosine" (to 1% of the rate), or "step" (times gamma at each
-    milestone, given as a share of the run).
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if kind == "cosine":
-        progress = (step - warmup) / max(total - warmup, 1)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    if kind == "step":
-        return gamma ** sum(step >= share * total for share in milestones)
-    return 1.0
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------
 
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=(), precision="float32", patience=None, constants=None, resume=False, checkpoint_steps=200,
-        own_files=()):
+        milestones=(), plateau=None, precision="float32", precisions=PRECISIONS, optimizer=torch.optim.AdamW,
+        patience=None, stop=None, on_epoch=None, constants=None, resume=False, checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -66,7 +49,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         compute_losses: (model, batch) -> {name: scalar Tensor}. Names in `loss_weights` are weighted and summed, the
             others are only reported. Under torchrun `model` is the distributed wrapper: call it, do not reach inside
             for a trainable part.
-        parameters: groups for AdamW-style optimizers, [{"params": [...], "lr": float, "weight_decay": float}, ...].
+        parameters: groups for the optimizer, [{"params": [...], "lr": float, "weight_decay": float}, ...].
         loss_weights: {name: float}.
         evaluate: (plain model in eval mode) -> {name: float}; called after every epoch on every rank.
         score: the metric that "best" and early stopping go by (higher is better); None keeps the last epoch.
@@ -75,8 +58,13 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         accumulate: batches per optimizer step; the last, smaller group of an epoch counts as well.
         clip_norm: limit of the gradient's norm, None for none.
         warmup_steps, schedule, milestones: see `schedule_factor`, in optimizer steps.
-        precision: "float32" or "bf16" (autocast; weights and losses stay float32).
+        plateau: for schedule "plateau", (name of a metric that should fall, patience, factor): see `plateau_factor`.
+        precision: one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with
+            a scaled loss.
+        optimizer: (groups, weight_decay=0.0) -> torch optimizer.
         patience: epochs without a better score before the run stops, None for never.
+        stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
+        on_epoch: (plain model in eval mode, history) -> None, called when the epoch is saved; every rank.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         resume: go on from output_dir/last.pt (from the start where there is none).
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
@@ -87,15 +75,18 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         UserError: nothing to train, a loss that is not finite, an unwritable folder.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
-    for name, value, known in (("PRECISION", precision, PRECISIONS), ("SCHEDULE", schedule, SCHEDULES)):
+    known_schedules = SCHEDULES if plateau else [name for name in SCHEDULES if name != "plateau"]
+    for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
         if value not in known:
             raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
     for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
                         ("CHECKPOINT_STEPS", checkpoint_steps)):
         if value < 1:
             raise UserError(f"{name} = {value}: choose 1 or more")
+    _require_numbers(parameters, loss_weights, clip_norm, warmup_steps)
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
-               clip_norm, schedule, warmup_steps, milestones, precision, constants or {}, checkpoint_steps, own_files)
+               clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, constants or {},
+               checkpoint_steps, own_files)
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -103,18 +94,35 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             if patience is not None and run.bad_epochs >= patience:
                 stopped = f"no better {score} in {patience} epochs"
                 break
+            if stop and run.history and (reason := stop(run.history)):
+                stopped = reason
+                break
             record = train_one_epoch(run)
             if record is None:
                 stopped = "interrupted"
                 break
             plain = run.accelerator.unwrap_model(run.model)
             plain.eval()
+            processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
             with torch.no_grad():
                 record.update(evaluate(plain) if evaluate else {})
                 pictures = sample_images(plain) if sample_images and run.main else {}
             run.finish_epoch(record, plain, pictures, on_best)
+            if on_epoch:
+                with torch.no_grad():
+                    on_epoch(plain, run.history)
     run.close(stopped)
     return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
+
+
+def _require_numbers(parameters, loss_weights, clip_norm, warmup_steps):
+    """UserError for numbers that would train nothing but nonsense."""
+    for what, value in [*(("a learning rate", group["lr"]) for group in parameters),
+                        *(("a weight decay", group.get("weight_decay", 0.0)) for group in parameters),
+                        *((f"the weight of the loss '{name}'", weight) for name, weight in loss_weights.items()),
+                        ("CLIP_NORM", 1.0 if clip_norm is None else clip_norm), ("WARMUP_STEPS", warmup_steps)]:
+        if not 0 <= value < math.inf:
+            raise UserError(f"{what} is {value}: choose a number that is not negative")
 
 
 def train_one_epoch(run):
@@ -133,19 +141,21 @@ def train_one_epoch(run):
         last_of_group = run.batch + 1 == first + group
 
         with nullcontext() if last_of_group else accelerator.no_sync(model):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            with torch.autocast(accelerator.device.type, _AUTOCAST[run.precision], run.precision != "float32"):
                 losses = run.compute_losses(model, batch)
             total = sum(weight * losses[name].float() for name, weight in run.loss_weights.items())
             require_finite(total, losses, run, batch)
             clock.lap("forward")
-            accelerator.backward(total / group)
+            accelerator.backward(run.scaler.scale(total / group))
             clock.lap("backward")
 
         if last_of_group:
+            run.scaler.unscale_(run.optimizer)
             if run.clip_norm is not None:
                 accelerator.clip_grad_norm_(run.trainable, run.clip_norm)
             rate = run.set_learning_rates()
-            run.optimizer.step()
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
             clock.lap("step")
@@ -180,24 +190,25 @@ class _Run:
     """The state of one `fit`: what is saved, what is counted, what is written."""
 
     def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
-                 clip_norm, schedule, warmup_steps, milestones, precision, constants, checkpoint_steps,
-                 own_files):
+                 clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, constants,
+                 checkpoint_steps, own_files):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.compute_losses = model, loader, compute_losses
         self.folder, self.epochs, self.loss_weights, self.score = folder, epochs, loss_weights, score
         self.accumulate, self.clip_norm = accumulate, clip_norm
-        self.schedule, self.warmup_steps, self.milestones = schedule, warmup_steps, milestones
+        self.schedule, self.warmup_steps, self.milestones, self.plateau = schedule, warmup_steps, milestones, plateau
         self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
         self.own_files = own_files
         self.trainable = [p for group in parameters for p in group["params"]]
         if not self.trainable or not any(p.requires_grad for p in self.trainable):
             raise UserError("nothing to train: every parameter is frozen")
-        self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)  # Adam, unless a group says otherwise
+        self.optimizer = optimizer(parameters, weight_decay=0.0)  # AdamW is Adam then, unless a group says otherwise
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
         self.clock = Clock(self.accelerator.device)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
 
     @property
     def total_steps(self):
@@ -239,14 +250,20 @@ class _Run:
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
             "best_score": self.best_score, "best_epoch": self.best_epoch, "history": self.history,
-            "torch_rng": torch.get_rng_state(),
+            "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def _restore(self, content):
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with other trainable parts ({error}): "
+                            "resume with that run's constants, or start anew with RESUME = False") from error
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["torch_rng"].cpu())
         if content["cuda_rng"] and torch.cuda.device_count() == len(content["cuda_rng"]):
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
@@ -279,6 +296,9 @@ class _Run:
 
     def set_learning_rates(self):
         factor = schedule_factor(self.schedule, self.step, self.total_steps, self.warmup_steps, self.milestones)
+        if self.schedule == "plateau":
+            name, patience, cut = self.plateau
+            factor *= plateau_factor([record[name] for record in self.history], patience, cut)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         return self.base_rates[0] * factor
@@ -379,47 +399,6 @@ def set_aside(folder, names):
         raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
                         "or choose another OUTPUT_DIR") from error
     print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (RESUME = True would continue it)")
-
-
-class Clock:
-    """Seconds per phase of the training step, with CUDA events where the device is a GPU (no synchronisation)."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.start()
-
-    def start(self):
-        self.marks, self.begin, self.images = [("", self._now())], time.perf_counter(), 0
-        self.seconds = {}
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, phase):
-        self.marks.append((phase, self._now()))
-        if len(self.marks) > 512:
-            self._collect()
-
-    def _collect(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        for (_, before), (phase, after) in zip(self.marks, self.marks[1:], strict=False):
-            spent = before.elapsed_time(after) / 1000 if self.cuda else after - before
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-        self.marks = self.marks[-1:]
-
-    def rate(self):
-        return self.images / max(time.perf_counter() - self.begin, 1e-9)
-
-    def summary(self):
-        """-> (seconds since start, {phase: share of the summed phases})."""
-        self._collect()
-        total = sum(self.seconds.values()) or 1.0
-        return time.perf_counter() - self.begin, {name: value / total for name, value in self.seconds.items()}
 
 
 class _Interrupts:

@@ -27,6 +27,13 @@ def device():
     return accelerator().device
 
 
+def same_buffers(model):
+    """Give every process the main one's buffers (BatchNorm statistics); every process must call it."""
+    if accelerator().num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def is_main():
     """-> True on the one process that prints and writes."""
     return accelerator().is_main_process

@@ -3,16 +3,20 @@
 import contextlib
 import io
 import time
+import warnings
 
+import lpips
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytorch_msssim import ssim
+from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 
-from utils import datasets
+from utils import checkpoint, datasets, freeze
+from utils.config import UserError
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # order of COCOeval.stats
 MAX_DETECTIONS = 100  # per image, COCO's rule
@@ -161,6 +165,51 @@ def image_quality(images, targets):
     return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0, size_average=False),
             "psnr_y": psnr(y, y_target, 255.0),
             "ssim_y": ssim(y, y_target, data_range=255.0, size_average=False)}
+
+
+def full_quality(images, targets, lpips_model=None):
+    """`image_quality`, the mean squared error on RGB in [0, 1], and LPIPS where its network is given.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1]; lpips_model: from `load_lpips`, or None.
+    Returns:
+        {"psnr", "ssim", "psnr_y", "ssim_y", "mse" and perhaps "lpips": (B,)}.
+    """
+    found = image_quality(images, targets)
+    found["mse"] = (images.double().clamp(0, 1) - targets.double()).square().flatten(1).mean(1)
+    if lpips_model is not None:
+        with torch.no_grad():
+            found["lpips"] = lpips_model(images.float().clamp(0, 1), targets.float(), normalize=True).flatten()
+    return found
+
+
+def load_lpips(weights, device="cpu"):
+    """LPIPS 0.1 on AlexNet (Zhang et al. 2018), lower is better; its linear weights come with the package `lpips`.
+
+    Args:
+        weights: "imagenet" (torchvision downloads AlexNet, 233 MB, once), or a local file with torchvision's alexnet
+            state dict.
+    Raises:
+        UserError: not reachable, or a file that does not fit; names LPIPS_WEIGHTS.
+    """
+    if weights == "imagenet":
+        try:
+            state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
+            raise UserError(
+                f"LPIPS_WEIGHTS = 'imagenet': torchvision cannot download AlexNet ({str(error).splitlines()[0]}). Put "
+                f"{AlexNet_Weights.IMAGENET1K_V1.url} on this machine and set LPIPS_WEIGHTS to the file, or to \"\" to "
+                "leave LPIPS out.") from error
+    else:
+        state = checkpoint.load_state(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips asks torchvision for AlexNet by a parameter of old
+        model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    # lpips cuts AlexNet into slice1..slice5 and keeps the layers' numbers: slice2.3.weight is features.3.weight
+    own = {name: f"features.{name.split('.', 1)[1]}" for name in model.net.state_dict()}
+    checkpoint.load_into(model.net, {name: state[theirs] for name, theirs in own.items() if theirs in state},
+                         f"LPIPS_WEIGHTS = '{weights}'")
+    return freeze.freeze(model).to(device)
 
 
 def mean_over_ranks(records):

@@ -4,7 +4,13 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from pytorch_msssim import ssim
+from torch import nn
+from torchvision.models import VGG16_Weights, vgg16
 from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+from utils import checkpoint, freeze
+from utils.config import UserError
 
 
 @contextmanager
@@ -79,3 +85,49 @@ def staged_mse(stages, target):
     """
     with float32(target.device.type):
         return sum(F.mse_loss(stage.float(), target.float()) for stage in stages)
+
+
+def ssim_loss(images, targets):
+    """1 - SSIM (Wang et al. 2004) of images in [0, 1], each side at least 11 pixels: scalar Tensor in [0, 2]."""
+    with float32(images.device.type):
+        return 1 - ssim(images.float(), targets.float(), data_range=1.0)
+
+
+class PerceptualLoss(nn.Module):
+    """Squared error of VGG16's third-block features (Johnson et al. 2016): images in [0, 1] -> scalar Tensor.
+
+    VGG is frozen and sees ImageNet-normalised images, as in its own training; 0 for equal images.
+
+    Args:
+        weights: "imagenet" (torchvision downloads 528 MB once), or a local file with torchvision's vgg16 state dict.
+    Raises:
+        UserError: not reachable, or a file that does not fit; names PERCEPTUAL_WEIGHTS.
+    """
+
+    def __init__(self, weights="imagenet"):
+        super().__init__()
+        if weights == "imagenet":
+            try:
+                state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+            except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
+                raise UserError(
+                    f"PERCEPTUAL_WEIGHTS = 'imagenet': torchvision cannot download VGG16 "
+                    f"({str(error).splitlines()[0]}). Put {VGG16_Weights.IMAGENET1K_V1.url} on this machine and set "
+                    "PERCEPTUAL_WEIGHTS to the file, or set PERCEPTUAL_WEIGHT = 0 to train without it.") from error
+        else:
+            state = checkpoint.load_state(weights)
+        self.features = vgg16(weights=None).features[:16]
+        state = {name.removeprefix("features."): value for name, value in state.items()}
+        own = self.features.state_dict()  # the file's later blocks and its classifier are not needed
+        checkpoint.load_into(self.features, {name: state[name] for name in own if name in state},
+                             f"PERCEPTUAL_WEIGHTS = '{weights}'")
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        freeze.freeze(self)
+
+    def forward(self, images, targets):
+        with float32(images.device.type):
+            found = self.features((images.float() - self.mean) / self.std)
+            with torch.no_grad():
+                wanted = self.features((targets.float() - self.mean) / self.std)
+            return F.mse_loss(found, wanted)

@@ -82,3 +82,24 @@ def _draw(number):
 def paired_patches(size, scale=1.0):
     """Training patches of rainy/clean pairs, cut from images that were `scaled` before; see PairedPatch."""
     return v2.Compose([Scaled(scale), PairedPatch(size)])
+
+
+def unet_training(size, random_crop=False, flip=0.5, jitter=0.1):
+    """The U-Net's training pairs, (size, size): one geometry and one colour change for image and twin.
+
+    Args:
+        random_crop: False stretches the whole image; True scales its short side to 9/8 of `size` and cuts a random
+            square, which keeps the aspect ratio.
+        flip: probability of mirroring; jitter: strength of v2.ColorJitter on brightness, contrast and saturation.
+    """
+    fit = ([v2.Resize(size * 9 // 8, antialias=True), v2.RandomCrop(size)] if random_crop
+           else [v2.Resize((size, size), antialias=True)])
+    colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
+    return v2.Compose([*fit, v2.RandomHorizontalFlip(flip), *colour])
+
+
+def unet_evaluation(size, random_crop=False):
+    """The same size without chance: stretched, or the middle of the image where training cuts a random part."""
+    if random_crop:
+        return v2.Compose([v2.Resize(size * 9 // 8, antialias=True), v2.CenterCrop(size)])
+    return evaluation(size)

@@ -151,6 +151,18 @@ def cost_against_accuracy(points, path, x_label, y_label):
     _finish(figure, path)
 
 
+def bars(values, path, x_label):
+    """Horizontal bars of {name: number}, first on top, into a PNG; the axis begins near the smallest."""
+    figure, panel = plt.subplots(figsize=(7, 1.2 + 0.3 * len(values)))
+    low, high = min(values.values()), max(values.values())
+    panel.barh(list(values), list(values.values()), color=PALETTE[3])
+    panel.set_xlim(low - 0.2 * max(high - low, 0.1), high + 0.1 * max(high - low, 0.1))
+    panel.invert_yaxis()
+    panel.set_xlabel(x_label)
+    panel.grid(alpha=0.3, axis="x")
+    _finish(figure, path)
+
+
 def roc(false_alarms, recall, chosen, chosen_text, title, path):
     """ROC curve with the operating point `chosen` = (false alarm rate, recall), None where one of them does not exist,
     into a PNG."""

@@ -1,0 +1,288 @@
+"""Evaluate the windshield U-Net: on the test pairs it never saw, and on photographs of real rain without ground truth.
+
+    python Eval_unet_derain.py --demo      (after python train_unet_derain.py --demo)
+    python Eval_unet_derain.py
+
+Pairs: PSNR, SSIM, MSE and LPIPS before and after, at the images' own resolution and at the one of the training, per
+intensity where make_rain.py drew the rain. Real rain: restored files and a sheet to look at; as far as numbers go
+without ground truth, what the rain detector says before and after, and RT-DETR's mAP where there are labels.
+
+Writes OUTPUT_DIR/results.json, pairs.png, real_rain.png and restored/ (REAL_DIR's names, PNG).
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from utils import (
+    config,
+    datasets,
+    detector,
+    evaluation,
+    loaders,
+    pairs,
+    presets,
+    processes,
+    rain_data,
+    report,
+    visualize,
+)
+from utils.demo_windshield import ensure_windshield_demo
+from utils.rain_detector import SIDE, load_rain_detector
+from utils.unet import load_unet, require_tiles, restore
+
+# --- data ---------------------------------------------------------------------------------------------------------
+CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
+RAINY_DIR = "./data/windshield_rainy_v40"  # the same names through a wet windshield; "" leaves the pairs out
+SPLITS_FILE = "./outputs_unet/splits.json"  # which pairs are test pairs; "" takes all (pairs of another source)
+REAL_DIR = "./data/real_rainy"          # photographs of real rain; "" leaves them out
+LABELED_RAIN_DIR = ""                   # COCO-layout root of real rain with boxes (its val split), for RT-DETR; "" none
+
+# --- models -------------------------------------------------------------------------------------------------------
+UNET_PATH = "./outputs_unet/best.pt"    # from train_unet_derain.py
+RAIN_DETECTOR_PATH = ""                 # from Training_RainDetector.py; "" leaves its probabilities out
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # judges LABELED_RAIN_DIR
+LPIPS_WEIGHTS = "imagenet"              # AlexNet: downloaded once (233 MB), a local file of torchvision's, or ""
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+IMAGE_SIZE = 256                        # side of the square of the training, for the rows "as trained"
+TILE = 1024                             # larger images are restored in tiles: bounded memory; 0 for whole images
+OVERLAP = 128                           # pixels that neighbouring tiles share
+DETECTOR_SIZE = 640                     # RT-DETR's square input
+UNKNOWN_CATEGORIES = "ignore"           # "error" refuses labels that RT-DETR does not know
+EVAL_BATCH_SIZE = 4                     # for RT-DETR
+DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
+PICTURES = 6                            # rows of each sheet
+OUTPUT_DIR = "./outputs_unet/eval"
+
+DEMO = {
+    "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
+    "REAL_DIR": "./demo/windshield/real_rainy", "LABELED_RAIN_DIR": "./demo/coco_rain",
+    "SPLITS_FILE": "./demo/outputs_unet/splits.json", "UNET_PATH": "./demo/outputs_unet/best.pt",
+    "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
+    "LPIPS_WEIGHTS": "", "IMAGE_SIZE": 64, "DETECTOR_SIZE": 160, "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
+    "OUTPUT_DIR": "./demo/outputs_unet/eval",
+}
+_SHOWN = 480  # width of a picture on the sheets
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------
+
+def test_pairs(cfg):
+    """-> {name: (rainy path, clear path)} of the test part, {name: intensity} (empty where it is not known)."""
+    found, notes = pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    for note in notes:
+        processes.say(f"note: {note}")
+    names = list(found)
+    if cfg.SPLITS_FILE:
+        names = pairs.read_splits(cfg.SPLITS_FILE, found)["test"]
+        if not names:
+            raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' has no test pairs: train with TEST_PAIRS above "
+                                   "0, or set SPLITS_FILE = \"\" for pairs that were not trained on")
+    chosen = {name: found[name] for name in names}
+    return chosen, pairs.intensities(cfg.RAINY_DIR, chosen)
+
+
+def judge_pairs(cfg, model, chosen, transform, device, lpips_model, title):
+    """-> {name: {"before": metrics, "after": metrics}}, one image at a time: their sizes differ."""
+    data, found = pairs.WindshieldPairs(chosen, chosen, transform), {}
+    for i, name in enumerate(tqdm(data.names, title, ascii=True, leave=False, disable=None, dynamic_ncols=True)):
+        batch = datasets.to_device(datasets.collate([data[i]]), device)
+        restored = restore(model, batch["images"], cfg.TILE, cfg.OVERLAP)
+        found[name] = {when: {key: value.item() for key, value in
+                              evaluation.full_quality(images, batch["twins"], lpips_model).items()}
+                       for when, images in (("before", batch["images"]), ("after", restored))}
+    return found
+
+
+def rows_of(judged, groups, size):
+    """Means over images, before and after, per group.
+
+    Args:
+        judged: from `judge_pairs`; groups: {title: names}; size: title of the resolution.
+    Returns:
+        [{"images", "size", "count", "network": "rainy input" or "U-Net", metric: mean}, ...].
+    """
+    rows = []
+    for title, names in groups.items():
+        for when, network in (("before", "rainy input"), ("after", "U-Net")):
+            values = [judged[name][when] for name in names]
+            rows.append({"images": title, "size": size, "count": len(names), "network": network}
+                        | {key: sum(value[key] for value in values) / len(values) for key in values[0]})
+    return rows
+
+
+def evaluate_pairs(cfg, model, device, lpips_model):
+    """-> rows of `rows_of`, native first, and the test pairs."""
+    chosen, intensity = test_pairs(cfg)
+    groups = {"all": list(chosen)}
+    for kind in ("light", "medium", "heavy"):
+        if names := [name for name in chosen if intensity.get(name) == kind]:
+            groups[kind] = names
+    rows = []
+    for title, transform in (("native", presets.scaled(1.0)),
+                             (f"{cfg.IMAGE_SIZE}, as trained", presets.evaluation(cfg.IMAGE_SIZE))):
+        judged = judge_pairs(cfg, model, chosen, transform, device, lpips_model, f"pairs, {title}")
+        rows += rows_of(judged, groups, title)
+    return rows, chosen
+
+
+# ---- real rain -------------------------------------------------------------------------------------------------
+
+def restore_files(cfg, model, folder, rain_detector, device):
+    """Restore every photograph of REAL_DIR into `folder`.
+
+    Returns:
+        [{"file", "rain before", "rain after": probability or None}, ...], the (photograph, restored) path pairs.
+    """
+    paths = rain_data.images_below([cfg.REAL_DIR], "REAL_DIR")
+    datasets.check_images(paths, "REAL_DIR")
+    base, rows, written = Path(cfg.REAL_DIR).resolve(), [], []
+    for path in tqdm(paths, "real rain", ascii=True, leave=False, disable=None, dynamic_ncols=True):
+        image = datasets.read_image(path)[None].float() / 255
+        restored = restore(model, image, cfg.TILE, cfg.OVERLAP)
+        relative = path.resolve().relative_to(base)
+        target = folder / relative.with_suffix(".png")
+        if target in (done for _, done in written):  # a.jpg and a.png
+            target = folder / relative.with_name(f"{relative.name}.png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        visualize.to_pil(restored[0]).save(target)
+        written.append((path, target))
+        rows.append({"file": relative.as_posix(), "rain before": rain_probability(rain_detector, image, device),
+                     "rain after": rain_probability(rain_detector, restored, device)})
+    return rows, written
+
+
+@torch.no_grad()
+def rain_probability(rain_detector, image, device):
+    """-> the rain detector's probability for an image (1, 3, H, W) in [0, 1], None without a detector."""
+    if rain_detector is None:
+        return None
+    whole = (image * 255).round().byte()  # both as a file would hold them
+    small = v2.functional.resize(whole, [SIDE, SIDE]).to(device).float() / 255
+    return rain_detector.probability(small).item()
+
+
+def detection_rows(cfg, model, device):
+    """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
+    rtdetr = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
+    data = datasets.CocoDetectionDataset(
+        cfg.LABELED_RAIN_DIR, "val", detector.id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
+        constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
+    loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    calls = {"RT-DETR": lambda images: rtdetr(pixel_values=images),
+             "U-Net + RT-DETR": lambda images: rtdetr(pixel_values=model(images))}
+    return [{"network": name, "count": len(data)} | evaluation.detection_scores(call, loader, device, name=name)[0]
+            for name, call in calls.items()]
+
+
+# ---- pictures and report ---------------------------------------------------------------------------------------
+
+def sheet(rows, headings, path):
+    """Page of pictures, each row (PIL images) shrunk to a common width."""
+    def shrunk(picture):
+        share = min(1.0, _SHOWN / picture.width)
+        return picture.resize((max(1, round(picture.width * share)), max(1, round(picture.height * share))),
+                              Image.Resampling.LANCZOS)
+    visualize.grid([[shrunk(cell) for cell in row] for row in rows], headings, path)
+
+
+def evenly(items, count):
+    """-> up to `count` of the items, evenly chosen."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def draw_pairs(cfg, model, chosen, path):
+    """Sheet rainy | derained | ground truth of test pairs, at their own resolution."""
+    rows = []
+    for rainy, clear in evenly(list(chosen.values()), cfg.PICTURES):
+        image = datasets.read_image(rainy)[None].float() / 255
+        rows.append([visualize.to_pil(image[0]), visualize.to_pil(restore(model, image, cfg.TILE, cfg.OVERLAP)[0]),
+                     visualize.to_pil(datasets.read_image(clear))])
+    sheet(rows, ["rainy", "derained", "ground truth"], path)
+
+
+def draw_real(cfg, written, rows, path):
+    """Sheet photograph | restored, with the rain detector's word below each where there is one."""
+    cells = []
+    for (source, target), row in evenly(list(zip(written, rows, strict=True)), cfg.PICTURES):
+        line = []
+        for file, when in ((source, "rain before"), (target, "rain after")):
+            picture = visualize.to_pil(datasets.read_image(file))
+            text = f"rain {row[when]:.2f}" if row[when] is not None else source.name
+            share = min(1.0, _SHOWN / picture.width)
+            small = picture.resize((max(1, round(picture.width * share)), max(1, round(picture.height * share))))
+            line.append(visualize.captioned(small, text))
+        cells.append(line)
+    visualize.grid(cells, ["real rain", "derained"], path)
+
+
+def print_report(results):
+    """The tables, and what is left out."""
+    if results["pairs"]:
+        columns = {"images": "test pairs", "size": "size", "count": "n", "network": "", "psnr": "PSNR (RGB)",
+                   "ssim": "SSIM (RGB)", "psnr_y": "PSNR (Y)", "ssim_y": "SSIM (Y)", "mse": "MSE"}
+        if "lpips" in results["pairs"][0]:
+            columns["lpips"] = "LPIPS"
+        print("\n" + report.table(results["pairs"], columns))
+    judged = [row for row in results["real"] if row["rain before"] is not None]
+    if judged:
+        before, after = (sum(row[when] for row in judged) / len(judged) for when in ("rain before", "rain after"))
+        print(f"\nreal rain, {len(judged)} photographs: mean probability of rain, by the rain detector, {before:.3f} "
+              f"before and {after:.3f} after")
+    if results["detection"]:
+        print("\n" + report.table(results["detection"], {"network": "labelled rain", "count": "n"}
+                                  | {name: name for name in evaluation.METRICS}))
+
+
+def lpips_or_note(cfg, device):
+    """-> the LPIPS network, or None with a line that says why."""
+    if not cfg.LPIPS_WEIGHTS:
+        processes.say("note: LPIPS is left out (LPIPS_WEIGHTS is empty)")
+        return None
+    try:
+        return evaluation.load_lpips(cfg.LPIPS_WEIGHTS, device)
+    except config.UserError as error:
+        if cfg.LPIPS_WEIGHTS != "imagenet":
+            raise  # a file that the user named and that does not work
+        processes.say(f"note: LPIPS is left out. {error}")
+        return None
+
+
+def main(**overrides):
+    """Evaluate; -> {"pairs": rows, "real": rows, "detection": rows}."""
+    cfg = config.resolve(globals(), overrides)
+    require_tiles(cfg.TILE, cfg.OVERLAP)
+    if cfg.IMAGE_SIZE < 16 or cfg.PICTURES < 1:
+        raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE} must be at least 16, PICTURES = {cfg.PICTURES} at least "
+                               "1")
+    if not (cfg.RAINY_DIR or cfg.REAL_DIR or cfg.LABELED_RAIN_DIR):
+        raise config.UserError("RAINY_DIR, REAL_DIR and LABELED_RAIN_DIR are all empty: there is nothing to evaluate")
+    if cfg.demo:
+        ensure_windshield_demo()
+    if cfg.LABELED_RAIN_DIR:
+        detector.require_size(cfg.DETECTOR_SIZE)
+    device = processes.device()
+    model = load_unet(cfg.UNET_PATH, device)
+    rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
+    folder, results = Path(cfg.OUTPUT_DIR), {"pairs": [], "real": [], "detection": []}
+    if cfg.RAINY_DIR:
+        results["pairs"], chosen = evaluate_pairs(cfg, model, device, lpips_or_note(cfg, device))
+        draw_pairs(cfg, model, chosen, folder / "pairs.png")
+    if cfg.REAL_DIR:
+        results["real"], written = restore_files(cfg, model, folder / "restored", rain_detector, device)
+        draw_real(cfg, written, results["real"], folder / "real_rain.png")
+    if cfg.LABELED_RAIN_DIR:
+        results["detection"] = detection_rows(cfg, model, device)
+    print_report(results)
+    report.write_results(folder / "results.json", cfg.as_dict(), results)
+    print(f"\nwritten: {(folder / 'results.json').as_posix()} and pictures beside it")
+    return results
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,150 @@
+"""Search the U-Net's hyper-parameters one variable at a time: short trainings against a baseline, the better one kept.
+
+For each name of VARIABLES in turn, every other value is trained for SWEEP_EPOCHS with everything else as it is. A value
+whose gain (validation PSNR above the rainy input's) beats the best so far by more than MARGIN takes the old one's place
+before the next variable. Every constant of train_unet_derain.py may be a variable, and BASE holds those that differ
+from its defaults.
+
+    python sweep_unet_derain.py --demo
+    python sweep_unet_derain.py --VARIABLES "{'LEARNING_RATE': (5e-05, 0.001), 'DROPOUT': (0.0, 0.3)}"
+
+Writes OUTPUT_DIR/sweep.json (every trial), sweep.png and a folder per trial. A stopped sweep goes on where it was:
+finished trials are read, the one that was cut off is resumed.
+"""
+
+import json
+from pathlib import Path
+
+import train_unet_derain
+from utils import checkpoint, config, processes, report, visualize
+
+# --- what is tried ------------------------------------------------------------------------------------------------
+VARIABLES = {  # the plan's list; losses first, because what follows is measured with them
+    "SSIM_WEIGHT": (0.1, 0.3), "PERCEPTUAL_WEIGHT": (0.0, 0.3, 0.5), "L1_WEIGHT": (0.5, 2.0),
+    "LEARNING_RATE": (5e-5, 1e-3), "BATCH_SIZE": (16, 32), "OPTIMIZER": ("adamw", "sgd"),
+    "SCHEDULER": ("cosine", "step"), "RESIDUAL": (False,), "DROPOUT": (0.0, 0.3), "FLIP": (0.3,),
+    "COLOR_JITTER": (0.0, 0.2), "RANDOM_CROP": (True,), "ARCH": ("unet", "resnet50", "efficientnet-b0"),
+    "BASE_WIDTH": (32,), "IMAGE_SIZE": (512,),
+}
+BASE = {}                               # constants of train_unet_derain.py for all trials, e.g. {"PRECISION": "bf16"}
+SWEEP_EPOCHS = 25                       # epochs of a trial; the plan: 20 to 30
+MARGIN = 0.05                           # dB that a value must win by; less may be luck
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_unet_sweep"
+
+DEMO = {
+    "VARIABLES": {"LEARNING_RATE": (5e-4,), "RESIDUAL": (False,)}, "SWEEP_EPOCHS": 1,
+    "BASE": {"TRAIN_PAIRS": 300, "VAL_PAIRS": 60, "TEST_PAIRS": 0, "BASE_WIDTH": 8},
+    "OUTPUT_DIR": "./demo/outputs_unet_sweep",
+}
+
+
+def check(cfg):
+    """UserError for constants that train_unet_derain.py does not have, and for an empty search."""
+    if cfg.SWEEP_EPOCHS < 1:
+        raise config.UserError(f"SWEEP_EPOCHS = {cfg.SWEEP_EPOCHS}: choose 1 or more")
+    fixed = {"CHECKPOINT_DIR", "EPOCHS", "RESUME"} & (set(cfg.VARIABLES) | set(cfg.BASE))
+    if fixed:
+        raise config.UserError(f"VARIABLES and BASE cannot hold {', '.join(sorted(fixed))}: the sweep sets them")
+    if not any(cfg.VARIABLES.values()):
+        raise config.UserError("VARIABLES is empty: there is nothing to search")
+    for name, values in cfg.VARIABLES.items():
+        if not isinstance(values, (tuple, list)):
+            raise config.UserError(f"VARIABLES['{name}'] = {values!r}: give a tuple of values, such as ({values!r},)")
+        for value in values:
+            train_settings(cfg, {name: value})
+
+
+def train_settings(cfg, changes):
+    """-> the overrides of a trial, with names and types checked by the training script's own rules."""
+    settings = {"demo": cfg.demo} | cfg.BASE | changes | {"TARGET_PSNR": 0.0, "TARGET_SSIM": 0.0}
+    train_unet_derain.check(config.resolve(vars(train_unet_derain), settings))
+    return settings
+
+
+def folder_of(cfg, changes):
+    """-> the trial's folder, named after what differs from the baseline."""
+    name = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "baseline"
+    return Path(cfg.OUTPUT_DIR) / "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in name)
+
+
+def run_trial(cfg, changes):
+    """-> {"changes", "gain", "val/psnr", "val/ssim", "val/loss", "best_epoch", "images_per_s"} of one training.
+
+    A finished trial is read from its folder if it ran with the same settings; anything else there is resumed.
+    """
+    folder = folder_of(cfg, changes)
+    wanted = json.loads(json.dumps({"settings": train_settings(cfg, changes), "epochs": cfg.SWEEP_EPOCHS}))
+    done = read_json(folder / "trial.json")
+    if done and done["wanted"] == wanted:
+        return done["result"]
+    begun = read_json(folder / "wanted.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / "wanted.json", wanted)
+    trained = train_unet_derain.main(**train_settings(cfg, changes), EPOCHS=cfg.SWEEP_EPOCHS,
+                                     CHECKPOINT_DIR=str(folder / "run"), RESUME=begun == wanted)
+    if trained["stopped"] == "interrupted":
+        raise KeyboardInterrupt
+    best = trained["history"][trained["best_epoch"] - 1]
+    gain = best["val/psnr"] - trained["rainy_input"]["val/psnr"]
+    result = {"changes": changes, "best_epoch": trained["best_epoch"], "gain": gain} | {
+        name: best[name] for name in ("val/psnr", "val/ssim", "val/loss", "images_per_s")}
+    report.write_json(folder / "trial.json", {"wanted": wanted, "result": result})
+    return result
+
+
+def read_json(path):
+    """-> a file's content, None where there is none or it is cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def search(cfg):
+    """One variable at a time; -> (rows of all trials in order, the best changes)."""
+    rows, kept = [], {}
+    best = run_trial(cfg, {})
+    rows.append({"variable": "baseline", "value": "", "kept": "yes"} | best)
+    defaults = vars(config.resolve(vars(train_unet_derain), {"demo": cfg.demo} | cfg.BASE))
+    for name, values in cfg.VARIABLES.items():
+        before, winner = dict(kept), None
+        for value in values:
+            if value == before.get(name, defaults[name]):
+                continue
+            processes.say(f"\n=== {name} = {value!r} ===")
+            row = {"variable": name, "value": repr(value), "kept": ""} | run_trial(cfg, before | {name: value})
+            rows.append(row)
+            if row["gain"] > best["gain"] + cfg.MARGIN:
+                best, winner, kept = row, row, before | {name: value}
+        if winner:
+            winner["kept"] = "yes"
+        write(cfg, rows, kept)
+    return rows, kept
+
+
+def write(cfg, rows, kept):
+    """sweep.json and sweep.png with what is known so far."""
+    report.write_results(Path(cfg.OUTPUT_DIR) / "sweep.json", cfg.as_dict(), {"trials": rows, "kept": kept})
+    visualize.bars({f"{row['variable']} {row['value']}".strip(): row["gain"] for row in rows},
+                   Path(cfg.OUTPUT_DIR) / "sweep.png", "gain in PSNR on the validation pairs, dB")
+
+
+def main(**overrides):
+    """Search; -> {"trials": rows, "kept": {constant: value}}."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    checkpoint.require_writable(cfg.OUTPUT_DIR)
+    rows, kept = search(cfg)
+    columns = {"variable": "variable", "value": "value", "gain": "gain (dB)", "val/psnr": "PSNR", "val/ssim": "SSIM",
+               "best_epoch": "best epoch", "images_per_s": "images/s", "kept": "kept"}
+    processes.say("\n" + report.table(rows, columns))
+    flags = " ".join(f"--{name} {value}" for name, value in kept.items())
+    processes.say(f"\nbest: python train_unet_derain.py{' --demo' if cfg.demo else ''}{' ' if flags else ''}{flags}\n"
+                  f"written: {(Path(cfg.OUTPUT_DIR) / 'sweep.json').as_posix()}, sweep.png")
+    return {"trials": rows, "kept": kept}
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,310 @@
+"""The U-Net's scripts for real, on a dozen small pairs: training, resume, evaluation, sweep, notebook, demo data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+from test_unet import write_pairs
+
+import Eval_unet_derain
+import sweep_unet_derain
+import train_unet_derain as train
+from utils import demo_windshield, pairs, unet, windshield
+from utils.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Constants that point the training at small pairs."""
+    write_pairs(tmp_path / "data", count=20)
+    real = tmp_path / "data" / "real"
+    (real / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "sub/a.jpg")):
+        Image.new("RGB", (90 + i, 70), (80, 120, 40 * i)).save(real / name)
+    return {"CLEAR_DIR": str(tmp_path / "data" / "clear"), "RAINY_DIR": str(tmp_path / "data" / "rainy"),
+            "REAL_DIR": str(real), "CHECKPOINT_DIR": str(tmp_path / "out"), "IMAGE_SIZE": 32, "ARCH": "unet",
+            "BASE_WIDTH": 4, "ENCODER_WEIGHTS": "", "PERCEPTUAL_WEIGHT": 0.0, "TRAIN_PAIRS": 12, "VAL_PAIRS": 4,
+            "TEST_PAIRS": 4, "EPOCHS": 3, "BATCH_SIZE": 4, "LEARNING_RATE": 5e-3, "DATALOADER_WORKERS": 0}
+
+
+def test_training_lowers_its_loss_and_writes_everything(base, capsys):
+    result = train.main(**base, EARLY_STOPPING_PATIENCE=50, CHECKPOINT_EVERY=2, SAMPLE_EVERY=2, REAL_EVERY=2)
+    first, last = result["history"][0], result["history"][-1]
+    assert last["loss"] < first["loss"] and {"l1", "ssim_loss", "val/loss", "val/psnr", "val/ssim_y"} <= set(last)
+    assert last["loss"] == pytest.approx(last["l1"] + 0.2 * last["ssim_loss"], rel=1e-5)
+    out = Path(base["CHECKPOINT_DIR"])
+    assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb",
+                                                     "splits.json", "checkpoints", "samples", "real_rain"}
+    assert {path.relative_to(out).as_posix() for path in out.glob("*/epoch_*")} == {
+        "checkpoints/epoch_0002.pt", "samples/epoch_0002.png", "samples/epoch_0003.png", "real_rain/epoch_0002.png",
+        "real_rain/epoch_0003.png"}
+    kept = torch.load(out / "checkpoints" / "epoch_0002.pt")
+    assert kept["epoch"] == 2 and {"model", "optimizer", "best_score", "history", "constants"} <= set(kept)
+    assert kept["constants"]["SSIM_WEIGHT"] == 0.2  # the plan: the loss weights are in the checkpoint
+    best = torch.load(out / "best.pt")
+    assert best["metrics"]["val/psnr"] == pytest.approx(result["best_score"])
+    split = json.loads((out / "splits.json").read_text(encoding="utf-8"))
+    assert [len(split[part]) for part in pairs.PARTS] == [12, 4, 4]
+    shown = capsys.readouterr().out
+    assert "rainy input" in shown and "gain: " in shown and shown.isascii()
+    train.main(**base | {"EPOCHS": 1})
+    assert (out / "previous_1" / "checkpoints" / "epoch_0002.pt").is_file() and not (out / "checkpoints").exists()
+
+
+def test_a_stopped_run_resumes_bit_for_bit_with_plateau_and_dropout(base, tmp_path, monkeypatch):
+    settings = base | {"PLATEAU_PATIENCE": 0, "PLATEAU_FACTOR": 0.1, "DROPOUT": 0.3, "CHECKPOINT_STEPS": 1,
+                       "LEARNING_RATE": 0.05}
+    whole = train.main(**settings | {"CHECKPOINT_DIR": str(tmp_path / "whole"), "EPOCHS": 4})
+    rates = [torch.load(tmp_path / "whole" / "last.pt")["optimizer"]["param_groups"][0]["lr"]]
+    plain, calls = train.compute_losses, [0]
+
+    def dies(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 9:  # in the third epoch
+            raise RuntimeError("killed")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(train, "compute_losses", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main(**settings | {"EPOCHS": 4})
+    monkeypatch.setattr(train, "compute_losses", plain)
+    resumed = train.main(**settings | {"EPOCHS": 4, "RESUME": True})
+    a, b = (torch.load(Path(out) / "last.pt") for out in (tmp_path / "whole", base["CHECKPOINT_DIR"]))
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+    assert [r["val/psnr"] for r in whole["history"]] == [r["val/psnr"] for r in resumed["history"]]
+    rates.append(b["optimizer"]["param_groups"][0]["lr"])
+    assert rates[0] == rates[1] < 0.05  # the plateau was there
+
+
+def test_resume_keeps_the_split_although_pairs_were_added(base, tmp_path):
+    train.main(**base | {"EPOCHS": 1})
+    file = Path(base["CHECKPOINT_DIR"]) / "splits.json"
+    before = file.read_text(encoding="utf-8")
+    write_pairs(tmp_path / "data", count=26)
+    train.main(**base | {"EPOCHS": 2, "RESUME": True})
+    assert file.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"ARCH": "resnet34", "RESIDUAL": False, "OPTIMIZER": "sgd", "SCHEDULER": "step", "BATCH_SIZE": 6},
+    {"PRECISION": "bf16", "RANDOM_CROP": True, "OPTIMIZER": "adamw", "SCHEDULER": "cosine", "CHANNELS_LAST": False},
+    {"PRECISION": "fp16", "GRADIENT_ACCUMULATION_STEPS": 2, "REAL_DIR": "", "COLOR_JITTER": 0.0, "L1_WEIGHT": 0.0},
+])
+def test_variants_train(base, changes):
+    history = train.main(**base | {"EPOCHS": 2} | changes)["history"]
+    assert len(history) == 2 and all(torch.isfinite(torch.tensor(record["loss"])) for record in history)
+    state = torch.load(Path(base["CHECKPOINT_DIR"]) / "last.pt")
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state["model"].values())
+    if changes.get("PRECISION") == "fp16":
+        assert state["scaler"]["scale"] > 1 and state["step"] == 4
+    assert unet.load_unet(Path(base["CHECKPOINT_DIR"]) / "best.pt").model_args["arch"] == changes.get("ARCH", "unet")
+
+
+def test_the_perceptual_loss_takes_part(base, tmp_path):
+    from torchvision.models import vgg16
+    torch.manual_seed(0)
+    torch.save({f"features.{name}": value for name, value in vgg16(weights=None, init_weights=False)
+                .features.state_dict().items()}, tmp_path / "vgg16.pt")
+    record = train.main(**base | {"EPOCHS": 1, "PERCEPTUAL_WEIGHT": 0.5, "PERCEPTUAL_WEIGHTS":
+                                  str(tmp_path / "vgg16.pt")})["history"][0]
+    assert record["loss"] == pytest.approx(record["l1"] + 0.5 * record["perceptual"] + 0.2 * record["ssim_loss"],
+                                           rel=1e-5)
+    assert not any("features" in name for name in torch.load(Path(base["CHECKPOINT_DIR"]) / "last.pt")["model"])
+
+
+def test_reasons_to_stop_and_the_warning():
+    cfg = train.config.resolve(vars(train), {"EARLY_STOPPING_PATIENCE": 3})
+    def epoch(loss, val, psnr=20.0, ssim=0.5):
+        return {"loss": loss, "val/loss": val, "val/psnr": psnr, "val/ssim": ssim}
+    assert train.stop_reason([epoch(1, 1, 28.1, 0.84)], cfg) is None
+    assert "target reached: PSNR 28.10" in train.stop_reason([epoch(1, 1, 28.1, 0.86)], cfg)
+    falling = [epoch(1, 1 - i / 10) for i in range(5)]
+    assert train.stop_reason(falling, cfg) is None
+    assert train.stop_reason(falling + [epoch(1, 0.9)] * 2, cfg) is None
+    assert "no lower val/loss in 3 epochs" in train.stop_reason(falling + [epoch(1, 0.9)] * 3, cfg)
+    apart = [epoch(1 - i / 20, 0.5 + i / 20) for i in range(10)]
+    assert train.is_overfitting(apart) and not train.is_overfitting(apart[:9])
+    assert not train.is_overfitting([epoch(1 - i / 20, 1 - i / 20) for i in range(10)])
+    assert not train.is_overfitting([epoch(1 + i / 20, 1 + i / 20) for i in range(10)])  # both rise: no overfitting
+
+
+def test_the_targets_end_a_run(base, capsys):
+    result = train.main(**base, TARGET_PSNR=1.0, TARGET_SSIM=0.01)
+    assert len(result["history"]) == 1 and "target reached" in result["stopped"]
+    again = train.main(**base, TARGET_PSNR=1.0, TARGET_SSIM=0.01, RESUME=True)  # it is not trained on by a resume
+    assert len(again["history"]) == 1 and "target reached" in again["stopped"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"RAINY_DIR": "./none"}, "RAINY_DIR.*make_rain.py --kind windshield"),
+    ({"CLEAR_DIR": "./none"}, "CLEAR_DIR.*--demo"),
+    ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100: choose a multiple of 32"),
+    ({"EPOCHS": 0}, "EPOCHS"),
+    ({"SCHEDULER": "linear"}, "SCHEDULER = 'linear'"),
+    ({"OPTIMIZER": "lion"}, "OPTIMIZER"),
+    ({"PRECISION": "int8"}, "PRECISION"),
+    ({"ARCH": "resnet35"}, "ARCH"),
+    ({"L1_WEIGHT": 0.0, "SSIM_WEIGHT": 0.0}, "at least one must"),
+    ({"PLATEAU_FACTOR": 1.0}, "PLATEAU_FACTOR"),
+    ({"FLIP": 2.0}, "FLIP"),
+    ({"TILE": 100}, "TILE"),
+    ({"VAL_PAIRS": 0}, "VAL_PAIRS = 0"),
+    ({"SPLITS_FILE": "./none.json"}, "SPLITS_FILE"),
+    ({"PERCEPTUAL_WEIGHT": 0.1, "PERCEPTUAL_WEIGHTS": "./none.pt"}, "none.pt"),
+    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
+])
+def test_training_refuses_with_one_clear_line(base, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.main(**base | change)
+    assert "\n" not in str(error.value)
+    assert not (Path(base["CHECKPOINT_DIR"]) / "last.pt").exists()
+
+
+def test_loader_processes_start_by_spawn_as_on_windows(base):
+    script = ("import json, multiprocessing, sys; sys.path.insert(0, '.')\n"
+              "if __name__ == '__main__':\n"
+              "    multiprocessing.set_start_method('spawn')\n"
+              "    import train_unet_derain\n"
+              "    train_unet_derain.main(**json.loads(sys.argv[1]))\n")
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(base | {"DATALOADER_WORKERS": 1, "EPOCHS": 1})],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (Path(base["CHECKPOINT_DIR"]) / "best.pt").is_file()
+
+
+def test_evaluation_reports_pairs_and_real_rain(base, tmp_path, weights, coco, capsys):
+    train.main(**base | {"EPOCHS": 1})
+    out = Path(base["CHECKPOINT_DIR"])
+    (tmp_path / "data" / "rainy" / "rain.json").write_text(json.dumps(
+        {"kind": "windshield", "seed": 5, "intensity": "heavy", "version": windshield.VERSION}), encoding="utf-8")
+    settings = {name: base[name] for name in ("CLEAR_DIR", "RAINY_DIR", "REAL_DIR", "IMAGE_SIZE",
+                                              "DATALOADER_WORKERS")} | {
+        "SPLITS_FILE": str(out / "splits.json"), "UNET_PATH": str(out / "best.pt"), "TILE": 64, "OVERLAP": 32,
+        "LPIPS_WEIGHTS": "", "OUTPUT_DIR": str(tmp_path / "eval")}
+    results = Eval_unet_derain.main(**settings | {
+        "RAIN_DETECTOR_PATH": str(ROOT / "assets" / "demo" / "rain_detector.pt"),
+        "LABELED_RAIN_DIR": str(coco / "coco_rain"), "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "DETECTOR_SIZE": 96})
+    rows = {(row["images"], row["size"], row["network"]): row for row in results["pairs"]}
+    assert set(rows) == {(images, size, network) for images in ("all", "heavy") for size in ("native", "32, as trained")
+                         for network in ("rainy input", "U-Net")}
+    assert all(row["count"] == 4 and "lpips" not in row for row in rows.values())
+    # by hand, for the images as they are
+    split = json.loads((out / "splits.json").read_text(encoding="utf-8"))
+    found, _ = pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
+    values = []
+    for name in split["test"]:
+        a, b = (torch.from_numpy(np.asarray(Image.open(path)).copy()).double() / 255
+                for path in found[name])
+        values.append(10 * torch.log10(1 / (a - b).square().mean()).item())
+    assert rows["all", "native", "rainy input"]["psnr"] == pytest.approx(sum(values) / 4, abs=1e-4)
+    assert {path.relative_to(tmp_path / "eval").as_posix() for path in (tmp_path / "eval").rglob("*.*")} == {
+        "results.json", "pairs.png", "real_rain.png", "restored/a.png", "restored/sub/a.png"}
+    assert Image.open(tmp_path / "eval" / "restored" / "sub" / "a.png").size == (91, 70)
+    assert all(0 <= row["rain before"] <= 1 and 0 <= row["rain after"] <= 1 for row in results["real"])
+    assert [row["network"] for row in results["detection"]] == ["RT-DETR", "U-Net + RT-DETR"]
+    shown = capsys.readouterr().out
+    assert "LPIPS is left out" in shown and "mean probability of rain" in shown and shown.isascii()
+    for change, message in (({"UNET_PATH": "./none.pt"}, "UNET_PATH"), ({"TILE": 100}, "TILE"),
+                            ({"RAINY_DIR": "", "REAL_DIR": ""}, "nothing to evaluate"),
+                            ({"LPIPS_WEIGHTS": "./none.pt"}, "none.pt"), ({"SPLITS_FILE": "./none"}, "SPLITS_FILE")):
+        with pytest.raises(UserError, match=message):
+            Eval_unet_derain.main(**settings | change)
+
+
+def test_lpips_that_cannot_be_reached_is_left_out_and_said(monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    cfg = Eval_unet_derain.config.resolve(vars(Eval_unet_derain), {})
+    assert Eval_unet_derain.lpips_or_note(cfg, "cpu") is None
+    assert "note: LPIPS is left out. LPIPS_WEIGHTS = 'imagenet'" in capsys.readouterr().out
+
+
+def test_sweep_keeps_the_better_value_and_goes_on_after_a_stop(base, tmp_path, monkeypatch, capsys):
+    fixed = {name: value for name, value in base.items() if name not in ("CHECKPOINT_DIR", "EPOCHS", "LEARNING_RATE")}
+    gains, begun = {(): 1.0, (1e-3,): 1.02, (1e-2,): 3.0, (1e-2, False): 2.0}, []
+
+    def pretend(**settings):
+        """Stands in for the training: gains are known, the second trial is stopped the first time."""
+        begun.append((settings["LEARNING_RATE"] if "LEARNING_RATE" in settings else None, settings["RESUME"]))
+        if len(begun) == 2:
+            return {"stopped": "interrupted"}
+        key = tuple(settings[name] for name in ("LEARNING_RATE", "RESIDUAL") if name in settings)
+        record = {"val/psnr": 20 + gains[key], "val/ssim": 0.5, "val/loss": 0.1, "images_per_s": 1.0}
+        return {"stopped": "", "history": [record], "best_epoch": 1, "rainy_input": {"val/psnr": 20.0}}
+    monkeypatch.setattr(train, "main", pretend)
+    settings = {"BASE": fixed, "VARIABLES": {"LEARNING_RATE": (1e-3, 1e-2), "RESIDUAL": (True, False)},
+                "OUTPUT_DIR": str(tmp_path / "sweep"), "SWEEP_EPOCHS": 1}
+    with pytest.raises(KeyboardInterrupt):
+        sweep_unet_derain.main(**settings)
+    result = sweep_unet_derain.main(**settings)
+    assert begun == [(None, False), (1e-3, False), (1e-3, True), (1e-2, False), (1e-2, False)]
+    assert result["kept"] == {"LEARNING_RATE": 1e-2}
+    assert [row["kept"] for row in result["trials"]] == ["yes", "", "yes", ""]  # 0.02 dB more are not enough
+    assert sweep_unet_derain.main(**settings) == result and len(begun) == 5  # nothing is trained twice
+    assert "--LEARNING_RATE 0.01" in capsys.readouterr().out
+    assert {"sweep.json", "sweep.png"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
+    for change, message in (({"VARIABLES": {"LEARNING": (1,)}}, "LEARNING"), ({"VARIABLES": {}}, "empty"),
+                            ({"VARIABLES": {"EPOCHS": (1,)}}, "EPOCHS"), ({"VARIABLES": {"FLIP": 0.3}}, "tuple"),
+                            ({"VARIABLES": {"SCHEDULER": ("x",)}}, "SCHEDULER"), ({"SWEEP_EPOCHS": 0}, "SWEEP_EPOCHS")):
+        with pytest.raises(UserError, match=message):
+            sweep_unet_derain.main(**settings | change)
+
+
+def test_sweep_trains_for_real(base, tmp_path):
+    fixed = {name: value for name, value in base.items() if name not in ("CHECKPOINT_DIR", "EPOCHS")}
+    result = sweep_unet_derain.main(BASE=fixed, VARIABLES={"BASE_WIDTH": (2,)}, SWEEP_EPOCHS=1,
+                                    OUTPUT_DIR=str(tmp_path / "sweep"))
+    assert [row["variable"] for row in result["trials"]] == ["baseline", "BASE_WIDTH"]
+    assert unet.load_unet(tmp_path / "sweep" / "BASE_WIDTH=2" / "run" / "best.pt").model_args["width"] == 2
+
+
+def test_demo_data_is_drawn_once(tmp_path, monkeypatch):
+    from utils import demo
+    plain = demo.ensure_demo
+    monkeypatch.setattr(demo, "ensure_demo", lambda root: plain(root, num_train=6, num_val=3))
+    folder = demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2, intensity="medium")
+    found, _ = pairs.find_pairs(folder / "windshield_rainy_v40", folder / "clear")
+    assert len(found) == 6 and len(list((folder / "real_rainy").iterdir())) == 2
+    assert set(pairs.intensities(folder / "windshield_rainy_v40", found).values()) == {"medium"}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2, intensity="medium")
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=5, real=2, intensity="medium")
+    assert len(list((folder / "clear").iterdir())) == 5 and not list((tmp_path / "demo").glob(".building-*"))
+    (folder / demo_windshield.MARKER).unlink()
+    with pytest.raises(UserError, match="will not be replaced"):
+        demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2)
+
+
+def test_the_notebook_runs_from_top_to_bottom(base):
+    """In this process's Python, on the small pairs; what differs from the notebook's demo is one cell more."""
+    notebook = nbformat.read(ROOT / "train_unet_derain.ipynb", as_version=4)
+    headings = [cell.source.splitlines()[0] for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert [h for h in headings if h.startswith("## ")] == [f"## Section {i}: {title}" for i, title in enumerate(
+        ("Mount Drive & Setup", "Configuration", "Import Libraries", "Dataset & DataLoader", "U-Net Model Architecture",
+         "Loss Functions & Metrics", "Training Loop", "Visualization Utilities", "Train Model",
+         "Evaluate on Real Images"), start=1)]
+    at = next(i for i, cell in enumerate(notebook.cells) if "configuration" in cell.metadata.get("tags", []))
+    assert "DEMO = True" in notebook.cells[at].source
+    changes = base | {"EPOCHS": 1}
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(f"SETTINGS.update({changes!r})"))
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # none is committed
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "gain: " in text and "rainy input" in text
+    assert (Path(base["CHECKPOINT_DIR"]) / "best.pt").is_file()
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", [])
+                if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 4

@@ -1,0 +1,361 @@
+"""Train a U-Net that takes rain off a windshield: pairs of clear images and the same through wet glass.
+
+The loss is L1 + perceptual (VGG16) + SSIM; "best" goes by the PSNR of the validation pairs. What the rain looks like
+decides what is learnt: make_rain.py --kind windshield draws pairs over any clear photographs (docs/windshield.md).
+
+    python train_unet_derain.py --demo
+    python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
+    python train_unet_derain.py
+
+Writes CHECKPOINT_DIR/best.pt (for Eval_unet_derain.py), last.pt, checkpoints/epoch_*.pt (complete, RESUME takes a copy
+of one as last.pt), samples/ and real_rain/ (pictures), splits.json, metrics.json, curves.png and tb/.
+train_unet_derain.ipynb calls the same functions, for Colab. docs/unet_derain.md has the details.
+"""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from utils import (
+    checkpoint,
+    config,
+    datasets,
+    engine,
+    evaluation,
+    freeze,
+    loaders,
+    losses,
+    pairs,
+    presets,
+    processes,
+    rain_data,
+    report,
+    schedule,
+    visualize,
+)
+from utils.demo_windshield import ensure_windshield_demo
+from utils.unet import new_unet, require_tiles, restore
+
+# --- data ---------------------------------------------------------------------------------------------------------
+CLEAR_DIR = "./data/clear"              # clear images, searched recursively
+RAINY_DIR = "./data/windshield_rainy_v40"  # the same names through a wet windshield
+REAL_DIR = "./data/real_rainy"          # photographs of real rain without ground truth, only looked at; "" for none
+TRAIN_PAIRS = 1200                      # the plan's split of 1550 pairs; fewer are shared out in proportion
+VAL_PAIRS = 150                         # for "best", early stopping and the learning rate
+TEST_PAIRS = 200                        # kept for Eval_unet_derain.py
+SPLITS_FILE = ""                        # a splits.json {"train": [names], "val": [...], "test": [...]} instead
+SEQUENCE_SEPARATOR = ""                 # "_" keeps drive07_0001, drive07_0002, ... in one part; "" splits freely
+IMAGE_SIZE = 256                        # side of the square that is trained on; 512 for quality
+RANDOM_CROP = False                     # True cuts a random square (keeps the aspect ratio), False stretches
+FLIP = 0.5                              # probability of mirroring
+COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the same on both images; 0 for none
+
+# --- model --------------------------------------------------------------------------------------------------------
+ARCH = "resnet34"                       # encoder of segmentation_models_pytorch, or "unet" for the plan's own
+ENCODER_WEIGHTS = "imagenet"            # downloaded once; a local file of torchvision's; "" starts from random
+BASE_WIDTH = 64                         # "unet": channels of the first level
+DROPOUT = 0.2                           # share of channels dropped at the deepest levels, against overfitting
+RESIDUAL = True                         # predict the correction of the input; False: the image itself
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+L1_WEIGHT = 1.0                         # pixels
+PERCEPTUAL_WEIGHT = 0.1                 # VGG16 features, 0.1 to 0.5; 0 leaves VGG out
+PERCEPTUAL_WEIGHTS = "imagenet"         # VGG16: downloaded once (528 MB), or a local file of torchvision's
+SSIM_WEIGHT = 0.2                       # 1 - SSIM, 0.1 to 0.3
+
+# --- training -----------------------------------------------------------------------------------------------------
+EPOCHS = 100                            # the plan's; most runs stop before
+BATCH_SIZE = 8                          # 16 if the GPU's memory allows
+GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
+LEARNING_RATE = 1e-4                    # Adam's
+OPTIMIZER = "adam"                      # adam, adamw (weight decay 0.01) or sgd (momentum 0.9)
+SCHEDULER = "plateau"                   # plateau, cosine, step or constant
+PLATEAU_FACTOR = 0.5                    # plateau: the rate is multiplied by this ...
+PLATEAU_PATIENCE = 5                    # ... after so many epochs without a lower validation loss
+DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shares of the run
+WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
+CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
+TARGET_PSNR = 28.0                      # stop when both targets are reached on the validation pairs ...
+TARGET_SSIM = 0.85                      # ... 0 and 0 train on to the end
+EARLY_STOPPING_PATIENCE = 15            # epochs without a lower validation loss
+DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
+SEED = 0                                # split, order, augmentation, initial weights
+
+# --- output -------------------------------------------------------------------------------------------------------
+CHECKPOINT_DIR = "./outputs_unet"       # on Colab a mounted Drive: /content/drive/MyDrive/DriveDeRain/checkpoints
+RESUME = False                          # True goes on from CHECKPOINT_DIR/last.pt
+CHECKPOINT_EVERY = 10                   # epochs between two kept checkpoints; 0 for none
+SAMPLE_EVERY = 5                        # epochs between two sheets of validation pairs; 0 for none
+REAL_EVERY = 10                         # epochs between two sheets of real rain; 0 for none
+CHECKPOINT_STEPS = 500                  # optimizer steps between two writes of last.pt within an epoch
+TILE = 1024                             # real photographs larger than this are restored in tiles
+
+DEMO = {
+    "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
+    "REAL_DIR": "./demo/windshield/real_rainy", "CHECKPOINT_DIR": "./demo/outputs_unet", "IMAGE_SIZE": 64,
+    "ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "COLOR_JITTER": 0.0, "PERCEPTUAL_WEIGHT": 0.0,
+    "SSIM_WEIGHT": 0.1, "EPOCHS": 14, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
+    "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
+}
+_PRECISIONS = ("float32", "bf16", "fp16")
+_OPTIMIZERS = {"adam": (torch.optim.AdamW, 0.0), "adamw": (torch.optim.AdamW, 0.01),
+               "sgd": (partial(torch.optim.SGD, momentum=0.9), 0.0)}
+_OVERFITTING_WINDOW = 5  # epochs that are compared with as many before
+_SHOWN, _SMALL = 480, 192  # widths of a photograph and, about, of a small image on the sheets
+_MULTIPLE = 32  # IMAGE_SIZE: nothing is padded in training
+
+
+def check(cfg):
+    """UserError for constants that do not go together; the engine and the network check their own."""
+    for name in ("EPOCHS", "IMAGE_SIZE"):
+        if getattr(cfg, name) < 1:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 1 or more")
+    if cfg.IMAGE_SIZE % _MULTIPLE:
+        raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of {_MULTIPLE}, such as 256 or 512")
+    for name, known in (("SCHEDULER", schedule.SCHEDULES), ("OPTIMIZER", _OPTIMIZERS), ("PRECISION", _PRECISIONS)):
+        if getattr(cfg, name) not in known:
+            raise config.UserError(f"{name} = {getattr(cfg, name)!r}: choose one of {', '.join(known)}")
+    if min(cfg.L1_WEIGHT, cfg.PERCEPTUAL_WEIGHT, cfg.SSIM_WEIGHT) < 0 or not any(loss_weights(cfg).values()):
+        raise config.UserError("L1_WEIGHT, PERCEPTUAL_WEIGHT and SSIM_WEIGHT: none may be negative, at least one must "
+                               "be above 0")
+    if not (0 <= cfg.FLIP <= 1 and cfg.COLOR_JITTER >= 0):
+        raise config.UserError(f"FLIP = {cfg.FLIP} must be in [0, 1], COLOR_JITTER = {cfg.COLOR_JITTER} at least 0")
+    if not 0 < cfg.PLATEAU_FACTOR < 1 or cfg.PLATEAU_PATIENCE < 0:
+        raise config.UserError(f"PLATEAU_FACTOR = {cfg.PLATEAU_FACTOR} must be in (0, 1), PLATEAU_PATIENCE = "
+                               f"{cfg.PLATEAU_PATIENCE} at least 0")
+    require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+def build_data(cfg):
+    """-> {"train", "val", "test": WindshieldPairs}; the test part may be empty."""
+    found, notes = pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    kept = Path(cfg.CHECKPOINT_DIR) / "splits.json"
+    file = cfg.SPLITS_FILE or (kept.as_posix() if cfg.RESUME and kept.is_file() else "")
+    if file:
+        names = pairs.read_splits(file, found)
+    else:
+        names, note = pairs.split_names(found, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, cfg.TEST_PAIRS), cfg.SEED,
+                                        cfg.SEQUENCE_SEPARATOR)
+        notes += [note] if note else []
+    for note in notes:
+        processes.say(f"note: {note}")
+    train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
+    still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
+    return {part: pairs.WindshieldPairs(found, names[part], train if part == "train" else still, cfg.SEED)
+            for part in pairs.PARTS}
+
+
+def build_loaders(cfg, data):
+    """-> loader of the training pairs, loader of the validation pairs."""
+    return (loaders.training_loader(data["train"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+            loaders.validation_loader(data["val"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS))
+
+
+def real_photographs(cfg, count=6):
+    """-> up to `count` paths of REAL_DIR, evenly chosen; [] where there is none."""
+    if not cfg.REAL_DIR or not cfg.REAL_EVERY:
+        return []
+    if not Path(cfg.REAL_DIR).is_dir():
+        processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' does not exist, so no real rain is looked at during training")
+        return []
+    paths = rain_data.images_below([cfg.REAL_DIR], "REAL_DIR")
+    return [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+
+
+# ---- model and loss --------------------------------------------------------------------------------------------
+
+def build_model(cfg, device):
+    """The U-Net, on the device."""
+    model = new_unet(cfg.ARCH, cfg.BASE_WIDTH, cfg.DROPOUT, cfg.RESIDUAL, cfg.ENCODER_WEIGHTS)
+    processes.say(freeze.describe({f"U-Net ({cfg.ARCH})": model}))
+    return model.to(device, memory_format=torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format)
+
+
+def build_perceptual(cfg, device):
+    """-> PerceptualLoss, or None where PERCEPTUAL_WEIGHT is 0."""
+    return losses.PerceptualLoss(cfg.PERCEPTUAL_WEIGHTS).to(device) if cfg.PERCEPTUAL_WEIGHT else None
+
+
+def loss_weights(cfg):
+    """-> {name of the loss: its weight}."""
+    return {"l1": cfg.L1_WEIGHT, "perceptual": cfg.PERCEPTUAL_WEIGHT, "ssim_loss": cfg.SSIM_WEIGHT}
+
+
+def losses_of(restored, targets, weights, perceptual=None):
+    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: {"l1", "perceptual", "ssim_loss": ()}
+    for the weights that are not 0."""
+    terms = {"l1": losses.pixel_l1, "perceptual": perceptual, "ssim_loss": losses.ssim_loss}
+    return {name: terms[name](restored, targets) for name, weight in weights.items() if weight}
+
+
+def compute_losses(model, batch, weights, perceptual=None):
+    """Named losses of one batch, see `losses_of`."""
+    return losses_of(model(batch["images"]), batch["twins"], weights, perceptual)
+
+
+def build_optimizer(cfg, model):
+    """-> what engine.fit takes as `optimizer`, parameter groups."""
+    make, decay = _OPTIMIZERS[cfg.OPTIMIZER]
+    return make, [{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE, "weight_decay": decay}]
+
+
+# ---- validation ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, loader, device, weights, perceptual=None):
+    """-> {"val/loss", "val/psnr", "val/ssim", "val/psnr_y", "val/ssim_y"}: means over images."""
+    found = []
+    for batch in loader:
+        batch = datasets.to_device(batch, device)
+        restored = model(batch["images"])
+        terms = losses_of(restored, batch["twins"], weights, perceptual)
+        loss = sum(weights[name] * value.item() for name, value in terms.items())
+        quality = evaluation.image_quality(restored, batch["twins"])
+        found += [{"loss": loss} | {name: values[i].item() for name, values in quality.items()}
+                  for i in range(len(restored))]
+    return {f"val/{name}": value for name, value in evaluation.mean_over_ranks(found).items()}
+
+
+def stop_reason(history, cfg):
+    """Why training should end after these epochs, or None: the targets are reached, or the validation loss has found
+    no new minimum for EARLY_STOPPING_PATIENCE epochs."""
+    last = history[-1]
+    if (cfg.TARGET_PSNR or cfg.TARGET_SSIM) and (last["val/psnr"] > cfg.TARGET_PSNR
+                                                 and last["val/ssim"] > cfg.TARGET_SSIM):
+        return f"target reached: PSNR {last['val/psnr']:.2f} dB, SSIM {last['val/ssim']:.4f}"
+    values = [record["val/loss"] for record in history]
+    if len(values) - 1 - values.index(min(values)) >= cfg.EARLY_STOPPING_PATIENCE:
+        return f"no lower val/loss in {cfg.EARLY_STOPPING_PATIENCE} epochs"
+    return None
+
+
+def is_overfitting(history, window=_OVERFITTING_WINDOW):
+    """Whether the validation loss rises while the training loss falls: means of the last `window` epochs against those
+    of as many before."""
+    if len(history) < 2 * window:
+        return False
+
+    def rise(name):
+        values = [record[name] for record in history[-2 * window:]]
+        return sum(values[window:]) - sum(values[:window])
+    return rise("val/loss") > 0 and rise("loss") < 0
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def pair_sheet(model, dataset, device, count=4):
+    """-> PIL page of rainy | derained | ground truth, evenly chosen pairs."""
+    count = min(count, len(dataset))
+    rows = []
+    for i in range(count):
+        batch = datasets.to_device(datasets.collate([dataset[i * len(dataset) // count]]), device)
+        cells = [visualize.to_pil(images[0]) for images in (batch["images"], model(batch["images"]), batch["twins"])]
+        scale = max(1, round(_SMALL / cells[0].width))  # small images are enlarged
+        rows.append([cell.resize((cell.width * scale, cell.height * scale), Image.Resampling.BICUBIC)
+                     for cell in cells])
+    return visualize.grid(rows, ["rainy", "derained", "ground truth"])
+
+
+def real_sheet(model, paths, tile):
+    """-> PIL page of photograph | restored, shrunk to a common width."""
+    rows = []
+    for path in paths:
+        image = datasets.read_image(path)[None].float() / 255
+        cells = [visualize.to_pil(picture[0]) for picture in
+                 (image, restore(model, image, tile, min(128, tile // 2)))]
+        size = (min(_SHOWN, cells[0].width), max(1, round(cells[0].height * min(1, _SHOWN / cells[0].width))))
+        rows.append([cell.resize(size, Image.Resampling.LANCZOS) for cell in cells])
+    return visualize.grid(rows, ["real rain", "derained"])
+
+
+def after_epoch(model, history, cfg, data, photographs, device):
+    """What is written beside the engine's own files when an epoch is saved; a warning where the network overfits."""
+    epoch, folder = len(history), Path(cfg.CHECKPOINT_DIR)
+
+    def due(every):
+        return every and (epoch % every == 0 or epoch == cfg.EPOCHS)
+    if not processes.is_main():
+        return
+    if not (folder / "splits.json").is_file():
+        report.write_json(folder / "splits.json", {part: found.names for part, found in data.items()})
+    if due(cfg.SAMPLE_EVERY):
+        save_page(pair_sheet(model, data["val"], device), folder / "samples" / f"epoch_{epoch:04d}.png")
+    if photographs and due(cfg.REAL_EVERY):
+        save_page(real_sheet(model, photographs, cfg.TILE), folder / "real_rain" / f"epoch_{epoch:04d}.png")
+    if cfg.CHECKPOINT_EVERY and epoch % cfg.CHECKPOINT_EVERY == 0:
+        copy_file(folder / "last.pt", folder / "checkpoints" / f"epoch_{epoch:04d}.pt")
+    if is_overfitting(history):
+        processes.say("warning: the validation loss rises while the training loss falls, the network begins to learn "
+                      "its pairs by heart; more pairs, DROPOUT, COLOR_JITTER or RANDOM_CROP help")
+
+
+def save_page(page, path):
+    """Write a picture, its folder included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+
+
+def copy_file(source, target):
+    """Copy a file, complete or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, temporary)
+    checkpoint.replace(temporary, target)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit, and {"rainy_input": the validation
+    metrics of the images as they are}."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    if cfg.demo:
+        ensure_windshield_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.device()
+    model = build_model(cfg, device)
+    perceptual = build_perceptual(cfg, device)
+    data = build_data(cfg)
+    train_loader, val_loader = build_loaders(cfg, data)
+    photographs = real_photographs(cfg)
+    weights = loss_weights(cfg)
+    untouched = evaluate(lambda images: images, val_loader, device, weights, perceptual)
+    processes.say(f"rainy input: {untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} (validation pairs)")
+    optimizer, groups = build_optimizer(cfg, model)
+
+    result = engine.fit(
+        model, train_loader, partial(compute_losses, weights=weights, perceptual=perceptual),
+        output_dir=cfg.CHECKPOINT_DIR, epochs=cfg.EPOCHS, parameters=groups, optimizer=optimizer,
+        loss_weights={name: weight for name, weight in weights.items() if weight},
+        evaluate=lambda plain: evaluate(plain, val_loader, device, weights, perceptual), score="val/psnr",
+        sample_images=lambda plain: {"rainy, derained, truth": visualize.as_tensor(
+            pair_sheet(plain, data["val"], device))},
+        on_epoch=lambda plain, history: after_epoch(plain, history, cfg, data, photographs, device),
+        stop=partial(stop_reason, cfg=cfg), accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM,
+        warmup_steps=cfg.WARMUP_STEPS, schedule=cfg.SCHEDULER, milestones=cfg.DECAY_AT,
+        plateau=("val/loss", cfg.PLATEAU_PATIENCE, cfg.PLATEAU_FACTOR), precision=cfg.PRECISION, precisions=_PRECISIONS,
+        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        own_files=("checkpoints", "samples", "real_rain", "splits.json"))
+    if result["history"]:
+        best = result["history"][result["best_epoch"] - 1]
+        columns = {"images": "validation pairs", "val/psnr": "PSNR (RGB)", "val/ssim": "SSIM (RGB)",
+                   "val/psnr_y": "PSNR (Y)", "val/ssim_y": "SSIM (Y)"}
+        processes.say(report.table([{"images": "rainy input"} | untouched, {"images": "derained"} | best], columns))
+        processes.say(f"gain: {best['val/psnr'] - untouched['val/psnr']:+.2f} dB\n"
+                      f"U-Net: {(Path(cfg.CHECKPOINT_DIR) / 'best.pt').as_posix()}")
+    return result | {"rainy_input": untouched}
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

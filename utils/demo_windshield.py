@@ -1,0 +1,94 @@
+"""The U-Net's part of the demo data: clear scenes, the same through a wet windshield, and "real" rain without truth.
+
+    root/windshield/demo_windshield.json       settings, written last: it says that the rest is complete
+    root/windshield/clear/                     copies of root/coco's clean training scenes
+    root/windshield/windshield_rainy_v40/      the same names through utils/windshield.py, with the rain.json that
+                                               make_rain.py would write
+    root/windshield/real_rainy/                scenes of root/coco_rain's validation split behind a wet pane: they stand
+                                               for photographs, in another rain than the pairs
+
+Only the U-Net's scripts ask for it; utils/demo.py and its settings know nothing of it.
+"""
+
+import json
+import shutil
+import uuid
+
+import numpy as np
+from PIL import Image
+
+from utils import demo, rain, windshield
+from utils.config import UserError
+
+FORMAT_VERSION = 1   # raise it when the same settings would give other files
+CLEAR, RAINY, REAL = "clear", "windshield_rainy_v40", "real_rainy"
+MARKER = "demo_windshield.json"
+
+
+def ensure_windshield_demo(root="./demo", pairs=1200, real=12, intensity="medium", seed=0):
+    """Make sure that the pairs are under root/windshield, and draw them if they are missing or have other settings.
+
+    Args:
+        pairs, real: numbers of images; intensity: "light", "medium", "heavy" or "random", of the pairs; seed: of the
+            rain on the glass.
+    Returns:
+        Path(root) / "windshield".
+    Raises:
+        UserError: root/windshield holds something that is not demo data.
+    """
+    root = demo.ensure_demo(root)
+    folder = root / "windshield"
+    settings = {"format_version": FORMAT_VERSION, "windshield_version": windshield.VERSION,
+                "demo": json.loads((root / "demo.json").read_text(encoding="utf-8")), "pairs": pairs, "real": real,
+                "intensity": intensity, "seed": seed}
+    if _is_complete(folder, settings):
+        return folder
+    with demo.only_one(root / ".lock", done=lambda: _is_complete(folder, settings)) as (mine, refresh):
+        if mine and not _is_complete(folder, settings):
+            if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+                raise UserError(f"{folder.as_posix()} is not demo data of RainSight and will not be replaced. Move it "
+                                "away.")
+            demo.remove_leftovers(root)
+            build = root / f".building-{uuid.uuid4().hex}"
+            try:
+                _draw(root, build, settings, refresh)
+                if folder.exists():
+                    folder.rename(build / "old")
+                (build / "windshield").rename(folder)
+            finally:
+                shutil.rmtree(build, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder, settings):
+    try:
+        return json.loads((folder / MARKER).read_text(encoding="utf-8")) == settings
+    except (OSError, ValueError):
+        return False
+
+
+def _draw(root, build, settings, refresh):
+    """Every picture into build/windshield, the marker last."""
+    target = build / "windshield"
+    for name in (CLEAR, RAINY, REAL):
+        (target / name).mkdir(parents=True)
+    scenes = sorted((root / "coco" / "train2017").iterdir())[:settings["pairs"]]
+    wet = sorted((root / "coco_rain" / "val2017").iterdir())[:settings["real"]]
+    for path in scenes:
+        shutil.copyfile(path, target / CLEAR / path.name)
+    seed, intensity = settings["seed"], settings["intensity"]
+    jobs = [(path, target / RAINY / path.name, seed, intensity, windshield.add_windshield_rain) for path in scenes]
+    jobs += [(path, target / REAL / path.name, seed + 1, "random", windshield.add_drops) for path in wet]
+    demo.results(_draw_one, jobs, refresh)
+    record = {"kind": "windshield", "source": CLEAR, "seed": seed, "intensity": intensity,
+              "version": windshield.VERSION}
+    (target / RAINY / "rain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (target / MARKER).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _draw_one(job):
+    """One scene through the glass."""
+    source, target, seed, intensity, add = job
+    with Image.open(source) as scene:
+        pixels = np.asarray(scene.convert("RGB"))
+    Image.fromarray(add(pixels, rain.rng_for(seed, source.name), intensity)).save(target, **demo.JPEG)

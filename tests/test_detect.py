@@ -350,7 +350,8 @@ def test_a_real_ctrl_c_ends_with_a_summary(base, tmp_path):
     flags = [text for name, value in base.items() for text in (f"--{name}", str(value))]
     process = subprocess.Popen([sys.executable, "detect.py", "--source", str(path), *flags], cwd=ROOT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE,  # a suite in the background runs with SIGINT ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while b"image" not in b"".join(file.read_bytes() for file in Path(base["OUTPUT"]).glob(".images.json.*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

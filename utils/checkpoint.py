@@ -96,6 +96,27 @@ def load_state(path, device="cpu"):
     return content
 
 
+def torchvision_state(weights, published, constant, otherwise):
+    """-> {name: Tensor}, a network's published weights.
+
+    Args:
+        weights: "imagenet" (torchvision downloads once), or a local file of the same content.
+        published: torchvision's weights enum member; constant: the script's constant that holds `weights`.
+        otherwise: what the user can do without them, the end of a sentence.
+    Raises:
+        UserError: not reachable; CheckpointError: not a readable file.
+    """
+    if weights != "imagenet":
+        return load_state(weights)
+    try:
+        return published.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        network = type(published).__name__.removesuffix("_Weights")
+        raise UserError(f"{constant} = 'imagenet': torchvision cannot download {network} ({reason}). Put "
+                        f"{published.url} on this machine and set {constant} to the file, or {otherwise}.") from error
+
+
 def _is_state(content):
     return bool(content) and all(torch.is_tensor(value) for value in content.values())
 

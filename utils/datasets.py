@@ -287,7 +287,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
 
     def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
                  part=(0.0, 1.0), limit=None, check=True):
-        rainy, clean = (images_below(Path(folder), name)
+        rainy, clean = (images_by_name(Path(folder), name)
                         for folder, name in zip((rainy_dir, clean_dir), constants, strict=True))
         alone = sorted(rainy.keys() - clean.keys())
         if alone:
@@ -321,7 +321,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
                          "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
 
 
-def images_below(folder, constant):
+def images_by_name(folder, constant):
     """-> {relative name without extension: path} of the images below a folder."""
     if not folder.is_dir():
         raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {_advice(constant)}")

@@ -16,7 +16,6 @@ from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 
 from utils import checkpoint, datasets, freeze
-from utils.config import UserError
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # order of COCOeval.stats
 MAX_DETECTIONS = 100  # per image, COCO's rule
@@ -192,16 +191,8 @@ def load_lpips(weights, device="cpu"):
     Raises:
         UserError: not reachable, or a file that does not fit; names LPIPS_WEIGHTS.
     """
-    if weights == "imagenet":
-        try:
-            state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
-            raise UserError(
-                f"LPIPS_WEIGHTS = 'imagenet': torchvision cannot download AlexNet ({str(error).splitlines()[0]}). Put "
-                f"{AlexNet_Weights.IMAGENET1K_V1.url} on this machine and set LPIPS_WEIGHTS to the file, or to \"\" to "
-                "leave LPIPS out.") from error
-    else:
-        state = checkpoint.load_state(weights)
+    state = checkpoint.torchvision_state(weights, AlexNet_Weights.IMAGENET1K_V1, "LPIPS_WEIGHTS",
+                                         "to \"\" to leave LPIPS out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips asks torchvision for AlexNet by a parameter of old
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

@@ -10,7 +10,6 @@ from torchvision.models import VGG16_Weights, vgg16
 from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
 from utils import checkpoint, freeze
-from utils.config import UserError
 
 
 @contextmanager
@@ -106,16 +105,8 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, weights="imagenet"):
         super().__init__()
-        if weights == "imagenet":
-            try:
-                state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-            except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
-                raise UserError(
-                    f"PERCEPTUAL_WEIGHTS = 'imagenet': torchvision cannot download VGG16 "
-                    f"({str(error).splitlines()[0]}). Put {VGG16_Weights.IMAGENET1K_V1.url} on this machine and set "
-                    "PERCEPTUAL_WEIGHTS to the file, or set PERCEPTUAL_WEIGHT = 0 to train without it.") from error
-        else:
-            state = checkpoint.load_state(weights)
+        state = checkpoint.torchvision_state(weights, VGG16_Weights.IMAGENET1K_V1, "PERCEPTUAL_WEIGHTS",
+                                             "set PERCEPTUAL_WEIGHT = 0 to train without it")
         self.features = vgg16(weights=None).features[:16]
         state = {name.removeprefix("features."): value for name, value in state.items()}
         own = self.features.state_dict()  # the file's later blocks and its classifier are not needed

@@ -80,7 +80,7 @@ def _images(folder, constant):
         raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. Rainy partners of clear images come from "
                         "python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40; "
                         "set the constant to your data, or try --demo.")
-    return datasets.images_below(folder, constant)
+    return datasets.images_by_name(folder, constant)
 
 
 def _look_at(pair):

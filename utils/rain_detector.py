@@ -81,19 +81,10 @@ def new_rain_detector(backbone_weights="imagenet", **model_args):
         UserError: not reachable, or a file that does not fit; names BACKBONE_WEIGHTS.
     """
     detector = RainDetector(**model_args)
-    if backbone_weights == "imagenet":
-        try:
-            state = MobileNet_V3_Small_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"BACKBONE_WEIGHTS = 'imagenet': torchvision cannot download MobileNetV3-Small ({reason}). Put "
-                f"{MobileNet_V3_Small_Weights.IMAGENET1K_V1.url} on this machine and set BACKBONE_WEIGHTS to the "
-                "file, or to \"\" to train from random weights.") from error
-    elif backbone_weights:
-        state = checkpoint.load_state(backbone_weights)
-    else:
+    if not backbone_weights:
         return detector
+    state = checkpoint.torchvision_state(backbone_weights, MobileNet_V3_Small_Weights.IMAGENET1K_V1,
+                                         "BACKBONE_WEIGHTS", "to \"\" to train from random weights")
     features = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
     checkpoint.load_into(detector.features, features, f"BACKBONE_WEIGHTS = '{backbone_weights}'")
     return detector

@@ -99,3 +99,18 @@ def test_none_only_where_the_script_allows_it():
     assert config.from_command_line(namespace, ["--threshold", "None"]) == {"THRESHOLD": None}
     with pytest.raises(config.UserError, match="RATE = None"):
         config.resolve(namespace, {"RATE": None})
+
+
+def test_a_tuple_constant_takes_words_or_a_literal():
+    script = {"KEEP": (), "SIZES": (1, 2), "RUN_TEST": False}
+
+    def resolved(*words):
+        cfg = config.resolve(script, config.from_command_line(script, list(words)))
+        return cfg.KEEP, cfg.SIZES, cfg.RUN_TEST
+
+    assert resolved("--keep", "car", "traffic light") == (("car", "traffic light"), (1, 2), False)
+    assert resolved("--keep", "('a', 'b')", "--sizes", "3,4") == (("a", "b"), (3, 4), False)
+    assert resolved("--sizes", "3", "4", "--run_test", "1") == ((), (3, 4), True)
+    assert resolved("--run_test", "0", "--keep", "car") == (("car",), (1, 2), False)
+    with pytest.raises(config.UserError, match="--SIZES x"):
+        resolved("--sizes", "x")

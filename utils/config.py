@@ -10,6 +10,7 @@ registered anywhere and nothing happens on import.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import io
 import sys
@@ -94,7 +95,8 @@ def _checked(name, value, default):
 def from_command_line(namespace, argv=None):
     """Parse `--NAME value` flags and `--demo` into overrides for `resolve`.
 
-    Also `--name`, and `--na-me` for NA_ME; a boolean constant's bare flag means true.
+    Also `--name`, and `--na-me` for NA_ME; a boolean constant's bare flag means true, and it takes 0 and 1; a tuple
+    constant takes several words (`--KEEP car "traffic light"`) or one Python literal.
 
     Also makes the running program show a UserError as one line instead of a traceback, with exit code 1.
     """
@@ -112,20 +114,32 @@ def from_command_line(namespace, argv=None):
     for name, default in constants.items():
         text = f"{comments.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
         small = [name.lower(), name.lower().replace("_", "-")] if name.lower() != "demo" else []
-        bare = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        words = ({"nargs": "?", "const": "true"} if isinstance(default, bool) else
+                 {"nargs": "+"} if isinstance(default, (tuple, list)) else {})
         parser.add_argument(*[f"--{spelling}" for spelling in dict.fromkeys([name, *small])], dest=name,
-                            metavar="VALUE", default=argparse.SUPPRESS, help=text, **bare)
+                            metavar="VALUE", default=argparse.SUPPRESS, help=text, **words)
     overrides = vars(parser.parse_args(argv))
-    return {name: value if name == "demo" else _parsed(name, value, constants[name])
+    return {name: value if name == "demo" else
+            _several(name, value, constants[name]) if isinstance(value, list) else _parsed(name, value, constants[name])
             for name, value in overrides.items()}
+
+
+def _several(name, words, default):
+    """-> the words of a tuple constant's flag: one Python literal of a sequence, or one element each."""
+    if len(words) == 1:
+        with contextlib.suppress(ValueError, SyntaxError):
+            if isinstance(literal := ast.literal_eval(words[0]), (tuple, list)):
+                return literal
+    of = default[0] if default and isinstance(default[0], (int, float)) else ""
+    return [_parsed(name, word, of) for word in words]
 
 
 def _parsed(name, text, default):
     """-> the flag's text as a value: strings stay as they are, everything else is a Python literal."""
     if isinstance(default, str) or (default is None and text != "None" and not text[:1].isdigit()):
         return text
-    if isinstance(default, bool) and text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    if isinstance(default, bool) and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

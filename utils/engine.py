@@ -21,6 +21,7 @@ from tqdm import tqdm
 from utils import checkpoint, datasets, freeze, processes, report, visualize
 from utils.clock import Clock
 from utils.config import UserError
+from utils.ema import WeightAverage
 from utils.schedule import SCHEDULES, plateau_factor, schedule_factor
 
 PRECISIONS = ("float32", "bf16")  # what every network here stands; fp16 is for those that say so
@@ -40,7 +41,8 @@ def seed_everything(seed):
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
         milestones=(), plateau=None, precision="float32", precisions=PRECISIONS, optimizer=torch.optim.AdamW,
-        patience=None, stop=None, on_epoch=None, constants=None, resume=False, checkpoint_steps=200, own_files=()):
+        patience=None, stop=None, on_epoch=None, ema=None, constants=None, extras=None, resume=False,
+        checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -65,7 +67,10 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         patience: epochs without a better score before the run stops, None for never.
         stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
         on_epoch: (plain model in eval mode, history) -> None, called when the epoch is saved; every rank.
+        ema: (decay, warm-up steps) of a moving average of the trained weights, see `WeightAverage`; it is then what
+            is evaluated, handed to `on_best` and kept as best.pt. last.pt holds both.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
+        extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
         resume: go on from output_dir/last.pt (from the start where there is none).
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
@@ -85,8 +90,8 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             raise UserError(f"{name} = {value}: choose 1 or more")
     _require_numbers(parameters, loss_weights, clip_norm, warmup_steps)
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
-               clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, constants or {},
-               checkpoint_steps, own_files)
+               clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema,
+               constants or {}, extras or {}, checkpoint_steps, own_files)
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -104,10 +109,13 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             plain = run.accelerator.unwrap_model(run.model)
             plain.eval()
             processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
-            with torch.no_grad():
-                record.update(evaluate(plain) if evaluate else {})
-                pictures = sample_images(plain) if sample_images and run.main else {}
-            run.finish_epoch(record, plain, pictures, on_best)
+            with run.average.applied() if run.average else nullcontext():
+                with torch.no_grad():
+                    record.update(evaluate(plain) if evaluate else {})
+                    pictures = sample_images(plain) if sample_images and run.main else {}
+                run.finish_epoch(record, plain, pictures, on_best)
+            run.save_last()
+            run.accelerator.wait_for_everyone()
             if on_epoch:
                 with torch.no_grad():
                     on_epoch(plain, run.history)
@@ -158,6 +166,8 @@ def train_one_epoch(run):
             run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
+            if run.average:
+                run.average.update(run.step)
             clock.lap("step")
 
         run.batch += 1
@@ -190,7 +200,7 @@ class _Run:
     """The state of one `fit`: what is saved, what is counted, what is written."""
 
     def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
-                 clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, constants,
+                 clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema, constants, extras,
                  checkpoint_steps, own_files):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
@@ -199,7 +209,7 @@ class _Run:
         self.accumulate, self.clip_norm = accumulate, clip_norm
         self.schedule, self.warmup_steps, self.milestones, self.plateau = schedule, warmup_steps, milestones, plateau
         self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
-        self.own_files = own_files
+        self.own_files, self.ema, self.extras = own_files, ema, extras
         self.trainable = [p for group in parameters for p in group["params"]]
         if not self.trainable or not any(p.requires_grad for p in self.trainable):
             raise UserError("nothing to train: every parameter is frozen")
@@ -235,6 +245,7 @@ class _Run:
                     raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with another frozen {name}: "
                                     "resume with the weights of that run, or start anew with RESUME = False")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.average = WeightAverage(self.trainable, *self.ema) if self.ema else None
         if content:
             self._restore(content)
         elif resume and self.main:
@@ -244,8 +255,9 @@ class _Run:
     def state(self):
         """-> what last.pt holds: numbers, strings and tensors only."""
         plain = self.accelerator.unwrap_model(self.model)
-        return {
+        return self.extras | {
             "model": plain.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values if self.average else [],
             "model_args": getattr(plain, "model_args", {}), "constants": self.constants,
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
@@ -262,6 +274,8 @@ class _Run:
                             "resume with that run's constants, or start anew with RESUME = False") from error
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
+        if self.average:
+            self.average.load(content.get("average") or [p.detach() for p in self.average.parameters])
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["torch_rng"].cpu())
@@ -344,7 +358,8 @@ class _Run:
             self.bad_epochs += 1
         if self.main:
             if better:
-                checkpoint.save({"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
+                checkpoint.save(self.extras | {
+                                 "model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
                                  "constants": self.constants, "epoch": self.epoch, "metrics": record},
                                 self.folder / "best.pt")
                 if on_best:
@@ -359,8 +374,6 @@ class _Run:
                 self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
             self.writer.flush()
             print(self._line(record, better), flush=True)
-        self.save_last()
-        self.accelerator.wait_for_everyone()
 
     def _line(self, record, better):
         hidden = {"epoch", "step", "loss", "images_per_s", "time"}

@@ -37,30 +37,30 @@ class EpochBatches(torch.utils.data.Sampler):
             yield [(self.epoch, i) for i in whole[self.rank * share:(self.rank + 1) * share]]
 
 
-def training_loader(dataset, batch_size, workers, seed):
+def training_loader(dataset, batch_size, workers, seed, collate=datasets.collate):
     """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
     if batch_size < 1:
         raise UserError(f"BATCH_SIZE = {batch_size}: choose 1 or more")
     accelerator = processes.accelerator()
     batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
-    return _loader(dataset, workers, batch_sampler=batches)
+    return _loader(dataset, workers, collate, batch_sampler=batches)
 
 
-def validation_loader(dataset, batch_size, workers):
+def validation_loader(dataset, batch_size, workers, collate=datasets.collate):
     """DataLoader over each sample once, in order; under torchrun every rank gets its own share."""
     if batch_size < 1:
         raise UserError(f"EVAL_BATCH_SIZE = {batch_size}: choose 1 or more")
     accelerator = processes.accelerator()
     mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
+    return _loader(dataset, workers, collate, batch_size=batch_size, sampler=mine)
 
 
-def _loader(dataset, workers, **kwargs):
+def _loader(dataset, workers, collate, **kwargs):
     if workers < 0:
         raise UserError(f"DATALOADER_WORKERS = {workers}: choose 0 or more")
     workers = min(workers, cores.available_cores())
     return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
-        dataset, num_workers=workers, collate_fn=datasets.collate, pin_memory=torch.cuda.is_available(),
+        dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(), **kwargs)
 

@@ -1,0 +1,69 @@
+"""The moving average of the weights: its formula, what is evaluated and kept, and a resume that loses none of it."""
+
+import math
+
+import pytest
+import torch
+from test_engine import Killed, compute_losses, run
+from torch import nn
+
+from utils.config import UserError
+from utils.ema import WeightAverage
+
+
+def test_the_average_follows_its_formula_and_swapping_changes_nothing():
+    weights = nn.Parameter(torch.tensor([1.0, 2.0]))
+    average = WeightAverage([weights, nn.Parameter(torch.ones(1), requires_grad=False)], decay=0.9, warmup=2)
+    expected = weights.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            weights += step
+        average.update(step)
+        decay = 0.9 * (1 - math.exp(-step / 2))
+        expected = decay * expected + (1 - decay) * weights.detach()
+    before = weights.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(weights.detach(), expected)
+    assert torch.equal(weights, before) and len(average.values) == 1
+    torch.testing.assert_close(average.values[0], expected)
+
+
+def test_a_decay_of_one_is_refused():
+    with pytest.raises(UserError, match="between 0 and 1"):
+        WeightAverage([nn.Parameter(torch.ones(1))], 1.0, 10)
+
+
+def test_the_average_is_evaluated_and_kept_as_best_while_training_goes_on(coco, tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(model.head[0].weight.detach().clone())
+        return {"val/x": float(len(seen))}
+
+    model, _ = run(coco, tmp_path / "out", epochs=2, ema=(0.9, 4.0), evaluate=evaluate, score="val/x",
+                   extras={"class_names": ["car"]})
+    best, last = (torch.load(tmp_path / "out" / name) for name in ("best.pt", "last.pt"))
+    assert torch.equal(best["model"]["head.0.weight"], seen[-1])
+    assert torch.equal(last["model"]["head.0.weight"], model.head[0].weight)
+    assert not torch.equal(seen[-1], model.head[0].weight)
+    assert any(torch.equal(value, seen[-1]) for value in last["average"])
+    assert best["class_names"] == last["class_names"] == ["car"]
+
+
+@pytest.mark.parametrize("batches_before", [3, 5])
+def test_a_killed_run_keeps_its_average(coco, tmp_path, batches_before):
+    run(coco, tmp_path / "whole", ema=(0.9, 4.0))
+    count = 0
+
+    def dies(model, batch):
+        nonlocal count
+        count += 1
+        if count > batches_before:
+            raise Killed
+        return compute_losses(model, batch)
+
+    with pytest.raises(Killed):
+        run(coco, tmp_path / "killed", ema=(0.9, 4.0), losses=dies)
+    run(coco, tmp_path / "killed", ema=(0.9, 4.0), resume=True)
+    whole, killed = (torch.load(tmp_path / name / "last.pt")["average"] for name in ("whole", "killed"))
+    assert whole and all(torch.equal(a, b) for a, b in zip(whole, killed, strict=True))

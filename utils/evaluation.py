@@ -29,7 +29,8 @@ def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
     Args:
         logits: (B, Q, K); boxes: (B, Q, 4) normalised cxcywh; sizes: [(H, W), ...] original image sizes.
     Returns:
-        per image {"scores": (n,), "labels": (n,), "boxes": (n, 4) xyxy pixels}, best first, n = min(top, Q * K).
+        per image {"scores": (n,), "labels": (n,), "boxes": (n, 4) xyxy pixels, "queries": (n,) the query behind each},
+        best first, n = min(top, Q * K).
     """
     logits, boxes = logits.float(), boxes.float()
     classes = logits.shape[-1]
@@ -39,7 +40,8 @@ def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
     corners = torch.cat([centre - extent / 2, centre + extent / 2], -1)
     scale = boxes.new_tensor([[w, h, w, h] for h, w in sizes]).reshape(-1, 4)  # (B, 4)
     corners = corners * scale[:, None]
-    return [{"scores": s, "labels": i % classes, "boxes": c} for s, i, c in zip(scores, index, corners, strict=True)]
+    return [{"scores": s, "labels": i % classes, "boxes": c, "queries": i // classes}
+            for s, i, c in zip(scores, index, corners, strict=True)]
 
 
 @torch.no_grad()
@@ -99,24 +101,49 @@ def _indexed(content):
     return truth
 
 
-def coco_scores(truth, detections, category_of, image_ids):
+def with_masks_only(truth):
+    """-> `truth` for scoring masks. An object that was annotated without a mask counts neither way, as a crowd does:
+    its box becomes a crowd region. Returns `truth` itself where every object has a mask."""
+    def usable(shape):
+        return len(shape.get("counts", ())) > 0 if isinstance(shape, dict) else any(len(p) >= 6 for p in shape or ())
+
+    notes = []
+    for note in truth.dataset["annotations"]:
+        shape = note.get("segmentation")
+        if not usable(shape):
+            x, y, w, h = note["bbox"]
+            note = note | {"iscrowd": 1, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+        elif isinstance(shape, list) and any(len(polygon) < 6 for polygon in shape):
+            note = note | {"segmentation": [polygon for polygon in shape if len(polygon) >= 6]}
+        notes.append(note)
+    if all(new is old for new, old in zip(notes, truth.dataset["annotations"], strict=True)):
+        return truth
+    return _indexed(truth.dataset | {"annotations": notes})
+
+
+def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
     """COCO's metrics with the original ids, areas and crowd flags.
 
     Args:
         truth: from `ground_truth`; detections: from `detect`; category_of: {label: category id}, classes outside of it
         count neither way; image_ids: the images that were looked at.
+        iou_type: "bbox", or "segm" for masks: detections then carry "segmentation", an RLE of pycocotools.
     Returns:
         {"mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": float in [0, 1], or -1 where there is no such
         object, "per_class": {category name: AP}}.
     """
-    results = [{"image_id": d["image_id"], "category_id": category_of[d["label"]], "bbox": d["bbox"],
+    if iou_type == "segm":
+        truth = with_masks_only(truth)
+    # one shape per result: with a box beside the mask, pycocotools would take the box's area for the object's
+    shape = {"bbox": "bbox", "segm": "segmentation"}[iou_type]
+    results = [{"image_id": d["image_id"], "category_id": category_of[d["label"]], shape: d[shape],
                 "score": d["score"]} for d in detections if d["label"] in category_of]
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes(results) if results else COCO()
         if not results:
             found.dataset = truth.dataset | {"annotations": []}
             found.createIndex()
-        judge = COCOeval(truth, found, "bbox")
+        judge = COCOeval(truth, found, iou_type)
         judge.params.imgIds = sorted(image_ids)
         judge.params.catIds = sorted(category_of.values())
         judge.evaluate()

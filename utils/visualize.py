@@ -50,6 +50,26 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
     return picture
 
 
+def draw_masks(image, boxes, labels, names, masks, scores=None, scale=1, by_class=False, opacity=0.45):
+    """Draw translucent masks with an outline below the boxes and class names of `draw_boxes`.
+
+    Args:
+        masks: (N, H, W) bool, of the image's size; later ones lie above earlier ones.
+        by_class: masks in their class's colour, else one colour per object, so that neighbours stay apart.
+        opacity: of a mask's inside, in [0, 1]. The others: see draw_boxes.
+    Returns:
+        PIL image of scale times the size.
+    """
+    picture = torch.from_numpy(np.asarray(to_pil(image)).copy()).permute(2, 0, 1).float()  # (3, H, W) in 0..255
+    for i, (mask, label) in enumerate(zip(masks.cpu().bool(), labels.tolist(), strict=True)):
+        hexadecimal = PALETTE[(label if by_class else i) % len(PALETTE)]
+        colour = torch.tensor([int(hexadecimal[j:j + 2], 16) for j in (1, 3, 5)], dtype=torch.float32)[:, None]
+        picture[:, mask] = (1 - opacity) * picture[:, mask] + opacity * colour
+        outside = torch.nn.functional.max_pool2d((~mask)[None].float(), 3, 1, 1)[0] > 0
+        picture[:, mask & outside] = colour
+    return draw_boxes(picture.round().byte(), boxes, labels, names, scores, scale)
+
+
 def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
     """Draw a detector's answer on its input images.
 

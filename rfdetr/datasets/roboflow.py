@@ -1,0 +1,374 @@
+"""Data sets in the layout that Roboflow exports, checked when they are opened: boxes, and masks where they are wanted.
+
+    dataset/train/_annotations.coco.json, dataset/train/*.jpg     the same for valid/ and, perhaps, test/
+
+Masks may be polygons, compressed or uncompressed RLE; in memory they are compressed RLE, about a hundred bytes each. A
+sample is a function of (seed, epoch, index) alone, the size of a batch of (seed, keys in the batch) alone.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from rfdetr.datasets import transforms
+from utils import datasets
+from utils.config import UserError
+
+SPLITS = ("train", "valid", "test")
+ANNOTATIONS = "_annotations.coco.json"
+NO_MASKS = "No segmentation masks found in COCO annotations"
+
+
+# ---- annotation files ----------------------------------------------------------------------------------------------
+
+def annotation_path(root, split, flag="--dataset_dir"):
+    """-> Path of a split's annotation file; UserError that says what is missing and how to get a data set."""
+    path = Path(root) / split / ANNOTATIONS
+    if path.is_file():
+        return path
+    missing = next(p for p in (Path(root), Path(root) / split, path) if not p.exists() or p == path)
+    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} does not exist; expected train/, valid/ and "
+                    f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
+                    f"(Segmentation), draw a data set with 'python tools/make_demo_dataset.py', or try --demo.")
+
+
+def read_split(root, split, flag="--dataset_dir"):
+    """-> (Path of the annotation file, its content); UserError where anything that training relies on is not there."""
+    path = annotation_path(root, split, flag)
+    try:
+        content = datasets.read_annotations(path)
+    except TypeError:  # a list where an entry should be, or the like
+        raise UserError(f"{path.as_posix()}: its parts are not lists of entries; not a COCO annotation file") from None
+    if problem := _problem(content):
+        raise UserError(f"{path.as_posix()}: {problem}")
+    return path, content
+
+
+def _problem(content):
+    """-> what is wrong with a file that has all its keys, or None."""
+    for part in ("images", "annotations", "categories"):
+        ids = [entry["id"] for entry in content[part]]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            return f"two entries of '{part}' have the id {twice}; give every one its own"
+    names = [category["name"] for category in content["categories"]]
+    if len(set(names)) < len(names):
+        return f"two categories are called {next(n for n in names if names.count(n) > 1)!r}; merge or rename them"
+    for image in content["images"]:
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
+            return f"image {image['id']} ({image['file_name']}) has no whole positive width and height"
+    for note in content["annotations"]:
+        box = note["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
+            return f"annotation {note['id']}: bbox {str(box)[:60]} is not [x, y, width, height]"
+    return None
+
+
+def class_names_of(root, flag="--dataset_dir"):
+    """The classes to train, from train/ and what all splits use.
+
+    Returns:
+        (names in the order of their category ids, notes to print). Roboflow's parent category (supercategory "none",
+        id 0 or the others' supercategory) is left out where no annotation of any split uses it.
+    Raises:
+        UserError: no data set, no classes.
+    """
+    contents = {split: read_split(root, split, flag)[1] for split in SPLITS
+                if split == "train" or (Path(root) / split / ANNOTATIONS).is_file()}
+    used = {names[note["category_id"]] for content in contents.values()
+            for names in [{c["id"]: c["name"] for c in content["categories"]}] for note in content["annotations"]}
+    categories = sorted(contents["train"]["categories"], key=lambda category: category["id"])
+    parents = {category.get("supercategory") for category in categories}
+    dummies = [c["name"] for c in categories if c["name"] not in used and c.get("supercategory") == "none"
+               and (c["id"] == 0 or c["name"] in parents)]
+    names = [c["name"] for c in categories if c["name"] not in dummies]
+    if not names:
+        raise UserError(f"{flag} {Path(root).as_posix()}: train/{ANNOTATIONS} lists no classes")
+    return names, [f"class {name!r} is Roboflow's parent category without annotations: left out" for name in dummies]
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+def mask_code(segmentation, height, width):
+    """-> an annotation's mask as compressed RLE counts (bytes), None where it has none or one without pixels.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], {"size", "counts": str or list of int}, or nothing.
+    Raises:
+        ValueError: that cannot be a mask of a (height, width) image; the text says why.
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(size, list) or size != [height, width]:
+            raise ValueError(f"its RLE has the size {size}, the image is {height} high and {width} wide")
+        if isinstance(counts, list):
+            if not all(isinstance(n, int) and n >= 0 for n in counts):
+                raise ValueError("its RLE counts are not whole numbers from 0 on")
+            runs = np.array(counts, np.int64)
+        elif isinstance(counts, str):
+            runs = _runs(counts)
+        else:
+            raise ValueError("its RLE has no counts")
+        if runs.sum() != height * width or (runs < 0).any():  # pycocotools would write beyond the image
+            raise ValueError(f"its RLE covers {int(runs.sum())} pixels, the image has {height * width}")
+        if not runs[1::2].sum():
+            return None
+        return counts.encode() if isinstance(counts, str) else rle.frPyObjects(segmentation, height, width)["counts"]
+    if not isinstance(segmentation, list) or not all(isinstance(part, list) for part in segmentation):
+        raise ValueError("it is neither a list of polygons nor RLE")
+    polygons = [part for part in segmentation if len(part) >= 6]  # two points are no area
+    far = 10 * max(height, width)  # pycocotools walks along every edge, pixel by pixel
+    for part in polygons:
+        if len(part) % 2 or not all(isinstance(v, (int, float)) and -far <= v <= far for v in part):
+            raise ValueError("its polygon is not a list of x, y in the image")
+    if not polygons:
+        return None
+    merged = rle.merge(rle.frPyObjects(polygons, height, width))
+    return merged["counts"] if rle.area(merged) else None
+
+
+def _runs(counts):
+    """COCO's string of compressed counts -> run lengths (n,) int64, checked; pycocotools itself trusts it.
+
+    A character holds five bits of a number, lowest first, and whether more follow; from the fourth on, numbers are
+    differences from the one before the last.
+    """
+    try:
+        digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        raise ValueError("its RLE string holds characters that no RLE has") from None
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise ValueError("its RLE string is cut off or holds characters that no RLE has")
+    last = (digits & 32) == 0
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(digits.size) - np.repeat(starts, np.diff(np.append(starts, digits.size)))
+    if place.max() > 6:
+        raise ValueError("its RLE string holds a number that no image has")
+    numbers = np.add.reduceat((digits & 31) << (5 * place), starts)
+    numbers -= np.where(digits[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # the sign bit
+    numbers[1::2], numbers[2::2] = numbers[1::2].cumsum(), numbers[2::2].cumsum()
+    return numbers
+
+
+def stretched_masks(masks, size):
+    """(N, H, W) bool -> (N, *size) bool, nearest pixel; a mask that would vanish keeps every pixel it touches."""
+    if not len(masks) or tuple(masks.shape[-2:]) == tuple(size):
+        return masks.new_zeros(len(masks), *size) if not len(masks) else masks
+    masks = masks.as_subclass(torch.Tensor)
+    result = torch.nn.functional.interpolate(masks[None].byte(), size, mode="nearest-exact")[0].bool()
+    lost = ~result.flatten(1).any(1) & masks.flatten(1).any(1)
+    if lost.any():
+        result[lost] = torch.nn.functional.adaptive_max_pool2d(masks[lost].float(), size) > 0
+    return result
+
+
+# ---- the data set --------------------------------------------------------------------------------------------------
+
+class RoboflowDataset(torch.utils.data.Dataset):
+    """Images, boxes and perhaps masks of one split.
+
+    Keys are `index` or `(epoch, index)`. A sample is {"image": (3, H, W) uint8 after augmentation, "boxes": (N, 4)
+    float32 normalised cxcywh, "labels": (N,) int64 rows of the class head, "masks": (N, H, W) bool where they are
+    wanted, "image_id": int, "size": original (H, W), "domain": "clean", "path": str, "key": (epoch, index)}. Images
+    without objects are samples with N = 0; crowd regions are not trained on.
+
+    Images of more than (2 * resolution)^2 pixels are made smaller first, masks one at a time, so that a hundred masks
+    of a large photograph fit into memory: to about that many pixels for training, to the network's own
+    (resolution, resolution) otherwise, which is what Collate would have made of them.
+
+    Args:
+        root, split: see the top of this file; flag: what the script calls `root`, for error messages.
+        class_rows: {class name: row of the class head}; categories that are not in it may have no annotations.
+        resolution: side of the network's square input.
+        train: augment (transforms.training) and refuse a split without objects.
+        masks: every object needs a mask; those without are left out and counted.
+        seed: of the augmentation; check: decode every image once.
+    Attributes:
+        annotation_file, folder (Path), files (names in it), image_ids, category_of {row: category id}, class_names,
+        notes (lines to print).
+    Raises:
+        UserError: missing files, broken JSON, images or masks, unknown classes, no masks at all.
+    """
+
+    def __init__(self, root, split, class_rows, resolution, *, train, masks=False, seed=0, flag="--dataset_dir",
+                 check=True):
+        self.annotation_file, content = read_split(root, split, flag)
+        self.folder, self.resolution, self.seed, self.train = self.annotation_file.parent, resolution, seed, train
+        self.transform = transforms.training() if train else transforms.evaluation()
+        self.class_names = list(class_rows)
+        row_of = {c["id"]: class_rows[c["name"]] for c in content["categories"] if c["name"] in class_rows}
+        strangers = {note["category_id"] for note in content["annotations"]} - row_of.keys()
+        if strangers:
+            names = sorted(c["name"] for c in content["categories"] if c["id"] in strangers)
+            raise UserError(f"{self.annotation_file.as_posix()} annotates {', '.join(map(repr, names[:5]))}, which is "
+                            f"not among the classes to train: {', '.join(list(class_rows)[:8])}. Give all splits the "
+                            "same classes.")
+        self.category_of = {row: category for category, row in row_of.items()}
+        if not content["images"]:
+            raise UserError(f"{self.annotation_file.as_posix()} lists no images")
+        self.files = [image["file_name"] for image in content["images"]]
+        self.image_ids = [image["id"] for image in content["images"]]
+        self.notes = self._index_objects(content["images"], content["annotations"], row_of, masks)
+        if train and not len(self.labels):
+            raise UserError(f"{self.annotation_file.as_posix()} has no object to train on")
+        if check:
+            datasets.check_images([self.folder / name for name in self.files],
+                                  f"{flag} {Path(root).as_posix()} ({split})",
+                                  [(image["width"], image["height"]) for image in content["images"]])
+
+    def _index_objects(self, images, annotations, row_of, masks):
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about what was mended or left out."""
+        index_of = {image["id"]: i for i, image in enumerate(images)}
+        objects = [note for note in annotations if not note.get("iscrowd", 0)]
+        owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
+        extent = np.array([[image["width"], image["height"]] * 2 for image in images], np.float64)[owner]  # (M, 4)
+        corners = np.array([note["bbox"] for note in objects], np.float64).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        inside = np.clip(corners, 0, extent)
+        kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)  # false for NaN as well
+        clipped = (np.abs(inside - corners) > 1).any(1) & kept
+        counts = {"crowd region(s) are not trained on": len(annotations) - len(objects),
+                  "box(es) thinner than one pixel were left out": (~kept).sum(),
+                  "box(es) reached out of their image by more than a pixel and were clipped": clipped.sum()}
+        codes = None
+        if masks:
+            codes = self._mask_codes(objects, [(images[i]["height"], images[i]["width"]) for i in owner])
+            without = np.array([code is None for code in codes], bool)
+            counts["object(s) without a mask were left out"] = (kept & without).sum()
+            kept &= ~without
+        order = np.flatnonzero(kept)
+        order = order[np.argsort(owner[order], kind="stable")]
+        self.ends = np.cumsum([0, *np.bincount(owner[order], minlength=len(images))])
+        self.boxes = inside[order].astype(np.float32)  # xyxy pixels of the original image
+        self.labels = np.array([row_of[objects[i]["category_id"]] for i in order], np.int64)
+        self.codes = self.code_ends = None
+        if masks:
+            chosen = [codes[i] for i in order]
+            self.codes = np.frombuffer(b"".join(chosen), np.uint8)
+            self.code_ends = np.cumsum([0, *map(len, chosen)])
+        return [f"{self.annotation_file.as_posix()}: {count} {what}" for what, count in counts.items() if count]
+
+    def _mask_codes(self, objects, sizes):
+        """-> one `mask_code` per object; UserError that names those that are broken, or says that there are none."""
+        if objects and not any(note.get("segmentation") for note in objects):
+            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): boxes alone are enough for "
+                            "train_detector_stage1.py, masks need 'segmentation' (polygons or RLE); export the data "
+                            "set as COCO Segmentation")
+        codes, broken, names = [], [], dict(zip(self.image_ids, self.files, strict=True))
+        for note, size in tqdm(list(zip(objects, sizes, strict=True)), "checking masks", ascii=True, leave=False,
+                               disable=None if len(objects) > 20_000 else True):
+            try:
+                codes.append(mask_code(note.get("segmentation"), *size))
+            except ValueError as error:
+                broken.append(f"annotation {note['id']} of {names[note['image_id']]} ({error})")
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise UserError(f"{self.annotation_file.as_posix()}: {len(broken)} mask(s) cannot be decoded: "
+                            f"{'; '.join(broken[:3])}{more}. Mend or remove them.")
+        if objects and not any(codes):
+            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): every mask in it covers no pixel")
+        return codes
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path = self.folder / self.files[index]
+        image = datasets.read_image(path)
+        size = tuple(image.shape[-2:])
+        working = self._working_size(*size)
+        if working != size:
+            image = stretched_image(image, working)
+        span = slice(self.ends[index], self.ends[index + 1])
+        scale = np.array([working[1] / size[1], working[0] / size[0]] * 2, np.float32)
+        sample = {
+            "image": tv_tensors.Image(image),
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(self.boxes[span] * scale), format="XYXY",
+                                              canvas_size=working),
+            "labels": torch.from_numpy(self.labels[span]),
+        }
+        if self.codes is not None:
+            sample["masks"] = tv_tensors.Mask(self._masks(span, size, working))
+        with datasets.sample_randomness(self.seed, epoch, index):
+            sample = self.transform(sample)
+        sample["boxes"] = datasets.normalised_boxes(sample["boxes"])
+        plain = {name: sample[name].as_subclass(torch.Tensor) for name in ("image", "masks") if name in sample}
+        return sample | plain | {"image_id": self.image_ids[index], "size": size, "domain": "clean",
+                                 "path": path.as_posix(), "key": (epoch, index)}
+
+    def _working_size(self, height, width):
+        """-> (H, W) that the sample is made at."""
+        limit = (2 * self.resolution) ** 2
+        if height * width <= limit:
+            return height, width
+        if not self.train:
+            return self.resolution, self.resolution
+        scale = math.sqrt(limit / (height * width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _masks(self, span, size, working):
+        """-> (N, *working) bool."""
+        result = torch.zeros((span.stop - span.start, *working), dtype=torch.bool)
+        for i, n in enumerate(range(span.start, span.stop)):
+            code = self.codes[self.code_ends[n]:self.code_ends[n + 1]].tobytes()
+            mask = torch.from_numpy(rle.decode({"size": list(size), "counts": code})).bool()
+            result[i] = stretched_masks(mask[None], working)[0]
+        return result
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+def multi_scale_sizes(resolution, block, expanded, min_tokens, patch):
+    """-> the sizes of multi-scale training, smallest first: `resolution` plus -3 to 4 (expanded: -5 to 5) blocks.
+
+    Args:
+        block: step that the backbone's windows need; min_tokens: as many queries as the encoder must be able to
+            propose, one per token, so a size has at least so many patches of `patch` pixels.
+    """
+    steps = range(-5, 6) if expanded else range(-3, 5)
+    return tuple(size for size in (resolution + step * block for step in steps)
+                 if size > 0 and (size // patch) ** 2 >= min_tokens)
+
+
+def stretched_image(image, size):
+    """(3, H, W) uint8 -> (3, *size) uint8, bilinear with antialiasing."""
+    return F.resize(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
+
+
+class Collate:
+    """Samples of RoboflowDataset -> one batch of square images, as utils.datasets.collate plus labels[i]["masks"]
+    (N, S, S) bool where the samples have masks.
+
+    S is `resolution`, or one of `scales`, drawn by a hash of `seed` and the keys in the batch: the same in a resumed
+    run, whatever the number of workers.
+    """
+
+    def __init__(self, resolution, scales=(), seed=0):
+        self.resolution, self.scales, self.seed = resolution, tuple(scales), seed
+
+    def size_of(self, keys):
+        """-> S of the batch with these keys [(epoch, index), ...]."""
+        if not self.scales:
+            return self.resolution
+        text = json.dumps([self.seed, [list(key) for key in keys]])
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return self.scales[int.from_bytes(digest, "big") % len(self.scales)]
+
+    def __call__(self, samples):
+        size = (self.size_of([sample["key"] for sample in samples]),) * 2
+        batch = datasets.collate([sample | {"image": stretched_image(sample["image"], size)} for sample in samples])
+        for label, sample in zip(batch["labels"], samples, strict=True):
+            if "masks" in sample:
+                label["masks"] = stretched_masks(sample["masks"], size)
+        return batch

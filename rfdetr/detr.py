@@ -1,0 +1,346 @@
+"""RF-DETR in a few lines of Python: one small class per size.
+
+    from rfdetr.detr import RFDETRNano
+    detector = RFDETRNano()                                         # COCO weights, downloaded once
+    found = detector.predict("street.jpg", threshold=0.5)           # found.xyxy, .scores, .class_names, .masks
+    detector.train(dataset_dir="./dataset", epochs=50)              # train_detector_stage1.py, its options as keywords
+    detector.export("nano.onnx")                                    # checked against PyTorch
+
+Robinson et al., "RF-DETR", arXiv 2511.09554. The network is rfdetr/model.py, the training train_detector_stage1.py.
+"""
+
+import importlib
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from rfdetr import evaluate, masks, weights
+from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution
+from rfdetr.datasets.roboflow import stretched_image
+from rfdetr.model import RFDETR
+from utils import checkpoint, datasets, processes
+from utils.config import UserError
+
+TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
+OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of this network to 17 fails
+
+
+@dataclass
+class Detections:
+    """What was found in one image, best first.
+
+    xyxy: (n, 4) float32 pixels of the image as it was given; scores: (n,) float32; class_ids: (n,) int64, rows of the
+    class head (COCO ids with COCO's weights); class_names: n strings; masks: (n, H, W) bool, None without a mask head.
+    """
+
+    xyxy: np.ndarray
+    scores: np.ndarray
+    class_ids: np.ndarray
+    class_names: list
+    masks: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.scores)
+
+    def to_supervision(self):
+        """-> supervision.Detections; UserError where that package is not installed."""
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision() needs the package supervision: pip install supervision") from None
+        return supervision.Detections(xyxy=self.xyxy, confidence=self.scores, class_id=self.class_ids, mask=self.masks,
+                                      data={"class_name": np.array(self.class_names, dtype=str)})
+
+
+class Detector:
+    """A detector with its class names. The classes below set `size`; this one takes it from a checkpoint.
+
+    Args:
+        pretrain_weights: "coco" or the published file's name (rf-detr-nano.pth): COCO weights, downloaded once;
+            a path: a checkpoint of our scripts (with masks where it has them) or a published file; None: random.
+        num_classes: None keeps the classes of the weights (COCO's without weights); a number makes new class heads of
+            num_classes + 1 rows, unless the weights already have that many.
+        device: "cuda", "cpu", ...; None takes the GPU where there is one.
+        resolution: side of the square input; None takes the checkpoint's, else the size's own.
+    """
+
+    size = None
+
+    def __init__(self, pretrain_weights="coco", num_classes=None, device=None, resolution=None):
+        self.device = torch.device(device) if device else processes.device()
+        self.start = self._start(pretrain_weights)
+        self.model, self.class_rows = self._build(num_classes, resolution)
+        self.model.to(self.device).eval()
+
+    @classmethod
+    def from_checkpoint(cls, path, device=None):
+        """-> a detector of what `save` or one of the training scripts wrote; of a size class only that size."""
+        return cls(path, device=device)
+
+    def _start(self, source):
+        """-> Path of the weights to begin with, or None."""
+        if source is None or str(source).lower() == "none":
+            return None
+        own = PUBLISHED[self.size].file if self.size in PUBLISHED else None
+        if str(source).lower() == "coco" or (str(source) == own and not Path(own).is_file()):
+            if not self.size:
+                raise UserError("Detector knows its size from a checkpoint: give its path, or take RFDETRNano, ...")
+            return weights.fetch(self.size)
+        published = {file.file: size for size, file in PUBLISHED.items()}
+        if str(source) in published and not Path(source).is_file():
+            raise UserError(f"pretrain_weights = '{source}' is of size {published[str(source)]}, this is {self.size}")
+        return Path(source)
+
+    def _build(self, num_classes, resolution):
+        """-> (RFDETR, {class name: row})."""
+        if num_classes is not None and num_classes < 1:
+            raise UserError(f"num_classes = {num_classes}: choose 1 or more, or None")
+        content, args = self._content()
+        rows = COCO_HEAD_ROWS if content is None else weights.rows_of(content)[0]
+        rows = num_classes + 1 if num_classes else rows
+        size = self.size or args["size"]
+        side = resolution or args.get("resolution") or default_resolution(size)
+        model = RFDETR(size, rows, side, mask_head=args.get("mask_head"))
+        known = weights.load_pretrained(model, content)["class_rows"] if content else {}
+        if not known:  # new class heads
+            known = {f"class {row}": row for row in range(num_classes)} if num_classes else dict(COCO_ROWS)
+        return model, known
+
+    def _content(self):
+        """-> (content of the weights to begin with or None, its model arguments; {} of a published file)."""
+        if self.start is None:
+            if not self.size:
+                raise UserError("Detector needs a checkpoint; take RFDETRNano, RFDETRSmall, ... for a new one")
+            return None, {}
+        content, name = checkpoint.load(self.start), self.start.as_posix()
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise UserError(f"{name} holds no state dict under 'model': give a checkpoint of train_detector_stage1.py, "
+                            "train_seg_stage2.py or a published COCO file")
+        args = content.get("args")
+        if not (isinstance(args, dict) and "size" in args):
+            if not self.size:
+                raise UserError(f"{name} does not say its size: load it with RFDETRNano, RFDETRSmall, ...")
+            return content, {}
+        if self.size and args["size"] != self.size:
+            raise UserError(f"{name} holds a detector of size {args['size']}, not {self.size}")
+        return content, args
+
+    @property
+    def class_names(self):
+        """-> the class names, in the order of their rows."""
+        return sorted(self.class_rows, key=self.class_rows.get)
+
+    @property
+    def resolution(self):
+        """-> side of the square that the network sees."""
+        return self.model.model_args["resolution"]
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def train(self, dataset_dir, epochs, **options):
+        """Train on a Roboflow-layout data set and go on with the best epoch's weights.
+
+        Starts from the weights of the last `train`, `from_checkpoint` or `pretrain_weights`, as stage 1 does.
+
+        Args:
+            options: constants of train_detector_stage1.py, in small letters: batch=4, lr=1e-4, multi_scale=False, ...
+        Returns:
+            result of the script: {"run_dir", "checkpoint", "history", "best_epoch", "best_score", ...}.
+        """
+        import train_detector_stage1  # only here: predicting needs nothing of the training
+
+        constants = {name.upper(): value for name, value in options.items()}
+        constants = {"SIZE": self.size or self.model.model_args["size"], "RESOLUTION": self.resolution,
+                     "PRETRAIN_WEIGHTS": str(self.start or "none")} | constants
+        result = train_detector_stage1.main(DATASET_DIR=str(dataset_dir), EPOCHS=epochs, **constants)
+        if Path(result["checkpoint"]).is_file():  # not after Ctrl+C in the first epoch
+            self.start = Path(result["checkpoint"])
+            self.model, self.class_rows = self._build(None, None)
+            self.model.to(self.device).eval()
+        return result
+
+    # ---- prediction ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, images, threshold=0.5, batch_size=8):
+        """Detect objects.
+
+        Args:
+            images: one image or a list: a path, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W), uint8
+                or float in [0, 1]. Sizes may differ; the network sees them stretched to its square.
+            threshold: lowest score in [0, 1]. batch_size: images per forward pass.
+        Returns:
+            Detections, or a list of them for a list.
+        """
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold = {threshold}: choose a score in [0, 1]")
+        several = isinstance(images, (list, tuple))
+        found, images = [], list(images) if several else [images]
+        for first in range(0, len(images), batch_size):
+            found += self._predict_batch([as_tensor(image) for image in images[first:first + batch_size]], threshold)
+        return found if several else found[0]
+
+    def _predict_batch(self, images, threshold):
+        """[(3, H, W) uint8 or float in [0, 1], ...] -> [Detections, ...]."""
+        square = (self.resolution, self.resolution)
+        pixels = torch.stack([as_float(stretched_image(image.to(self.device), square)) for image in images])
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        self.model.eval()
+        results = evaluate.predict_batch(self.model, pixels, sizes, rows=self.class_rows.values())
+        return [self._detections({key: value[one["scores"] >= threshold] for key, value in one.items()}, size)
+                for one, size in zip(results, sizes, strict=True)]
+
+    def _detections(self, one, size):
+        """One image's result of evaluate.predict_batch, size (H, W) -> Detections."""
+        name_of = {row: name for name, row in self.class_rows.items()}
+        height, width = size
+        boxes = one["boxes"].cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        masks = evaluate.full_masks(one["mask_logits"], size).numpy() if "mask_logits" in one else None
+        rows = one["labels"].cpu()
+        return Detections(boxes.float().numpy(), one["scores"].cpu().numpy(), rows.numpy(),
+                          [name_of[row] for row in rows.tolist()], masks)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path):
+        """Write a checkpoint that `from_checkpoint`, the scripts and a plain torch.load read."""
+        checkpoint.save(weights.checkpoint_content(self.model, self.class_names, self.class_rows,
+                                                   dict(self.model.model_args)), path)
+
+    def export(self, path, opset=18, batch_size=1):
+        """Write ONNX and compare it with PyTorch through onnxruntime. -> largest difference
+
+        Input: images (batch_size, 3, S, S) RGB in [0, 1], S = `resolution`. Outputs: logits (B, Q, K), boxes
+        (B, Q, 4) normalised cxcywh, and mask_logits (B, Q, S / 4, S / 4) where there is a mask head.
+
+        Raises:
+            UserError: a package is missing, an opset below 18, a file that differs by more than TOLERANCE.
+        """
+        return export_onnx(self.model, Path(path), opset, batch_size)
+
+
+class RFDETRNano(Detector):
+    """384 pixels, two decoder layers."""
+
+    size = "nano"
+
+
+class RFDETRSmall(Detector):
+    """512 pixels, three decoder layers."""
+
+    size = "small"
+
+
+class RFDETRMedium(Detector):
+    """576 pixels, four decoder layers."""
+
+    size = "medium"
+
+
+class RFDETRBase(Detector):
+    """560 pixels, patches of 14 pixels in four windows per side, three decoder layers."""
+
+    size = "base"
+
+
+class RFDETRLarge(Detector):
+    """560 pixels, DINOv2-B and two feature levels; its authors call it deprecated."""
+
+    size = "large"
+
+
+class RFDETRLarge2026(Detector):
+    """704 pixels, otherwise the medium one."""
+
+    size = "large_2026"
+
+
+def as_tensor(image):
+    """A path, PIL image, array (H, W, 3) uint8, or tensor (3, H, W) uint8 or in [0, 1] -> (3, H, W) uint8 or float."""
+    if isinstance(image, (str, os.PathLike)):
+        return datasets.read_image(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    if torch.is_tensor(image) and image.ndim == 3 and image.shape[0] == 3 and image.numel():
+        if image.dtype == torch.uint8:
+            return image
+        if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
+            return image.float()
+    shape = f" {tuple(image.shape)} {image.dtype}" if hasattr(image, "shape") else ""
+    raise UserError(f"predict() cannot use a {type(image).__name__}{shape}: give a path, a PIL image, an array "
+                    "(H, W, 3) of uint8 RGB, or a tensor (3, H, W), uint8 or float in [0, 1]")
+
+
+def as_float(image):
+    """uint8 -> float in [0, 1]; floats stay as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+class _Deployable(nn.Module):
+    """RFDETR with plain tensors in and out; see Detector.export."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        outputs = self.model(images)
+        found = outputs["logits"], outputs["boxes"]
+        if self.model.mask_head is None:
+            return found
+        batch, queries = outputs["logits"].shape[:2]
+        image = torch.arange(batch).repeat_interleave(queries)
+        query = torch.arange(queries).repeat(batch)
+        logits = masks.mask_logits(outputs, image, query)  # (B * Q, S / 4, S / 4)
+        return *found, logits.unflatten(0, (batch, queries))
+
+
+@torch.no_grad()
+def export_onnx(model, path, opset, batch_size):
+    """See Detector.export."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"export() needs the package {name}: pip install onnx onnxscript onnxruntime") from None
+    if opset < OLDEST_OPSET:
+        raise UserError(f"opset = {opset}: torch's exporter writes RF-DETR with {OLDEST_OPSET} or newer")
+    import onnxruntime
+
+    side, device = model.model_args["resolution"], next(model.parameters()).device
+    deployable = _Deployable(model).cpu().eval()
+    example, images = torch.rand(2, batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
+    checkpoint.require_writable(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    names = ["logits", "boxes", "mask_logits"]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, not used here
+    try:
+        expected = deployable(images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on
+            program = torch.export.export(deployable, (example,), strict=False)
+            torch.onnx.export(program, f=str(temporary), opset_version=opset, dynamo=True, external_data=False,
+                              verbose=False, input_names=["images"], output_names=names[:len(expected)])
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        written = session.run(None, {"images": images.numpy()})
+        # queries in the order of their values: equally good proposals may swap places
+        found = max((torch.from_numpy(a).sort(1).values - b.sort(1).values).abs().max().item()
+                    for a, b in zip(written, expected, strict=True))
+        if not found <= TOLERANCE:
+            raise UserError(f"the ONNX file differs from PyTorch by {found:.1e}, more than {TOLERANCE}, and was not "
+                            f"written to {path.as_posix()}")
+        del session  # Windows: an open file cannot be moved
+        checkpoint.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        model.to(device)
+    return found

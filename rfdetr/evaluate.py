@@ -1,0 +1,151 @@
+"""Detections and masks of RF-DETR at the size of the original images, and their scores by pycocotools.
+
+Masks are computed for the chosen detections only, stretched one at a time and only where they are, and kept as run
+lengths: a hundred masks of a photograph of twelve megapixels never exist at once.
+"""
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from rfdetr.masks import mask_logits
+from utils import evaluation, processes
+
+
+@torch.no_grad()
+def predict_batch(model, images, sizes, top=evaluation.MAX_DETECTIONS, masks=True, rows=None):
+    """Detect, in one batch.
+
+    Args:
+        model: rfdetr.model.RFDETR in eval mode; images: (B, 3, S, S) float RGB in [0, 1] on its device.
+        sizes: [(H, W), ...] of the original images; top: detections per image at most.
+        masks: with masks, if the model has a mask head.
+        rows: rows of the class head that count, None for all; the others are dropped before the `top` best are chosen.
+    Returns:
+        per image {"scores": (n,), "labels": (n,) rows of the head, "boxes": (n, 4) xyxy pixels of the original image,
+        "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32 (see `full_masks`).
+    """
+    outputs = model(images)
+    logits = outputs["logits"]
+    if rows is not None:
+        rows = torch.as_tensor(sorted(rows), device=logits.device)
+        logits = logits[..., rows]
+    found = evaluation.decode(logits, outputs["boxes"], sizes, top)
+    for i, one in enumerate(found):
+        if rows is not None:
+            one["labels"] = rows[one["labels"]]
+        if masks and "pixel_embedding" in outputs:
+            one["mask_logits"] = mask_logits(outputs, torch.full_like(one["queries"], i), one["queries"])
+    return found
+
+
+# ---- masks at the original size --------------------------------------------------------------------------------
+
+def full_mask(logits, size):
+    """Where logits (h, w), stretched bilinearly to size (H, W), are above 0.
+
+    Equal to F.interpolate(..., mode="bilinear") > 0, but only the part around the object is computed.
+
+    Returns:
+        (rows, columns, part): slices of the (H, W) image and the mask (bool) inside of them; it is empty outside.
+    """
+    positive = logits > 0
+    spans = []
+    for axis, length in ((1, size[0]), (0, size[1])):
+        hit = positive.any(axis).nonzero()
+        if not len(hit):
+            return slice(0, 0), slice(0, 0), positive[:0, :0]
+        step = length / logits.shape[1 - axis]
+        # a neighbour of a positive value can be above 0 up to one step away from that value's centre
+        spans.append((max(0, int((hit[0].item() - 0.5) * step) - 1),
+                      min(length, int((hit[-1].item() + 1.5) * step) + 2)))
+    (top, bottom), (left, right) = spans
+    low, high, share = _taps(top, bottom, size[0], logits.shape[0], logits.device)
+    rows = torch.lerp(logits[low], logits[high], share[:, None])
+    low, high, share = _taps(left, right, size[1], logits.shape[1], logits.device)
+    return slice(top, bottom), slice(left, right), torch.lerp(rows[:, low], rows[:, high], share) > 0
+
+
+def _taps(first, last, length, cells, device):
+    """Pixels first .. last - 1 of `length` -> the two cells each lies between, and the second one's share."""
+    centre = ((torch.arange(first, last, device=device) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
+    low = centre.floor().long()
+    return low, (low + 1).clamp(max=cells - 1), centre - low
+
+
+def full_masks(logits, size):
+    """Mask logits (n, h, w) -> (n, H, W) bool on the CPU, stretched to size (H, W)."""
+    masks = torch.zeros(len(logits), *size, dtype=torch.bool)
+    for mask, one in zip(masks, logits, strict=True):
+        rows, columns, part = full_mask(one, size)
+        mask[rows, columns] = part.cpu()
+    return masks
+
+
+def run_lengths(found, size):
+    """Masks of one image's detections (of `predict_batch`) -> [{"size": [H, W], "counts": str}, ...], COCO's RLE.
+
+    Detections of one query share one mask, which is encoded once.
+    """
+    done = {}
+    for query, logits in zip(found["queries"].tolist(), found["mask_logits"], strict=True):
+        if query not in done:
+            rows, columns, part = full_mask(logits, size)
+            pixels = np.zeros(size, np.uint8, order="F")
+            pixels[rows, columns] = part.cpu().numpy()
+            code = rle.encode(pixels)
+            done[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
+    return [done[query] for query in found["queries"].tolist()]
+
+
+# ---- a data set ------------------------------------------------------------------------------------------------
+
+def detect(model, loader, device, masks=False, name="evaluating"):
+    """Detections of a whole validation loader.
+
+    Args:
+        model: RFDETR in eval mode; loader: from loaders.validation_loader over a RoboflowDataset, whose `category_of`
+            says which rows count; under torchrun every rank sees its share, and all get the whole result.
+    Returns:
+        [{"image_id", "label": row, "bbox" [x, y, w, h] pixels, "score", with masks "segmentation": RLE}, ...].
+    """
+    found, rows = [], list(loader.dataset.category_of)
+    for batch in tqdm(loader, name, ascii=True, leave=False, dynamic_ncols=True,
+                      disable=None if processes.is_main() else True):
+        images = batch["images"].to(device, non_blocking=True).float().div_(255)
+        results = predict_batch(model, images, batch["sizes"], masks=masks, rows=rows)
+        for image_id, size, result in zip(batch["image_ids"], batch["sizes"], results, strict=True):
+            x1, y1, x2, y2 = result["boxes"].double().cpu().unbind(-1)
+            boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], -1).tolist()
+            entries = [{"image_id": image_id, "label": label, "bbox": box, "score": score} for label, box, score in
+                       zip(result["labels"].tolist(), boxes, result["scores"].tolist(), strict=True)]
+            if "mask_logits" in result:
+                for entry, code in zip(entries, run_lengths(result, tuple(size)), strict=True):
+                    entry["segmentation"] = code
+            found += entries
+    return gather_object(found)
+
+
+def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
+    """COCO's scores of boxes and masks at the original image size.
+
+    Args:
+        model, loader: see `detect`; masks: score masks as well (the model has a mask head).
+        truth: evaluation.ground_truth of the loader's annotation file, None to read it.
+    Returns:
+        {"box/mAP", "box/AP50", "box/AP75", "box/AP_small", "box/AP_medium", "box/AP_large", with masks the same of
+        "mask/": float in [0, 1], -1 where there is no such object},
+        [{"class": name, "box": AP, with masks "mask": AP}, ...] in the order of the category ids, and the detections.
+    """
+    data = loader.dataset
+    truth = truth or evaluation.ground_truth(data.annotation_file)
+    found = detect(model, loader, device, masks, name)
+    metrics, table = {}, {}
+    for kind, iou_type in (("box", "bbox"), ("mask", "segm"))[:1 + bool(masks)]:
+        scores = evaluation.coco_scores(truth, found, data.category_of, data.image_ids, iou_type)
+        for category, value in scores.pop("per_class").items():
+            table.setdefault(category, {"class": category})[kind] = value
+        metrics |= {f"{kind}/{metric}": value for metric, value in scores.items()}
+    return metrics, list(table.values()), found

@@ -1,0 +1,155 @@
+"""What the frozen detector says about every training image, computed once and kept on disk.
+
+In stage 2 the detector never changes, so its features of an image and of its mirror image are the same in every epoch.
+An entry holds, in half precision, the projector's map and the queries that are matched with the image's objects, and,
+as they are, the stretched image and the objects' masks. An epoch then costs only the mask head.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+from rfdetr import criterion
+from rfdetr.datasets.roboflow import Collate
+from utils import checkpoint, datasets, freeze, loaders, processes
+from utils.config import UserError
+
+VERSION = 1  # raise it when the same key would hold something else
+
+
+class CachedDataset(torch.utils.data.Dataset):
+    """Cached entries of a RoboflowDataset; whatever is missing is computed when this is opened.
+
+    Sample: {"image": (3, S, S) uint8, "boxes": (n, 4), "labels": (n,), "masks": (n, S, S) bool, "features": (D, h, w)
+    float16, "queries": (n, D) float16, "query_boxes": (n, 4), "image_id", "size", "domain", "path"}; objects and
+    queries in the same order.
+    Keys are index or (epoch, index); every second time, by chance of (seed, epoch, index), it is the mirror image.
+
+    Args:
+        folder: of all caches; this one lives in a folder of its own, named after the detector's weights, the
+            resolution and the annotation file, so that a change of any of them starts a new cache.
+        model: RFDETR with a frozen detector; data: RoboflowDataset without augmentation, with masks.
+        resolution: side of the square input.
+    Raises:
+        UserError: no room on the disk.
+    """
+
+    def __init__(self, folder, model, data, resolution, batch_size, workers):
+        self.data, self.seed = data, data.seed
+        identity = hashlib.blake2b(digest_size=10)
+        for part in (str(VERSION), freeze.fingerprint(model.detector), str(resolution)):
+            identity.update(part.encode())
+        identity.update(Path(data.annotation_file).read_bytes())
+        self.folder = Path(folder) / identity.hexdigest()
+        digests = [hashlib.blake2b((Path(data.folder) / name).read_bytes(), digest_size=8).hexdigest()
+                   for name in data.files]
+        self.names = [f"{image_id}_{digest}" for image_id, digest in zip(data.image_ids, digests, strict=True)]
+        missing = [i for i in range(len(data)) if not all(self.file(i, mirror).is_file() for mirror in (False, True))]
+        if missing:
+            self._fill(model, missing, resolution, batch_size, workers)
+        processes.accelerator().wait_for_everyone()
+
+    def file(self, index, mirror):
+        return self.folder / f"{self.names[index]}{'_mirror' if mirror else ''}.safetensors"
+
+    def _fill(self, model, missing, resolution, batch_size, workers):
+        channels = model.detector.config.d_model
+        entry = 3 * resolution**2 + 2 * channels * (resolution // model.detector.config.backbone_config.patch_size)**2
+        checkpoint.require_writable(self.folder, megabytes=2 * len(missing) * (entry + 20_000) / 2**20 + 50)
+        processes.say(f"computing the detector's features of {len(missing)} images once, into "
+                      f"{self.folder.as_posix()} (about {2 * len(missing) * entry / 2**20:.0f} MB)")
+        loader = loaders.validation_loader(torch.utils.data.Subset(self.data, missing), batch_size, workers,
+                                           collate=Collate(resolution))
+        device = next(model.parameters()).device
+        model = model.to(processes.device()) if device != processes.device() else model
+        model.eval()
+        accelerator = processes.accelerator()
+        mine = iter(missing[accelerator.process_index::accelerator.num_processes])  # the loader's own share and order
+        for batch in tqdm(loader, "features", ascii=True, leave=False, dynamic_ncols=True,
+                          disable=None if processes.is_main() else True):
+            batch = datasets.to_device(batch, processes.device())
+            indices = [next(mine) for _ in batch["images"]]
+            for mirror in (False, True):
+                if mirror:
+                    batch = batch | {"images": batch["images"].flip(-1),
+                                     "labels": [_mirrored(label) for label in batch["labels"]]}
+                self._write(model, batch, indices, mirror)
+
+    @torch.no_grad()
+    def _write(self, model, batch, indices, mirror):
+        outputs = model(batch["images"])
+        matched = criterion.match(outputs["logits"], outputs["boxes"], batch["labels"])
+        for i, (index, (query, target)) in enumerate(zip(indices, matched, strict=True)):
+            label = batch["labels"][i]
+            query, target = query.to(outputs["queries"].device), target.to(label["masks"].device)
+            entry = {
+                "image": (batch["images"][i] * 255).round().byte(), "features": outputs["features"][i].half(),
+                "queries": outputs["queries"][i, query].half(), "query_boxes": outputs["boxes"][i, query],
+                "boxes": label["boxes"][target], "labels": label["class_labels"][target],
+                "masks": _packed(label["masks"][target]), "size": torch.tensor(batch["sizes"][i])}
+            save_tensors({name: value.cpu().contiguous() for name, value in entry.items()}, self.file(index, mirror))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with datasets.sample_randomness(self.seed, epoch, index):
+            mirror = bool(torch.rand(()) < 0.5)
+        path = self.file(index, mirror)
+        try:
+            entry = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot read the cached features {path.as_posix()}: {error}. Delete that file; the next "
+                            "start computes it again.") from error
+        side = entry["image"].shape[-1]
+        return entry | {"masks": _unpacked(entry["masks"], side), "size": tuple(entry["size"].tolist()),
+                        "image_id": self.data.image_ids[index], "domain": "clean",
+                        "path": (Path(self.data.folder) / self.data.files[index]).as_posix()}
+
+
+def collate(samples):
+    """-> batch as of utils.datasets.collate; labels carry "masks", "features" and "queries" as well."""
+    batch = datasets.collate(samples)
+    for label, sample in zip(batch["labels"], samples, strict=True):
+        label.update({name: sample[name] for name in ("masks", "features", "queries", "query_boxes")})
+    return batch
+
+
+def stacked(labels):
+    """Labels of `collate` -> what RFDETR.forward takes as `cached`, float32; images with fewer objects than others get
+    zeros as queries and boxes at the end."""
+    def padded(name):
+        return torch.nn.utils.rnn.pad_sequence([label[name] for label in labels], batch_first=True).float()
+    return {"features": torch.stack([label["features"] for label in labels]).float(), "queries": padded("queries"),
+            "boxes": padded("query_boxes")}
+
+
+def save_tensors(tensors, path):
+    """Write {name: Tensor} to a safetensors file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    safetensors.torch.save_file(tensors, temporary)
+    checkpoint.replace(temporary, path)
+
+
+def _mirrored(label):
+    boxes = label["boxes"].clone()
+    boxes[:, 0] = 1 - boxes[:, 0]
+    return label | {"boxes": boxes, "masks": label["masks"].flip(-1)}
+
+
+def _packed(masks):
+    """(n, S, S) bool -> (n, S, ceil(S / 8)) uint8, eight pixels a byte."""
+    padded = torch.nn.functional.pad(masks.byte(), (0, -masks.shape[-1] % 8))
+    bits = padded.unflatten(-1, (padded.shape[-1] // 8, 8))  # (n, S, S / 8, 8)
+    return (bits << torch.arange(8, device=masks.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def _unpacked(packed, width):
+    """The inverse of `_packed`."""
+    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten(-2)[..., :width].bool()

@@ -1,0 +1,240 @@
+"""What the RF-DETR training scripts share: run folders, data, models to start from, parameter groups.
+
+The scripts (train_detector_stage1.py, train_seg_stage2.py, train_seg_single_stage.py) hold the constants and the order
+of things; the loop is utils/engine.py, what a run prints and leaves behind rfdetr/run_report.py.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from rfdetr import features, run_report, weights
+from rfdetr.config import COCO_ROWS, block_size, default_resolution, detector_config
+from rfdetr.datasets import roboflow
+from rfdetr.model import RFDETR
+from utils import checkpoint, freeze, loaders, processes
+from utils.config import UserError
+
+NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
+
+
+# ---- the run's folder, banner, precision ---------------------------------------------------------------------------
+
+def run_folder(runs_dir, name):
+    """-> runs_dir/<name>_<n> with the first free number above all others; the same on every rank, not yet made."""
+    used = [int(found[1]) for path in Path(runs_dir).glob(f"{name}_*")
+            if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", path.name))]
+    choice = [str(Path(runs_dir) / f"{name}_{max(used, default=0) + 1}")]
+    if processes.accelerator().num_processes > 1:
+        broadcast_object_list(choice)  # the main process may already be making it when another one looks
+    return Path(choice[0])
+
+
+def resumed(overrides, runs_dir, name):
+    """The constants of the run to go on with, under those that were given.
+
+    Args:
+        overrides: of `main`; its RESUME is a run's folder, or "last" for the newest one of that kind.
+        runs_dir, name: where runs live and what their folders begin with ("detector", "segmentation").
+    Returns:
+        overrides for config.resolve, with RESUME made a folder.
+    """
+    wanted = overrides.get("RESUME", "")
+    if not wanted:
+        return overrides
+    folder = Path(wanted)
+    if wanted == "last":
+        found = [path for path in Path(overrides.get("RUNS_DIR", runs_dir)).glob(f"{name}_*/last.pt")]
+        if not found:
+            raise UserError(f"--resume last: no {name}_*/last.pt in {Path(runs_dir).as_posix()}")
+        folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"--resume {folder.as_posix()}: there is no last.pt in it; give the folder of an earlier run, "
+                        "or 'last' for the newest one")
+    constants = checkpoint.load(folder / "last.pt").get("constants", {})
+    return constants | overrides | {"RESUME": str(folder)}
+
+
+def device_name():
+    """-> what the banner calls the device."""
+    device = processes.device()
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def amp_precision(no_amp):
+    """-> "float32", "bf16" or "fp16": what mixed precision is on this device. A CPU gains nothing from it."""
+    if no_amp or processes.device().type != "cuda":
+        return "float32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+def class_names(dataset_dir):
+    """-> the data set's class names; prints what was dropped."""
+    names, notes = roboflow.class_names_of(dataset_dir)
+    for note in notes:
+        processes.say(f"note: {note}")
+    return names
+
+
+def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=False):
+    """-> RoboflowDataset of one split; prints its notes."""
+    data = roboflow.RoboflowDataset(cfg.DATASET_DIR, split, class_rows, resolution, train=train, masks=with_masks,
+                                    seed=cfg.SEED)
+    for note in data.notes:
+        processes.say(f"note: {note}")
+    return data
+
+
+def batch_sizes(cfg, size, resolution):
+    """-> the sizes that multi-scale training draws from; () without it."""
+    if not cfg.MULTI_SCALE:
+        return ()
+    settings = detector_config(size, 2, resolution)
+    return roboflow.multi_scale_sizes(resolution, block_size(size), cfg.EXPANDED_SCALES, settings.num_queries,
+                                      settings.backbone_config.patch_size)
+
+
+def training_loader(cfg, data, size, resolution):
+    """-> loader of `data`, every batch stretched to one size."""
+    collate = roboflow.Collate(resolution, batch_sizes(cfg, size, resolution), cfg.SEED)
+    return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
+
+
+def validation_loader(cfg, data, resolution):
+    """-> loader of `data` in order, always at `resolution`."""
+    return loaders.validation_loader(data, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution))
+
+
+def cached_loader(cfg, model, data, resolution):
+    """-> training loader over the frozen detector's features of `data` (opened without augmentation, with masks)."""
+    if cfg.MULTI_SCALE:
+        processes.say("note: cached features are those of one size: no multi-scale, no augmentation but mirroring")
+    folder = Path(cfg.CACHE_DIR) if cfg.CACHE_DIR else Path(cfg.RUNS_DIR) / "feature_cache"
+    data = features.CachedDataset(folder, model, data, resolution, cfg.BATCH, cfg.WORKERS)
+    return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=features.collate)
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+def resolution_of(cfg):
+    """-> the side of the square input; checked."""
+    resolution = cfg.RESOLUTION or default_resolution(cfg.SIZE)
+    detector_config(cfg.SIZE, 2, resolution)
+    return resolution
+
+
+def new_detector(cfg, names, resolution, with_masks=False):
+    """The model to train: with published or earlier weights, or new.
+
+    Returns:
+        RFDETR, {class name: row of its head}. Rows: 91 with COCO weights, as many as an earlier checkpoint has, and
+        one per class plus one for the background from scratch.
+    Raises:
+        UserError: weights that are not there, not reachable, or of another network.
+    """
+    head = mask_head_of(cfg.SIZE) if with_masks else None
+    if cfg.PRETRAIN_WEIGHTS.lower() == "none":
+        rows, known, source = len(names) + 1, {}, None
+    elif cfg.PRETRAIN_WEIGHTS.lower() == "coco":
+        rows, known, source = 91, COCO_ROWS, weights.fetch(cfg.SIZE)
+    else:
+        source = cfg.PRETRAIN_WEIGHTS
+        rows, known = weights.rows_of(source)
+    class_rows = weights.assign_rows(names, rows, known)
+    model = RFDETR(cfg.SIZE, rows, resolution, mask_head=head)
+    if source:
+        found = weights.load_pretrained(model, source, exclude=cfg.PRETRAIN_EXCLUDE_KEYS)
+        processes.say(f"weights: {Path(source).as_posix()} ({found['loaded']} tensors)")
+        if found["left_out"]:
+            processes.say(f"note: {len(found['left_out'])} tensors start anew: {', '.join(found['left_out'][:4])}"
+                          f"{', ...' if len(found['left_out']) > 4 else ''}")
+    new = [name for name in names if name not in known]
+    processes.say("class head: " + ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
+                  + (", ..." if len(names) > 12 else "") + f" of {rows}"
+                  + (f"; not known to the weights: {', '.join(new[:5])}" if source and new else ""))
+    return model, class_rows
+
+
+def mask_head_of(size):
+    """-> the kind of mask head that goes with a size: the light one for the smallest detectors."""
+    return "nano" if size in ("nano", "tiny") else "full"
+
+
+def stage1_checkpoint(cfg):
+    """-> Path of the detector to freeze: CHECKPOINT, else best.pt or last.pt of STAGE1_RUN."""
+    if cfg.CHECKPOINT:
+        if not Path(cfg.CHECKPOINT).is_file():
+            raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} does not exist: give the file that "
+                            "shrink_head.py wrote, or leave it out to take --stage1_run's best.pt")
+        return Path(cfg.CHECKPOINT)
+    if not cfg.STAGE1_RUN:
+        raise UserError("which detector? Give --stage1_run runs/detector_<size>_<resolution>_<n> (and the shrunken "
+                        "file as --checkpoint), or try --demo")
+    for name in ("best.pt", "last.pt"):
+        if (Path(cfg.STAGE1_RUN) / name).is_file():
+            return Path(cfg.STAGE1_RUN) / name
+    raise UserError(f"No checkpoint found in Stage-1 directory {Path(cfg.STAGE1_RUN).as_posix()}: there is neither "
+                    "best.pt nor last.pt. Did train_detector_stage1.py finish an epoch?")
+
+
+def frozen_detector_with_masks(cfg, source, names):
+    """-> RFDETR of the checkpoint with its detector frozen and a new mask head, {class name: row}, resolution.
+
+    Raises:
+        UserError: another size, a head that was not shrunk to the data set's classes, other classes.
+    """
+    detector, found = weights.load_detector(source)
+    args = found["args"]
+    if args["size"] != cfg.SIZE:
+        raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
+    shrink = (f"python shrink_head.py --in_ckpt {shrinkable(source)} --out_ckpt "
+              f"{(source.parent / 'checkpoint_mydata.pth').as_posix()} --keep {run_report.quoted(names)}")
+    if args["num_rows"] != len(names) + 1:
+        raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(names) + 1}): cut the "
+                        f"head to the data set's classes first, then give the new file as --checkpoint:\n  {shrink}")
+    if strangers := [name for name in names if name not in found["class_rows"]]:
+        raise UserError(f"{source.as_posix()} knows {', '.join(found['class_rows'])}, but not {', '.join(strangers)} "
+                        f"of the data set. Cut the head of the stage-1 checkpoint to these classes:\n  {shrink}")
+    resolution = cfg.RESOLUTION or args["resolution"]
+    model = RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
+    weights.load_pretrained(model, source)
+    freeze.freeze(model.detector)
+    return model, {name: found["class_rows"][name] for name in names}, resolution
+
+
+def shrinkable(source):
+    """-> the checkpoint beside `source` that shrink_head.py should read: stage 1's best weights."""
+    best = source.parent / "checkpoint_best_regular.pth"
+    return (best if best.is_file() else source).as_posix()
+
+
+def save_weights(model, extras, path):
+    """A checkpoint without the optimizer: {"model", "args", "class_names", "class_rows"}."""
+    checkpoint.save(extras | {"model": model.state_dict()}, path)
+
+
+def parameter_groups(model, lr, backbone_lr, layer_decay, weight_decay, mask_head_lr=None):
+    """Groups for the optimizer: the ViT's layers at their own rates, the mask head at its own, the rest at `lr`.
+
+    Block i of n (from the input) trains with backbone_lr * layer_decay ** (n - i), the embeddings with
+    layer_decay ** n: the deeper, the more general (Bao et al., "BEiT", 2022; RF-DETR does the same). Biases,
+    normalisation layers, layer scales and embeddings have no weight decay.
+    """
+    depth = model.detector.config.backbone_config.num_hidden_layers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = mask_head_lr if mask_head_lr is not None and name.startswith("mask_head.") else lr
+        if ".backbone." in name and ".projector." not in name:
+            block = re.search(r"\.layers?\.(\d+)\.", name)
+            layer = int(block[1]) + 1 if block else (0 if "embeddings" in name else depth)
+            rate = backbone_lr * layer_decay ** (depth - layer)
+        decays = parameter.ndim > 1 and not any(part in name for part in NO_DECAY)
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in sorted(groups.items(), reverse=True, key=lambda item: item[0])]

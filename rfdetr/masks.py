@@ -1,0 +1,115 @@
+"""Mask logits of chosen queries, and the losses of masks at sampled points.
+
+The losses are those of Cheng et al., "Mask2Former", 2022: binary cross-entropy and dice at points, most of which lie
+where the mask is uncertain (Kirillov et al., "PointRend", 2020). One deviation: half of the points that are looked at
+lie around the object, because uniform points hardly ever meet an object that covers a thousandth of the image.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from rfdetr.criterion import count_over_ranks, flat_indices
+from utils.losses import float32
+
+CANDIDATES = 3        # points looked at for every one that is kept
+UNCERTAIN = 0.75      # share of the points that are the most uncertain candidates; the others are random
+AROUND = 1.5          # points "around an object" lie in its box enlarged by this factor
+MIN_EXTENT = 0.03     # and by so much of the image at least
+
+
+def mask_logits(outputs, batch_index, query_index):
+    """Mask logits of chosen queries.
+
+    Args:
+        outputs: with "pixel_embedding" (B, C, h, w) and "query_embedding" (B, q, C); h = w = S / 4.
+        batch_index, query_index: (n,) int64, image and query of every mask.
+    Returns:
+        (n, h, w) float32; above 0 is the object.
+    """
+    pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
+    with float32(pixels.device.type):
+        pixels, queries = pixels.float(), queries.float()
+        height, width = pixels.shape[-2:]
+        if len(batch_index) == queries.shape[0] * queries.shape[1]:  # all of them (export): no loop
+            every = torch.bmm(queries, pixels.flatten(2)).unflatten(2, (height, width))  # (B, q, h, w)
+            return every[batch_index, query_index]
+        batch_index, query_index = batch_index.to(pixels.device), query_index.to(pixels.device)
+        order = batch_index.argsort(stable=True)
+        chosen = queries[batch_index[order], query_index[order]]  # (n, C), image after image
+        counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
+        found = torch.cat([part @ pixel.flatten(1) for part, pixel in zip(chosen.split(counts), pixels, strict=True)])
+        return found.unflatten(1, (height, width))[order.argsort()]
+
+
+def mask_losses(outputs, labels, indices, points=None, generator=None):
+    """Losses of the masks of matched queries.
+
+    Args:
+        outputs: see `mask_logits`.
+        labels: [{"class_labels": (N,), "boxes": (N, 4) cxcywh, "masks": (N, S, S) bool}, ...], one per image.
+        indices: [(query index (n,), target index (n,)), ...], of rfdetr.criterion.match.
+        points: per mask, None for a quarter of the mask's pixels; generator: of the points, None for torch's own.
+    Returns:
+        {"loss_mask": binary cross-entropy, mean over points, "loss_dice": 1 - dice in [0, 1]}, means over the masks of
+        all ranks: float32 scalars. Without any object both are 0 and still have gradients (of 0) for every rank's DDP.
+    """
+    pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
+    with float32(pixels.device.type):
+        image, query, target = flat_indices(indices, labels, pixels.device)
+        masks = count_over_ranks(len(image), pixels.device)  # every rank, also one without objects, takes part
+        if len(image) == 0:
+            nothing = (pixels.float().sum() + queries.float().sum()) * 0
+            return {"loss_mask": nothing, "loss_dice": nothing}
+        logits = mask_logits(outputs, image, query)  # (n, h, w)
+        wanted = torch.cat([label["masks"] for label in labels])[target]  # (n, S, S) bool
+        boxes = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
+        points = points or max(logits[0].numel() // 4, 1)
+        with torch.no_grad():
+            where = choose_points(logits, boxes, points, generator)  # (n, P, 2)
+            wanted = values_at(wanted, where)  # (n, P)
+        found = sample(logits, where)  # (n, P)
+        entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none").mean(1)
+        score = found.sigmoid()
+        dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+        return {"loss_mask": entropy.sum() / masks, "loss_dice": (1 - dice).sum() / masks}
+
+
+def choose_points(logits, boxes, points, generator=None):
+    """Points at which masks are compared: the most uncertain of many, and some at random.
+
+    Args:
+        logits: (n, h, w); boxes: (n, 4) cxcywh of the objects.
+    Returns:
+        (n, points, 2) x, y in [0, 1].
+    """
+    count = len(logits)
+    uncertain = int(UNCERTAIN * points)
+    candidates = random_points(boxes, CANDIDATES * points, generator)
+    doubt = -sample(logits, candidates).abs()  # (n, CANDIDATES * points)
+    best = doubt.topk(uncertain, dim=1).indices
+    chosen = candidates.gather(1, best[..., None].expand(count, uncertain, 2))
+    return torch.cat([chosen, random_points(boxes, points - uncertain, generator)], 1)
+
+
+def random_points(boxes, points, generator=None):
+    """(n, 4) cxcywh -> (n, points, 2) x, y in [0, 1]: half anywhere in the image, half around the box."""
+    near = points // 2
+    uniform = torch.rand(len(boxes), points, 2, device=boxes.device, generator=generator)
+    extent = (boxes[:, None, 2:] * AROUND).clamp(min=MIN_EXTENT)
+    low = (boxes[:, None, :2] - extent / 2).clamp(0, 1)
+    high = (boxes[:, None, :2] + extent / 2).clamp(0, 1)
+    return torch.cat([uniform[:, near:], low + uniform[:, :near] * (high - low)], 1)
+
+
+def sample(maps, where):
+    """Bilinear values, as of a resized map: maps (n, h, w), where (n, P, 2) x, y in [0, 1] -> (n, P)."""
+    grid = (2 * where - 1)[:, None]  # (n, 1, P, 2)
+    return F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0, 0]
+
+
+def values_at(masks, where):
+    """The pixel that a point lies in: masks (n, H, W) bool, where (n, P, 2) x, y in [0, 1] -> (n, P) float32."""
+    height, width = masks.shape[-2:]
+    x = (where[..., 0] * width).long().clamp(0, width - 1)
+    y = (where[..., 1] * height).long().clamp(0, height - 1)
+    return masks.flatten(1).gather(1, y * width + x).float()

@@ -1,0 +1,1 @@
+"""Networks of RF-DETR that are ours: the mask heads."""

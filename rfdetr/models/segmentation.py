@@ -1,0 +1,153 @@
+"""Mask heads: an object's mask is its query's embedding times every pixel's, at a quarter of the image's size.
+
+Query times pixel as in Cheng et al., "MaskFormer", 2021; where the object is, a query can say through fixed waves in
+the pixel embedding (the idea of CondInst's relative coordinates, Tian et al. 2020, without one map per object); blocks
+after Liu et al., "ConvNeXt", 2022, with GroupNorm, which a batch of one does not mind. The detector's map is coarse
+(stride 14 or 16), so a light stem looks at the image itself for sharp borders.
+
+Everything trainable runs in `forward`; mask logits (rfdetr.masks.mask_logits) have no parameters of their own, so that
+only the masks that someone asks for are ever computed.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+WAVES = 24               # cosines and sines per axis in the pixel embedding: the finest is 1/24 of the image long
+PRIOR = 0.1              # share of an image that an object covers before anything is learned
+PRIOR_SCALE = 4.0        # steepness of the first mask around a query's box
+NARROWEST = 2.5 / (math.pi * WAVES)  # spread of the narrowest bump that the waves can form
+
+
+class Block(nn.Module):
+    """Depthwise 3x3, then an inverted bottleneck, around a residual connection: (B, C, h, w) -> the same."""
+
+    def __init__(self, channels, expansion):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.GroupNorm(channels // 16, channels)
+        self.wide = nn.Conv2d(channels, expansion * channels, 1)
+        self.narrow = nn.Conv2d(expansion * channels, channels, 1)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, x):
+        return x + self.narrow(F.gelu(self.wide(self.norm(self.depthwise(x)))))
+
+
+class MaskHead(nn.Module):
+    """Mask head for the small to large detectors.
+
+    Args:
+        d_model: channels of the detector's map and of its queries, D.
+    Attributes:
+        channels: learned channels of the embeddings; C = channels + 4 * WAVES + 1.
+    """
+
+    channels, stem, hidden = 128, 32, 256
+    coarse_blocks, fine_blocks, expansion = 2, 3, 2
+
+    def __init__(self, d_model):
+        super().__init__()
+        channels, stem = self.channels, self.stem
+        self.stem_half = nn.Conv2d(3, stem // 2, 3, stride=2, padding=1)
+        self.stem_quarter = nn.Conv2d(stem // 2, stem, 3, stride=2, padding=1)
+        self.stem_norm = nn.GroupNorm(stem // 8, stem)
+        self.stem_out = nn.Conv2d(stem, channels, 1)
+        self.reduce = nn.Conv2d(d_model, channels, 1)
+        self.reduce_norm = nn.GroupNorm(channels // 16, channels)
+        self.coarse = nn.Sequential(*(Block(channels, 2 * self.expansion) for _ in range(self.coarse_blocks)))
+        self.fine = nn.Sequential(*(Block(channels, self.expansion) for _ in range(self.fine_blocks)))
+        self.pixel_norm = nn.GroupNorm(channels // 16, channels)
+        self.pixel_out = nn.Conv2d(channels, channels, 1)
+
+        self.query_norm = nn.LayerNorm(d_model)
+        self.query_in = nn.Linear(d_model, self.hidden)
+        self.box_in = nn.Linear(4 * WAVES + 4, self.hidden, bias=False)
+        self.query_out = nn.Linear(self.hidden, channels + 4 * WAVES + 1)
+        self.box_scale = nn.Parameter(torch.tensor(PRIOR_SCALE))
+        with torch.no_grad():
+            self.query_out.weight[channels:] *= 0.1  # the first masks follow the prior, not noise
+            self.query_out.bias.zero_()
+
+    def forward(self, features, images, queries, boxes=None):
+        """Embed pixels and queries.
+
+        Args:
+            features: (B, D, h, w), the projector's map; images: (B, 3, S, S) float RGB in [0, 1].
+            queries: (B, n, D), hidden states of the last decoder layer.
+            boxes: (B, n, 4) normalised cxcywh of these queries, from which no gradient returns, or None: then the
+                queries themselves have to know where they are.
+        Returns:
+            pixel_embedding (B, C, S/4, S/4) and query_embedding (B, n, C), float32: their product is the mask's logit.
+            With boxes the first masks are ellipses in the boxes, without them they cover nothing.
+        """
+        image = F.gelu(self.stem_half((images - 0.5) * 4))  # (B, stem / 2, S/2, S/2)
+        image = self.stem_out(F.gelu(self.stem_norm(self.stem_quarter(image))))  # (B, channels, S/4, S/4)
+        context = self.coarse(self.reduce_norm(self.reduce(features)))  # (B, channels, h, w)
+        context = F.interpolate(context, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        pixels = self.pixel_out(self.pixel_norm(self.fine(image + context)))
+        hidden = self.query_in(self.query_norm(queries))
+        if boxes is not None:
+            boxes = boxes.detach().float()
+            hidden = hidden + self.box_in(describe_boxes(boxes))
+        embedding = self.query_out(F.gelu(hidden)).float()  # (B, n, C)
+        learned, position = embedding[..., :self.channels] / math.sqrt(self.channels), embedding[..., self.channels:]
+        if boxes is None:
+            prior = F.pad(position.new_full((1,), math.log(PRIOR / (1 - PRIOR))), (4 * WAVES, 0))
+        else:
+            prior = self.box_scale * ellipses(boxes)
+        pixels = torch.cat([pixels.float(), waves_of_pixels(*pixels.shape[-2:], pixels)], 1)
+        return pixels, torch.cat([learned, position + prior], -1)
+
+
+class MaskHeadNano(MaskHead):
+    """The light one, for the smallest detectors: fewer than a quarter of MaskHead's parameters."""
+
+    channels, stem, hidden = 64, 16, 128
+    coarse_blocks, fine_blocks, expansion = 1, 2, 1
+
+
+# ---- where things are --------------------------------------------------------------------------------------------
+# Positions are numbers in [0, 1]. Their waves are cos(pi k x) and sin(pi k x), k = 1 .. WAVES. A product of waves is a
+# function of distance, since cos(pi k (x - c)) = cos(pi k x) cos(pi k c) + sin(pi k x) sin(pi k c).
+
+def waves(positions):
+    """(...) -> (..., 2 * WAVES) float32: all cosines, then all sines."""
+    angles = positions.float()[..., None] * (math.pi * torch.arange(1, WAVES + 1, device=positions.device))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def waves_of_pixels(height, width, like):
+    """-> (B, 4 * WAVES + 1, height, width) float32: waves of x, waves of y, and a channel of ones; batch of `like`."""
+    x = waves((torch.arange(width, device=like.device) + 0.5) / width).T  # (2 * WAVES, width)
+    y = waves((torch.arange(height, device=like.device) + 0.5) / height).T
+    parts = [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width), x.new_ones(1, height, width)]
+    return torch.cat(parts)[None].expand(len(like), -1, -1, -1)
+
+
+def describe_boxes(boxes):
+    """(B, n, 4) cxcywh -> (B, n, 4 * WAVES + 4): waves of the centre, centre, logarithms of the extent."""
+    return torch.cat([waves(boxes[..., 0]), waves(boxes[..., 1]), boxes[..., :2],
+                      boxes[..., 2:].clamp(min=1e-3).log()], -1)
+
+
+def ellipses(boxes):
+    """Weights for the channels of `waves_of_pixels` that make a smooth ellipse in every box.
+
+    A bump along x plus one along y, minus 1.5: each is a Gaussian, 1 at the box's centre and 1/2 at its border (boxes
+    narrower than the finest wave get a wider one), so that the sum is positive inside and lies in [-1.5, 0.5].
+
+    Args:
+        boxes: (B, n, 4) cxcywh.
+    Returns:
+        (B, n, 4 * WAVES + 1).
+    """
+    order = torch.arange(WAVES + 1, device=boxes.device)
+    spread = (boxes[..., 2:] / math.sqrt(8 * math.log(2))).clamp(min=NARROWEST)  # (B, n, 2): x, y
+    strength = torch.exp(-((math.pi * spread[..., None] * order) ** 2) / 2)  # Fourier series of a Gaussian, period 2
+    strength = torch.cat([strength[..., :1] / 2, strength[..., 1:]], -1)
+    strength = strength / strength.sum(-1, keepdim=True)  # (B, n, 2, 1 + WAVES)
+    weights = waves(boxes[..., :2]) * torch.cat([strength[..., 1:]] * 2, -1)  # (B, n, 2, 2 * WAVES)
+    return torch.cat([weights.flatten(-2), strength[..., 0].sum(-1, keepdim=True) - 1.5], -1)

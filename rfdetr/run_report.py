@@ -1,0 +1,120 @@
+"""What a training run of RF-DETR shows and leaves behind: banner, scores, pictures, results.json, the next command."""
+
+from pathlib import Path
+
+import torch
+
+from rfdetr import evaluate
+from utils import checkpoint, datasets, evaluation, processes, report, visualize
+
+LINE = "=" * 80
+PICTURES = 4      # images on predictions.png
+THRESHOLD = 0.4   # score from which a detection is drawn
+
+
+def banner(title, rows):
+    """The block at the start of a run: a title and {label: value}, in the guide's form."""
+    width = max(len(label) for label in rows) + 2
+    body = [f"{label + ':':<{width}} {value}" for label, value in rows.items()]
+    return "\n".join([LINE, title, LINE, *body, LINE])
+
+
+def quoted(names):
+    """-> the names as words of a command line."""
+    return " ".join(f'"{name}"' for name in names)
+
+
+def masks_seen(data):
+    """-> the guide's line on the first annotations' masks."""
+    notes = datasets.read_annotations(data.annotation_file)["annotations"][:10]
+    found = sum(bool(note.get("segmentation")) for note in notes)
+    return f"[ok] Validated: {found}/{len(notes)} sample annotations contain segmentation masks"
+
+
+def scores(model, loader, truth, with_masks=False):
+    """-> {"box/mAP", ..., "mask/mAP", ...} of a model in eval mode, for engine.fit."""
+    device = next(model.parameters()).device
+    return evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation")[0]
+
+
+def pictures(model, loader, class_rows):
+    """Detections (with masks, where the model has them) beside the ground truth. -> [[PIL image, PIL image], ...]"""
+    data, device = loader.dataset, next(model.parameters()).device
+    names = {row: name for name, row in class_rows.items()}
+    chosen = sorted(range(len(data)), key=lambda i: -int(data.ends[i + 1] - data.ends[i]))[:PICTURES]
+    batch = datasets.to_device(loader.collate_fn([data[i] for i in sorted(chosen)]), device)
+    side = batch["images"].shape[-1]
+    scale = max(1, 320 // side)
+    rows = []
+    found = evaluate.predict_batch(model, batch["images"], [(side, side)] * len(batch["images"]), rows=list(names))
+    for image, label, one in zip(batch["images"], batch["labels"], found, strict=True):
+        keep = one["scores"] >= THRESHOLD
+        boxes, labels, confidence = one["boxes"][keep], one["labels"][keep], one["scores"][keep]
+        truth = label["boxes"] * side
+        corners = torch.cat([truth[:, :2] - truth[:, 2:] / 2, truth[:, :2] + truth[:, 2:] / 2], 1)
+        drawn = visualize.draw_boxes(image, boxes, labels, names, confidence, scale)
+        if "mask_logits" in one:
+            masks = evaluate.full_masks(one["mask_logits"][keep], (side, side))
+            drawn = visualize.draw_masks(image, boxes, labels, names, masks, confidence, scale)
+        if "masks" in label:
+            expected = visualize.draw_masks(image, corners, label["class_labels"], names, label["masks"], scale=scale)
+        else:
+            expected = visualize.draw_boxes(image, corners, label["class_labels"], names, scale=scale)
+        rows.append([drawn, expected])
+    return rows
+
+
+def sample_images(model, loader, class_rows):
+    """-> {tag: picture} for TensorBoard."""
+    return {"detections": visualize.as_tensor(visualize.grid(pictures(model, loader, class_rows),
+                                                             ["prediction", "ground truth"]))}
+
+
+def final(model, cfg, folder, splits, class_rows, with_masks):
+    """Evaluate the best epoch, print the tables, write results.json and predictions.png.
+
+    Args:
+        model: of the run; gets best.pt's weights. folder: of the run. splits: {"valid": loader, perhaps "test"}.
+    Returns:
+        {"run_dir": str, "valid": {metric: value}, "test": the same or None}.
+    """
+    folder = Path(folder)
+    if not (folder / "best.pt").is_file():  # interrupted in the first epoch
+        return {"run_dir": str(folder), "valid": None, "test": None}
+    checkpoint.load_into(model, checkpoint.load(folder / "best.pt")["model"], (folder / "best.pt").as_posix())
+    device = processes.device()
+    model.to(device).eval()
+    found = {}
+    for split, loader in splits.items():
+        metrics, per_class, _ = evaluate.evaluate(model, loader, device, with_masks,
+                                                  evaluation.ground_truth(loader.dataset.annotation_file), split)
+        found[split] = metrics | {"per_class": per_class}
+        kinds = ["box", "mask"] if with_masks else ["box"]
+        columns = {"class": f"{split}: AP per class"} | {kind: kind for kind in kinds}
+        everything = {"class": "all"} | {kind: metrics[f"{kind}/mAP"] for kind in kinds}
+        processes.say(report.table([everything, *per_class], columns))
+        for kind in kinds:
+            processes.say(f"{split} {kind}: " + "  ".join(
+                f"{name} {metrics[f'{kind}/{name}']:.4f}" for name in evaluation.METRICS))
+    if processes.is_main():
+        report.write_results(folder / "results.json", cfg.as_dict(), found)
+        with torch.no_grad():
+            visualize.grid(pictures(model, splits["valid"], class_rows), ["prediction", "ground truth"],
+                           folder / "predictions.png")
+        processes.say(f"results: {(folder / 'results.json').as_posix()}, {(folder / 'predictions.png').as_posix()}")
+    return {"run_dir": str(folder), "valid": found.get("valid"), "test": found.get("test")}
+
+
+def next_command(cfg, folder, names, rows):
+    """-> the lines that say how to go on after stage 1, ready to be pasted."""
+    folder = Path(folder)
+    best = (folder / "checkpoint_best_regular.pth").as_posix()
+    stage2 = (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {folder.as_posix()} --checkpoint {{}} "
+              f"--dataset_dir {Path(cfg.DATASET_DIR).as_posix()} --epochs 50 --batch 4 --accum 2 --workers 2")
+    if rows == len(names) + 1:
+        return f"next: the head has {rows} rows, one per class and the background, so stage 2 can start:\n  " + (
+            stage2.format(best))
+    shrunk = (folder / "checkpoint_mydata.pth").as_posix()
+    return (f"next: cut the class head from {rows} rows to {len(names)} + 1, then train masks:\n"
+            f"  python shrink_head.py --in_ckpt {best} --out_ckpt {shrunk} --keep {quoted(names)}\n"
+            f"  {stage2.format(shrunk)}")

@@ -1,0 +1,359 @@
+"""Weights of RF-DETR: the published COCO files, our checkpoints, and which row of the class head is which class.
+
+Our checkpoints are {"model": published names (rfdetr.names), "args": {"size", "num_rows", "resolution", "mask_head"},
+"class_names": [...], "class_rows": {name: row}}. Published files are downloaded on first use to ~/.cache/rainsight
+(RAINSIGHT_CACHE overrides), resumed when cut off, checked against their MD5 sum, and read without unpickling code.
+"""
+
+import fnmatch
+import hashlib
+import http.client
+import math
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rfdetr import names
+from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
+from rfdetr.model import RFDETR
+from utils import checkpoint, processes
+from utils.config import UserError
+from utils.datasets import SAME_CLASS
+
+TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
+PATIENCE = 3         # connections in a row that bring nothing before a download is given up
+CHUNK = 1 << 20      # bytes
+MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
+POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
+
+
+# ---- download ------------------------------------------------------------------------------------------------------
+
+def cache_folder():
+    """-> Path of the folder that keeps downloaded weights: RAINSIGHT_CACHE, else ~/.cache/rainsight."""
+    return Path(os.environ.get("RAINSIGHT_CACHE") or Path.home() / ".cache" / "rainsight")
+
+
+def fetch(size, cache_dir=None):
+    """The published COCO weights of a size, downloaded where they are not there yet.
+
+    Under torchrun the main process downloads while the others wait for it.
+
+    Args:
+        size: a key of config.PUBLISHED; cache_dir: folder, None for `cache_folder()`.
+    Returns:
+        Path of the file; its MD5 sum is right.
+    Raises:
+        UserError: nothing is published for that size, not reachable, not the published file, not writable.
+    """
+    if size not in PUBLISHED:
+        raise UserError(f"no weights are published for size {size}: use --pretrain_weights none or a checkpoint of "
+                        "your own")
+    published = PUBLISHED[size]
+    path = Path(cache_dir or cache_folder()) / published.file
+    error = None
+    if processes.is_main():
+        try:
+            _complete(path, published)
+        except UserError as problem:
+            error = problem
+    if processes.any_of(error is not None):
+        raise error or UserError(f"{published.file}: the main process could not get it, see its message")
+    return path
+
+
+def _complete(path, published):
+    """Make `path` the published file."""
+    if path.is_file():
+        if (found := md5(path)) != published.md5:
+            raise UserError(f"{path.as_posix()} is not the published {published.file} (MD5 {found}, expected "
+                            f"{published.md5}): delete it and run again, or put the file of {published.url} there")
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _download(published, part)
+        if (found := md5(part)) != published.md5:
+            part.unlink()
+            raise UserError(f"{published.file} from {published.url} is broken (MD5 {found}, expected {published.md5}) "
+                            "and was deleted: run again; if that repeats, something on the way changes the file. "
+                            f"Put the right one at {path.as_posix()}, or use --pretrain_weights none")
+        checkpoint.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors, as is a full disk
+        reason = (str(getattr(error, "reason", "") or error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot get the pretrained weights {published.file} from {published.url} ({reason}). Put that "
+                        f"file at {path.as_posix()} (what has arrived is kept and resumed), or start without "
+                        "pretrained weights: --pretrain_weights none") from error
+
+
+def _download(published, part):
+    """Fill `part` up to the whole file, with a new connection as often as an old one brought something."""
+    idle = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            if _receive(published, part, before):
+                return
+            problem = ConnectionError("the connection was cut off")
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # 416: the part is already as long as the file, or longer
+                raise
+            if md5(part) == published.md5:
+                return
+            part.unlink()
+            problem = error
+        except (OSError, http.client.HTTPException) as error:
+            problem = error
+        now = part.stat().st_size if part.exists() else 0
+        idle = 0 if now > before else idle + 1
+        if idle >= PATIENCE:
+            raise problem
+
+
+def _receive(published, part, have):
+    """Append to `part`, which has `have` bytes, what one connection brings. -> True when the file is complete"""
+    request = urllib.request.Request(published.url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if answer.status != 206:
+            have = 0  # the server sends the whole file again
+        length = answer.headers.get("Content-Length")
+        whole = have + int(length) if length else None
+        with (open(part, "ab" if have else "wb") as file,
+              tqdm(total=whole, initial=have, desc=published.file, unit="B", unit_scale=True, unit_divisor=1024,
+                   ascii=True, dynamic_ncols=True) as bar):
+            while block := answer.read(CHUNK):
+                file.write(block)
+                bar.update(len(block))
+                have += len(block)
+    return whole is None or have == whole
+
+
+def md5(path):
+    """-> hex MD5 sum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+def checkpoint_content(model, class_names, class_rows, args=None):
+    """What a checkpoint of ours holds, ready for utils.checkpoint.save.
+
+    Args:
+        model: RFDETR; class_names: list in the data set's order; class_rows: {name: row};
+        args: further plain values for "args"; the model's own are always there.
+    """
+    return {"model": model.state_dict(), "args": dict(args or {}) | model.model_args,
+            "class_names": list(class_names), "class_rows": {str(name): int(row) for name, row in class_rows.items()}}
+
+
+def _content(source):
+    """-> ({published name: Tensor}, the checkpoint's other entries, its name for messages)."""
+    if isinstance(source, (str, Path)):
+        content, what = checkpoint.load(source), Path(source).as_posix()
+    else:
+        content, what = source, "the given weights"
+    if isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values()):
+        content = {"model": content}
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise checkpoint.CheckpointError(
+            f"{what} holds no state dict under 'model': give a checkpoint of train_detector_stage1.py, "
+            "train_seg_stage2.py or a published COCO file")
+    state = names.with_our_class_head(content["model"])
+    if "class_embed.0.weight" not in state:
+        raise checkpoint.CheckpointError(f"{what} is not an RF-DETR detector: it has no class_embed")
+    return state, {key: value for key, value in content.items() if key != "model"}, what
+
+
+def _known_rows(state, rest):
+    """-> (rows of the class head, {class name: row})."""
+    rows = state["class_embed.0.weight"].shape[0]
+    if isinstance(rest.get("class_rows"), dict):
+        return rows, {str(name): int(row) for name, row in rest["class_rows"].items()}
+    return rows, dict(COCO_ROWS) if rows == COCO_HEAD_ROWS else {}
+
+
+def rows_of(source):
+    """-> (rows of a checkpoint's class head, {class name: row} that it knows).
+
+    Args:
+        source: path or content. A file without "class_rows" but with COCO's 91 rows knows COCO's classes.
+    """
+    state, rest, _ = _content(source)
+    return _known_rows(state, rest)
+
+
+def load_detector(source, device="cpu"):
+    """A model from one of our checkpoints, mask head included.
+
+    Args:
+        source: path or content of a checkpoint.
+    Returns:
+        RFDETR in eval mode on `device`, and {"args", "class_names", "class_rows"}.
+    Raises:
+        UserError: no such file, broken, or a published file (which does not say its size).
+    """
+    state, rest, what = _content(source)
+    args = rest.get("args")
+    if not (isinstance(args, dict) and {"size", "num_rows"} <= set(args)):
+        raise checkpoint.CheckpointError(
+            f"{what} does not say which model it is: 'args' has no size and num_rows. It is not a checkpoint of ours; "
+            "a published COCO file goes into train_detector_stage1.py or shrink_head.py first")
+    model = RFDETR(**{key: args[key] for key in MODEL_ARGS if key in args})
+    _refuse(_misfits(model.state_dict(), state), what, args["size"])
+    model.load_state_dict(state)
+    _, rows = _known_rows(state, rest)
+    info = {"args": dict(args) | model.model_args, "class_rows": rows,
+            "class_names": list(rest.get("class_names") or sorted(rows, key=rows.get))}
+    return model.to(device).eval(), info
+
+
+def _misfits(expected, state):
+    """-> {"missing" | "unexpected" | "of another shape": [names]}."""
+    return {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+                             for name, value in expected.items() if name in state and state[name].shape != value.shape],
+    }
+
+
+def _refuse(problems, what, size):
+    if any(problems.values()):
+        parts = [f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+                 for kind, found in problems.items() if found]
+        raise checkpoint.CheckpointError(
+            f"{what} does not fit RF-DETR {size}: keys {'; '.join(parts)}. Is it of another --size? What shall start "
+            "anew can be named with --pretrain_exclude_keys")
+
+
+def load_pretrained(model, source, exclude=()):
+    """Take over weights as far as they fit.
+
+    Position embeddings of another resolution are interpolated, as the backbone itself would do it. Class heads of
+    another number of rows start anew, as does a mask head that the source does not have; its own one is left behind
+    where the model has none. Everything else must fit.
+
+    Args:
+        model: RFDETR; changed in place.
+        source: path or content of a published COCO file or of our checkpoint.
+        exclude: patterns (fnmatch) of published names that start anew, e.g. ("backbone.0.projector.*",).
+    Returns:
+        {"class_rows": {name: row} that the loaded head knows ({} where it starts anew), "loaded": number of tensors,
+        "left_out": names of the model's tensors that start anew}.
+    Raises:
+        UserError: names or shapes that do not fit (all kinds are named), a pattern that matches nothing.
+    """
+    state, rest, what = _content(source)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    own = model.state_dict()
+    for pattern in exclude:
+        if not fnmatch.filter(own, _ours(pattern)):
+            raise UserError(f"--pretrain_exclude_keys '{pattern}' matches no tensor of RF-DETR "
+                            f"{model.model_args['size']}; names look like {POSITIONS}")
+    rows, known = _known_rows(state, rest)
+    anew = [_ours(pattern) for pattern in exclude]
+    if rows != model.model_args["num_rows"]:
+        anew += CLASS_HEADS
+    if not any(name.startswith("mask_head.") for name in state):
+        anew.append("mask_head.*")
+    left_out = [name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in anew)]
+    unwanted = set(left_out)
+    given = {name: value for name, value in state.items()
+             if name not in unwanted and not (name.startswith("mask_head.") and model.mask_head is None)}
+    if POSITIONS in given:
+        given[POSITIONS] = resize_positions(given[POSITIONS], own[POSITIONS].shape[1])
+    expected = {name: value for name, value in own.items() if name not in unwanted}
+    _refuse(_misfits(expected, given), what, model.model_args["size"])
+    model.load_state_dict(own | given)
+    return {"class_rows": {} if "class_embed.0.weight" in unwanted else known, "loaded": len(given),
+            "left_out": left_out}
+
+
+def _ours(pattern):
+    """-> the pattern, with Roboflow's name of the class head made ours."""
+    return re.sub(r"^class_embed\.(?=weight$|bias$)", "class_embed.0.", pattern)
+
+
+def resize_positions(positions, tokens):
+    """(1, 1 + n*n, D) position embeddings, class token first -> (1, `tokens`, D), `tokens` = 1 + m*m.
+
+    Bicubic with antialiasing, as the backbone interpolates them for an image of another size.
+    """
+    if positions.shape[1] == tokens:
+        return positions
+    before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(tokens - 1)
+    if before**2 + 1 != positions.shape[1] or after**2 + 1 != tokens:
+        return positions  # no square grids: left for the comparison of shapes to name
+    grid = positions[:, 1:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    grid = torch.nn.functional.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], 1)
+
+
+def export_roboflow(path_in, path_out):
+    """Write the detector of one of our checkpoints with Roboflow's key names, for their package.
+
+    Their class head is "class_embed.weight"; a mask head of ours has no counterpart there and is left out. Their
+    package takes the head's size from the file; its class ids are our rows, which "args" names.
+
+    Returns:
+        Path of the new file: {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
+    """
+    state, rest, what = _content(path_in)
+    path_out = Path(path_out)
+    if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
+        raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")
+    rows, known = _known_rows(state, rest)
+    args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
+    detector = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
+    checkpoint.save({"model": names.published_file(detector), "args": {
+        "class_names": sorted(known, key=known.get), "class_rows": known, "num_classes": rows - 1,
+        **({"resolution": args["resolution"]} if "resolution" in args else {})}}, path_out)
+    return path_out
+
+
+# ---- rows of the class head ----------------------------------------------------------------------------------------
+
+def plain_name(name):
+    """-> the spelling by which class names are compared: without capitals, COCO's word where there are two."""
+    name = str(name).strip().lower()
+    return SAME_CLASS.get(name, name)
+
+
+def assign_rows(class_names, num_rows, known_rows):
+    """Which row of the class head a data set's classes train on.
+
+    A class that `known_rows` knows by name keeps that row. The others take free rows: first those that no known class
+    uses, then those of known classes that the data set does not have. The background's row comes last of all: row 0
+    of COCO's head, else the last row, which is why a head of N + 1 rows gives N new classes the rows 0..N-1.
+
+    Args:
+        class_names: distinct names; num_rows: rows of the head; known_rows: {name: row}, {} for a new head.
+    Returns:
+        {name: row}, in the order of class_names, rows distinct.
+    Raises:
+        UserError: more classes than rows.
+    """
+    if len(class_names) > num_rows:
+        raise UserError(f"the data set has {len(class_names)} classes, but the weights' class head only {num_rows} "
+                        f"rows: start from weights with a larger one (COCO's have {COCO_HEAD_ROWS}), or from "
+                        "--pretrain_weights none")
+    row_of = {}
+    for name, row in known_rows.items():
+        row_of.setdefault(plain_name(name), row)
+    chosen, taken = {}, set()
+    for name in class_names:
+        row = known_rows.get(name, row_of.get(plain_name(name)))
+        if row is not None and row not in taken:
+            chosen[name] = row
+            taken.add(row)
+    background = 0 if num_rows == COCO_HEAD_ROWS and known_rows else num_rows - 1
+    used = set(known_rows.values())
+    free = sorted(set(range(num_rows)) - taken, key=lambda row: (row == background, row in used, row))
+    return {name: chosen[name] if name in chosen else free.pop(0) for name in class_names}

@@ -1,0 +1,297 @@
+"""The RF-DETR scripts end to end on eight images: stage 1, shrink, stage 2, cache, single stage, resume, two ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rfdetr_data import CLASSES, write_dataset
+
+import shrink_head
+import train_detector_stage1
+import train_seg_single_stage
+import train_seg_stage2
+from rfdetr import criterion, features, weights
+from rfdetr import main as training
+from utils import checkpoint, config, datasets, freeze
+from utils.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
+         "WARMUP_STEPS": 1}
+STAGE1 = SMALL | {"PRETRAIN_WEIGHTS": "none"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(write_dataset(tmp_path_factory.mktemp("rfdetr") / "dataset"))
+
+
+@pytest.fixture(scope="module")
+def stage1(dataset, tmp_path_factory):
+    """A finished run of stage 1 from scratch, and what it printed nothing of."""
+    return train_detector_stage1.main(**STAGE1, DATASET_DIR=dataset, RUN_TEST=True,
+                                      RUNS_DIR=str(tmp_path_factory.mktemp("runs")))
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_after(batches, function):
+    def compute(model, batch):
+        nonlocal batches
+        batches -= 1
+        if batches < 0:
+            raise Killed
+        return function(model, batch)
+    return compute
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- stage 1 ---------------------------------------------------------------------------------------------------
+
+def test_stage1_writes_the_guides_files(stage1):
+    folder = Path(stage1["run_dir"])
+    assert folder.name == "detector_tiny_64_1"
+    names = {path.name for path in folder.iterdir()}
+    assert {"best.pt", "last.pt", "checkpoint.pt", "checkpoint_best_regular.pth", "metrics.json", "results.json", "tb",
+            "curves.png", "predictions.png"} <= names
+    for name in ("best.pt", "last.pt", "checkpoint.pt", "checkpoint_best_regular.pth"):
+        content = torch.load(folder / name)
+        assert content["model"]["class_embed.0.weight"].shape[0] == len(CLASSES) + 1, name
+        assert content["class_names"] == list(CLASSES) and content["args"]["size"] == "tiny"
+        assert content["class_rows"] == {name: i for i, name in enumerate(CLASSES)}
+    assert stage1["test"]["box/mAP"] >= 0 and "mask/mAP" not in stage1["valid"]
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert {row["class"] for row in results["results"]["valid"]["per_class"]} == set(CLASSES)
+
+
+def test_a_new_run_gets_a_new_folder(tmp_path):
+    for name in ("detector_nano_384_2", "detector_nano_384_10", "detector_nano_384_x", "detector_nano_3840_77"):
+        (tmp_path / name).mkdir()
+    assert training.run_folder(tmp_path, "detector_nano_384").name == "detector_nano_384_11"
+    assert training.run_folder(tmp_path / "none_yet", "detector_nano_384").name == "detector_nano_384_1"
+
+
+def test_stage1_resumes_bit_for_bit_with_its_own_constants(dataset, tmp_path, monkeypatch):
+    settings = STAGE1 | {"DATASET_DIR": dataset, "EPOCHS": 2, "CHECKPOINT_STEPS": 1, "MULTI_SCALE": True}
+    whole = train_detector_stage1.main(**settings, RUNS_DIR=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_detector_stage1, "compute_losses", dies_after(3, train_detector_stage1.compute_losses))
+        train_detector_stage1.main(**settings, RUNS_DIR=str(tmp_path / "killed"))
+    resumed = train_detector_stage1.main(RESUME="last", RUNS_DIR=str(tmp_path / "killed"))
+    assert Path(resumed["run_dir"]).name == "detector_tiny_64_1"
+    first, second = (torch.load(Path(run["run_dir"]) / "last.pt") for run in (whole, resumed))
+    assert first["epoch"] == second["epoch"] == 2 and same(first["model"], second["model"])
+    assert all(torch.equal(a, b) for a, b in zip(first["average"], second["average"], strict=True))
+
+
+def test_training_lowers_the_loss(dataset):
+    """The script's loss and parameter groups on one batch."""
+    torch.manual_seed(0)
+    cfg = config.resolve(vars(train_detector_stage1), STAGE1 | {"DATASET_DIR": dataset})
+    model, rows = training.new_detector(cfg, list(CLASSES), 64)
+    loader = training.training_loader(cfg, training.open_dataset(cfg, "train", rows, 64), "tiny", 64)
+    batch = datasets.to_device(next(iter(loader)), "cpu")
+    optimizer = torch.optim.AdamW(training.parameter_groups(model.train(), 5e-4, 5e-4, 1.0, 0.0))
+    weight_of, totals = criterion.loss_weights(2), []
+    for _ in range(12):
+        losses = train_detector_stage1.compute_losses(model, batch)
+        total = sum(weight * losses[name] for name, weight in weight_of.items())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.95 * totals[0]
+
+
+def test_layers_of_the_backbone_train_at_their_own_rates():
+    model = weights.RFDETR("tiny", 4)
+    groups = training.parameter_groups(model, lr=1e-4, backbone_lr=1e-3, layer_decay=0.5, weight_decay=1e-2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rate = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert set(rate) == {name for name, p in model.named_parameters() if p.requires_grad}
+    blocks = {int(name.split("encoder.layer.")[1].split(".")[0]): value[0] for name, value in rate.items()
+              if "encoder.layer." in name}
+    assert blocks == pytest.approx({i: 1e-3 * 0.5 ** (5 - i) for i in range(6)})
+    assert rate["detector.model.backbone.backbone.embeddings.patch_embeddings.projection.weight"][0] == (
+        pytest.approx(1e-3 * 0.5**6))
+    assert rate["detector.model.backbone.backbone.embeddings.position_embeddings"][1] == 0
+    assert rate["detector.model.query_feat.weight"] == (1e-4, 0.0)
+    assert rate["detector.class_embed.weight"] == (1e-4, 1e-2) and rate["detector.class_embed.bias"] == (1e-4, 0.0)
+    assert all(decay == 0 for name, (_, decay) in rate.items() if name.endswith("bias") or "norm" in name)
+
+
+def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
+    """Stage 1 from 91 rows prints the shrink command; its words, run as they are, give a head of N + 1 rows."""
+    torch.manual_seed(0)
+    coco = weights.RFDETR("tiny", 91, 64)
+    checkpoint.save(weights.checkpoint_content(coco, ["person"], {"person": 1, "car": 3}), tmp_path / "start.pth")
+    result = train_detector_stage1.main(**SMALL | {"PRETRAIN_WEIGHTS": str(tmp_path / "start.pth")},
+                                        DATASET_DIR=dataset, RUNS_DIR=str(tmp_path))
+    text = capsys.readouterr().out
+    assert "STAGE 1: DETECTOR TRAINING" in text and "Model Size:" in text and text.isascii()
+    assert torch.load(result["checkpoint"])["model"]["class_embed.0.weight"].shape[0] == 91
+    line = next(line for line in text.splitlines() if "shrink_head.py" in line)
+    words = line.split()[2:]
+    flags = {"--in_ckpt": words[1], "--out_ckpt": words[3]}
+    kept = tuple(word.strip('"') for word in words[words.index("--keep") + 1:])
+    assert kept == CLASSES and list(flags) == [words[0], words[2]]
+    shrink_head.main(IN_CKPT=flags["--in_ckpt"], OUT_CKPT=flags["--out_ckpt"], KEEP=kept)
+    assert torch.load(flags["--out_ckpt"])["model"]["class_embed.0.weight"].shape[0] == 4
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"SIZE": "huge"}, "size 'huge': choose one of nano"),
+    ({"RESOLUTION": 100}, "--resolution 100: size tiny needs a multiple of 16"),
+    ({"DATASET_DIR": "nowhere"}, "nowhere does not exist"),
+    ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file not found: missing.pth"),
+    ({"RESUME": "nowhere"}, "there is no last.pt in it"),
+    ({"LR": -1.0}, "not negative"),
+])
+def test_stage1_errors_are_one_line(dataset, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_detector_stage1.main(**STAGE1 | {"DATASET_DIR": dataset, "RUNS_DIR": str(tmp_path)} | changes)
+    assert "\n" not in str(error.value)
+
+
+# ---- stage 2 ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_stage2_trains_masks_and_leaves_the_detector_alone(stage1, dataset, tmp_path, capsys, cached):
+    result = train_seg_stage2.main(
+        **SMALL | {"EPOCHS": 2, "SEG_LR": 1e-3}, DATASET_DIR=dataset, RUNS_DIR=str(tmp_path), RUN_TEST=True,
+        STAGE1_RUN=stage1["run_dir"], CHECKPOINT=stage1["checkpoint"], CACHE_FEATURES=cached)
+    text = capsys.readouterr().out
+    for part in ("STAGE 2: SEGMENTATION HEAD TRAINING", "[ok] Found Stage-1 checkpoint",
+                 "[ok] Validated: 10/10 sample annotations contain segmentation masks", "[ok] Detector frozen:",
+                 "(MaskHeadNano)"):
+        assert part in text, part
+    folder = Path(result["run_dir"])
+    assert folder.name == "segmentation_tiny_64_1"
+    assert {"best.pt", "last.pt", "stage2_config.json", "metrics.json", "tb", "predictions.png"} <= {
+        path.name for path in folder.iterdir()}
+    before = torch.load(stage1["checkpoint"])["model"]
+    after = torch.load(folder / "best.pt")["model"]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(name.startswith("mask_head.") for name in after)
+    for split in ("valid", "test"):  # the same boxes, to the last digit
+        for name in ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"):
+            assert result[split][f"box/{name}"] == stage1[split][f"box/{name}"], (split, name)
+        assert 0 <= result[split]["mask/mAP"] <= 1
+    assert json.loads((folder / "stage2_config.json").read_text(encoding="utf-8"))["CLASS_NAMES"] == list(CLASSES)
+
+
+def test_stage2_resumes_bit_for_bit(stage1, dataset, tmp_path, monkeypatch):
+    settings = SMALL | {"EPOCHS": 2, "DATASET_DIR": dataset, "CHECKPOINT": stage1["checkpoint"], "CHECKPOINT_STEPS": 1,
+                        "CACHE_FEATURES": True, "CACHE_DIR": str(tmp_path / "cache")}
+    whole = train_seg_stage2.main(**settings, RUNS_DIR=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_seg_stage2, "compute_losses", dies_after(3, train_seg_stage2.compute_losses))
+        train_seg_stage2.main(**settings, RUNS_DIR=str(tmp_path / "killed"))
+    resumed = train_seg_stage2.main(RESUME=str(tmp_path / "killed" / "segmentation_tiny_64_1"))
+    first, second = (torch.load(Path(run["run_dir"]) / "last.pt")["model"] for run in (whole, resumed))
+    assert same(first, second)
+
+
+def test_cached_features_give_the_losses_of_the_detector(stage1, dataset, tmp_path):
+    cfg = config.resolve(vars(train_seg_stage2), SMALL | {
+        "DATASET_DIR": dataset, "CHECKPOINT": stage1["checkpoint"], "CACHE_DIR": str(tmp_path)})
+    model, rows, resolution = training.frozen_detector_with_masks(cfg, Path(stage1["checkpoint"]), list(CLASSES))
+    data = training.open_dataset(cfg, "train", rows, resolution, with_masks=True)
+    loader = training.cached_loader(cfg, model, data, resolution)
+    files = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
+    assert len(files) == 2 * len(data)
+    seen = set()
+    for epoch in range(4):
+        for index in range(len(data)):
+            sample = loader.dataset[(epoch, index)]
+            direct = loader.collate_fn([sample])
+            images = direct["images"].float() / 255
+            with torch.no_grad():
+                fresh = model.eval()(images)
+                cached = model(images, cached=features.stacked(direct["labels"]))
+            (query, target), = criterion.match(fresh["logits"], fresh["boxes"], direct["labels"])
+            assert torch.equal(target.sort().values, torch.arange(len(sample["labels"])))
+            wanted = fresh["query_embedding"][0, query[target.argsort()]]
+            torch.testing.assert_close(cached["query_embedding"][0], wanted, atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(cached["pixel_embedding"], fresh["pixel_embedding"], atol=3e-2, rtol=3e-2)
+            seen.add((index, tuple(sample["image"].flatten()[:50].tolist())))
+    assert len(seen) > len(data)  # mirror images too
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    training.cached_loader(cfg, model, data, resolution)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}  # nothing twice
+
+
+def test_a_head_that_was_not_shrunk_is_refused_with_the_command(stage1, dataset, tmp_path):
+    model = weights.RFDETR("tiny", 91, 64)
+    checkpoint.save(weights.checkpoint_content(model, list(CLASSES), dict(zip(CLASSES, (5, 6, 7), strict=True))),
+                    tmp_path / "best.pt")
+    with pytest.raises(UserError) as error:
+        train_seg_stage2.main(**SMALL, DATASET_DIR=dataset, RUNS_DIR=str(tmp_path / "runs"), STAGE1_RUN=str(tmp_path))
+    text = str(error.value)
+    assert "Frozen detector head out_dim (91) != requested (4)" in text
+    assert ('python shrink_head.py --in_ckpt ' + (tmp_path / "best.pt").as_posix()) in text
+    assert '--keep "cells" "blood_vessel" "glomerulus"' in text
+
+
+def test_stage2_errors(stage1, dataset, tmp_path):
+    common = SMALL | {"DATASET_DIR": dataset, "RUNS_DIR": str(tmp_path / "runs")}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="No checkpoint found in Stage-1 directory"):
+        train_seg_stage2.main(**common, STAGE1_RUN=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="which detector"):
+        train_seg_stage2.main(**common)
+    with pytest.raises(UserError, match="does not exist: give the file that shrink_head.py wrote"):
+        train_seg_stage2.main(**common, CHECKPOINT="gone.pth")
+    with pytest.raises(UserError, match="holds a detector of size tiny"):
+        train_seg_stage2.main(**common | {"SIZE": "nano"}, CHECKPOINT=stage1["checkpoint"])
+    boxes_only = write_dataset(tmp_path / "boxes", masks=False)
+    with pytest.raises(UserError, match="No segmentation masks found in COCO annotations"):
+        train_seg_stage2.main(**common | {"DATASET_DIR": str(boxes_only)}, CHECKPOINT=stage1["checkpoint"])
+
+
+# ---- single stage, batches without objects, two processes --------------------------------------------------------
+
+def test_single_stage_trains_everything(stage1, dataset, tmp_path):
+    result = train_seg_single_stage.main(**SMALL | {"EPOCHS": 2}, DATASET_DIR=dataset, RUNS_DIR=str(tmp_path),
+                                         PRETRAIN_WEIGHTS=stage1["checkpoint"])
+    assert Path(result["run_dir"]).name == "single_stage_tiny_64_1"
+    before, after = torch.load(stage1["checkpoint"])["model"], torch.load(Path(result["run_dir"]) / "last.pt")["model"]
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {"class_embed", "bbox_embed", "transformer", "backbone"} <= changed
+    assert result["valid"]["mask/mAP"] >= 0
+
+
+@pytest.mark.parametrize("script", [train_seg_stage2, train_seg_single_stage])
+def test_a_batch_without_objects_has_finite_losses_and_gradients(script):
+    model = weights.RFDETR("tiny", 4, 64, mask_head="nano").train()
+    if script is train_seg_stage2:
+        freeze.freeze(model.detector)
+    labels = [{"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4),
+               "masks": torch.zeros(0, 64, 64, dtype=torch.bool)} for _ in range(2)]
+    losses = script.compute_losses(model, {"images": torch.rand(2, 3, 64, 64), "labels": labels})
+    assert all(torch.isfinite(value) for value in losses.values())
+    sum(value for value in losses.values() if value.requires_grad).backward()
+    found = [p.grad for p in model.mask_head.parameters()]
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in found)
+
+
+def test_two_processes_share_a_run(dataset, tmp_path):
+    """torchrun on gloo: one folder, one history, the losses of both ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731",
+               str(ROOT / "train_detector_stage1.py"), "--size", "tiny", "--resolution", "64", "--epochs", "1",
+               "--batch", "2", "--accum", "1", "--workers", "0", "--multi_scale", "0", "--pretrain_weights", "none", "--dataset_dir", dataset,
+               "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["detector_tiny_64_1"]
+    history = json.loads((tmp_path / "detector_tiny_64_1" / "metrics.json").read_text(encoding="utf-8"))["history"]
+    assert len(history) == 1 and history[0]["step"] == 2
+    assert done.stdout.count("STAGE 1: DETECTOR TRAINING") == 1

@@ -1,0 +1,236 @@
+"""validate_setup.py: what it finds, its exit code, and the command that it ends with."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from test_rfdetr_data import _set, edit, write_dataset
+
+import validate_setup
+from rfdetr import config as sizes
+from utils import config, demo_dataset
+from utils.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def checked(capsys, root, **overrides):
+    """-> exit code and the lines that were printed."""
+    arguments = {"DATASET_DIR": str(root), "PRETRAIN_WEIGHTS": "none", "RUNS_DIR": str(root)} | overrides
+    code = validate_setup.main(**arguments)
+    return code, capsys.readouterr().out.splitlines()
+
+
+def having(lines, *words):
+    return [line for line in lines if all(word in line for word in words)]
+
+
+def test_a_good_data_set_is_ready_and_the_next_command_runs_stage_1_on_it(tmp_path, capsys):
+    code, lines = checked(capsys, write_dataset(tmp_path))
+    assert code == 0 and not having(lines, "[FAIL]")
+    assert having(lines, "[ok]", "train: 3 images (1 without objects), 3 objects: cat 1, dog 2")
+    assert having(lines, "[ok]", "valid: all 3 masks can be decoded") and having(lines, "[ok]", "torch 2.")
+    assert having(lines, "[ok]", "no test/") and having(lines, "'pets'", "left out")
+    assert lines[-2].startswith("Ready: 0 problem(s)")
+    assert lines[-1].startswith("python train_detector_stage1.py --size nano --epochs 1 --batch ")
+    assert f'--dataset_dir "{tmp_path}"' in lines[-1] and '--pretrain_weights "none"' in lines[-1]
+    assert all(line.isascii() for line in lines if str(tmp_path) not in line)
+
+
+def pop_masks(content):
+    for note in content["annotations"]:
+        del note["segmentation"]
+
+
+@pytest.mark.parametrize("split, change, words", [
+    ("train", _set("images", 0, file_name="gone.png"), ("[FAIL]", "gone.png (missing)")),
+    ("train", _set("images", 2, width=39), ("[FAIL]", "3.png", "is 40x40")),
+    ("valid", _set("annotations", 1, segmentation={"size": [48, 64], "counts": "zz"}),
+     ("[FAIL]", "valid: 1 mask(s)", "annotation 2 of 1.png")),
+    ("valid", lambda content: content["categories"].append({"id": 9, "name": "horse"}), ()),
+    ("valid", lambda content: (content["categories"].append({"id": 9, "name": "horse"}),
+                               content["annotations"][0].update(category_id=9)), ("[FAIL]", "annotates 'horse'")),
+    ("valid", lambda content: content["categories"].pop(1) and content["annotations"].pop(0),
+     ("[warn]", "valid: its categories lack cat")),
+    ("valid", lambda content: content["annotations"].pop(0), ("[warn]", "valid: no object of cat")),
+    ("train", lambda content: content.update(annotations=[]), ("[FAIL]", "train: 3 images (3 without objects)")),
+    ("train", pop_masks, ("[warn]", "train: No segmentation masks found in COCO annotations")),
+    ("train", _set("annotations", 0, segmentation=[]), ("[warn]", "1 of 3 objects have no mask")),
+    ("train", _set("annotations", 0, bbox=[-9, 0, 30, 20]), ("[warn]", "1 box(es) reached out of their image")),
+    ("train", _set("annotations", 0, bbox=[3, 3, 0, 20]), ("[warn]", "1 box(es) thinner")),
+    ("train", lambda content: content["images"].pop(2), ("[warn]", "1 image(s) that the annotation file does not")),
+])
+def test_a_flaw_of_the_data_set_is_named_and_only_a_fatal_one_fails(tmp_path, capsys, split, change, words):
+    edit(write_dataset(tmp_path), change, split)
+    code, lines = checked(capsys, tmp_path)
+    assert code == int("[FAIL]" in words) and bool(having(lines, "[FAIL]")) == ("[FAIL]" in words)
+    assert not words or having(lines, *words)
+    assert lines[-1].startswith("python validate_setup.py" if code else "python train_detector_stage1.py")
+
+
+def test_corrupt_json_a_wrong_folder_and_no_data_set_at_all(tmp_path, capsys):
+    write_dataset(tmp_path / "d")
+    (tmp_path / "d" / "valid" / "_annotations.coco.json").write_text("{", encoding="utf-8")
+    code, lines = checked(capsys, tmp_path / "d")
+    assert code == 1 and having(lines, "[FAIL]", "valid/_annotations.coco.json is not readable JSON")
+    write_dataset(tmp_path / "e", splits=("train", "val"))
+    code, lines = checked(capsys, tmp_path / "e")
+    assert code == 1 and having(lines, "[FAIL]", "must be called valid")
+    code, lines = checked(capsys, tmp_path / "nowhere", RUNS_DIR=str(tmp_path))
+    assert code == 1 and having(lines, "[FAIL]", "nowhere does not exist")
+    assert lines[-1].startswith(f'python tools/make_demo_dataset.py --out "{tmp_path / "nowhere"}"')
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+class Store(http.server.BaseHTTPRequestHandler):
+    asked = []
+
+    def do_HEAD(self):
+        self.asked.append(("HEAD", self.path))
+        self.send_response(200 if self.path == "/nano.pth" else 404)
+        self.send_header("Content-Length", str(120 * 2**20))
+        self.end_headers()
+
+    def do_GET(self):
+        self.asked.append(("GET", self.path))
+        self.send_response(500)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """A server that answers for /nano.pth, as the place of the published weights; -> function that sets the file."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RAINSIGHT_CACHE", str(tmp_path / "cache"))
+    Store.asked.clear()
+
+    def publish(name, port=server.server_address[1]):
+        one = sizes.Published("nano.pth", f"http://127.0.0.1:{port}/{name}", "5d41402abc4b2a76b9719d911017c592")
+        monkeypatch.setitem(sizes.PUBLISHED, "nano", one)
+    yield publish
+    server.shutdown()
+    server.server_close()
+
+
+def weights_line(capsys, **overrides):
+    found = validate_setup.Findings()
+    cfg = config.resolve(vars(validate_setup), {"TIMEOUT": 2.0} | overrides)
+    validate_setup.check_weights(found, cfg)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_reachable_weights_are_asked_for_but_not_downloaded(store, capsys):
+    store("nano.pth")
+    line = weights_line(capsys)
+    assert line.startswith("[ok]") and "120 MB" in line and Store.asked == [("HEAD", "/nano.pth")]
+
+
+@pytest.mark.parametrize("name, port", [("gone.pth", None), ("nano.pth", 9)])
+def test_unreachable_weights_say_what_to_do(store, tmp_path, capsys, name, port):
+    store(name, port) if port else store(name)
+    line = weights_line(capsys)
+    assert line.startswith("[FAIL]") and "cannot be reached" in line and "--pretrain_weights none" in line
+    assert (tmp_path / "cache" / "nano.pth").as_posix() in line
+
+
+def test_cached_weights_need_no_network_unless_they_are_damaged(store, tmp_path, capsys):
+    store("nano.pth", 9)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "nano.pth").write_bytes(b"hello")
+    assert weights_line(capsys).startswith("[ok]")
+    (tmp_path / "cache" / "nano.pth").write_bytes(b"hell")
+    line = weights_line(capsys)
+    assert line.startswith("[FAIL]") and "damaged" in line and not Store.asked
+
+
+def test_other_weights(tmp_path, capsys):
+    assert weights_line(capsys, PRETRAIN_WEIGHTS="none").startswith("[ok]")
+    assert "nobody has published" in weights_line(capsys, SIZE="tiny")
+    missing = weights_line(capsys, PRETRAIN_WEIGHTS=str(tmp_path / "gone.pth"))
+    assert missing.startswith("[FAIL]") and "gone.pth" in missing
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+def test_packages_are_compared_with_the_requirements(tmp_path, capsys):
+    path = tmp_path / "requirements.txt"
+    path.write_text("# a comment\ntorch>=2.6  # with a reason\nnumpy>=99.1\nno-such-package>=1\ntqdm\n"
+                    "opencv-python-headless>=0\n", encoding="utf-8")
+    found = validate_setup.Findings()
+    assert not validate_setup.check_packages(found, path)
+    lines = capsys.readouterr().out.splitlines()
+    assert found.failed == 2 and having(lines, "[FAIL]", "numpy", "older than 99.1")
+    assert having(lines, "[FAIL]", "no-such-package is missing") and having(lines, "[ok]", "torch 2.", "tqdm 4.")
+    path.write_text("torch>=2.6\nnumpy>=99.1\n", encoding="utf-8")
+    assert validate_setup.check_packages(found, path)  # too old is worth a try, missing is not
+    assert validate_setup._numbers("2.14.1+cu130") == (2, 14, 1) > validate_setup._numbers("2.9")
+
+
+def test_an_optional_package_that_is_missing_only_warns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validate_setup, "_OTHER_SCRIPTS", ("no-such-package",))
+    (tmp_path / "requirements.txt").write_text("no-such-package>=1\n", encoding="utf-8")
+    found = validate_setup.Findings()
+    assert validate_setup.check_packages(found, tmp_path / "requirements.txt")
+    assert (found.failed, found.warned) == (0, 1)
+
+
+def test_a_full_disk_fails_before_training_starts(tmp_path, capsys, monkeypatch):
+    cfg = config.resolve(vars(validate_setup), {"RUNS_DIR": str(tmp_path / "not" / "yet")})
+    for free, level in ((0.3, "[FAIL]"), (2, "[warn]"), (50, "[ok]")):
+        monkeypatch.setattr(validate_setup.shutil, "disk_usage", lambda path, free=free: type("", (), {
+            "free": free * 2**30}))
+        validate_setup.check_disk(validate_setup.Findings(), cfg)
+        assert capsys.readouterr().out.startswith(level)
+
+
+def test_suggested_batches_grow_with_the_memory_and_shrink_with_the_model():
+    assert set(validate_setup._COSTS) == set(sizes.SIZES)
+    for size in validate_setup._COSTS:
+        batches = [validate_setup.suggest_batch(size, memory)[0] for memory in (4, 8, 16, 24, 80)]
+        for one, next_one in zip(batches, batches[1:], strict=False):
+            assert one[False] <= next_one[False] <= 16 and one[True] <= one[False] and 16 % one[True] == 0
+    assert validate_setup.suggest_batch("nano", 4) == ({False: 4, True: 2}, True)  # the guide's 4 to 8 on 4 GB
+    assert validate_setup.suggest_batch("large", 4) == ({False: 1, True: 1}, False)
+    assert validate_setup.suggest_batch("nano", 80)[0] == {False: 16, True: 16}
+    assert validate_setup.suggest_batch("base", None) == ({False: 2, True: 2}, True)
+
+
+def test_an_unknown_size_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--size huge: choose one of nano"):
+        validate_setup.main(SIZE="huge")
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+def test_the_demo_needs_no_network_and_points_at_the_demo(tmp_path, capsys, monkeypatch):
+    made = []
+
+    def small(root):
+        made.append(root)
+        return write_dataset(Path(root))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_dataset, "ensure_dataset", small)
+    assert validate_setup.main(demo=True, PRETRAIN_WEIGHTS="none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert made == ["./demo/dataset"] and lines[-1] == "python train_detector_stage1.py --demo"
+
+
+def test_without_torch_it_still_speaks_and_exits_with_1(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('DLL load failed')\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, str(ROOT / "validate_setup.py"), "--dataset_dir", str(tmp_path / "gone")],
+                          capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "[FAIL] ImportError: DLL load failed" in done.stdout and "[ok]   Python" in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith("python tools/make_demo_dataset.py")

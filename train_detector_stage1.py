@@ -1,0 +1,115 @@
+"""Stage 1 of RF-DETR segmentation: train the detector (boxes and classes) on a Roboflow-layout data set.
+
+RF-DETR: Robinson et al., arXiv 2511.09554. The data set is dataset/{train,valid,test}/_annotations.coco.json beside the
+images. The class head keeps its 91 COCO rows when COCO weights are loaded: a class that COCO knows by name goes on
+training its COCO row, others take free rows (class_rows in the checkpoint); shrink_head.py cuts the head afterwards.
+
+    python train_detector_stage1.py --demo
+    python train_detector_stage1.py --size nano --epochs 1 --batch 1 --accum 4 --workers 0 --multi_scale 0
+
+Writes runs/detector_<size>_<resolution>_<n>/: checkpoint_best_regular.pth (best epoch, weights and class names only),
+best.pt, last.pt (--resume goes on from it), checkpoint.pt (latest epoch), metrics.json, results.json, curves.png,
+predictions.png and tb/.
+"""
+
+from pathlib import Path
+
+import torch
+
+from rfdetr import criterion, run_report
+from rfdetr import main as training
+from utils import config, demo_dataset, engine, evaluation, freeze, processes
+
+# --- model --------------------------------------------------------------------------------------------------------
+SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
+RESOLUTION = 0                          # side of the square input; 0 takes the size's own (nano 384, small 512, ...)
+PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded once; a checkpoint; none: from scratch
+PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"
+
+# --- data ---------------------------------------------------------------------------------------------------------
+DATASET_DIR = "./dataset"               # Roboflow layout: train/, valid/ and perhaps test/, each with its JSON
+MULTI_SCALE = True                      # every batch at another size around RESOLUTION
+EXPANDED_SCALES = False                 # a wider range of sizes
+WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
+
+# --- training -----------------------------------------------------------------------------------------------------
+EPOCHS = 50                             # fine-tuning COCO weights; from scratch many more
+BATCH = 4                               # per GPU; 16 with ACCUM is what the published models used
+ACCUM = 4                               # batches per optimizer step
+LR = 1e-4                               # projector, decoder, heads
+BACKBONE_LR = 1.5e-4                    # the ViT's last block
+LAYER_DECAY = 0.8                       # every block further down trains so much slower (1: all alike)
+WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
+CLIP_NORM = 0.1                         # limit of the gradient's norm
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows
+EMA = True                              # evaluate and keep a moving average of the weights
+EMA_DECAY = 0.993                       # of that average, after a warm-up of 100 steps
+NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+PATIENCE = 10                           # epochs without a better box mAP before the run stops
+SEED = 0                                # order, augmentation, new weights
+
+# --- output -------------------------------------------------------------------------------------------------------
+RUNS_DIR = "./runs"                     # every run gets a folder of its own in it
+RUN_TEST = False                        # True: evaluate the best epoch on test/ as well
+RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+
+DEMO = {  # pretrained on street scenes, its class heads start anew: what fine-tuning on classes of one's own looks like
+    "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
+    "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 3,
+    "PRETRAIN_EXCLUDE_KEYS": ("class_embed.*", "transformer.enc_out_class_embed.*"), "BATCH": 8, "ACCUM": 1, "LR": 2e-4,
+    "BACKBONE_LR": 2e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0, "WORKERS": 0,
+}
+
+
+def compute_losses(model, batch):
+    """Losses of one batch: "loss_ce", "loss_bbox", "loss_giou" of every decoder layer and of the proposals."""
+    outputs = model(batch["images"])
+    groups = outputs["logits"].shape[1] // outputs["queries"].shape[1]  # group DETR: sets of queries in training
+    return criterion.detection_losses(outputs, batch["labels"], groups)
+
+
+def main(**overrides):
+    """Train. -> {"run_dir", "checkpoint", "history", "best_epoch", "best_score", "stopped", "test"}"""
+    cfg = config.resolve(globals(), training.resumed(overrides, RUNS_DIR, "detector"))
+    resolution = training.resolution_of(cfg)
+    folder = (Path(cfg.RESUME) if cfg.RESUME else
+              training.run_folder(cfg.RUNS_DIR, f"detector_{cfg.SIZE}_{resolution}"))
+    if cfg.demo:
+        demo_dataset.ensure_dataset(cfg.DATASET_DIR)
+    processes.say(run_report.banner("STAGE 1: DETECTOR TRAINING", {
+        "Model Size": cfg.SIZE, "Resolution": resolution, "Epochs": cfg.EPOCHS,
+        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
+        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    engine.seed_everything(cfg.SEED)
+    names = training.class_names(cfg.DATASET_DIR)
+    model, class_rows = training.new_detector(cfg, names, resolution)
+    data = {split: training.open_dataset(cfg, split, class_rows, resolution, train=split == "train")
+            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
+    splits = {split: training.validation_loader(cfg, data[split], resolution) for split in data if split != "train"}
+    truth = evaluation.ground_truth(data["valid"].annotation_file)
+    processes.say(freeze.describe({"RF-DETR": model}))
+    extras = {"args": model.model_args, "class_names": names, "class_rows": class_rows}
+
+    result = engine.fit(
+        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
+        parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
+        loss_weights=criterion.loss_weights(model.detector.config.decoder_layers),
+        evaluate=lambda model: run_report.scores(model, splits["valid"], truth), score="box/mAP",
+        on_best=lambda model: training.save_weights(model, extras, folder / "checkpoint_best_regular.pth"),
+        on_epoch=lambda model, history: training.save_weights(model, extras, folder / "checkpoint.pt"),
+        sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),
+        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
+        ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA else None, constants=cfg.as_dict(), extras=extras,
+        resume=bool(cfg.RESUME), checkpoint_steps=cfg.CHECKPOINT_STEPS)
+    result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)
+    result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")
+    processes.say(run_report.next_command(cfg, folder, names, model.model_args["num_rows"]))
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True
+    main(**config.from_command_line(globals()))

@@ -1,0 +1,124 @@
+"""Stage 2 of RF-DETR segmentation: train a mask head on the frozen detector of stage 1.
+
+The detector is frozen for good (eval mode, no graph, 300 queries), so its boxes are the same before and after. Only the
+mask head trains: every pixel of a map at a quarter of the image's resolution and every query get a vector, and a mask
+is their dot product.
+
+    python train_seg_stage2.py --demo
+    python train_seg_stage2.py --size nano --stage1_run runs/detector_nano_384_1 --epochs 1 --batch 4 --accum 2
+        --checkpoint runs/detector_nano_384_1/checkpoint_mydata.pth --workers 2 --multi_scale 0 --run_test 0
+
+Writes runs/segmentation_<size>_<resolution>_<n>/: best.pt (detector and mask head), last.pt (--resume goes on from it),
+stage2_config.json, metrics.json, results.json, curves.png, predictions.png and tb/.
+"""
+
+from pathlib import Path
+
+import torch
+
+from rfdetr import criterion, features, masks, run_report
+from rfdetr import main as training
+from utils import config, demo_dataset, engine, evaluation, freeze, processes, report
+
+# --- model --------------------------------------------------------------------------------------------------------
+SIZE = "nano"                           # as in stage 1
+RESOLUTION = 0                          # side of the square input; 0 takes the one of stage 1
+STAGE1_RUN = ""                         # folder of the stage-1 run
+CHECKPOINT = ""                         # detector to freeze, from shrink_head.py; "" takes STAGE1_RUN's best.pt
+
+# --- data ---------------------------------------------------------------------------------------------------------
+DATASET_DIR = "./dataset"               # Roboflow layout; annotations need masks (polygons or RLE)
+MULTI_SCALE = True                      # every batch at another size around RESOLUTION
+EXPANDED_SCALES = False                 # a wider range of sizes
+CACHE_FEATURES = False                  # compute the detector's features once: many times faster epochs, mirror only
+CACHE_DIR = ""                          # where they are kept, about 1 MB an image at 384; "" is RUNS_DIR/feature_cache
+WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
+
+# --- training -----------------------------------------------------------------------------------------------------
+EPOCHS = 50                             # a few are enough to see masks
+BATCH = 4                               # per GPU
+ACCUM = 2                               # batches per optimizer step
+SEG_LR = 1e-4                           # only the mask head trains; it stands 10 times as much when in a hurry
+WEIGHT_DECAY = 1e-4                     # not on biases and normalisation
+MASK_LOSS_COEF = 1.0                    # weight of the pixels' binary cross-entropy
+DICE_LOSS_COEF = 1.0                    # weight of the dice loss
+CLIP_NORM = 1.0                         # limit of the gradient's norm
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows
+NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+PATIENCE = 10                           # epochs without a better mask mAP before the run stops
+SEED = 0                                # order, augmentation, new weights
+
+# --- output -------------------------------------------------------------------------------------------------------
+RUNS_DIR = "./runs"                     # every run gets a folder of its own in it
+RUN_TEST = False                        # True: evaluate the best epoch on test/ as well
+RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+
+DEMO = {
+    "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
+    "CHECKPOINT": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 4, "BATCH": 8, "ACCUM": 1, "SEG_LR": 2e-3, "WORKERS": 0,
+    "CACHE_FEATURES": True,
+}
+
+
+def compute_losses(model, batch):
+    """{"loss_mask", "loss_dice"} at the queries that the detector's boxes and classes match with the objects."""
+    labels = batch["labels"]
+    if labels[0].get("features") is not None:
+        outputs = model(batch["images"], cached=features.stacked(labels))
+        indices = [(torch.arange(len(one["boxes"])),) * 2 for one in labels]  # the cache holds the matched queries only
+    else:
+        outputs = model(batch["images"])
+        indices = criterion.match(outputs["logits"], outputs["boxes"], labels)
+    return masks.mask_losses(outputs, labels, indices)
+
+
+def main(**overrides):
+    """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
+    cfg = config.resolve(globals(), training.resumed(overrides, RUNS_DIR, "segmentation"))
+    if cfg.demo:
+        demo_dataset.ensure_dataset(cfg.DATASET_DIR)
+    source = training.stage1_checkpoint(cfg)
+    names = training.class_names(cfg.DATASET_DIR)
+    engine.seed_everything(cfg.SEED)
+    model, class_rows, resolution = training.frozen_detector_with_masks(cfg, source, names)
+    folder = (Path(cfg.RESUME) if cfg.RESUME else
+              training.run_folder(cfg.RUNS_DIR, f"segmentation_{cfg.SIZE}_{resolution}"))
+    processes.say(run_report.banner("STAGE 2: SEGMENTATION HEAD TRAINING", {
+        "Model Size": cfg.SIZE, "Resolution": resolution, "Stage-1 Checkpoint": source, "Epochs": cfg.EPOCHS,
+        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
+        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    processes.say(f"[ok] Found Stage-1 checkpoint: {source}")
+    data = {split: training.open_dataset(cfg, split, class_rows, resolution, with_masks=True,
+                                         train=split == "train" and not cfg.CACHE_FEATURES)
+            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    processes.say(run_report.masks_seen(data["train"]))
+    frozen, trainable = freeze.count_parameters(model.detector)[0], freeze.count_parameters(model.mask_head)[1]
+    processes.say(f"[ok] Detector frozen: {frozen:,} parameters\n"
+                  f"[ok] Segmentation head trainable: {trainable:,} parameters ({type(model.mask_head).__name__})")
+    if cfg.CACHE_FEATURES:
+        train_loader = training.cached_loader(cfg, model, data["train"], resolution)
+    else:
+        train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
+    splits = {split: training.validation_loader(cfg, data[split], resolution) for split in data if split != "train"}
+    truth = evaluation.ground_truth(data["valid"].annotation_file)
+    extras = {"args": model.model_args, "class_names": names, "class_rows": class_rows}
+    if processes.is_main():
+        report.write_json(folder / "stage2_config.json", cfg.as_dict() | {
+            "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": names})
+
+    result = engine.fit(
+        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
+        parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
+        loss_weights={"loss_mask": cfg.MASK_LOSS_COEF, "loss_dice": cfg.DICE_LOSS_COEF},
+        evaluate=lambda model: run_report.scores(model, splits["valid"], truth, with_masks=True), score="mask/mAP",
+        sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),
+        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
+        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
+        constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), checkpoint_steps=cfg.CHECKPOINT_STEPS)
+    return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True
+    main(**config.from_command_line(globals()))

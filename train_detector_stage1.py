@@ -30,6 +30,7 @@ PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loade
 DATASET_DIR = "./dataset"               # Roboflow layout: train/, valid/ and perhaps test/, each with its JSON
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
+AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)
 WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -56,17 +57,18 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 
 DEMO = {  # pretrained on street scenes, its class heads start anew: what fine-tuning on classes of one's own looks like
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
-    "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 3,
+    "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 3,
     "PRETRAIN_EXCLUDE_KEYS": ("class_embed.*", "transformer.enc_out_class_embed.*"), "BATCH": 8, "ACCUM": 1, "LR": 2e-4,
     "BACKBONE_LR": 2e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0, "WORKERS": 0,
 }
 
 
 def compute_losses(model, batch):
-    """Losses of one batch: "loss_ce", "loss_bbox", "loss_giou" of every decoder layer and of the proposals."""
+    """{"loss_ce", "loss_bbox", "loss_giou"} of the last decoder layer, "loss_aux" of the others and of the proposals,
+    and "class_error" (percent), which is only reported."""
     outputs = model(batch["images"])
     groups = outputs["logits"].shape[1] // outputs["queries"].shape[1]  # group DETR: sets of queries in training
-    return criterion.detection_losses(outputs, batch["labels"], groups)
+    return criterion.summed_up(criterion.detection_losses(outputs, batch["labels"], groups))
 
 
 def main(**overrides):
@@ -95,7 +97,7 @@ def main(**overrides):
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
         parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
-        loss_weights=criterion.loss_weights(model.detector.config.decoder_layers),
+        loss_weights=criterion.SUMMED_WEIGHTS,
         evaluate=lambda model: run_report.scores(model, splits["valid"], truth), score="box/mAP",
         on_best=lambda model: training.save_weights(model, extras, folder / "checkpoint_best_regular.pth"),
         on_epoch=lambda model, history: training.save_weights(model, extras, folder / "checkpoint.pt"),

@@ -29,6 +29,7 @@ PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loade
 DATASET_DIR = "./dataset"               # Roboflow layout; annotations need masks (polygons or RLE)
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
+AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)
 WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -58,8 +59,9 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 
 DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
+    "AUGMENTATION": "mirror",
     "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 2, "BATCH": 8, "ACCUM": 1, "LR": 1e-4,
-    "BACKBONE_LR": 1e-4, "LAYER_DECAY": 1.0, "SEG_LR": 2e-3, "CLIP_NORM": 1.0, "WORKERS": 0,
+    "BACKBONE_LR": 1e-4, "LAYER_DECAY": 1.0, "SEG_LR": 5e-3, "CLIP_NORM": 1.0, "WORKERS": 0,
 }
 
 
@@ -67,7 +69,7 @@ def compute_losses(model, batch):
     """The detector's losses of stage 1, and {"loss_mask", "loss_dice"} at the matched queries of the first group."""
     outputs, labels = model(batch["images"]), batch["labels"]
     queries = outputs["queries"].shape[1]
-    losses = criterion.detection_losses(outputs, labels, outputs["logits"].shape[1] // queries)
+    losses = criterion.summed_up(criterion.detection_losses(outputs, labels, outputs["logits"].shape[1] // queries))
     indices = criterion.match(outputs["logits"][:, :queries], outputs["boxes"][:, :queries], labels)
     return losses | masks.mask_losses(outputs, labels, indices)
 
@@ -100,7 +102,7 @@ def main(**overrides):
         model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
         parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY,
                                              mask_head_lr=cfg.SEG_LR),
-        loss_weights=criterion.loss_weights(model.detector.config.decoder_layers) | {
+        loss_weights=criterion.SUMMED_WEIGHTS | {
             "loss_mask": cfg.MASK_LOSS_COEF, "loss_dice": cfg.DICE_LOSS_COEF},
         evaluate=lambda model: run_report.scores(model, splits["valid"], truth, with_masks=True), score="mask/mAP",
         sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),

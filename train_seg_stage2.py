@@ -30,6 +30,7 @@ CHECKPOINT = ""                         # detector to freeze, from shrink_head.p
 DATASET_DIR = "./dataset"               # Roboflow layout; annotations need masks (polygons or RLE)
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
+AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)
 CACHE_FEATURES = False                  # compute the detector's features once: many times faster epochs, mirror only
 CACHE_DIR = ""                          # where they are kept, about 1 MB an image at 384; "" is RUNS_DIR/feature_cache
 WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
@@ -56,8 +57,9 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 
 DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
-    "CHECKPOINT": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 4, "BATCH": 8, "ACCUM": 1, "SEG_LR": 2e-3, "WORKERS": 0,
-    "CACHE_FEATURES": True,
+    "AUGMENTATION": "mirror",
+    "CHECKPOINT": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 6, "BATCH": 8, "ACCUM": 1, "SEG_LR": 5e-3,
+    "WORKERS": 0, "CACHE_FEATURES": True,
 }
 
 

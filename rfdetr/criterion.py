@@ -17,6 +17,7 @@ ALPHA = 0.25                         # weight of the score in the target of the 
 GAMMA = 2                            # how fast easy negatives lose their weight
 MIN_TARGET = 0.01                    # a matched query is asked for at least this score, however bad its box
 MATCH_COSTS = (2.0, 5.0, 2.0)        # class, L1, GIoU
+SUMMED_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_aux": 1.0}  # of `summed_up`
 WORST = 1e8                          # cost that stands in for one that is not finite
 
 
@@ -174,3 +175,13 @@ def loss_weights(decoder_layers, ce=1.0, bbox=5.0, giou=2.0):
     suffixes = ["", *(f"_{i}" for i in range(decoder_layers - 1)), "_enc"]
     return {f"{name}{suffix}": weight for suffix in suffixes
             for name, weight in (("loss_ce", ce), ("loss_bbox", bbox), ("loss_giou", giou))}
+
+
+def summed_up(losses):
+    """Terms of `detection_losses` -> {"loss_ce", "loss_bbox", "loss_giou"} of the last layer, "loss_aux": all the other
+    layers' and the proposals' terms with their weights, and "class_error". Weights: SUMMED_WEIGHTS; the total is that
+    of `loss_weights`."""
+    earlier = {name: value for name, value in losses.items() if name.startswith("loss_") and name.count("_") > 1}
+    last = {name: losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
+    aux = sum(SUMMED_WEIGHTS["_".join(name.split("_")[:2])] * value for name, value in earlier.items())
+    return last | {"loss_aux": aux, "class_error": losses["class_error"]}

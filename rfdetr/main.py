@@ -83,7 +83,7 @@ def class_names(dataset_dir):
 def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=False):
     """-> RoboflowDataset of one split; prints its notes."""
     data = roboflow.RoboflowDataset(cfg.DATASET_DIR, split, class_rows, resolution, train=train, masks=with_masks,
-                                    seed=cfg.SEED)
+                                    seed=cfg.SEED, augmentation=cfg.AUGMENTATION)
     for note in data.notes:
         processes.say(f"note: {note}")
     return data

@@ -232,3 +232,16 @@ def test_two_ranks_average_to_the_loss_of_both_batches(tmp_path):
     for name in (*criterion.loss_weights(1), "loss_mask", "loss_dice"):
         mean = (parts[0][name] + parts[1][name]).item() / 2
         assert mean == pytest.approx(whole[name].item(), rel=1e-5) and mean > 0, name
+
+
+def test_summed_up_terms_have_the_same_total():
+    torch.manual_seed(0)
+    stage = lambda: {"logits": torch.randn(2, 8, 5), "boxes": torch.rand(2, 8, 4)}  # noqa: E731
+    outputs = stage() | {"aux": [stage(), stage()], "enc": stage()}
+    labels = [{"class_labels": torch.tensor([1, 3]), "boxes": torch.rand(2, 4)},
+              {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+    losses = criterion.detection_losses(outputs, labels, groups=2)
+    total = sum(weight * losses[name] for name, weight in criterion.loss_weights(3).items())
+    short = criterion.summed_up(losses)
+    assert set(short) == {"loss_ce", "loss_bbox", "loss_giou", "loss_aux", "class_error"}
+    torch.testing.assert_close(sum(weight * short[name] for name, weight in criterion.SUMMED_WEIGHTS.items()), total)

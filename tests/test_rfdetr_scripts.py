@@ -100,7 +100,7 @@ def test_training_lowers_the_loss(dataset):
     loader = training.training_loader(cfg, training.open_dataset(cfg, "train", rows, 64), "tiny", 64)
     batch = datasets.to_device(next(iter(loader)), "cpu")
     optimizer = torch.optim.AdamW(training.parameter_groups(model.train(), 5e-4, 5e-4, 1.0, 0.0))
-    weight_of, totals = criterion.loss_weights(2), []
+    weight_of, totals = criterion.SUMMED_WEIGHTS, []
     for _ in range(12):
         losses = train_detector_stage1.compute_losses(model, batch)
         total = sum(weight * losses[name] for name, weight in weight_of.items())
@@ -287,8 +287,8 @@ def test_two_processes_share_a_run(dataset, tmp_path):
     """torchrun on gloo: one folder, one history, the losses of both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731",
                str(ROOT / "train_detector_stage1.py"), "--size", "tiny", "--resolution", "64", "--epochs", "1",
-               "--batch", "2", "--accum", "1", "--workers", "0", "--multi_scale", "0", "--pretrain_weights", "none", "--dataset_dir", dataset,
-               "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
+               "--batch", "2", "--accum", "1", "--workers", "0", "--multi_scale", "0", "--pretrain_weights", "none",
+               "--dataset_dir", dataset, "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["detector_tiny_64_1"]

@@ -47,8 +47,9 @@ _SPDNET_ADAPTED = {"PERCENT_DATASET": 50}
 _RTDETR_RAIN = {"COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "CLIP_NORM": 1.0,
                 "LEARNING_RATE": 3e-4, "BACKBONE_LEARNING_RATE": 3e-4}
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
-_RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "PRETRAIN_WEIGHTS": "none", "EPOCHS": 7, "BATCH": 8, "ACCUM": 1,
-           "LR": 6e-4, "BACKBONE_LR": 6e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0, "WARMUP_STEPS": 200, "WORKERS": 0}
+_RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "none", "EPOCHS": 6,
+           "BATCH": 8, "ACCUM": 1, "LR": 5e-4, "BACKBONE_LR": 5e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0,
+           "WARMUP_STEPS": 200, "WORKERS": 0}
 
 
 def rain_gap(folder, work):

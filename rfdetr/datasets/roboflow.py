@@ -190,7 +190,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
         root, split: see the top of this file; flag: what the script calls `root`, for error messages.
         class_rows: {class name: row of the class head}; categories that are not in it may have no annotations.
         resolution: side of the network's square input.
-        train: augment (transforms.training) and refuse a split without objects.
+        train: augment and refuse a split without objects; augmentation: a key of transforms.AUGMENTATIONS.
         masks: every object needs a mask; those without are left out and counted.
         seed: of the augmentation; check: decode every image once.
     Attributes:
@@ -201,10 +201,12 @@ class RoboflowDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split, class_rows, resolution, *, train, masks=False, seed=0, flag="--dataset_dir",
-                 check=True):
+                 augmentation="full", check=True):
         self.annotation_file, content = read_split(root, split, flag)
         self.folder, self.resolution, self.seed, self.train = self.annotation_file.parent, resolution, seed, train
-        self.transform = transforms.training() if train else transforms.evaluation()
+        if augmentation not in transforms.AUGMENTATIONS:
+            raise UserError(f"--augmentation {augmentation}: choose {' or '.join(transforms.AUGMENTATIONS)}")
+        self.transform = transforms.AUGMENTATIONS[augmentation]() if train else transforms.evaluation()
         self.class_names = list(class_rows)
         row_of = {c["id"]: class_rows[c["name"]] for c in content["categories"] if c["name"] in class_rows}
         strangers = {note["category_id"] for note in content["annotations"]} - row_of.keys()

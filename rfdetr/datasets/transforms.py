@@ -23,13 +23,16 @@ def training():
 
 
 def mirror():
-    """Only the mirror image: what cached features can follow."""
+    """Only the mirror image: enough for short runs on plenty of data."""
     return v2.RandomHorizontalFlip(0.5)
 
 
 def evaluation():
     """Nothing: the stretch to the network's size happens in the collate function."""
     return v2.Identity()
+
+
+AUGMENTATIONS = {"full": training, "mirror": mirror}
 
 
 class RandomSizeCrop:

@@ -1,6 +1,6 @@
 """Mask heads: an object's mask is its query's embedding times every pixel's, at a quarter of the image's size.
 
-Query times pixel as in Cheng et al., "MaskFormer", 2021; where the object is, a query can say through fixed waves in
+Query times pixel as in Cheng et al., "MaskFormer", 2021; where the object is, its box says through fixed waves in
 the pixel embedding (the idea of CondInst's relative coordinates, Tian et al. 2020, without one map per object); blocks
 after Liu et al., "ConvNeXt", 2022, with GroupNorm, which a batch of one does not mind. The detector's map is coarse
 (stride 14 or 16), so a light stem looks at the image itself for sharp borders.
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WAVES = 24               # cosines and sines per axis in the pixel embedding: the finest is 1/24 of the image long
-PRIOR = 0.1              # share of an image that an object covers before anything is learned
+WAVES = 24               # cosines and sines per axis in the pixel embedding; half the finest period is 1/24
 PRIOR_SCALE = 4.0        # steepness of the first mask around a query's box
 NARROWEST = 2.5 / (math.pi * WAVES)  # spread of the narrowest bump that the waves can form
 
@@ -71,35 +70,29 @@ class MaskHead(nn.Module):
             self.query_out.weight[channels:] *= 0.1  # the first masks follow the prior, not noise
             self.query_out.bias.zero_()
 
-    def forward(self, features, images, queries, boxes=None):
+    def forward(self, features, images, queries, boxes):
         """Embed pixels and queries.
 
         Args:
             features: (B, D, h, w), the projector's map; images: (B, 3, S, S) float RGB in [0, 1].
             queries: (B, n, D), hidden states of the last decoder layer.
-            boxes: (B, n, 4) normalised cxcywh of these queries, from which no gradient returns, or None: then the
-                queries themselves have to know where they are.
+            boxes: (B, n, 4) normalised cxcywh that the detector gives these queries; no gradient returns to them.
         Returns:
             pixel_embedding (B, C, S/4, S/4) and query_embedding (B, n, C), float32: their product is the mask's logit.
-            With boxes the first masks are ellipses in the boxes, without them they cover nothing.
+            Before anything is learned, masks are ellipses in the boxes.
         """
         image = F.gelu(self.stem_half((images - 0.5) * 4))  # (B, stem / 2, S/2, S/2)
         image = self.stem_out(F.gelu(self.stem_norm(self.stem_quarter(image))))  # (B, channels, S/4, S/4)
         context = self.coarse(self.reduce_norm(self.reduce(features)))  # (B, channels, h, w)
         context = F.interpolate(context, size=image.shape[-2:], mode="bilinear", align_corners=False)
         pixels = self.pixel_out(self.pixel_norm(self.fine(image + context)))
-        hidden = self.query_in(self.query_norm(queries))
-        if boxes is not None:
-            boxes = boxes.detach().float()
-            hidden = hidden + self.box_in(describe_boxes(boxes))
+        boxes = boxes.detach().float()
+        hidden = self.query_in(self.query_norm(queries)) + self.box_in(describe_boxes(boxes))
         embedding = self.query_out(F.gelu(hidden)).float()  # (B, n, C)
         learned, position = embedding[..., :self.channels] / math.sqrt(self.channels), embedding[..., self.channels:]
-        if boxes is None:
-            prior = F.pad(position.new_full((1,), math.log(PRIOR / (1 - PRIOR))), (4 * WAVES, 0))
-        else:
-            prior = self.box_scale * ellipses(boxes)
+        position = position + self.box_scale * ellipses(boxes)
         pixels = torch.cat([pixels.float(), waves_of_pixels(*pixels.shape[-2:], pixels)], 1)
-        return pixels, torch.cat([learned, position + prior], -1)
+        return pixels, torch.cat([learned, position], -1)
 
 
 class MaskHeadNano(MaskHead):

@@ -285,7 +285,7 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients(script):
 
 def test_two_processes_share_a_run(dataset, tmp_path):
     """torchrun on gloo: one folder, one history, the losses of both ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(ROOT / "train_detector_stage1.py"), "--size", "tiny", "--resolution", "64", "--epochs", "1",
                "--batch", "2", "--accum", "1", "--workers", "0", "--multi_scale", "0", "--pretrain_weights", "none",
                "--dataset_dir", dataset, "--runs_dir", str(tmp_path), "--warmup_steps", "1"]

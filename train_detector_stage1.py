@@ -55,7 +55,8 @@ RUN_TEST = False                        # True: evaluate the best epoch on test/
 RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
 
-DEMO = {  # pretrained on street scenes, its class heads start anew: what fine-tuning on classes of one's own looks like
+# Pretrained on street scenes, but its class heads start anew: what fine-tuning on classes of one's own looks like.
+DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
     "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 3,
     "PRETRAIN_EXCLUDE_KEYS": ("class_embed.*", "transformer.enc_out_class_embed.*"), "BATCH": 8, "ACCUM": 1, "LR": 2e-4,
@@ -73,7 +74,8 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "checkpoint", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(overrides, RUNS_DIR, "detector"))
+    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "detector"))
+    training.check_numbers(cfg)
     resolution = training.resolution_of(cfg)
     folder = (Path(cfg.RESUME) if cfg.RESUME else
               training.run_folder(cfg.RUNS_DIR, f"detector_{cfg.SIZE}_{resolution}"))
@@ -105,10 +107,12 @@ def main(**overrides):
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
         ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA else None, constants=cfg.as_dict(), extras=extras,
-        resume=bool(cfg.RESUME), checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
+        checkpoint_steps=cfg.CHECKPOINT_STEPS)
     result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)
     result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")
-    processes.say(run_report.next_command(cfg, folder, names, model.model_args["num_rows"]))
+    if result["valid"]:
+        processes.say(run_report.next_command(cfg, folder, names, model.model_args["num_rows"]))
     return result
 
 

@@ -76,7 +76,8 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(overrides, RUNS_DIR, "single_stage"))
+    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "single_stage"))
+    training.check_numbers(cfg)
     resolution = training.resolution_of(cfg)
     folder = (Path(cfg.RESUME) if cfg.RESUME else
               training.run_folder(cfg.RUNS_DIR, f"single_stage_{cfg.SIZE}_{resolution}"))
@@ -109,7 +110,8 @@ def main(**overrides):
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
         ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA else None, constants=cfg.as_dict(), extras=extras,
-        resume=bool(cfg.RESUME), checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
+        checkpoint_steps=cfg.CHECKPOINT_STEPS)
     return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
 
 

@@ -32,7 +32,7 @@ MULTI_SCALE = True                      # every batch at another size around RES
 EXPANDED_SCALES = False                 # a wider range of sizes
 AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)
 CACHE_FEATURES = False                  # compute the detector's features once: many times faster epochs, mirror only
-CACHE_DIR = ""                          # where they are kept, about 1 MB an image at 384; "" is RUNS_DIR/feature_cache
+CACHE_DIR = ""                          # where they are kept, 1.5 MB an image at 384; "" is RUNS_DIR/feature_cache
 WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -77,7 +77,8 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(overrides, RUNS_DIR, "segmentation"))
+    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "segmentation"))
+    training.check_numbers(cfg)
     if cfg.demo:
         demo_dataset.ensure_dataset(cfg.DATASET_DIR)
     source = training.stage1_checkpoint(cfg)
@@ -117,7 +118,8 @@ def main(**overrides):
         sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
+        checkpoint_steps=cfg.CHECKPOINT_STEPS)
     return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
 
 

@@ -49,6 +49,7 @@ class CachedDataset(torch.utils.data.Dataset):
                    for name in data.files]
         self.names = [f"{image_id}_{digest}" for image_id, digest in zip(data.image_ids, digests, strict=True)]
         missing = [i for i in range(len(data)) if not all(self.file(i, mirror).is_file() for mirror in (False, True))]
+        processes.accelerator().wait_for_everyone()  # no rank writes while another still looks
         if missing:
             self._fill(model, missing, resolution, batch_size, workers)
         processes.accelerator().wait_for_everyone()
@@ -57,9 +58,11 @@ class CachedDataset(torch.utils.data.Dataset):
         return self.folder / f"{self.names[index]}{'_mirror' if mirror else ''}.safetensors"
 
     def _fill(self, model, missing, resolution, batch_size, workers):
-        channels = model.detector.config.d_model
-        entry = 3 * resolution**2 + 2 * channels * (resolution // model.detector.config.backbone_config.patch_size)**2
-        checkpoint.require_writable(self.folder, megabytes=2 * len(missing) * (entry + 20_000) / 2**20 + 50)
+        settings = model.detector.config
+        side = resolution // settings.backbone_config.patch_size * (2 if settings.num_feature_levels == 2 else 1)
+        objects = len(self.data.labels) / len(self.data) * (resolution * -(-resolution // 8) + 2 * settings.d_model)
+        entry = 3 * resolution**2 + 2 * settings.d_model * side**2 + objects  # image, map, masks and queries: bytes
+        checkpoint.require_writable(self.folder, megabytes=2.2 * len(missing) * entry / 2**20 + 50)
         processes.say(f"computing the detector's features of {len(missing)} images once, into "
                       f"{self.folder.as_posix()} (about {2 * len(missing) * entry / 2**20:.0f} MB)")
         loader = loaders.validation_loader(torch.utils.data.Subset(self.data, missing), batch_size, workers,
@@ -132,8 +135,13 @@ def stacked(labels):
 def save_tensors(tensors, path):
     """Write {name: Tensor} to a safetensors file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    safetensors.torch.save_file(tensors, temporary)
-    checkpoint.replace(temporary, path)
+    try:
+        safetensors.torch.save_file(tensors, temporary)
+        checkpoint.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path.as_posix()}: {error}. Free disk space, give --cache_dir another folder, "
+                        "or leave --cache_features out.") from error
 
 
 def _mirrored(label):

@@ -4,6 +4,8 @@ The scripts (train_detector_stage1.py, train_seg_stage2.py, train_seg_single_sta
 of things; the loop is utils/engine.py, what a run prints and leaves behind rfdetr/run_report.py.
 """
 
+import atexit
+import contextlib
 import re
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from rfdetr import features, run_report, weights
 from rfdetr.config import COCO_ROWS, block_size, default_resolution, detector_config
 from rfdetr.datasets import roboflow
 from rfdetr.model import RFDETR
-from utils import checkpoint, freeze, loaders, processes
+from utils import checkpoint, config, freeze, loaders, processes
 from utils.config import UserError
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
@@ -23,38 +25,76 @@ NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference
 # ---- the run's folder, banner, precision ---------------------------------------------------------------------------
 
 def run_folder(runs_dir, name):
-    """-> runs_dir/<name>_<n> with the first free number above all others; the same on every rank, not yet made."""
-    used = [int(found[1]) for path in Path(runs_dir).glob(f"{name}_*")
-            if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", path.name))]
-    choice = [str(Path(runs_dir) / f"{name}_{max(used, default=0) + 1}")]
+    """Make runs_dir/<name>_<n> with the first free number above all others; the same on every rank.
+
+    It belongs to this run from now on; a run that ends before it has written anything takes it away again.
+
+    Raises:
+        UserError: not writable.
+    """
+    choice = [None]
+    if processes.is_main():
+        while choice[0] is None:
+            used = [int(found[1]) for path in Path(runs_dir).glob(f"{name}_*")
+                    if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", path.name))]
+            folder = Path(runs_dir) / f"{name}_{max(used, default=0) + 1}"
+            try:
+                folder.mkdir(parents=True)
+                choice[0] = str(folder)
+            except FileExistsError:  # another run was faster
+                if not folder.is_dir():
+                    raise UserError(f"cannot make {folder.as_posix()}: a file is in the way") from None
+            except OSError as error:
+                raise UserError(f"cannot write to {Path(runs_dir).as_posix()}: {error.strerror or error}") from error
+        atexit.register(_remove_if_empty, choice[0])
     if processes.accelerator().num_processes > 1:
-        broadcast_object_list(choice)  # the main process may already be making it when another one looks
+        broadcast_object_list(choice)
     return Path(choice[0])
 
 
-def resumed(overrides, runs_dir, name):
+def _remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
+
+
+def resumed(namespace, overrides, name):
     """The constants of the run to go on with, under those that were given.
 
     Args:
-        overrides: of `main`; its RESUME is a run's folder, or "last" for the newest one of that kind.
-        runs_dir, name: where runs live and what their folders begin with ("detector", "segmentation").
+        namespace: the script's globals(); overrides: of `main`; its RESUME is a run's folder, or "last" for the newest
+        one of that kind. name: what its folders begin with ("detector", "segmentation").
     Returns:
         overrides for config.resolve, with RESUME made a folder.
+    Raises:
+        UserError: no such run, or a run of another script.
     """
     wanted = overrides.get("RESUME", "")
     if not wanted:
         return overrides
     folder = Path(wanted)
     if wanted == "last":
-        found = [path for path in Path(overrides.get("RUNS_DIR", runs_dir)).glob(f"{name}_*/last.pt")]
+        usual = namespace["DEMO"] if overrides.get("demo") else namespace
+        runs_dir = Path(overrides.get("RUNS_DIR", usual["RUNS_DIR"]))
+        found = list(runs_dir.glob(f"{name}_*/last.pt"))
         if not found:
-            raise UserError(f"--resume last: no {name}_*/last.pt in {Path(runs_dir).as_posix()}")
+            raise UserError(f"--resume last: no {name}_*/last.pt in {runs_dir.as_posix()}")
         folder = max(found, key=lambda path: path.stat().st_mtime).parent
     if not (folder / "last.pt").is_file():
         raise UserError(f"--resume {folder.as_posix()}: there is no last.pt in it; give the folder of an earlier run, "
                         "or 'last' for the newest one")
     constants = checkpoint.load(folder / "last.pt").get("constants", {})
+    if strangers := constants.keys() - config.constants_of(namespace).keys():
+        raise UserError(f"--resume {folder.as_posix()} is a run of another script: it has "
+                        f"{', '.join(sorted(strangers))}")
     return constants | overrides | {"RESUME": str(folder)}
+
+
+def check_numbers(cfg):
+    """UserError, by the flags' names, for numbers that no training can have."""
+    for flag, value, least in (("--epochs", cfg.EPOCHS, 1), ("--batch", cfg.BATCH, 1), ("--accum", cfg.ACCUM, 1),
+                               ("--workers", cfg.WORKERS, 0), ("--patience", cfg.PATIENCE, 1)):
+        if value < least:
+            raise UserError(f"{flag} {value}: choose {least} or more")
 
 
 def device_name():
@@ -84,6 +124,8 @@ def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=Fal
     """-> RoboflowDataset of one split; prints its notes."""
     data = roboflow.RoboflowDataset(cfg.DATASET_DIR, split, class_rows, resolution, train=train, masks=with_masks,
                                     seed=cfg.SEED, augmentation=cfg.AUGMENTATION)
+    if split == "valid" and not len(data.labels):
+        raise UserError(f"{data.annotation_file.as_posix()} has no object: nothing to choose the best epoch by")
     for note in data.notes:
         processes.say(f"note: {note}")
     return data
@@ -136,6 +178,9 @@ def new_detector(cfg, names, resolution, with_masks=False):
     Raises:
         UserError: weights that are not there, not reachable, or of another network.
     """
+    if cfg.RESUME:  # the run's own weights come with last.pt
+        content = checkpoint.load(Path(cfg.RESUME) / "last.pt")
+        return RFDETR(**content["args"]), content["class_rows"]
     head = mask_head_of(cfg.SIZE) if with_masks else None
     if cfg.PRETRAIN_WEIGHTS.lower() == "none":
         rows, known, source = len(names) + 1, {}, None
@@ -165,7 +210,9 @@ def mask_head_of(size):
 
 
 def stage1_checkpoint(cfg):
-    """-> Path of the detector to freeze: CHECKPOINT, else best.pt or last.pt of STAGE1_RUN."""
+    """-> Path of the detector to freeze: CHECKPOINT, else STAGE1_RUN's best.pt or last.pt; with RESUME its own."""
+    if cfg.RESUME:
+        return Path(cfg.RESUME) / "last.pt"
     if cfg.CHECKPOINT:
         if not Path(cfg.CHECKPOINT).is_file():
             raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} does not exist: give the file that "
@@ -187,8 +234,11 @@ def frozen_detector_with_masks(cfg, source, names):
     Raises:
         UserError: another size, a head that was not shrunk to the data set's classes, other classes.
     """
-    detector, found = weights.load_detector(source)
+    model, found = weights.load_detector(source)
     args = found["args"]
+    if cfg.RESUME:
+        freeze.freeze(model.detector)
+        return model, found["class_rows"], args["resolution"]
     if args["size"] != cfg.SIZE:
         raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
     shrink = (f"python shrink_head.py --in_ckpt {shrinkable(source)} --out_ckpt "
@@ -214,7 +264,8 @@ def shrinkable(source):
 
 def save_weights(model, extras, path):
     """A checkpoint without the optimizer: {"model", "args", "class_names", "class_rows"}."""
-    checkpoint.save(extras | {"model": model.state_dict()}, path)
+    if processes.is_main():
+        checkpoint.save(extras | {"model": model.state_dict()}, path)
 
 
 def parameter_groups(model, lr, backbone_lr, layer_decay, weight_decay, mask_head_lr=None):
@@ -225,16 +276,19 @@ def parameter_groups(model, lr, backbone_lr, layer_decay, weight_decay, mask_hea
     normalisation layers, layer scales and embeddings have no weight decay.
     """
     depth = model.detector.config.backbone_config.num_hidden_layers
-    groups = {}
+    groups = {}  # (place in the list, with weight decay): the order must not depend on the rates, or no run resumes
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = mask_head_lr if mask_head_lr is not None and name.startswith("mask_head.") else lr
-        if ".backbone." in name and ".projector." not in name:
+        place, rate = 0, lr
+        if name.startswith("mask_head."):
+            place, rate = 1, lr if mask_head_lr is None else mask_head_lr
+        elif ".backbone." in name and ".projector." not in name:
             block = re.search(r"\.layers?\.(\d+)\.", name)
             layer = int(block[1]) + 1 if block else (0 if "embeddings" in name else depth)
-            rate = backbone_lr * layer_decay ** (depth - layer)
+            place, rate = 2 + depth - layer, backbone_lr * layer_decay ** (depth - layer)
         decays = parameter.ndim > 1 and not any(part in name for part in NO_DECAY)
-        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in sorted(groups.items(), reverse=True, key=lambda item: item[0])]
+        group = groups.setdefault((place, not decays), {"params": [], "lr": rate,
+                                                        "weight_decay": weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]

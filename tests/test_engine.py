@@ -176,7 +176,7 @@ def test_the_scripts_own_output_is_set_aside_too(coco, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_names(coco, tmp_path):
     def explodes(model, batch):
         return {"mse": compute_losses(model, batch)["mse"] * float("nan")}
-    with pytest.raises(UserError, match=r"not finite in epoch 1, batch 1 \(mse=nan; images .*jpg.*LEARNING_RATE"):
+    with pytest.raises(UserError, match=r"not finite in epoch 1, batch 1 \(mse=nan; images .*jpg.*learning rate"):
         run(coco, tmp_path / "out", losses=explodes)
 
 

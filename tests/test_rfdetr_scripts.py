@@ -75,8 +75,12 @@ def test_stage1_writes_the_guides_files(stage1):
 def test_a_new_run_gets_a_new_folder(tmp_path):
     for name in ("detector_nano_384_2", "detector_nano_384_10", "detector_nano_384_x", "detector_nano_3840_77"):
         (tmp_path / name).mkdir()
-    assert training.run_folder(tmp_path, "detector_nano_384").name == "detector_nano_384_11"
-    assert training.run_folder(tmp_path / "none_yet", "detector_nano_384").name == "detector_nano_384_1"
+    for number in (11, 12):  # the second one starts before the first has written anything
+        assert training.run_folder(tmp_path, "detector_nano_384").name == f"detector_nano_384_{number}"
+    assert training.run_folder(tmp_path / "none_yet", "detector_nano_384").is_dir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write to .*file/runs"):
+        training.run_folder(tmp_path / "file" / "runs", "detector_nano_384")
 
 
 def test_stage1_resumes_bit_for_bit_with_its_own_constants(dataset, tmp_path, monkeypatch):
@@ -85,7 +89,11 @@ def test_stage1_resumes_bit_for_bit_with_its_own_constants(dataset, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_detector_stage1, "compute_losses", dies_after(3, train_detector_stage1.compute_losses))
         train_detector_stage1.main(**settings, RUNS_DIR=str(tmp_path / "killed"))
-    resumed = train_detector_stage1.main(RESUME="last", RUNS_DIR=str(tmp_path / "killed"))
+    with pytest.raises(UserError, match="run of another script"):
+        train_seg_stage2.main(RESUME=str(tmp_path / "killed" / "detector_tiny_64_1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "load_pretrained", None)  # nothing but last.pt is asked for
+        resumed = train_detector_stage1.main(RESUME="last", RUNS_DIR=str(tmp_path / "killed"))
     assert Path(resumed["run_dir"]).name == "detector_tiny_64_1"
     first, second = (torch.load(Path(run["run_dir"]) / "last.pt") for run in (whole, resumed))
     assert first["epoch"] == second["epoch"] == 2 and same(first["model"], second["model"])
@@ -114,6 +122,9 @@ def test_training_lowers_the_loss(dataset):
 def test_layers_of_the_backbone_train_at_their_own_rates():
     model = weights.RFDETR("tiny", 4)
     groups = training.parameter_groups(model, lr=1e-4, backbone_lr=1e-3, layer_decay=0.5, weight_decay=1e-2)
+    other = training.parameter_groups(model, lr=2e-3, backbone_lr=2e-3, layer_decay=1.0, weight_decay=0.0)
+    shapes = [[[p.shape for p in group["params"]] for group in some] for some in (groups, other)]
+    assert shapes[0] == shapes[1]  # another rate can resume
     names = {id(p): name for name, p in model.named_parameters()}
     rate = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert set(rate) == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -154,6 +165,8 @@ def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
     ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file not found: missing.pth"),
     ({"RESUME": "nowhere"}, "there is no last.pt in it"),
     ({"LR": -1.0}, "not negative"),
+    ({"EPOCHS": 0}, "--epochs 0: choose 1 or more"),
+    ({"AUGMENTATION": "strong"}, "--augmentation strong: choose full or mirror"),
 ])
 def test_stage1_errors_are_one_line(dataset, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
@@ -295,3 +308,15 @@ def test_two_processes_share_a_run(dataset, tmp_path):
     history = json.loads((tmp_path / "detector_tiny_64_1" / "metrics.json").read_text(encoding="utf-8"))["history"]
     assert len(history) == 1 and history[0]["step"] == 2
     assert done.stdout.count("STAGE 1: DETECTOR TRAINING") == 1
+
+
+def test_two_processes_fill_one_cache_and_train_masks(stage1, dataset, tmp_path):
+    """Stage 2 under torchrun with cached features: every image is computed by somebody."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "train_seg_stage2.py"), "--size", "tiny", "--epochs", "1", "--batch", "2", "--accum", "1",
+               "--workers", "0", "--cache_features", "1", "--multi_scale", "0", "--checkpoint", stage1["checkpoint"],
+               "--dataset_dir", dataset, "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "feature_cache").rglob("*.safetensors"))) == 2 * 8
+    assert (tmp_path / "segmentation_tiny_64_1" / "best.pt").is_file()

@@ -21,17 +21,28 @@ class CheckpointError(UserError):
 
 
 def save(content, path):
-    """Write tensors, numbers, strings, lists and dicts to `path` atomically; loads with a plain torch.load(path)."""
+    """Write tensors, numbers, strings, lists and dicts to `path` atomically; loads with a plain torch.load(path),
+    also where there is no GPU."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        torch.save(_on_cpu(content), temporary)
         replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."
                               ) from error
+
+
+def _on_cpu(content):
+    if torch.is_tensor(content):
+        return content.detach().cpu()
+    if isinstance(content, dict):
+        return {key: _on_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(_on_cpu, content))
+    return content
 
 
 def replace(temporary, path):

@@ -171,9 +171,10 @@ def _show_user_errors(kind, error, traceback):
             text = text.splitlines()[-1].split(": ", 1)[-1]
         print(f"Error: {text}", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":
-        print("Error: the GPU is out of memory. Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by the same "
-              "factor) or IMAGE_SIZE; where the script has them, set ACTIVATION_CHECKPOINTING = True or "
-              f"PRECISION = 'bf16'. ({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
+        print("Error: the GPU is out of memory. Lower the batch size (and raise the accumulation steps by the same "
+              "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or "
+              "PRECISION = 'bf16', or leave --no_amp out. "
+              f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
     else:

@@ -42,7 +42,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
         milestones=(), plateau=None, precision="float32", precisions=PRECISIONS, optimizer=torch.optim.AdamW,
         patience=None, stop=None, on_epoch=None, ema=None, constants=None, extras=None, resume=False,
-        checkpoint_steps=200, own_files=()):
+        resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -71,7 +71,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             is evaluated, handed to `on_best` and kept as best.pt. last.pt holds both.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
-        resume: go on from output_dir/last.pt (from the start where there is none).
+        resume: go on from output_dir/last.pt (from the start where there is none); resume_hint: how a user says that.
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:
@@ -91,7 +91,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     _require_numbers(parameters, loss_weights, clip_norm, warmup_steps)
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
                clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema,
-               constants or {}, extras or {}, checkpoint_steps, own_files)
+               constants or {}, extras or {}, resume_hint, checkpoint_steps, own_files)
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -192,7 +192,8 @@ def require_finite(total, losses, run, batch):
         return
     values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
     raise UserError(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
-                    f"{', '.join(batch['paths'][:4])}). Lower LEARNING_RATE or raise WARMUP_STEPS; "
+                    f"{', '.join(batch['paths'][:4])}). Lower the learning rate, raise WARMUP_STEPS, or train in "
+                    "float32 where this was fp16; "
                     f"{(run.folder / 'last.pt').as_posix()} holds the last good weights.")
 
 
@@ -201,7 +202,7 @@ class _Run:
 
     def __init__(self, model, loader, compute_losses, folder, epochs, parameters, loss_weights, score, accumulate,
                  clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema, constants, extras,
-                 checkpoint_steps, own_files):
+                 resume_hint, checkpoint_steps, own_files):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.compute_losses = model, loader, compute_losses
@@ -209,7 +210,7 @@ class _Run:
         self.accumulate, self.clip_norm = accumulate, clip_norm
         self.schedule, self.warmup_steps, self.milestones, self.plateau = schedule, warmup_steps, milestones, plateau
         self.precision, self.constants, self.checkpoint_steps = precision, constants, checkpoint_steps
-        self.own_files, self.ema, self.extras = own_files, ema, extras
+        self.own_files, self.ema, self.extras, self.resume_hint = own_files, ema, extras, resume_hint
         self.trainable = [p for group in parameters for p in group["params"]]
         if not self.trainable or not any(p.requires_grad for p in self.trainable):
             raise UserError("nothing to train: every parameter is frozen")
@@ -228,9 +229,10 @@ class _Run:
         """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
         if self.main:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
-            checkpoint.require_writable(self.folder, megabytes=8 * size + 50)  # last, best, a temporary file; Adam: x3
+            # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
+            checkpoint.require_writable(self.folder, megabytes=(11 if self.ema else 8) * size + 50)
             if not resume:
-                set_aside(self.folder, (*OWN_FILES, *self.own_files))
+                set_aside(self.folder, (*OWN_FILES, *self.own_files), self.resume_hint)
             for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.accelerator.wait_for_everyone()
@@ -243,7 +245,7 @@ class _Run:
             for name, (module, before) in self.frozen.items():
                 if freeze.fingerprint(module) != before:
                     raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with another frozen {name}: "
-                                    "resume with the weights of that run, or start anew with RESUME = False")
+                                    f"resume with the weights of that run, or start anew without {self.resume_hint}")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.average = WeightAverage(self.trainable, *self.ema) if self.ema else None
         if content:
@@ -271,7 +273,7 @@ class _Run:
             self.optimizer.load_state_dict(content["optimizer"])
         except ValueError as error:
             raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with other trainable parts ({error}): "
-                            "resume with that run's constants, or start anew with RESUME = False") from error
+                            f"resume with that run's constants, or start anew without {self.resume_hint}") from error
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
         if self.average:
@@ -390,14 +392,15 @@ class _Run:
         if self.main:
             self.writer.close()
             if stopped == "interrupted":
-                print(f"interrupted: saved {(self.folder / 'last.pt').as_posix()}; RESUME = True goes on from there")
+                print(f"interrupted: saved {(self.folder / 'last.pt').as_posix()}; {self.resume_hint} goes on from "
+                      "there")
             else:
                 best = "" if self.best_score is None else (
                     f", best {self.score} {self.best_score:.4f} in epoch {self.best_epoch}")
                 print(f"training ended: {stopped}{best}")
 
 
-def set_aside(folder, names):
+def set_aside(folder, names, resume_hint="RESUME = True"):
     """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
     earlier = [folder / name for name in names if (folder / name).exists()]
     if not earlier:
@@ -411,7 +414,7 @@ def set_aside(folder, names):
     except OSError as error:  # Windows: TensorBoard or another program still has a file open
         raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
                         "or choose another OUTPUT_DIR") from error
-    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (RESUME = True would continue it)")
+    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} ({resume_hint} would continue it)")
 
 
 class _Interrupts:

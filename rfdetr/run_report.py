@@ -32,9 +32,10 @@ def masks_seen(data):
 
 
 def scores(model, loader, truth, with_masks=False):
-    """-> {"box/mAP", ..., "mask/mAP", ...} of a model in eval mode, for engine.fit."""
+    """-> {"box/mAP", "box/AP50", "box/AP75", with masks the same of "mask/"} of a model in eval mode, every epoch."""
     device = next(model.parameters()).device
-    return evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation")[0]
+    found = evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation")[0]
+    return {name: value for name, value in found.items() if name.split("/")[1] in evaluation.METRICS[:3]}
 
 
 def pictures(model, loader, class_rows):

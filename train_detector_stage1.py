@@ -58,7 +58,7 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 # Pretrained on street scenes, but its class heads start anew: what fine-tuning on classes of one's own looks like.
 DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,
-    "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 3,
+    "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 2,
     "PRETRAIN_EXCLUDE_KEYS": ("class_embed.*", "transformer.enc_out_class_embed.*"), "BATCH": 8, "ACCUM": 1, "LR": 2e-4,
     "BACKBONE_LR": 2e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0, "WORKERS": 0,
 }

@@ -95,6 +95,26 @@ def test_resume_keeps_the_split_although_pairs_were_added(base, tmp_path):
     assert file.read_text(encoding="utf-8") == before
 
 
+def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):
+    """BatchNorm sees half of each batch per process, so weights differ from one process's; the metrics must not."""
+    settings = base | {"VAL_PAIRS": 5, "TEST_PAIRS": 3, "EPOCHS": 2, "BATCH_SIZE": 2, "REAL_DIR": ""}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "train_unet_derain.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 2/2") == 1  # one process reports
+    out = Path(base["CHECKPOINT_DIR"])
+    content = torch.load(out / "best.pt")
+    cfg = train.config.resolve(vars(train), settings | {"RESUME": True})  # the split of that run
+    _, loader = train.build_loaders(cfg, train.build_data(cfg))
+    measured = train.evaluate(unet.load_unet(out / "best.pt"), loader, "cpu", train.loss_weights(cfg))
+    assert len(loader.dataset) == 5  # odd: the processes hold 3 and 2
+    for name in ("val/psnr", "val/ssim", "val/psnr_y", "val/ssim_y"):
+        assert content["metrics"][name] == pytest.approx(measured[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("changes", [
     {"ARCH": "resnet34", "RESIDUAL": False, "OPTIMIZER": "sgd", "SCHEDULER": "step", "BATCH_SIZE": 6},
     {"PRECISION": "bf16", "RANDOM_CROP": True, "OPTIMIZER": "adamw", "SCHEDULER": "cosine", "CHANNELS_LAST": False},
@@ -274,18 +294,24 @@ def test_demo_data_is_drawn_once(tmp_path, monkeypatch):
     from utils import demo
     plain = demo.ensure_demo
     monkeypatch.setattr(demo, "ensure_demo", lambda root: plain(root, num_train=6, num_val=3))
-    folder = demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2, intensity="medium")
+    folder = demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2, intensity="medium")
     found, _ = pairs.find_pairs(folder / "windshield_rainy_v40", folder / "clear")
-    assert len(found) == 6 and len(list((folder / "real_rainy").iterdir())) == 2
+    assert len(found) == 12 and len(list((folder / "real_rainy").iterdir())) == 2
     assert set(pairs.intensities(folder / "windshield_rainy_v40", found).values()) == {"medium"}
+    read = {name: [np.asarray(Image.open(path)) for path in found[name]] for name in found}
+    (rainy, clear), (other, same) = read["000000000001_0"], read["000000000001_1"]
+    assert np.array_equal(clear, same) and not np.array_equal(rainy, other)  # one scene behind two panes
+    parts, _ = pairs.split_names(found, (8, 2, 2), 0, "_")
+    scenes = [{name[:-2] for name in parts[part]} for part in pairs.PARTS]
+    assert sum(map(len, scenes)) == len(set().union(*scenes)) == 6  # no scene is in two parts
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2, intensity="medium")
+    demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2, intensity="medium")
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=5, real=2, intensity="medium")
-    assert len(list((folder / "clear").iterdir())) == 5 and not list((tmp_path / "demo").glob(".building-*"))
+    demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=5, real=2, intensity="medium")
+    assert len(list((folder / "clear").iterdir())) == 10 and not list((tmp_path / "demo").glob(".building-*"))
     (folder / demo_windshield.MARKER).unlink()
     with pytest.raises(UserError, match="will not be replaced"):
-        demo_windshield.ensure_windshield_demo(tmp_path / "demo", pairs=6, real=2)
+        demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2)
 
 
 def test_the_notebook_runs_from_top_to_bottom(base):

@@ -1,7 +1,8 @@
 """The U-Net's part of the demo data: clear scenes, the same through a wet windshield, and "real" rain without truth.
 
     root/windshield/demo_windshield.json       settings, written last: it says that the rest is complete
-    root/windshield/clear/                     copies of root/coco's clean training scenes
+    root/windshield/clear/                     copies of root/coco's clean training scenes, 000000000001_0.jpg,
+                                               000000000001_1.jpg, ...: one per pane that the scene is seen through
     root/windshield/windshield_rainy_v40/      the same names through utils/windshield.py, with the rain.json that
                                                make_rain.py would write
     root/windshield/real_rainy/                scenes of root/coco_rain's validation split behind a wet pane: they stand
@@ -20,17 +21,19 @@ from PIL import Image
 from utils import demo, rain, windshield
 from utils.config import UserError
 
-FORMAT_VERSION = 1   # raise it when the same settings would give other files
+FORMAT_VERSION = 2   # raise it when the same settings would give other files
 CLEAR, RAINY, REAL = "clear", "windshield_rainy_v40", "real_rainy"
 MARKER = "demo_windshield.json"
 
 
-def ensure_windshield_demo(root="./demo", pairs=1200, real=12, intensity="medium", seed=0):
+def ensure_windshield_demo(root="./demo", scenes=1200, panes=2, real=12, intensity="medium", seed=0):
     """Make sure that the pairs are under root/windshield, and draw them if they are missing or have other settings.
 
     Args:
-        pairs, real: numbers of images; intensity: "light", "medium", "heavy" or "random", of the pairs; seed: of the
-            rain on the glass.
+        scenes: clear scenes; panes: times that each is seen through another rain, a pair each (a split must keep them
+            together: SEQUENCE_SEPARATOR = "_"); a second pane is cheaper to draw than another scene. real:
+            photographs without a pair; intensity: "light", "medium", "heavy" or "random", of the pairs;
+            seed: of the rain on the glass.
     Returns:
         Path(root) / "windshield".
     Raises:
@@ -39,8 +42,8 @@ def ensure_windshield_demo(root="./demo", pairs=1200, real=12, intensity="medium
     root = demo.ensure_demo(root)
     folder = root / "windshield"
     settings = {"format_version": FORMAT_VERSION, "windshield_version": windshield.VERSION,
-                "demo": json.loads((root / "demo.json").read_text(encoding="utf-8")), "pairs": pairs, "real": real,
-                "intensity": intensity, "seed": seed}
+                "demo": json.loads((root / "demo.json").read_text(encoding="utf-8")), "scenes": scenes,
+                "panes": panes, "real": real, "intensity": intensity, "seed": seed}
     if _is_complete(folder, settings):
         return folder
     with demo.only_one(root / ".lock", done=lambda: _is_complete(folder, settings)) as (mine, refresh):
@@ -72,12 +75,15 @@ def _draw(root, build, settings, refresh):
     target = build / "windshield"
     for name in (CLEAR, RAINY, REAL):
         (target / name).mkdir(parents=True)
-    scenes = sorted((root / "coco" / "train2017").iterdir())[:settings["pairs"]]
+    scenes = sorted((root / "coco" / "train2017").iterdir())[:settings["scenes"]]
     wet = sorted((root / "coco_rain" / "val2017").iterdir())[:settings["real"]]
+    names = {path: [f"{path.stem}_{pane}{path.suffix}" for pane in range(settings["panes"])] for path in scenes}
     for path in scenes:
-        shutil.copyfile(path, target / CLEAR / path.name)
+        for name in names[path]:
+            shutil.copyfile(path, target / CLEAR / name)
     seed, intensity = settings["seed"], settings["intensity"]
-    jobs = [(path, target / RAINY / path.name, seed, intensity, windshield.add_windshield_rain) for path in scenes]
+    jobs = [(path, target / RAINY / name, seed, intensity, windshield.add_windshield_rain)
+            for path in scenes for name in names[path]]
     jobs += [(path, target / REAL / path.name, seed + 1, "random", windshield.add_drops) for path in wet]
     demo.results(_draw_one, jobs, refresh)
     record = {"kind": "windshield", "source": CLEAR, "seed": seed, "intensity": intensity,
@@ -91,4 +97,4 @@ def _draw_one(job):
     source, target, seed, intensity, add = job
     with Image.open(source) as scene:
         pixels = np.asarray(scene.convert("RGB"))
-    Image.fromarray(add(pixels, rain.rng_for(seed, source.name), intensity)).save(target, **demo.JPEG)
+    Image.fromarray(add(pixels, rain.rng_for(seed, target.name), intensity)).save(target, **demo.JPEG)

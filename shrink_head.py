@@ -12,6 +12,7 @@ stay what they were. The encoder's proposals are ranked by their best kept class
 left out no longer take queries away.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 
 from rfdetr import config as rfdetr_config
-from rfdetr import weights
+from rfdetr import model, run_report, weights
 from utils import checkpoint, config, processes, report
 from utils.config import UserError
+from utils.datasets import plain_name
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
 OUT_CKPT = ""                           # the new file; replaced only where shrink_head.py wrote it itself
@@ -31,7 +33,6 @@ SEED = 0                                # of new rows
 
 DEMO = {"IN_CKPT": "./assets/demo/rfdetr_tiny.pth", "OUT_CKPT": "./demo/rfdetr_two_classes.pth",
         "KEEP": ("car", "person")}
-_PRIOR = 0.01                           # probability that a new row gives before training (Lin et al. 2017)
 _NEW_STD = 0.01                         # of a new row's weights
 _HEADS = re.compile(r"(class_embed\.0|class_embed|transformer\.enc_out_class_embed\.\d+)\.(weight|bias)")
 
@@ -77,9 +78,9 @@ def choose_rows(keep, known, rows, init_missing, source):
     """
     if not keep or not all(name.strip() for name in keep):
         raise UserError('--keep: name the classes to keep, in the data set\'s spelling: --keep "car" "traffic light"')
-    by_plain_name = {weights.plain_name(name): row for name, row in known.items()}
-    chosen = [known.get(name, by_plain_name.get(weights.plain_name(name))) for name in keep]
-    identities = [weights.plain_name(name) if row is None else row for name, row in zip(keep, chosen, strict=True)]
+    by_plain_name = {plain_name(name): row for name, row in known.items()}
+    chosen = [known.get(name, by_plain_name.get(plain_name(name))) for name in keep]
+    identities = [plain_name(name) if row is None else row for name, row in zip(keep, chosen, strict=True)]
     twice = [name for i, name in enumerate(keep) if identities[i] in identities[:i]]
     if twice:
         raise UserError(f"--keep names {', '.join(repr(name) for name in twice)} twice (capitals do not count)")
@@ -108,7 +109,8 @@ def shrink(state, heads, sources, seed=0):
 
     Args:
         state: {name: Tensor}; not changed. heads: of `class_heads`.
-        sources: the old row of every new row; None makes a new one: small random weights, the bias of probability 0.01.
+        sources: the old row of every new row; None makes a new one: small random weights, the bias of probability
+            model.PRIOR.
     Returns:
         state dict with heads of len(sources) rows, the decoder's under "class_embed.0".
     """
@@ -117,7 +119,7 @@ def shrink(state, heads, sources, seed=0):
     for head in heads:
         weight, bias = result.pop(f"{head}.weight"), result.pop(f"{head}.bias")
         new_weight = torch.randn(len(sources), weight.shape[1], generator=generator).mul(_NEW_STD).to(weight)
-        new_bias = torch.full((len(sources),), -math.log((1 - _PRIOR) / _PRIOR)).to(bias)
+        new_bias = torch.full((len(sources),), -math.log((1 - model.PRIOR) / model.PRIOR)).to(bias)
         for new, old in enumerate(sources):
             if old is not None:
                 new_weight[new], new_bias[new] = weight[old], bias[old]
@@ -185,22 +187,30 @@ def require_paths(in_ckpt, out_ckpt):
     return source, target
 
 
-def next_command(size, source, target):
-    """-> the command line of stage 2, with the real paths."""
+def dataset_of(content, folder):
+    """-> DATASET_DIR of the run that wrote a checkpoint, by its own constants or by results.json in its folder; None
+    where neither says so."""
+    try:
+        constants = content.get("constants") or json.loads((folder / "results.json").read_bytes())["constants"]
+        return constants.get("DATASET_DIR")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # a missing or foreign file: a hint is no reason to fail
+
+
+def next_command(size, source, target, dataset):
+    """-> the command line of stage 2, with the real paths; dataset: folder, or None where it is not known."""
     if size == "tiny":  # only in the demo
         return ""
-    return (f'\nNext: python train_seg_stage2.py --size {size} --stage1_run "{source.parent.as_posix()}" '
-            f'--checkpoint "{target.as_posix()}"')
+    folder = run_report.pasted(Path(dataset)) if dataset else "<folder of your data set>"
+    return (f"\nNext: python train_seg_stage2.py --size {size} --stage1_run {run_report.pasted(source.parent)} "
+            f"--checkpoint {run_report.pasted(target)} --dataset_dir {folder}")
 
 
 def main(**overrides):
     """Shrink; -> the new checkpoint's content."""
     cfg = config.resolve(globals(), overrides)
     source, target = require_paths(cfg.IN_CKPT, cfg.OUT_CKPT)
-    content, name = checkpoint.load(source), source.as_posix()
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{name} holds no state dict under 'model': give a checkpoint of train_detector_stage1.py or a "
-                        "published COCO file")
+    content, name = weights.content_of(source)
     state = content["model"]
     heads = class_heads(state, name)
     rows = next(iter(heads.values()))
@@ -219,7 +229,8 @@ def main(**overrides):
                   f"heads; names from {origin}")
     processes.say(report.table(table, {"class": "class", "row": "new row", "source": "from"}))
     processes.say(f"written: {target.as_posix()} ({target.stat().st_size / 2**20:.1f} MB, was "
-                  f"{source.stat().st_size / 2**20:.1f} MB){next_command(args['size'], source, target)}")
+                  f"{source.stat().st_size / 2**20:.1f} MB)"
+                  + next_command(args["size"], source, target, dataset_of(content, source.parent)))
     return result
 
 

@@ -128,11 +128,12 @@ def check_device(found):
 
 
 def check_disk(found, cfg):
-    """Room for one run: three files of weights, and last.pt with the optimizer's two moments and the average."""
+    """Room for one run: three files of weights, and last.pt (weights, the optimizer's two moments, the average), which
+    is there twice while it is replaced: 11 times the weights."""
     folder = Path(cfg.RUNS_DIR).resolve()
     while not folder.exists():
         folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free / 2**30, 8 * 4 * _COSTS[cfg.SIZE][0] / 1000 + 0.1
+    free, needed = shutil.disk_usage(folder).free / 2**30, 11 * 4 * _COSTS[cfg.SIZE][0] / 1000 + 0.1
     text = f"{free:.1f} GB free for {cfg.RUNS_DIR}; a run of {cfg.SIZE} takes about {needed:.1f} GB"
     if not os.access(folder, os.W_OK):
         found.fail(f"{folder.as_posix()} is not writable: choose another --runs_dir")
@@ -169,20 +170,27 @@ def check_dataset(found, cfg):
 
 
 def check_split(found, root, split, names):
-    """One split: JSON, classes, boxes, image files, masks."""
+    """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
     from rfdetr.datasets import roboflow
     from utils import datasets
+
+    def bad(text):
+        if split == "test":
+            found.warn(f"{text} (only --run_test 1 reads test/)")
+        else:
+            found.fail(text)
+
     try:
         path, content = roboflow.read_split(root, split)
         data = roboflow.RoboflowDataset(root, split, {name: row for row, name in enumerate(names)}, 384, train=False,
                                         check=False)
     except UserError as error:
-        found.fail(str(error))
+        bad(str(error))
         return
     listed = {c["name"] for c in content["categories"]} & set(names)
     counts = {name: int((data.labels == row).sum()) for row, name in enumerate(names)}
     empty = int((data.ends[1:] == data.ends[:-1]).sum())
-    (found.ok if len(data.labels) else found.fail)(
+    (found.ok if len(data.labels) else bad)(
         f"{split}: {len(data)} images ({empty} without objects), {len(data.labels)} objects: "
         + ", ".join(f"{name} {count}" for name, count in counts.items()))
     for note in data.notes:
@@ -197,16 +205,16 @@ def check_split(found, root, split, names):
                               [(image["width"], image["height"]) for image in content["images"]])
         found.ok(f"{split}: all image files are there and can be read")
     except UserError as error:
-        found.fail(str(error))
+        bad(str(error))
     names_on_disk = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*")
                      if p.suffix.lower() in datasets.IMAGE_SUFFIXES}
     if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
         found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
-    check_masks(found, split, content)
+    check_masks(found, bad, split, content)
 
 
-def check_masks(found, split, content):
-    """How many objects have a mask, and whether all of those can be decoded."""
+def check_masks(found, bad, split, content):
+    """How many objects have a mask, and whether all of those can be decoded; bad: of `check_split`."""
     from rfdetr.datasets import roboflow
     images = {image["id"]: image for image in content["images"]}
     objects = [note for note in content["annotations"] if not note.get("iscrowd", 0)]
@@ -218,7 +226,7 @@ def check_masks(found, split, content):
         except ValueError as error:
             broken.append(f"annotation {note['id']} of {image['file_name']} ({error})")
     if broken:
-        found.fail(f"{split}: {len(broken)} mask(s) cannot be decoded: {'; '.join(broken[:3])}")
+        bad(f"{split}: {len(broken)} mask(s) cannot be decoded: {'; '.join(broken[:3])}")
     elif objects and not with_mask:
         found.warn(f"{split}: {roboflow.NO_MASKS}: stage 1 works, stage 2 needs masks")
     elif with_mask < len(objects):

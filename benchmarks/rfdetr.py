@@ -117,12 +117,11 @@ def stage1_row(cfg, size, batch):
     device, side = processes.device(), default_resolution(size)
     model = RFDETR(size, 91, side).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    weights = criterion.loss_weights(model.detector.config.decoder_layers)
     images, labels = random_batch(batch, side, cfg.OBJECTS, device)
 
     def step():
         losses = train_detector_stage1.compute_losses(model, {"images": images, "labels": labels})
-        sum(weight * losses[name] for name, weight in weights.items()).backward()
+        sum(weight * losses[name] for name, weight in criterion.SUMMED_WEIGHTS.items()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

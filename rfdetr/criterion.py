@@ -17,7 +17,8 @@ ALPHA = 0.25                         # weight of the score in the target of the 
 GAMMA = 2                            # how fast easy negatives lose their weight
 MIN_TARGET = 0.01                    # a matched query is asked for at least this score, however bad its box
 MATCH_COSTS = (2.0, 5.0, 2.0)        # class, L1, GIoU
-SUMMED_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_aux": 1.0}  # of `summed_up`
+LOSS_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # the same in every layer
+SUMMED_WEIGHTS = LOSS_WEIGHTS | {"loss_aux": 1.0}  # of `summed_up`, whose "loss_aux" has LOSS_WEIGHTS in it
 WORST = 1e8                          # cost that stands in for one that is not finite
 
 
@@ -170,11 +171,10 @@ def _iou_aware_loss(logits, matched, iou):
     return -positive.sum() - (negative * F.logsigmoid(-logits)).sum()
 
 
-def loss_weights(decoder_layers, ce=1.0, bbox=5.0, giou=2.0):
-    """-> {name: weight} of the terms of `detection_losses` that count, the same in every layer."""
+def loss_weights(decoder_layers):
+    """-> {name: weight} of the terms of `detection_losses` that count."""
     suffixes = ["", *(f"_{i}" for i in range(decoder_layers - 1)), "_enc"]
-    return {f"{name}{suffix}": weight for suffix in suffixes
-            for name, weight in (("loss_ce", ce), ("loss_bbox", bbox), ("loss_giou", giou))}
+    return {f"{name}{suffix}": weight for suffix in suffixes for name, weight in LOSS_WEIGHTS.items()}
 
 
 def summed_up(losses):
@@ -182,6 +182,6 @@ def summed_up(losses):
     layers' and the proposals' terms with their weights, and "class_error". Weights: SUMMED_WEIGHTS; the total is that
     of `loss_weights`."""
     earlier = {name: value for name, value in losses.items() if name.startswith("loss_") and name.count("_") > 1}
-    last = {name: losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
-    aux = sum(SUMMED_WEIGHTS["_".join(name.split("_")[:2])] * value for name, value in earlier.items())
+    last = {name: losses[name] for name in LOSS_WEIGHTS}
+    aux = sum(LOSS_WEIGHTS["_".join(name.split("_")[:2])] * value for name, value in earlier.items())
     return last | {"loss_aux": aux, "class_error": losses["class_error"]}

@@ -119,10 +119,7 @@ class Detector:
             if not self.size:
                 raise UserError("Detector needs a checkpoint; take RFDETRNano, RFDETRSmall, ... for a new one")
             return None, {}
-        content, name = checkpoint.load(self.start), self.start.as_posix()
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise UserError(f"{name} holds no state dict under 'model': give a checkpoint of train_detector_stage1.py, "
-                            "train_seg_stage2.py or a published COCO file")
+        content, name = weights.content_of(self.start)
         args = content.get("args")
         if not (isinstance(args, dict) and "size" in args):
             if not self.size:
@@ -211,8 +208,7 @@ class Detector:
 
     def save(self, path):
         """Write a checkpoint that `from_checkpoint`, the scripts and a plain torch.load read."""
-        checkpoint.save(weights.checkpoint_content(self.model, self.class_names, self.class_rows,
-                                                   dict(self.model.model_args)), path)
+        checkpoint.save(weights.checkpoint_content(self.model, self.class_names, self.class_rows), path)
 
     def export(self, path, opset=18, batch_size=1):
         """Write ONNX and compare it with PyTorch through onnxruntime. -> largest difference
@@ -317,13 +313,13 @@ def export_onnx(model, path, opset, batch_size):
     import onnxruntime
 
     side, device = model.model_args["resolution"], next(model.parameters()).device
-    deployable = _Deployable(model).cpu().eval()
     example, images = torch.rand(2, batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
     checkpoint.require_writable(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names = ["logits", "boxes", "mask_logits"]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, not used here
     try:
+        deployable = _Deployable(model).cpu().eval()
         expected = deployable(images)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on

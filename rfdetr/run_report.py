@@ -1,5 +1,6 @@
 """What a training run of RF-DETR shows and leaves behind: banner, scores, pictures, results.json, the next command."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,9 +20,20 @@ def banner(title, rows):
     return "\n".join([LINE, title, LINE, *body, LINE])
 
 
+def pasted(path):
+    """-> a path (or any text) as one word of a command line for bash and PowerShell, in quotes where it needs them."""
+    text = path.as_posix() if isinstance(path, Path) else str(path)
+    return text if re.fullmatch(r"[\w./:+-]+", text) else _in_quotes(text)
+
+
 def quoted(names):
-    """-> the names as words of a command line."""
-    return " ".join(f'"{name}"' for name in names)
+    """-> the names as words of a command line, always in quotes."""
+    return " ".join(map(_in_quotes, names))
+
+
+def _in_quotes(text):
+    """Double quotes, which cmd.exe knows too; single ones around what bash or PowerShell would replace in those."""
+    return f"'{text}'" if re.search(r'[$`!"]', text) and "'" not in text else f'"{text}"'
 
 
 def masks_seen(data):
@@ -109,13 +121,16 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
 def next_command(cfg, folder, names, rows):
     """-> the lines that say how to go on after stage 1, ready to be pasted."""
     folder = Path(folder)
-    best = (folder / "checkpoint_best_regular.pth").as_posix()
-    stage2 = (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {folder.as_posix()} --checkpoint {{}} "
-              f"--dataset_dir {Path(cfg.DATASET_DIR).as_posix()} --epochs 50 --batch 4 --accum 2 --workers 2")
+    best, shrunk = (pasted(folder / name) for name in ("checkpoint_best_regular.pth", "checkpoint_mydata.pth"))
+
+    def stage2(checkpoint_file):
+        return (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {pasted(folder)} --checkpoint "
+                f"{checkpoint_file} --dataset_dir {pasted(Path(cfg.DATASET_DIR))} --epochs 50 --batch 4 --accum 2 "
+                "--workers 2")
+
     if rows == len(names) + 1:
-        return f"next: the head has {rows} rows, one per class and the background, so stage 2 can start:\n  " + (
-            stage2.format(best))
-    shrunk = (folder / "checkpoint_mydata.pth").as_posix()
+        return (f"next: the head has {rows} rows, one per class and the background, so stage 2 can start:\n"
+                f"  {stage2(best)}")
     return (f"next: cut the class head from {rows} rows to {len(names)} + 1, then train masks:\n"
             f"  python shrink_head.py --in_ckpt {best} --out_ckpt {shrunk} --keep {quoted(names)}\n"
-            f"  {stage2.format(shrunk)}")
+            f"  {stage2(shrunk)}")

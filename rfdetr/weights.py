@@ -13,6 +13,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
 from utils import checkpoint, processes
 from utils.config import UserError
-from utils.datasets import SAME_CLASS
+from utils.datasets import plain_name
 
 TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
 PATIENCE = 3         # connections in a row that bring nothing before a download is given up
 CHUNK = 1 << 20      # bytes
+LONGEST = timedelta(days=1)  # that the other processes wait for a download
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
@@ -57,13 +59,21 @@ def fetch(size, cache_dir=None):
                         "your own")
     published = PUBLISHED[size]
     path = Path(cache_dir or cache_folder()) / published.file
+    if processes.accelerator().num_processes == 1:
+        _complete(path, published)
+        return path
+    # gloo has no watchdog: a collective of NCCL that waits for a download is ended, and the run with it, after minutes
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
     error = None
     if processes.is_main():
         try:
             _complete(path, published)
         except UserError as problem:
             error = problem
-    if processes.any_of(error is not None):
+    failed = torch.tensor(int(error is not None))
+    torch.distributed.broadcast(failed, 0, group=group)  # an end of the main process ends this as well
+    torch.distributed.destroy_process_group(group)
+    if failed:
         raise error or UserError(f"{published.file}: the main process could not get it, see its message")
     return path
 
@@ -153,8 +163,16 @@ def checkpoint_content(model, class_names, class_rows, args=None):
             "class_names": list(class_names), "class_rows": {str(name): int(row) for name, row in class_rows.items()}}
 
 
-def _content(source):
-    """-> ({published name: Tensor}, the checkpoint's other entries, its name for messages)."""
+def content_of(source):
+    """What a checkpoint holds.
+
+    Args:
+        source: path of a checkpoint, or its content.
+    Returns:
+        dict with a state dict under "model", its name for messages.
+    Raises:
+        UserError: no such file, broken, or without a state dict.
+    """
     if isinstance(source, (str, Path)):
         content, what = checkpoint.load(source), Path(source).as_posix()
     else:
@@ -165,6 +183,12 @@ def _content(source):
         raise checkpoint.CheckpointError(
             f"{what} holds no state dict under 'model': give a checkpoint of train_detector_stage1.py, "
             "train_seg_stage2.py or a published COCO file")
+    return content, what
+
+
+def _content(source):
+    """-> ({published name: Tensor}, the checkpoint's other entries, its name for messages)."""
+    content, what = content_of(source)
     state = names.with_our_class_head(content["model"])
     if "class_embed.0.weight" not in state:
         raise checkpoint.CheckpointError(f"{what} is not an RF-DETR detector: it has no class_embed")
@@ -319,12 +343,6 @@ def export_roboflow(path_in, path_out):
 
 
 # ---- rows of the class head ----------------------------------------------------------------------------------------
-
-def plain_name(name):
-    """-> the spelling by which class names are compared: without capitals, COCO's word where there are two."""
-    name = str(name).strip().lower()
-    return SAME_CLASS.get(name, name)
-
 
 def assign_rows(class_names, num_rows, known_rows):
     """Which row of the class head a data set's classes train on.

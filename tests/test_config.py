@@ -1,6 +1,7 @@
 """Constants: overrides are typed, unknown names are refused, the command line shows user errors as one line."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_user_errors_are_one_line_without_traceback(tmp_path):
     assert shown.returncode == 1
     assert "Traceback" not in shown.stderr
     assert [line for line in shown.stderr.splitlines() if line.startswith("Error: COCO_DIR")]
+
+
+def test_text_that_the_console_cannot_show_does_not_stop_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from utils import config\nRATE = 1.0\n"
+                      "if __name__ == '__main__':\n"
+                      "    config.from_command_line(globals())\n"
+                      "    print('Gef\\u00e4\\u00df \\u8840\\u7ba1')\n"
+                      "    raise config.UserError('no \\u8840')\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, script], env=environment, capture_output=True, timeout=60)
+    assert shown.stdout.decode("cp1252").strip() == "Gef\u00e4\u00df ??" and shown.returncode == 1
+    assert shown.stderr.decode("cp1252").strip() == "Error: no ?"
 
 
 def test_errors_from_loader_processes_and_full_gpus_are_one_line_too(capsys):

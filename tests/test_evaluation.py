@@ -54,6 +54,17 @@ def test_only_the_named_images_count(coco):
     assert evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)["mAP"] < 0.7
 
 
+@pytest.mark.parametrize("ids", [(0, 1), ("a", "b")])
+def test_roboflows_annotation_ids_from_zero_on_lose_no_object(tmp_path, ids):
+    notes = [{"id": ids[i], "image_id": 5, "category_id": 1, "bbox": [30 * i, 4, 20, 20]} for i in (0, 1)]
+    content = {"images": [{"id": 5, "file_name": "a.png", "width": 64, "height": 64}], "annotations": notes,
+               "categories": [{"id": 1, "name": "car"}]}
+    (tmp_path / "zero.json").write_text(json.dumps(content), encoding="utf-8")
+    truth = evaluation.ground_truth(tmp_path / "zero.json")
+    found = [{"image_id": 5, "label": 0, "bbox": note["bbox"], "score": 0.9} for note in notes]
+    assert evaluation.coco_scores(truth, found, {0: 1}, [5])["mAP"] == pytest.approx(1.0)
+
+
 def test_detect_uses_original_sizes_and_ids(coco, small_detector):
     _, data = truth_and_data(coco)
     found = evaluation.detect(lambda x: small_detector(pixel_values=x), loaders.validation_loader(data, 3, 0), "cpu")

@@ -284,6 +284,15 @@ BROKEN_MASK = {"size": [48, 64], "counts": "zz"}
     (_set("annotations", 1, id=1), "'annotations' have the id 1"),
     (_set("images", 2, id=1), "'images' have the id 1"),
     (_set("categories", 2, name="cat"), "two categories are called 'cat'"),
+    (_set("categories", 2, name=7), "category is called '7'; a name is text"),
+    (_set("categories", 2, name=None), "category is called 'None'"),
+    (_set("categories", 2, name=" "), "not empty"),
+    (_set("images", 0, id=1.0), "'images' has the id '1.0'"),
+    (_set("images", 0, id=True), "'images' has the id 'True'"),
+    (_set("images", 2, id=[1]), "not lists of entries with plain ids"),
+    (_set("images", 2, id="a/b"), "'images' has the id 'a/b'"),
+    (_set("images", 2, id="three"), "ids of 'images' are partly numbers, partly words"),
+    (_set("categories", 0, id=None), "'categories' has the id 'None'"),
     (_set("images", 0, width=0), "width and height"),
     (_set("images", 2, width=39), r"3\.png \(is 40x40, its annotation says 39x40"),
     (_set("images", 0, file_name="gone.png"), r"gone\.png \(missing\)"),
@@ -346,6 +355,61 @@ def test_roboflows_parent_category_is_dropped_only_where_nothing_uses_it(tmp_pat
     assert names == ["cat", "dog"] and len(notes) == 1 and "'pets'" in notes[0]
     edit(tmp_path, _set("annotations", 0, category_id=0), "valid")  # used, though not in train
     assert roboflow.class_names_of(tmp_path) == (["pets", "cat", "dog"], [])
+
+
+def test_class_names_do_not_depend_on_the_optional_test_split(tmp_path):
+    expected = roboflow.class_names_of(write_dataset(tmp_path))
+    write_dataset(tmp_path, splits=("test",))
+    edit(tmp_path, _set("annotations", 0, category_id=0), "test")
+    assert roboflow.class_names_of(tmp_path) == expected
+    (tmp_path / "test" / roboflow.ANNOTATIONS).write_text("{", encoding="utf-8")
+    assert roboflow.class_names_of(tmp_path) == expected
+    with pytest.raises(UserError, match="test/_annotations.coco.json is not readable JSON"):  # with --run_test 1
+        opened(tmp_path, "test")
+
+
+def test_words_as_image_ids_train_and_score(tmp_path):
+    def in_words(content):
+        for image in content["images"]:
+            image["id"] = f"image {image['id']}"
+        for note in content["annotations"]:
+            note["image_id"] = f"image {note['image_id']}"
+    edit(write_dataset(tmp_path), in_words)
+    data = opened(tmp_path)
+    assert data[0]["image_id"] == "image 1" and len(data[0]["labels"]) == 2
+    truth = evaluation.ground_truth(data.annotation_file)
+    found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "bbox": note["bbox"], "score": 0.9,
+              "segmentation": truth.annToRLE(note)} for note in truth.dataset["annotations"]]
+    for kind in ("bbox", "segm"):
+        assert evaluation.coco_scores(truth, found, data.category_of, data.image_ids, kind)["mAP"] > 0.99
+
+
+EMPTY_SHAPES = [
+    None, [], [[]], [[1, 1, 9, 9]], [[1, 1, 1, 1, 1, 1]], [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], [[3, 3, 9, 3, 6, 3]],
+    {"size": [48, 64], "counts": [48 * 64]}, {"size": [48, 64], "counts": []},
+    {"size": [48, 64], "counts": rle.encode(np.zeros((48, 64), np.uint8, order="F"))["counts"].decode()},
+]
+
+
+@pytest.mark.parametrize("shape", EMPTY_SHAPES)
+def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_without_mask(tmp_path, shape):
+    edit(write_dataset(tmp_path, "polygon"), _set("annotations", 0, segmentation=shape))
+    if shape != {"size": [48, 64], "counts": []}:  # that one is refused: it is not as long as the image
+        assert roboflow.mask_code(shape, 48, 64) is None
+        assert "1 object(s) without a mask were left out" in opened(tmp_path).notes[0]
+    truth = evaluation.ground_truth(tmp_path / "train" / roboflow.ANNOTATIONS)
+    masks = evaluation.with_masks_only(truth)
+    assert [note["iscrowd"] for note in masks.dataset["annotations"]] == [1, 0, 0]
+    found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "score": 0.9,
+              "segmentation": truth.annToRLE(note)} for note in truth.dataset["annotations"][1:]]
+    scores = evaluation.coco_scores(truth, found, {0: 1, 1: 2}, [1, 2, 3], "segm")
+    assert scores["mAP"] > 0.99 and scores["per_class"]["cat"] == -1
+
+
+@pytest.mark.parametrize("kind", ["polygon", "rle", "uncompressed"])
+def test_a_truth_with_all_its_masks_is_scored_as_it_is(tmp_path, kind):
+    truth = evaluation.ground_truth(write_dataset(tmp_path, kind) / "train" / roboflow.ANNOTATIONS)
+    assert evaluation.with_masks_only(truth) is truth
 
 
 def test_an_unused_class_of_ones_own_stays(tmp_path):

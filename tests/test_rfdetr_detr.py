@@ -280,3 +280,26 @@ def test_export_refuses(detector, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         detector.export(tmp_path / "a.onnx")
     assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.parametrize("culprit", ["require_writable", "_Deployable.forward", "export"])
+def test_a_failed_export_leaves_the_model_on_its_device_and_no_file(detector, tmp_path, monkeypatch, culprit):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+
+    def fail(*args, **kwargs):
+        raise UserError("on purpose")
+
+    moves, model = [], detector.model  # there is one device: what counts is that the last move is back to it
+    monkeypatch.setattr(detr._Deployable, "cpu", lambda self: moves.append("away") or self)
+    monkeypatch.setattr(model, "to", lambda device: moves.append(device) or model)
+    if culprit == "require_writable":
+        monkeypatch.setattr(detr.checkpoint, "require_writable", fail)
+    elif culprit == "export":
+        monkeypatch.setattr(torch.export, "export", fail)
+    else:
+        monkeypatch.setattr(detr._Deployable, "forward", fail)
+    with pytest.raises(UserError, match="on purpose"):
+        detector.export(tmp_path / "model.onnx")
+    assert moves == ([] if culprit == "require_writable" else ["away", torch.device("cpu")])
+    assert list(tmp_path.glob("*onnx*")) == list(tmp_path.glob(".*onnx*")) == []

@@ -6,7 +6,9 @@ import http.server
 import pickle
 import threading
 import zipfile
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from rfdetr import config, names, weights
 from rfdetr.config import COCO_ROWS, Published
 from rfdetr.model import RFDETR
-from utils import checkpoint
+from utils import checkpoint, processes
 from utils.config import UserError
 
 CONTENT = bytes(range(256)) * 9000  # 2.2 MB: three chunks
@@ -154,6 +156,51 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert weights.cache_folder() == tmp_path
     monkeypatch.delenv("RAINSIGHT_CACHE")
     assert weights.cache_folder() == Path.home() / ".cache" / "rainsight"
+
+
+# ---- two processes -----------------------------------------------------------------------------------------------
+
+def waiting_rank(folder):
+    """The second process: fetch twice without downloading; writes what came of it."""
+    processes.accelerator, processes.is_main = lambda: SimpleNamespace(num_processes=2), lambda: False
+    weights._complete = None  # this one downloads nothing
+    join(folder, 1)
+    path = weights.fetch("nano", folder / "first")
+    answer = f"{path.name} {path.stat().st_size}"
+    try:
+        weights.fetch("nano", folder / "second")
+    except UserError as error:
+        answer += f" then {error}"
+    (folder / "answer.txt").write_text(answer, encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def join(folder, rank):
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meet").as_uri(), rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=60))
+
+
+def test_other_processes_wait_for_the_main_one_as_long_as_it_takes(server, tmp_path, monkeypatch):
+    groups, new_group = [], torch.distributed.new_group
+    monkeypatch.setattr(processes, "accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(processes, "is_main", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: groups.append(kwargs) or new_group(**kwargs))
+    other = torch.multiprocessing.get_context("spawn").Process(target=waiting_rank, args=(tmp_path,))
+    other.start()
+    try:
+        join(tmp_path, 0)
+        assert weights.fetch("nano", tmp_path / "first").read_bytes() == CONTENT
+        server.status = 404
+        with pytest.raises(UserError, match="Not Found"):
+            weights.fetch("nano", tmp_path / "second")
+        other.join(60)
+    finally:
+        torch.distributed.destroy_process_group()
+        other.kill()
+    assert (tmp_path / "answer.txt").read_text(encoding="utf-8") == (
+        f"rf-detr-nano.pth {len(CONTENT)} then rf-detr-nano.pth: the main process could not get it, see its message")
+    assert all(group["backend"] == "gloo" and group["timeout"] >= timedelta(hours=6) for group in groups)
+    assert len(groups) == 2
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -186,8 +188,28 @@ def test_the_guides_command(stage1, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "91 rows -> 4 (3 classes + background) in 14 class heads" in done.stdout
     assert "new, untrained" in done.stdout and "row 12" in done.stdout
-    assert f'--checkpoint "{(tmp_path / "mydata.pth").as_posix()}"' in done.stdout
+    assert f"--checkpoint {(tmp_path / 'mydata.pth').as_posix()} --dataset_dir <folder" in done.stdout
     assert torch.load(tmp_path / "mydata.pth")["class_names"] == ["cells", "blood_vessel", "kidney stone"]
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "results.json"])
+def test_the_next_command_names_the_data_set_and_can_be_pasted_with_blanks(tmp_path, capsys, where):
+    run_dir = tmp_path / "my runs" / "detector 1"
+    run_dir.mkdir(parents=True)
+    constants = {"DATASET_DIR": "./my data"}
+    torch.save(stage1_content(**{"constants": constants} if where == "checkpoint" else {}), run_dir / "best.pt")
+    if where == "results.json":
+        (run_dir / "results.json").write_text(json.dumps({"constants": constants}), encoding="utf-8")
+    run(run_dir / "best.pt", run_dir / "mydata.pth", "car")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
+    assert shlex.split(line)[3:] == ["--size", "nano", "--stage1_run", run_dir.as_posix(), "--checkpoint",
+                                     (run_dir / "mydata.pth").as_posix(), "--dataset_dir", "my data"]
+
+
+def test_a_foreign_results_file_only_leaves_the_hint_open(tmp_path):
+    for text in ("{", "[]", "{}", '{"constants": []}'):
+        (tmp_path / "results.json").write_text(text, encoding="utf-8")
+        assert shrink_head.dataset_of({}, tmp_path) is None
 
 
 def test_flags_and_demo_as_on_the_command_line(tmp_path):

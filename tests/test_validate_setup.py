@@ -72,6 +72,20 @@ def test_a_flaw_of_the_data_set_is_named_and_only_a_fatal_one_fails(tmp_path, ca
     assert lines[-1].startswith("python validate_setup.py" if code else "python train_detector_stage1.py")
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda content: content.update(annotations=[]), "test: 3 images (3 without objects), 0 objects"),
+    (lambda content: content.update(images=[], annotations=[]), "lists no images"),
+    (_set("images", 0, file_name="gone.png"), "gone.png (missing)"),
+    (_set("annotations", 0, segmentation={"size": [1, 1], "counts": "1"}), "test: 1 mask(s) cannot be decoded"),
+    (lambda content: content.pop("categories"), "has no categories"),
+])
+def test_flaws_of_the_optional_test_split_are_warnings(tmp_path, capsys, change, words):
+    edit(write_dataset(tmp_path, splits=("train", "valid", "test")), change, "test")
+    code, lines = checked(capsys, tmp_path)
+    assert code == 0 and not having(lines, "[FAIL]")
+    assert having(lines, "[warn]", words, "only --run_test 1 reads test/")
+
+
 def test_corrupt_json_a_wrong_folder_and_no_data_set_at_all(tmp_path, capsys):
     write_dataset(tmp_path / "d")
     (tmp_path / "d" / "valid" / "_annotations.coco.json").write_text("{", encoding="utf-8")
@@ -187,7 +201,8 @@ def test_an_optional_package_that_is_missing_only_warns(tmp_path, capsys, monkey
 
 def test_a_full_disk_fails_before_training_starts(tmp_path, capsys, monkeypatch):
     cfg = config.resolve(vars(validate_setup), {"RUNS_DIR": str(tmp_path / "not" / "yet")})
-    for free, level in ((0.3, "[FAIL]"), (2, "[warn]"), (50, "[ok]")):
+    assert validate_setup._COSTS[cfg.SIZE][0] == 30.5  # million parameters: 122 MB, 11 times that are 1.34 GB
+    for free, level in ((0.3, "[FAIL]"), (1.3, "[FAIL]"), (2, "[warn]"), (50, "[ok]")):
         monkeypatch.setattr(validate_setup.shutil, "disk_usage", lambda path, free=free: type("", (), {
             "free": free * 2**30}))
         validate_setup.check_disk(validate_setup.Findings(), cfg)

@@ -98,9 +98,13 @@ def from_command_line(namespace, argv=None):
     Also `--name`, and `--na-me` for NA_ME; a boolean constant's bare flag means true, and it takes 0 and 1; a tuple
     constant takes several words (`--KEEP car "traffic light"`) or one Python literal.
 
-    Also makes the running program show a UserError as one line instead of a traceback, with exit code 1.
+    Also makes the running program show a UserError as one line instead of a traceback, with exit code 1, and print
+    what the console's code page lacks (in class names and paths) as "?" instead of dying of it.
     """
     sys.excepthook = _show_user_errors
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not without a console, nor in a notebook
+            stream.reconfigure(errors="replace")
     constants = constants_of(namespace)
     comments = _comments(namespace.get("__file__"))
     summary = (namespace.get("__doc__") or "").strip()

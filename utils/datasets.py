@@ -88,8 +88,8 @@ def label_table(categories, id2label, source, unknown="error"):
     Raises:
         UserError: the model does not know a category, or no category at all.
     """
-    known = {_plain(name): int(label) for label, name in id2label.items()}
-    table = {c["id"]: known[_plain(c["name"])] for c in categories if _plain(c["name"]) in known}
+    known = {plain_name(name): int(label) for label, name in id2label.items()}
+    table = {c["id"]: known[plain_name(c["name"])] for c in categories if plain_name(c["name"]) in known}
     strangers = [c["name"] for c in categories if c["id"] not in table]
     if strangers and unknown != "list" and (unknown == "error" or not table):
         classes = ", ".join(list(map(str, id2label.values()))[:8])
@@ -99,7 +99,8 @@ def label_table(categories, id2label, source, unknown="error"):
     return table
 
 
-def _plain(name):
+def plain_name(name):
+    """-> the spelling by which class names are compared: without capitals, COCO's word where there are two."""
     name = str(name).strip().lower()
     return SAME_CLASS.get(name, name)
 

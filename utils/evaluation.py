@@ -9,6 +9,7 @@ import lpips
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytorch_msssim import ssim
@@ -91,6 +92,9 @@ def merged_ground_truth(annotation_files, new_ids):
 
 
 def _indexed(content):
+    if not all(isinstance(note["id"], int) and note["id"] > 0 for note in content["annotations"]):
+        # COCOeval's table of matches says 0 for "none", so that an object with id 0 (Roboflow's first) is never found
+        content = content | {"annotations": [note | {"id": n} for n, note in enumerate(content["annotations"], 1)]}
     for note in content["annotations"]:
         note.setdefault("iscrowd", 0)
         note.setdefault("area", note["bbox"][2] * note["bbox"][3])
@@ -102,23 +106,33 @@ def _indexed(content):
 
 
 def with_masks_only(truth):
-    """-> `truth` for scoring masks. An object that was annotated without a mask counts neither way, as a crowd does:
-    its box becomes a crowd region. Returns `truth` itself where every object has a mask."""
-    def usable(shape):
-        return len(shape.get("counts", ())) > 0 if isinstance(shape, dict) else any(len(p) >= 6 for p in shape or ())
-
+    """-> `truth` for scoring masks. An object that was annotated without a mask, or with one that covers no pixel,
+    counts neither way, as a crowd does: its box becomes a crowd region. Returns `truth` itself where every object has
+    a mask."""
     notes = []
     for note in truth.dataset["annotations"]:
         shape = note.get("segmentation")
-        if not usable(shape):
+        if isinstance(shape, list) and any(len(polygon) < 6 for polygon in shape):  # two points are no area
+            shape = [polygon for polygon in shape if len(polygon) >= 6]
+            note = note | {"segmentation": shape}
+        image = truth.imgs[note["image_id"]]
+        if not _covers(shape, image["height"], image["width"]):
             x, y, w, h = note["bbox"]
             note = note | {"iscrowd": 1, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
-        elif isinstance(shape, list) and any(len(polygon) < 6 for polygon in shape):
-            note = note | {"segmentation": [polygon for polygon in shape if len(polygon) >= 6]}
         notes.append(note)
     if all(new is old for new, old in zip(notes, truth.dataset["annotations"], strict=True)):
         return truth
     return _indexed(truth.dataset | {"annotations": notes})
+
+
+def _covers(shape, height, width):
+    """-> whether polygons or an RLE have a pixel in a (height, width) image."""
+    if not shape:
+        return False
+    if isinstance(shape, list):
+        return any(rle.area(one) > 0 for one in rle.frPyObjects(shape, height, width))
+    counts = shape.get("counts") or ()
+    return sum(counts[1::2]) > 0 if isinstance(counts, (list, tuple)) else bool(rle.area(shape) > 0)
 
 
 def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):

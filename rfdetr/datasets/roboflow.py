@@ -9,6 +9,7 @@ sample is a function of (seed, epoch, index) alone, the size of a batch of (seed
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ def read_split(root, split, flag="--dataset_dir"):
     try:
         content = datasets.read_annotations(path)
     except TypeError:  # a list where an entry should be, or the like
-        raise UserError(f"{path.as_posix()}: its parts are not lists of entries; not a COCO annotation file") from None
+        raise UserError(f"{path.as_posix()}: its parts are not lists of entries with plain ids; not a COCO "
+                        "annotation file") from None
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
     return path, content
@@ -54,12 +56,20 @@ def read_split(root, split, flag="--dataset_dir"):
 
 def _problem(content):
     """-> what is wrong with a file that has all its keys, or None."""
+    for part in ("images", "categories"):
+        ids = [entry["id"] for entry in content[part]]
+        if strange := [value for value in ids if not _usable_id(value)]:
+            return f"'{part}' has the id {str(strange[0])[:60]!r}; ids are whole numbers, or short words"
+        if len({type(value) for value in ids}) > 1:
+            return f"the ids of '{part}' are partly numbers, partly words"
     for part in ("images", "annotations", "categories"):
         ids = [entry["id"] for entry in content[part]]
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             return f"two entries of '{part}' have the id {twice}; give every one its own"
     names = [category["name"] for category in content["categories"]]
+    if strange := [name for name in names if not (isinstance(name, str) and name.strip())]:
+        return f"a category is called {str(strange[0])[:60]!r}; a name is text, and not empty"
     if len(set(names)) < len(names):
         return f"two categories are called {next(n for n in names if names.count(n) > 1)!r}; merge or rename them"
     for image in content["images"]:
@@ -72,16 +82,21 @@ def _problem(content):
     return None
 
 
+def _usable_id(value):
+    """Words become names of files (rfdetr.features), so they have no characters that a file name cannot have."""
+    return type(value) is int or (isinstance(value, str) and re.fullmatch(r"[\w. -]{1,100}", value) is not None)
+
+
 def class_names_of(root, flag="--dataset_dir"):
-    """The classes to train, from train/ and what all splits use.
+    """The classes to train, from train/ and valid/. test/ has no say: it is optional and read with --run_test alone.
 
     Returns:
         (names in the order of their category ids, notes to print). Roboflow's parent category (supercategory "none",
-        id 0 or the others' supercategory) is left out where no annotation of any split uses it.
+        id 0 or the others' supercategory) is left out where no annotation of the two uses it.
     Raises:
         UserError: no data set, no classes.
     """
-    contents = {split: read_split(root, split, flag)[1] for split in SPLITS
+    contents = {split: read_split(root, split, flag)[1] for split in ("train", "valid")
                 if split == "train" or (Path(root) / split / ANNOTATIONS).is_file()}
     used = {names[note["category_id"]] for content in contents.values()
             for names in [{c["id"]: c["name"] for c in content["categories"]}] for note in content["annotations"]}

@@ -101,7 +101,7 @@ DEMO = {
     "REAL_DIR": "./demo/windshield/real_rainy", "CHECKPOINT_DIR": "./demo/outputs_unet", "IMAGE_SIZE": 64,
     "TRAIN_PAIRS": 2050, "SEQUENCE_SEPARATOR": "_",  # each scene is there behind two panes
     "ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "COLOR_JITTER": 0.0, "PERCEPTUAL_WEIGHT": 0.0,
-    "SSIM_WEIGHT": 0.1, "EPOCHS": 12, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
+    "SSIM_WEIGHT": 0.1, "EPOCHS": 10, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
     "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
 }
 _PRECISIONS = ("float32", "bf16", "fp16")

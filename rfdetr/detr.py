@@ -297,6 +297,7 @@ class _Deployable(nn.Module):
         image = torch.arange(batch).repeat_interleave(queries)
         query = torch.arange(queries).repeat(batch)
         logits = masks.mask_logits(outputs, image, query)  # (B * Q, S / 4, S / 4)
+        logits = masks.confined(logits, outputs["boxes"].flatten(0, 1))
         return *found, logits.unflatten(0, (batch, queries))
 
 

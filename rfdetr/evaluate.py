@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from rfdetr.masks import mask_logits
+from rfdetr.masks import confined, mask_logits
 from utils import evaluation, processes
 
 
@@ -25,7 +25,8 @@ def predict_batch(model, images, sizes, top=evaluation.MAX_DETECTIONS, masks=Tru
         rows: rows of the class head that count, None for all; the others are dropped before the `top` best are chosen.
     Returns:
         per image {"scores": (n,), "labels": (n,) rows of the head, "boxes": (n, 4) xyxy pixels of the original image,
-        "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32 (see `full_masks`).
+        "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32, confined to the boxes (see
+        `full_masks`).
     """
     outputs = model(images)
     logits = outputs["logits"]
@@ -37,7 +38,8 @@ def predict_batch(model, images, sizes, top=evaluation.MAX_DETECTIONS, masks=Tru
         if rows is not None:
             one["labels"] = rows[one["labels"]]
         if masks and "pixel_embedding" in outputs:
-            one["mask_logits"] = mask_logits(outputs, torch.full_like(one["queries"], i), one["queries"])
+            logits = mask_logits(outputs, torch.full_like(one["queries"], i), one["queries"])
+            one["mask_logits"] = confined(logits, outputs["boxes"][i, one["queries"]])
     return found
 
 

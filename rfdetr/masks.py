@@ -15,6 +15,7 @@ CANDIDATES = 3        # points looked at for every one that is kept
 UNCERTAIN = 0.75      # share of the points that are the most uncertain candidates; the others are random
 AROUND = 1.5          # points "around an object" lie in its box enlarged by this factor
 MIN_EXTENT = 0.03     # and by so much of the image at least
+BOX_MARGIN = 0.1      # a mask may reach out of its box by so much of the box's half extent, and by one cell
 
 
 def mask_logits(outputs, batch_index, query_index):
@@ -39,6 +40,24 @@ def mask_logits(outputs, batch_index, query_index):
         counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
         found = torch.cat([part @ pixel.flatten(1) for part, pixel in zip(chosen.split(counts), pixels, strict=True)])
         return found.unflatten(1, (height, width))[order.argsort()]
+
+
+def confined(logits, boxes):
+    """Keep masks to their boxes (as Bolya et al., "YOLACT", 2019, crop theirs): the losses look at points around the
+    objects, so that a mask may also light up on its object's likes far away.
+
+    Args:
+        logits: (n, h, w); boxes: (n, 4) normalised cxcywh of the detections.
+    Returns:
+        (n, h, w); outside of the boxes enlarged by BOX_MARGIN and one cell at most -1.
+    """
+    height, width = logits.shape[-2:]
+    x = (torch.arange(width, device=logits.device) + 0.5) / width
+    y = (torch.arange(height, device=logits.device) + 0.5) / height
+    half = boxes[:, 2:].float() / 2 * (1 + BOX_MARGIN)
+    inside_x = (x - boxes[:, :1].float()).abs() <= half[:, :1] + 1 / width  # (n, w)
+    inside_y = (y - boxes[:, 1:2].float()).abs() <= half[:, 1:] + 1 / height  # (n, h)
+    return torch.where(inside_y[:, :, None] & inside_x[:, None], logits, logits.clamp(max=-1))
 
 
 def mask_losses(outputs, labels, indices, points=None, generator=None):

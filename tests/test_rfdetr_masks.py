@@ -373,3 +373,15 @@ def test_masks_are_drawn_translucent_below_the_boxes():
     assert inside == pytest.approx([0.45 * v for v in (0xe6, 0x19, 0x4b)], abs=2)
     empty = visualize.draw_masks(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), {}, mask[:0])
     assert empty.size == (80, 60)
+
+
+def test_masks_are_confined_to_their_boxes():
+    logits = torch.full((2, 40, 40), 3.0)
+    logits[1] = -5.0
+    boxes = torch.tensor([[0.5, 0.25, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
+    found = masks.confined(logits, boxes)
+    hit = (found[0] > 0).nonzero()
+    low, high = hit.min(0).values / 40, (hit.max(0).values + 1) / 40
+    # the box 0.40..0.60 x 0.20..0.30, 10% larger, and up to a cell (0.025) more on either side
+    assert 0.36 <= low[1] <= 0.40 and 0.60 <= high[1] <= 0.64 and 0.165 <= low[0] <= 0.20 and 0.30 <= high[0] <= 0.335
+    assert found[0].min() == -1 and torch.equal(found[1], logits[1])

@@ -10,7 +10,7 @@ import pytest
 
 from rfdetr import run_report
 
-WORDS = ["plain-name_1.pth", "C:/Users/me/runs", "my runs/a b", "a&b (1)", "50% {x}", "a;b", "tick`s", "cash$HOME",
+WORDS = ["plain-name_1.pth", "D:/data/runs", "my runs/a b", "a&b (1)", "50% {x}", "a;b", "tick`s", "cash$HOME",
          "it's", "wow!", "", "Gef\u00e4\u00df", "a,b", "~/x", "#1"]
 
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from utils import datasets, demo, detector, evaluation, loaders, presets, rain_report
+from rfdetr import evaluate, weights
+from rfdetr.datasets import roboflow
+from utils import datasets, demo, demo_dataset, detector, evaluation, loaders, presets, rain_report
 from utils.demo_scene import CATEGORIES
 from utils.rain_detector import load_rain_detector
 from utils.spdnet import load_spdnet
@@ -11,7 +13,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 
 def test_they_are_small_and_load():
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 19 * 2**20
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 27 * 2**20
     for name in ("spdnet.pt", "spdnet_adapted.pt"):
         model = load_spdnet(ASSETS / name)
         assert (model.n_feats, model.n_resblocks) == (16, 1)
@@ -41,3 +43,12 @@ def test_rain_costs_the_detector_at_least_a_third(tmp_path):
         found[domain] = scores["mAP"]
     assert found["clean"] > 0.45
     assert found["rainy"] < found["clean"] * 2 / 3
+
+
+def test_rfdetr_finds_the_demos_objects(tmp_path):
+    root = demo_dataset.ensure_dataset(tmp_path / "dataset", tmp_path / "demo", num_train=1, num_valid=40, num_test=1)
+    model, found = weights.load_detector(ASSETS / "rfdetr_tiny.pth")
+    assert found["class_names"] == [category["name"] for category in sorted(CATEGORIES, key=lambda c: c["id"])]
+    data = roboflow.RoboflowDataset(root, "valid", found["class_rows"], 160, train=False)
+    loader = loaders.validation_loader(data, 8, 0, collate=roboflow.Collate(160))
+    assert evaluate.evaluate(model, loader, "cpu")[0]["box/mAP"] > 0.4

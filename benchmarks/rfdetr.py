@@ -41,7 +41,7 @@ STEP_SIZE = "nano"                      # of the training steps and of the epoch
 STEP_BATCHES = (1, 4)                   # images per training step
 OBJECTS = 8                             # per image
 ROUNDS = 5                              # measurements of a forward or a step, after two for warm-up
-EPOCH_IMAGES = 12                       # images of an epoch; 0 leaves the epochs out
+EPOCH_IMAGES = 32                       # images of an epoch; 0 leaves the epochs out
 EPOCH_BATCH = 4                         # images per step in an epoch
 THREADS = 0                             # of torch; 0 leaves it to torch
 

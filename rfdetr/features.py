@@ -9,6 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from tqdm import tqdm
@@ -158,6 +159,6 @@ def _packed(masks):
 
 
 def _unpacked(packed, width):
-    """The inverse of `_packed`."""
-    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten(-2)[..., :width].bool()
+    """The inverse of `_packed`, on the CPU."""
+    bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")
+    return torch.from_numpy(bits[..., :width].view(bool))

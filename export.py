@@ -8,15 +8,13 @@ compares its outputs with PyTorch's. Input: pixel_values (BATCH_SIZE, 3, IMAGE_S
 logits (B, Q, K) and pred_boxes (B, Q, 4), normalised cxcywh. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
-import importlib
-import logging
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils import checkpoint, config, detector, feature_derain, processes, report
+from utils import checkpoint, config, detector, feature_derain, onnx_file, processes, report
 
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
 MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
@@ -58,38 +56,10 @@ def build_models(cfg):
     return {name: Deployable(model).eval() for name, model in models.items()}
 
 
-def require_onnx():
-    """UserError that says what to install where an optional package is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise config.UserError(f"the format 'onnx' needs the package {name}: pip install onnx onnxscript "
-                                   "onnxruntime, or choose FORMATS = ('torch.export',)") from None
-
-
 def to_torch_export(program, path):
     """Write the exported program. -> callable of the file that was written."""
     torch.export.save(program, path)
     return torch.export.load(path).module()
-
-
-def to_onnx(program, path, opset):
-    """Write ONNX. -> callable of the file that was written, run by onnxruntime on the CPU."""
-    import onnxruntime
-
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, which are not used
-    torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
-                      input_names=["pixel_values"], output_names=list(_OUTPUTS))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(a) for a in session.run(None, {"pixel_values": images.numpy()})]
-
-
-def difference(outputs, expected):
-    """-> the largest absolute difference of two (logits, pred_boxes). Queries are compared in order of their values,
-    because equally good ones may swap places."""
-    return max((ours.sort(1).values - theirs.sort(1).values).abs().max().item()
-               for ours, theirs in zip(outputs, expected, strict=True))
 
 
 @torch.no_grad()
@@ -98,16 +68,15 @@ def export(model, name, cfg):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(cfg.BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, generator=generator)
     expected = model(images)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on
-        program = torch.export.export(model, (images,), strict=False)
+    program = onnx_file.export_program(model, images)
     found = {}
     for kind in cfg.FORMATS:
         path = Path(cfg.OUTPUT_DIR) / f"{name}{_SUFFIXES[kind]}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            written = to_onnx(program, path, cfg.OPSET) if kind == "onnx" else to_torch_export(program, path)
-        found[kind] = difference(written(images), expected)
+            written = (onnx_file.write(program, path, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx" else
+                       to_torch_export(program, path))
+        found[kind] = onnx_file.difference(written(images), expected)
         if not found[kind] <= cfg.TOLERANCE:
             raise config.UserError(f"{path.as_posix()} differs from PyTorch by {found[kind]:.1e}, more than TOLERANCE "
                                    f"= {cfg.TOLERANCE}: do not deploy it")
@@ -123,7 +92,7 @@ def main(**overrides):
     if cfg.OPSET < 17:
         raise config.UserError(f"OPSET = {cfg.OPSET}: RT-DETR needs 17 or newer")
     if "onnx" in cfg.FORMATS:
-        require_onnx()
+        onnx_file.require_packages("the format 'onnx'", ", or choose FORMATS = ('torch.export',)")
     checkpoint.require_writable(cfg.OUTPUT_DIR)
     results = {name: export(model, name, cfg) for name, model in build_models(cfg).items()}
     rows = [{"file": f"{name}{_SUFFIXES[kind]}", "difference": f"{value:.1e}",

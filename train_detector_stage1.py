@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from rfdetr import criterion, run_report
+from rfdetr import criterion, run_report, weights
 from rfdetr import main as training
-from utils import config, demo_dataset, engine, evaluation, freeze, processes
+from utils import config, demo_dataset, engine, freeze, processes
 
 # --- model --------------------------------------------------------------------------------------------------------
 SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
@@ -77,8 +77,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), training.resumed(globals(), overrides, "detector"))
     training.check_numbers(cfg)
     resolution = training.resolution_of(cfg)
-    folder = (Path(cfg.RESUME) if cfg.RESUME else
-              training.run_folder(cfg.RUNS_DIR, f"detector_{cfg.SIZE}_{resolution}"))
+    folder = training.folder_of(cfg, f"detector_{cfg.SIZE}_{resolution}")
     if cfg.demo:
         demo_dataset.ensure_dataset(cfg.DATASET_DIR)
     processes.say(run_report.banner("STAGE 1: DETECTOR TRAINING", {
@@ -88,22 +87,20 @@ def main(**overrides):
     engine.seed_everything(cfg.SEED)
     names = training.class_names(cfg.DATASET_DIR)
     model, class_rows = training.new_detector(cfg, names, resolution)
-    data = {split: training.open_dataset(cfg, split, class_rows, resolution, train=split == "train")
-            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    data = training.open_splits(cfg, class_rows, resolution)
     train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = {split: training.validation_loader(cfg, data[split], resolution) for split in data if split != "train"}
-    truth = evaluation.ground_truth(data["valid"].annotation_file)
+    splits = training.evaluation_splits(cfg, data, resolution)
     processes.say(freeze.describe({"RF-DETR": model}))
-    extras = {"args": model.model_args, "class_names": names, "class_rows": class_rows}
+    extras = weights.description(model, names, class_rows)
 
     result = engine.fit(
         model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
         parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
         loss_weights=criterion.SUMMED_WEIGHTS,
-        evaluate=lambda model: run_report.scores(model, splits["valid"], truth), score="box/mAP",
+        evaluate=lambda model: run_report.scores(model, *splits["valid"]), score="box/mAP",
         on_best=lambda model: training.save_weights(model, extras, folder / "checkpoint_best_regular.pth"),
         on_epoch=lambda model, history: training.save_weights(model, extras, folder / "checkpoint.pt"),
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),
+        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
         ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA else None, constants=cfg.as_dict(), extras=extras,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from rfdetr import criterion, features, masks, run_report
+from rfdetr import criterion, features, masks, run_report, weights
 from rfdetr import main as training
-from utils import config, demo_dataset, engine, evaluation, freeze, processes, report
+from utils import config, demo_dataset, engine, freeze, processes, report
 
 # --- model --------------------------------------------------------------------------------------------------------
 SIZE = "nano"                           # as in stage 1
@@ -85,16 +85,13 @@ def main(**overrides):
     names = training.class_names(cfg.DATASET_DIR)
     engine.seed_everything(cfg.SEED)
     model, class_rows, resolution = training.frozen_detector_with_masks(cfg, source, names)
-    folder = (Path(cfg.RESUME) if cfg.RESUME else
-              training.run_folder(cfg.RUNS_DIR, f"segmentation_{cfg.SIZE}_{resolution}"))
+    folder = training.folder_of(cfg, f"segmentation_{cfg.SIZE}_{resolution}")
     processes.say(run_report.banner("STAGE 2: SEGMENTATION HEAD TRAINING", {
         "Model Size": cfg.SIZE, "Resolution": resolution, "Stage-1 Checkpoint": source, "Epochs": cfg.EPOCHS,
         "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
         "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
     processes.say(f"[ok] Found Stage-1 checkpoint: {source}")
-    data = {split: training.open_dataset(cfg, split, class_rows, resolution, with_masks=True,
-                                         train=split == "train" and not cfg.CACHE_FEATURES)
-            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    data = training.open_splits(cfg, class_rows, resolution, with_masks=True, augment=not cfg.CACHE_FEATURES)
     processes.say(run_report.masks_seen(data["train"]))
     frozen, trainable = freeze.count_parameters(model.detector)[0], freeze.count_parameters(model.mask_head)[1]
     processes.say(f"[ok] Detector frozen: {frozen:,} parameters\n"
@@ -103,9 +100,8 @@ def main(**overrides):
         train_loader = training.cached_loader(cfg, model, data["train"], resolution)
     else:
         train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = {split: training.validation_loader(cfg, data[split], resolution) for split in data if split != "train"}
-    truth = evaluation.ground_truth(data["valid"].annotation_file)
-    extras = {"args": model.model_args, "class_names": names, "class_rows": class_rows}
+    splits = training.evaluation_splits(cfg, data, resolution)
+    extras = weights.description(model, names, class_rows)
     if processes.is_main():
         report.write_json(folder / "stage2_config.json", cfg.as_dict() | {
             "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": names})
@@ -114,8 +110,8 @@ def main(**overrides):
         model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
         parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
         loss_weights={"loss_mask": cfg.MASK_LOSS_COEF, "loss_dice": cfg.DICE_LOSS_COEF},
-        evaluate=lambda model: run_report.scores(model, splits["valid"], truth, with_masks=True), score="mask/mAP",
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"], class_rows),
+        evaluate=lambda model: run_report.scores(model, *splits["valid"], with_masks=True), score="mask/mAP",
+        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
         constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",

@@ -9,10 +9,7 @@
 Robinson et al., "RF-DETR", arXiv 2511.09554. The network is rfdetr/model.py, the training train_detector_stage1.py.
 """
 
-import importlib
-import logging
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +22,7 @@ from rfdetr import evaluate, masks, weights
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution
 from rfdetr.datasets.roboflow import stretched_image
 from rfdetr.model import RFDETR
-from utils import checkpoint, datasets, processes
+from utils import checkpoint, datasets, onnx_file, processes
 from utils.config import UserError
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
@@ -304,38 +301,24 @@ class _Deployable(nn.Module):
 @torch.no_grad()
 def export_onnx(model, path, opset, batch_size):
     """See Detector.export."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"export() needs the package {name}: pip install onnx onnxscript onnxruntime") from None
+    onnx_file.require_packages("export()")
     if opset < OLDEST_OPSET:
         raise UserError(f"opset = {opset}: torch's exporter writes RF-DETR with {OLDEST_OPSET} or newer")
-    import onnxruntime
-
     side, device = model.model_args["resolution"], next(model.parameters()).device
     example, images = torch.rand(2, batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
     checkpoint.require_writable(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names = ["logits", "boxes", "mask_logits"]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, not used here
     try:
         deployable = _Deployable(model).cpu().eval()
         expected = deployable(images)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on
-            program = torch.export.export(deployable, (example,), strict=False)
-            torch.onnx.export(program, f=str(temporary), opset_version=opset, dynamo=True, external_data=False,
-                              verbose=False, input_names=["images"], output_names=names[:len(expected)])
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        written = session.run(None, {"images": images.numpy()})
-        # queries in the order of their values: equally good proposals may swap places
-        found = max((torch.from_numpy(a).sort(1).values - b.sort(1).values).abs().max().item()
-                    for a, b in zip(written, expected, strict=True))
+        program = onnx_file.export_program(deployable, example)
+        written = onnx_file.write(program, temporary, opset, "images", names[:len(expected)])
+        found = onnx_file.difference(written(images), expected)
         if not found <= TOLERANCE:
             raise UserError(f"the ONNX file differs from PyTorch by {found:.1e}, more than {TOLERANCE}, and was not "
                             f"written to {path.as_posix()}")
-        del session  # Windows: an open file cannot be moved
+        del written  # Windows: an open file cannot be moved
         checkpoint.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

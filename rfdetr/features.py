@@ -68,9 +68,7 @@ class CachedDataset(torch.utils.data.Dataset):
                       f"{self.folder.as_posix()} (about {2 * len(missing) * entry / 2**20:.0f} MB)")
         loader = loaders.validation_loader(torch.utils.data.Subset(self.data, missing), batch_size, workers,
                                            collate=Collate(resolution))
-        device = next(model.parameters()).device
-        model = model.to(processes.device()) if device != processes.device() else model
-        model.eval()
+        model.to(processes.device()).eval()
         accelerator = processes.accelerator()
         mine = iter(missing[accelerator.process_index::accelerator.num_processes])  # the loader's own share and order
         for batch in tqdm(loader, "features", ascii=True, leave=False, dynamic_ncols=True,
@@ -152,13 +150,10 @@ def _mirrored(label):
 
 
 def _packed(masks):
-    """(n, S, S) bool -> (n, S, ceil(S / 8)) uint8, eight pixels a byte."""
-    padded = torch.nn.functional.pad(masks.byte(), (0, -masks.shape[-1] % 8))
-    bits = padded.unflatten(-1, (padded.shape[-1] // 8, 8))  # (n, S, S / 8, 8)
-    return (bits << torch.arange(8, device=masks.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    """(n, S, S) bool -> (n, S, ceil(S / 8)) uint8 on the CPU, eight pixels a byte."""
+    return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=-1, bitorder="little"))
 
 
 def _unpacked(packed, width):
-    """The inverse of `_packed`, on the CPU."""
-    bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")
-    return torch.from_numpy(bits[..., :width].view(bool))
+    """The inverse of `_packed`."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=width, bitorder="little").view(bool))

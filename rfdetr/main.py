@@ -13,10 +13,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from rfdetr import features, run_report, weights
-from rfdetr.config import COCO_ROWS, block_size, default_resolution, detector_config
+from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, block_size, check_resolution, default_resolution, settings
 from rfdetr.datasets import roboflow
 from rfdetr.model import RFDETR
-from utils import checkpoint, config, freeze, loaders, processes
+from utils import checkpoint, config, evaluation, freeze, loaders, processes
 from utils.config import UserError
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
@@ -55,6 +55,11 @@ def run_folder(runs_dir, name):
 def _remove_if_empty(folder):
     with contextlib.suppress(OSError):
         Path(folder).rmdir()
+
+
+def folder_of(cfg, name):
+    """-> Path of this run's folder: the one to go on in, or a new one."""
+    return Path(cfg.RESUME) if cfg.RESUME else run_folder(cfg.RUNS_DIR, name)
 
 
 def resumed(namespace, overrides, name):
@@ -131,13 +136,18 @@ def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=Fal
     return data
 
 
+def open_splits(cfg, class_rows, resolution, with_masks=False, augment=True):
+    """-> {"train", "valid", with RUN_TEST "test": RoboflowDataset}; only "train" is augmented."""
+    return {split: open_dataset(cfg, split, class_rows, resolution, split == "train" and augment, with_masks)
+            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+
+
 def batch_sizes(cfg, size, resolution):
     """-> the sizes that multi-scale training draws from; () without it."""
     if not cfg.MULTI_SCALE:
         return ()
-    settings = detector_config(size, 2, resolution)
-    return roboflow.multi_scale_sizes(resolution, block_size(size), cfg.EXPANDED_SCALES, settings.num_queries,
-                                      settings.backbone_config.patch_size)
+    one = settings(size)
+    return roboflow.multi_scale_sizes(resolution, block_size(size), cfg.EXPANDED_SCALES, one["queries"], one["patch"])
 
 
 def training_loader(cfg, data, size, resolution):
@@ -146,9 +156,11 @@ def training_loader(cfg, data, size, resolution):
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
 
 
-def validation_loader(cfg, data, resolution):
-    """-> loader of `data` in order, always at `resolution`."""
-    return loaders.validation_loader(data, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution))
+def evaluation_splits(cfg, data, resolution):
+    """-> {"valid", perhaps "test": (loader in order, always at `resolution`, ground truth)} of `open_splits`' data."""
+    return {split: (loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
+                    evaluation.ground_truth(one.annotation_file))
+            for split, one in data.items() if split != "train"}
 
 
 def cached_loader(cfg, model, data, resolution):
@@ -165,7 +177,7 @@ def cached_loader(cfg, model, data, resolution):
 def resolution_of(cfg):
     """-> the side of the square input; checked."""
     resolution = cfg.RESOLUTION or default_resolution(cfg.SIZE)
-    detector_config(cfg.SIZE, 2, resolution)
+    check_resolution(cfg.SIZE, resolution)
     return resolution
 
 
@@ -185,7 +197,7 @@ def new_detector(cfg, names, resolution, with_masks=False):
     if cfg.PRETRAIN_WEIGHTS.lower() == "none":
         rows, known, source = len(names) + 1, {}, None
     elif cfg.PRETRAIN_WEIGHTS.lower() == "coco":
-        rows, known, source = 91, COCO_ROWS, weights.fetch(cfg.SIZE)
+        rows, known, source = COCO_HEAD_ROWS, COCO_ROWS, weights.fetch(cfg.SIZE)
     else:
         source = cfg.PRETRAIN_WEIGHTS
         rows, known = weights.rows_of(source)
@@ -241,8 +253,7 @@ def frozen_detector_with_masks(cfg, source, names):
         return model, found["class_rows"], args["resolution"]
     if args["size"] != cfg.SIZE:
         raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
-    shrink = (f"python shrink_head.py --in_ckpt {shrinkable(source)} --out_ckpt "
-              f"{(source.parent / 'checkpoint_mydata.pth').as_posix()} --keep {run_report.quoted(names)}")
+    shrink = run_report.shrink_command(shrinkable(source), names)
     if args["num_rows"] != len(names) + 1:
         raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(names) + 1}): cut the "
                         f"head to the data set's classes first, then give the new file as --checkpoint:\n  {shrink}")
@@ -250,8 +261,8 @@ def frozen_detector_with_masks(cfg, source, names):
         raise UserError(f"{source.as_posix()} knows {', '.join(found['class_rows'])}, but not {', '.join(strangers)} "
                         f"of the data set. Cut the head of the stage-1 checkpoint to these classes:\n  {shrink}")
     resolution = cfg.RESOLUTION or args["resolution"]
-    model = RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
-    weights.load_pretrained(model, source)
+    loaded, model = model, RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
+    weights.load_pretrained(model, {"model": loaded.state_dict()})
     freeze.freeze(model.detector)
     return model, {name: found["class_rows"][name] for name in names}, resolution
 
@@ -259,11 +270,11 @@ def frozen_detector_with_masks(cfg, source, names):
 def shrinkable(source):
     """-> the checkpoint beside `source` that shrink_head.py should read: stage 1's best weights."""
     best = source.parent / "checkpoint_best_regular.pth"
-    return (best if best.is_file() else source).as_posix()
+    return best if best.is_file() else source
 
 
 def save_weights(model, extras, path):
-    """A checkpoint without the optimizer: {"model", "args", "class_names", "class_rows"}."""
+    """A checkpoint without the optimizer; extras: of weights.description."""
     if processes.is_main():
         checkpoint.save(extras | {"model": model.state_dict()}, path)
 

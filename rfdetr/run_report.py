@@ -37,10 +37,8 @@ def _in_quotes(text):
 
 
 def masks_seen(data):
-    """-> the guide's line on the first annotations' masks."""
-    notes = datasets.read_annotations(data.annotation_file)["annotations"][:10]
-    found = sum(bool(note.get("segmentation")) for note in notes)
-    return f"[ok] Validated: {found}/{len(notes)} sample annotations contain segmentation masks"
+    """-> the guide's line on the first annotations' masks; data: RoboflowDataset with masks."""
+    return "[ok] Validated: {}/{} sample annotations contain segmentation masks".format(*data.sample_with_masks)
 
 
 def scores(model, loader, truth, with_masks=False):
@@ -63,8 +61,7 @@ def pictures(model, loader, class_rows):
     for image, label, one in zip(batch["images"], batch["labels"], found, strict=True):
         keep = one["scores"] >= THRESHOLD
         boxes, labels, confidence = one["boxes"][keep], one["labels"][keep], one["scores"][keep]
-        truth = label["boxes"] * side
-        corners = torch.cat([truth[:, :2] - truth[:, 2:] / 2, truth[:, :2] + truth[:, 2:] / 2], 1)
+        corners = visualize.pixel_corners(label["boxes"], side, side)
         drawn = visualize.draw_boxes(image, boxes, labels, names, confidence, scale)
         if "mask_logits" in one:
             masks = evaluate.full_masks(one["mask_logits"][keep], (side, side))
@@ -87,7 +84,7 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
     """Evaluate the best epoch, print the tables, write results.json and predictions.png.
 
     Args:
-        model: of the run; gets best.pt's weights. folder: of the run. splits: {"valid": loader, perhaps "test"}.
+        model: of the run; gets best.pt's weights. folder: of the run. splits: of main.evaluation_splits.
     Returns:
         {"run_dir": str, "valid": {metric: value}, "test": the same or None}.
     """
@@ -98,9 +95,8 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
     device = processes.device()
     model.to(device).eval()
     found = {}
-    for split, loader in splits.items():
-        metrics, per_class, _ = evaluate.evaluate(model, loader, device, with_masks,
-                                                  evaluation.ground_truth(loader.dataset.annotation_file), split)
+    for split, (loader, truth) in splits.items():
+        metrics, per_class, _ = evaluate.evaluate(model, loader, device, with_masks, truth, split)
         found[split] = metrics | {"per_class": per_class}
         kinds = ["box", "mask"] if with_masks else ["box"]
         columns = {"class": f"{split}: AP per class"} | {kind: kind for kind in kinds}
@@ -112,25 +108,31 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
     if processes.is_main():
         report.write_results(folder / "results.json", cfg.as_dict(), found)
         with torch.no_grad():
-            visualize.grid(pictures(model, splits["valid"], class_rows), ["prediction", "ground truth"],
+            visualize.grid(pictures(model, splits["valid"][0], class_rows), ["prediction", "ground truth"],
                            folder / "predictions.png")
         processes.say(f"results: {(folder / 'results.json').as_posix()}, {(folder / 'predictions.png').as_posix()}")
     return {"run_dir": str(folder), "valid": found.get("valid"), "test": found.get("test")}
 
 
+def shrink_command(source, names):
+    """-> the command line that cuts the head of the checkpoint `source` (Path) to these classes, beside it."""
+    return (f"python shrink_head.py --in_ckpt {pasted(source)} --out_ckpt "
+            f"{pasted(source.parent / 'checkpoint_mydata.pth')} --keep {quoted(names)}")
+
+
 def next_command(cfg, folder, names, rows):
     """-> the lines that say how to go on after stage 1, ready to be pasted."""
     folder = Path(folder)
-    best, shrunk = (pasted(folder / name) for name in ("checkpoint_best_regular.pth", "checkpoint_mydata.pth"))
+    best = folder / "checkpoint_best_regular.pth"
 
     def stage2(checkpoint_file):
-        return (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {pasted(folder)} --checkpoint "
-                f"{checkpoint_file} --dataset_dir {pasted(Path(cfg.DATASET_DIR))} --epochs 50 --batch 4 --accum 2 "
-                "--workers 2")
+        return (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {pasted(folder)} "
+                f"--checkpoint {pasted(checkpoint_file)} --dataset_dir {pasted(Path(cfg.DATASET_DIR))} --epochs 50 "
+                "--batch 4 --accum 2 --workers 2")
 
     if rows == len(names) + 1:
         return (f"next: the head has {rows} rows, one per class and the background, so stage 2 can start:\n"
                 f"  {stage2(best)}")
     return (f"next: cut the class head from {rows} rows to {len(names)} + 1, then train masks:\n"
-            f"  python shrink_head.py --in_ckpt {best} --out_ckpt {shrunk} --keep {quoted(names)}\n"
-            f"  {stage2(shrunk)}")
+            f"  {shrink_command(best, names)}\n"
+            f"  {stage2(folder / 'checkpoint_mydata.pth')}")

@@ -152,15 +152,20 @@ def md5(path):
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
-def checkpoint_content(model, class_names, class_rows, args=None):
-    """What a checkpoint of ours holds, ready for utils.checkpoint.save.
+def description(model, class_names, class_rows, args=None):
+    """What a checkpoint of ours says beside its weights.
 
     Args:
         model: RFDETR; class_names: list in the data set's order; class_rows: {name: row};
         args: further plain values for "args"; the model's own are always there.
     """
-    return {"model": model.state_dict(), "args": dict(args or {}) | model.model_args,
-            "class_names": list(class_names), "class_rows": {str(name): int(row) for name, row in class_rows.items()}}
+    return {"args": dict(args or {}) | model.model_args, "class_names": list(class_names),
+            "class_rows": {str(name): int(row) for name, row in class_rows.items()}}
+
+
+def checkpoint_content(model, class_names, class_rows, args=None):
+    """What a checkpoint of ours holds, ready for utils.checkpoint.save; the arguments are those of `description`."""
+    return {"model": model.state_dict()} | description(model, class_names, class_rows, args)
 
 
 def content_of(source):

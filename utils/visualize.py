@@ -91,10 +91,13 @@ def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
 
 def draw_truth(image, sample, id2label, scale=1):
     """Draw the annotated boxes of a data set's sample (normalised cxcywh) on an image (3, H, W). -> PIL image"""
-    height, width = image.shape[-2:]
-    boxes = sample["boxes"] * torch.tensor([width, height, width, height])
-    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
-    return draw_boxes(image, corners, sample["labels"], id2label, scale=scale)
+    return draw_boxes(image, pixel_corners(sample["boxes"], *image.shape[-2:]), sample["labels"], id2label, scale=scale)
+
+
+def pixel_corners(boxes, height, width):
+    """Boxes (N, 4) normalised cxcywh -> (N, 4) xyxy pixels."""
+    boxes = boxes * boxes.new_tensor([width, height, width, height])
+    return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
 
 
 def grid(rows, headings, path=None):

@@ -210,7 +210,8 @@ class RoboflowDataset(torch.utils.data.Dataset):
         seed: of the augmentation; check: decode every image once.
     Attributes:
         annotation_file, folder (Path), files (names in it), image_ids, category_of {row: category id}, class_names,
-        notes (lines to print).
+        notes (lines to print), sample_with_masks (how many of the first annotations have a mask, how many were looked
+        at: at most 10).
     Raises:
         UserError: missing files, broken JSON, images or masks, unknown classes, no masks at all.
     """
@@ -258,6 +259,8 @@ class RoboflowDataset(torch.utils.data.Dataset):
                   "box(es) thinner than one pixel were left out": (~kept).sum(),
                   "box(es) reached out of their image by more than a pixel and were clipped": clipped.sum()}
         codes = None
+        sample = annotations[:10]
+        self.sample_with_masks = sum(bool(note.get("segmentation")) for note in sample), len(sample)
         if masks:
             codes = self._mask_codes(objects, [(images[i]["height"], images[i]["width"]) for i in owner])
             without = np.array([code is None for code in codes], bool)

@@ -1,0 +1,46 @@
+"""Write an exported program as ONNX and run the file: what export.py and rfdetr/detr.py share."""
+
+import importlib
+import logging
+import warnings
+
+import torch
+
+from utils.config import UserError
+
+
+def require_packages(what, otherwise=""):
+    """UserError that says what to install where an optional package is missing; what: names who needs it."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"{what} needs the package {name}: pip install onnx onnxscript onnxruntime"
+                            f"{otherwise}") from None
+
+
+def export_program(model, images):
+    """-> torch.export's program of a module with plain tensors in and out, for images of this shape."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on
+        return torch.export.export(model, (images,), strict=False)
+
+
+def write(program, path, opset, input_name, output_names):
+    """Write ONNX. -> callable of the file that was written: images -> [Tensor, ...], by onnxruntime on the CPU."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, which are not used
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
+                          input_names=[input_name], output_names=list(output_names))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(a) for a in session.run(None, {input_name: images.numpy()})]
+
+
+def difference(outputs, expected):
+    """-> the largest absolute difference of two lists of (B, Q, ...) outputs. Queries are compared in order of their
+    values, because equally good ones may swap places."""
+    return max((ours.sort(1).values - theirs.sort(1).values).abs().max().item()
+               for ours, theirs in zip(outputs, expected, strict=True))

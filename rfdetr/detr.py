@@ -26,7 +26,6 @@ from utils import checkpoint, datasets, onnx_file, processes
 from utils.config import UserError
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
-OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of this network to 17 fails
 
 
 @dataclass
@@ -302,8 +301,7 @@ class _Deployable(nn.Module):
 def export_onnx(model, path, opset, batch_size):
     """See Detector.export."""
     onnx_file.require_packages("export()")
-    if opset < OLDEST_OPSET:
-        raise UserError(f"opset = {opset}: torch's exporter writes RF-DETR with {OLDEST_OPSET} or newer")
+    onnx_file.require_opset(opset, "opset")
     side, device = model.model_args["resolution"], next(model.parameters()).device
     example, images = torch.rand(2, batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
     checkpoint.require_writable(path.parent)

@@ -305,6 +305,8 @@ def test_export_without_onnx_says_what_to_install(weights, monkeypatch):
                     OUTPUT_DIR=str(weights / "exported"))
     with pytest.raises(UserError, match="FORMATS"):
         export.main(FORMATS=("tensorrt",))
+    with pytest.raises(UserError, match="OPSET = 17.*18"):
+        export.main(OPSET=17)
 
 
 def test_fingerprint_of_the_teacher_does_not_follow_the_student(base, monkeypatch):

@@ -8,6 +8,14 @@ import torch
 
 from utils.config import UserError
 
+OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of detectors to 17 fails, and 18 is what it then writes
+
+
+def require_opset(opset, constant):
+    """UserError for an opset that cannot be written; constant: the name to complain about."""
+    if opset < OLDEST_OPSET:
+        raise UserError(f"{constant} = {opset}: torch's exporter writes these detectors with {OLDEST_OPSET} or newer")
+
 
 def require_packages(what, otherwise=""):
     """UserError that says what to install where an optional package is missing; what: names who needs it."""
@@ -28,6 +36,7 @@ def export_program(model, images):
 
 def write(program, path, opset, input_name, output_names):
     """Write ONNX. -> callable of the file that was written: images -> [Tensor, ...], by onnxruntime on the CPU."""
+    import onnx
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, which are not used
@@ -35,6 +44,9 @@ def write(program, path, opset, input_name, output_names):
         warnings.simplefilter("ignore")
         torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
                           input_names=[input_name], output_names=list(output_names))
+    found = next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    if found != opset:  # torch only logs that its conversion failed
+        raise UserError(f"{path.as_posix()}: asked for opset {opset}, torch's exporter wrote {found}; choose {found}")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(a) for a in session.run(None, {input_name: images.numpy()})]
 

@@ -65,6 +65,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in 
 SCHEDULE = "cosine"                     # constant, cosine or step
 CLIP_NORM = 1.0                         # limit of the gradient's norm
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
+EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
@@ -73,6 +74,7 @@ SEED = 0                                # subset, order, augmentation, initial w
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
 CONSISTENCY_WEIGHT = 5.0                # rainy images: features against the pretrained ones of the clean twin
 IDENTITY_WEIGHT = 5.0                   # clean images: features against their own pretrained ones
+FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
 
 # --- validation ---------------------------------------------------------------------------------------------------
 RAIN_SCORE_WEIGHT = 0.5                 # "best" goes by this times the rainy mAP ...
@@ -88,7 +90,7 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 3,
     "PHASE2_EPOCHS": 3, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 5e-4, "PHASE2_DETECTOR_LR": 1e-4, "BATCH_SIZE": 8,
-    "WARMUP_STEPS": 20, "NUM_WORKERS": 0,
+    "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 
 
@@ -139,21 +141,24 @@ def needs_twins(weights):
     return "consistency" in weights or "identity" in weights
 
 
-def compute_losses(model, batch, weights, teacher):
+def compute_losses(model, batch, weights, teacher, feature_level):
     """Named losses of one batch, scalars: those in `weights`.
 
     Args:
         model: FeatureDerainRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where needed.
         teacher: the pretrained model, frozen, which makes the targets of both feature terms; None without them.
+        feature_level: of those terms, see detector.FEATURE_LEVELS.
     """
     labelled = "detection" in weights
-    outputs = model(batch["images"], labels=batch["labels"] if labelled else None, detect=labelled)
+    outputs = model(batch["images"], labels=batch["labels"] if labelled else None,
+                    detect=labelled or feature_level != "backbone")
     terms = {"detection": outputs.loss} if labelled else {}
     if needs_twins(weights):
-        targets = teacher.clean_features(batch["twins"])
+        features = detector.select_features(outputs.features, outputs.encoder_last_hidden_state or (), feature_level)
+        targets = teacher.clean_features(batch["twins"], feature_level)
         for name, domain in (("consistency", "rainy"), ("identity", "clean")):
             if name in weights:
-                terms[name] = domain_consistency(outputs.features, targets, batch["domains"], domain)
+                terms[name] = domain_consistency(features, targets, batch["domains"], domain)
     return terms
 
 
@@ -237,6 +242,7 @@ def main(**overrides):
     """Train; -> {phase number: {"history", "best_epoch", "best_score", "stopped"} of engine.fit}."""
     cfg = config.resolve(globals(), overrides)
     detector.require_size(cfg.IMAGE_SIZE)
+    detector.require_feature_level(cfg.FEATURE_LEVEL)
     weights = loss_weights(cfg)
     if "detection" not in weights and "consistency" not in weights:
         raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
@@ -272,12 +278,14 @@ def main(**overrides):
         groups = parameter_groups(model, phase, cfg)
         engine.seed_everything(cfg.SEED + phase)  # of the denoising queries, wherever the run was resumed
         results[phase] = result = engine.fit(
-            model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher),
+            model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher,
+                                                          cfg.FEATURE_LEVEL),
             output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups, loss_weights=weights,
             evaluate=validate, score="score", on_best=keep_best,
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
             accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
             schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+            ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA_DECAY else None,
             constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
         if result["stopped"] == "interrupted":
             return results

@@ -58,6 +58,7 @@ SCHEDULE = "cosine"                     # constant, cosine or step
 CLIP_NORM = 1.0                         # limit of the gradient's norm
 FP16 = False                            # must stay False: SPDNet overflows in half precision
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation
@@ -65,7 +66,7 @@ SEED = 0                                # subset, order, augmentation
 # --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0, 0) ----------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss on the de-rained image
 FEATURE_WEIGHT = 5.0                    # its features against those of the clean twin, relative squared error
-FEATURE_LEVEL = "backbone"              # which features: backbone or encoder
+FEATURE_LEVEL = "backbone"              # which features: backbone, encoder or both
 RECONSTRUCTION_WEIGHT = 0.0             # L1 between de-rained image and clean twin
 IDENTITY_WEIGHT = 0.0                   # L1 between de-rained clean twin and itself: clean images stay as they are
 
@@ -76,11 +77,11 @@ CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of 
 EVAL_BATCH_SIZE = 4                     # validation batch
 
 DEMO = {
-    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 50, "IMAGE_SIZE": 160,
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "DERAIN_SCALE": 0.5, "NUM_EPOCHS": 2, "BATCH_SIZE": 4,
-    "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 4e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0,
-    "EVAL_BATCH_SIZE": 8,
+    "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 4e-4, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
+    "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
 
 
@@ -178,8 +179,7 @@ def main(**overrides):
         raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
                                "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
                                "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
-    if cfg.FEATURE_LEVEL not in integrated_model.FEATURE_LEVELS:
-        raise config.UserError(f"FEATURE_LEVEL = {cfg.FEATURE_LEVEL!r}: choose backbone or encoder")
+    detector.require_feature_level(cfg.FEATURE_LEVEL)
     weights = loss_weights(cfg)
     if not weights:
         raise config.UserError("every loss weight is 0: there is nothing to train on")
@@ -209,6 +209,7 @@ def main(**overrides):
         sample_images=lambda plain: sample_images(plain, val, device, id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+        ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA_DECAY else None,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
         own_files=(output.name,))
     if result["history"]:

@@ -314,9 +314,9 @@ def test_fingerprint_of_the_teacher_does_not_follow_the_student(base, monkeypatc
     marks = []
     plain = Training.compute_losses
 
-    def spy(model, batch, weights, teacher):
+    def spy(model, batch, weights, teacher, feature_level):
         marks.append(freeze.fingerprint(teacher))
-        return plain(model, batch, weights, teacher)
+        return plain(model, batch, weights, teacher, feature_level)
     monkeypatch.setattr(Training, "compute_losses", spy)
     Training.main(**base | {"PHASE1_EPOCHS": 1})
     assert len(marks) == 8 and len(set(marks)) == 1

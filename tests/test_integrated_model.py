@@ -45,11 +45,11 @@ def test_outputs_are_hugging_faces_plus_the_derained_image(model, images):
     assert torch.equal(model.derain(images), outputs.derained)
 
 
-@pytest.mark.parametrize("level", integrated_model.FEATURE_LEVELS)
+@pytest.mark.parametrize("level", detector.FEATURE_LEVELS)
 def test_asking_for_features_changes_no_output(model, images, level):
     plain, rich = model(images, labels=LABELS), model(images, labels=LABELS, clean=images[:1], feature_level=level)
     assert torch.equal(plain.logits, rich.logits) and torch.equal(plain.loss, rich.loss)
-    assert [f.shape[-1] for f in rich.features] == [12, 6, 3]
+    assert [f.shape[-1] for f in rich.features] == [12, 6, 3] * (2 if level == "both" else 1)
     assert rich.derained_clean.shape == (1, 3, 96, 96)
     same = model.clean_features(rich.derained.detach(), level)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same, rich.features, strict=True))

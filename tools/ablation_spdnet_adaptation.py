@@ -20,8 +20,8 @@ import Training_SPDNet_Adaptation as Adaptation  # noqa: E402
 from utils import config, detector, evaluation, integrated_model, processes, report  # noqa: E402
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
-VARIANTS = ("detection", "detection+features", "features", "detection+encoder", "detection+features+identity",
-            "detection+features+reconstruction")  # names of _LOSSES below
+VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
+            "detection+features+identity", "detection+features+reconstruction")  # names of _LOSSES below
 OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
 
 _LOSSES = {
@@ -30,6 +30,7 @@ _LOSSES = {
     "features": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0},
     "encoder": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
     "detection+encoder": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
+    "detection+both levels": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "both"},
     "detection+features+identity": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "IDENTITY_WEIGHT": 5.0},
     "detection+features+reconstruction": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0,
                                           "RECONSTRUCTION_WEIGHT": 5.0},

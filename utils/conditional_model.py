@@ -20,7 +20,6 @@ from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import (
     RainRobustOutput,
     clamp_with_return,
-    clean_features,
     cut_share,
     derain_unclamped,
     detect_with_features,
@@ -82,7 +81,8 @@ class ConditionalRainRobustRTDETR(nn.Module):
         Args:
             pixel_values: (B, 3, H, W) RGB in [0, 1], sides a multiple of 32; B may be 0.
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
-            feature_level: None, "backbone" or "encoder": features of the images that the detector saw (SPDNet only).
+            feature_level: None or one of detector.FEATURE_LEVELS: features of the images that the detector saw
+                (SPDNet only).
         Returns:
             ConditionalOutput: transformers' fields (`logits` (B, Q, K), `pred_boxes` (B, Q, 4), `loss` ...; only the
             first two where two detectors shared a batch), `derained` (B, 3, H, W): the images that were detected on,
@@ -152,8 +152,8 @@ class ConditionalRainRobustRTDETR(nn.Module):
                 "pred_boxes": images.new_zeros(0, config.num_queries, 4)}
 
     def clean_features(self, images, feature_level):
-        """See integrated_model.clean_features."""
-        return clean_features(self.detection_module, images, feature_level)
+        """See utils.detector.clean_features."""
+        return detector.clean_features(self.detection_module, images, feature_level)
 
     @property
     def model_args(self):

@@ -22,6 +22,7 @@ BACKBONES = {  # the published models' settings
     "r50": {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]},
     "tiny": {"layer_type": "basic", "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1], "embedding_size": 32},
 }
+FEATURE_LEVELS = ("backbone", "encoder", "both")
 HEADS = {
     "r18": {"hidden_expansion": 0.5, "decoder_layers": 3},
     "r34": {"hidden_expansion": 0.5, "decoder_layers": 4},
@@ -109,9 +110,39 @@ def backbone_features(detector, images):
     return [features for features, _ in detector.model.backbone(images, mask)]
 
 
+def encode(detector, features):
+    """Backbone features -> (their projections, the hybrid encoder's output): lists of (B, d_model, h, w)."""
+    projected = [project(level) for project, level in zip(detector.model.encoder_input_proj, features, strict=True)]
+    return projected, detector.model.encoder(projected)
+
+
 def detect_from_features(detector, features, labels=None):
     """The rest of RT-DETR after `backbone_features`; output and loss equal detector(images, labels=labels)."""
-    projected = [project(level) for project, level in zip(detector.model.encoder_input_proj, features, strict=True)]
-    encoded = detector.model.encoder(projected)
+    projected, encoded = encode(detector, features)
     # with encoder_outputs given, transformers only asks inputs_embeds for its device and skips the backbone
     return detector(pixel_values=None, inputs_embeds=projected[0], encoder_outputs=encoded, labels=labels)
+
+
+
+def select_features(levels, encoded, feature_level):
+    """-> tuple of feature maps for a consistency loss; levels: the backbone's, encoded: the hybrid encoder's."""
+    return {"backbone": tuple(levels), "encoder": tuple(encoded), "both": (*levels, *encoded)}[feature_level]
+
+
+@torch.no_grad()
+def clean_features(detector, images, feature_level):
+    """A detector's features of images that need no de-raining, the targets of a consistency loss.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1]; feature_level: one of FEATURE_LEVELS.
+    """
+    levels = backbone_features(detector, images)
+    encoded = () if feature_level == "backbone" else encode(detector, levels)[1].last_hidden_state
+    return select_features(levels, encoded, feature_level)
+
+
+def require_feature_level(feature_level):
+    """UserError unless `select_features` knows it."""
+    if feature_level not in FEATURE_LEVELS:
+        raise UserError(f"FEATURE_LEVEL = {feature_level!r}: choose {', '.join(FEATURE_LEVELS[:-1])} or "
+                        f"{FEATURE_LEVELS[-1]}")

@@ -255,9 +255,9 @@ class FeatureDerainRTDETR(nn.Module):
         return self.derain_module.rain_masks(detector.backbone_features(self.rtdetr, pixel_values))
 
     @torch.no_grad()
-    def clean_features(self, images):
-        """The backbone's features of images that need no de-raining: the targets of a consistency loss."""
-        return tuple(detector.backbone_features(self.rtdetr, images))
+    def clean_features(self, images, feature_level="backbone"):
+        """See utils.detector.clean_features; the de-raining module is left out."""
+        return detector.clean_features(self.rtdetr, images, feature_level)
 
     def save_pretrained(self, folder, image_size=640):
         """Write folder/rtdetr/ (Hugging Face layout, with its image processor), folder/derain.pt and settings."""

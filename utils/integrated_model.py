@@ -14,8 +14,6 @@ from utils.config import UserError
 from utils.spdnet import SPDNet, load_spdnet
 from utils.spdnet_init import init_near_identity
 
-FEATURE_LEVELS = ("backbone", "encoder")
-
 
 class _ClampWithReturn(torch.autograd.Function):
     """clamp(x, 0, 1) whose gradient still pulls values back that have left the range.
@@ -94,16 +92,7 @@ def detect_with_features(rtdetr, images, labels=None, feature_level=None):
         return rtdetr(pixel_values=images, labels=labels), None
     levels = detector.backbone_features(rtdetr, images)
     outputs = detector.detect_from_features(rtdetr, levels, labels)
-    return outputs, tuple(levels if feature_level == "backbone" else outputs.encoder_last_hidden_state)
-
-
-@torch.no_grad()
-def clean_features(rtdetr, images, feature_level):
-    """A frozen detector's features of images that need no de-raining: the targets of a consistency loss."""
-    levels = detector.backbone_features(rtdetr, images)
-    if feature_level == "encoder":
-        levels = detector.detect_from_features(rtdetr, levels).encoder_last_hidden_state
-    return tuple(levels)
+    return outputs, detector.select_features(levels, outputs.encoder_last_hidden_state, feature_level)
 
 
 class RainRobustRTDETR(nn.Module):
@@ -149,7 +138,7 @@ class RainRobustRTDETR(nn.Module):
             pixel_values: (B, 3, H, W) RGB in [0, 1], sides a multiple of 32.
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             clean: None, or (B', 3, H, W) images that only pass the de-rainer (for an identity loss).
-            feature_level: None, "backbone" or "encoder": which features of the de-rained images to return.
+            feature_level: None or one of detector.FEATURE_LEVELS: which features of the de-rained images to return.
         Returns:
             RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
             `clamped`, and where asked for `derained_clean` and `features`.
@@ -162,8 +151,8 @@ class RainRobustRTDETR(nn.Module):
                                 derained_clean=None if clean is None else images[batch:])
 
     def clean_features(self, images, feature_level):
-        """See the function of this name."""
-        return clean_features(self.detection_module, images, feature_level)
+        """See utils.detector.clean_features."""
+        return detector.clean_features(self.detection_module, images, feature_level)
 
     def save_pretrained(self, folder):
         """Write folder/spdnet.pt (a plain SPDNet state dict), folder/rtdetr/ (Hugging Face layout) and settings."""

@@ -72,8 +72,8 @@ SEED = 0                                # subset, order, augmentation, initial w
 
 # --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0) -------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
-CONSISTENCY_WEIGHT = 5.0                # rainy images: features against the pretrained ones of the clean twin
-IDENTITY_WEIGHT = 5.0                   # clean images: features against their own pretrained ones
+CONSISTENCY_WEIGHT = 10.0               # rainy images: features against the pretrained ones of the clean twin
+IDENTITY_WEIGHT = 20.0                  # clean images: features against their own pretrained ones
 FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
-    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 3,
-    "PHASE2_EPOCHS": 3, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 5e-4, "PHASE2_DETECTOR_LR": 1e-4, "BATCH_SIZE": 8,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 2,
+    "PHASE2_EPOCHS": 4, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 5e-4, "PHASE2_DETECTOR_LR": 1e-4, "BATCH_SIZE": 8,
     "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 
@@ -285,7 +285,7 @@ def main(**overrides):
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
             accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
             schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-            ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA_DECAY else None,
+            ema=cfg.EMA_DECAY,
             constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
         if result["stopped"] == "interrupted":
             return results

@@ -103,7 +103,7 @@ def main(**overrides):
         sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        ema=(cfg.EMA_DECAY, 100.0) if cfg.EMA else None, constants=cfg.as_dict(), extras=extras,
+        ema=cfg.EMA_DECAY if cfg.EMA else 0.0, constants=cfg.as_dict(), extras=extras,
         resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
         checkpoint_steps=cfg.CHECKPOINT_STEPS)
     result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)

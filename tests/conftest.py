@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask the hub, not even for a time-out
 
@@ -41,6 +44,32 @@ def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "v
         content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content), encoding="utf-8")
     return root
+
+
+class Killed(Exception):
+    """What a run dies of in `dies_after`."""
+
+
+def dies_after(batches, function):
+    """-> a compute_losses like `function` that raises Killed instead of its next call after `batches`."""
+    def compute(*args, **kwargs):
+        nonlocal batches
+        batches -= 1
+        if batches < 0:
+            raise Killed
+        return function(*args, **kwargs)
+    return compute
+
+
+def on_two_processes(script, settings):
+    """Run a root script under torchrun on gloo with {constant: value}. -> what it printed"""
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags],
+        cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture

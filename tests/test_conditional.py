@@ -2,15 +2,12 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_spdnet, write_coco
+from conftest import on_two_processes, small_spdnet, write_coco
 
 import Eval_conditional
 import Training_Conditional
@@ -373,13 +370,8 @@ def test_training_behind_a_hard_gate_leaves_the_gate_alone(base, files):
 def test_two_processes_also_where_a_rank_de_rains_nothing(base, files):
     """A hard gate that lets nothing through: every rank needs a gradient all the same."""
     settings = base | TRAINING | {"NUM_EPOCHS": 1, "GATE": "hard", "RAIN_THRESHOLD": 1.0}
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "Training_Conditional.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("epoch 1/1") == 1 and (files / "out" / "pipeline" / "conditional.json").is_file()
+    printed = on_two_processes("Training_Conditional.py", settings)
+    assert printed.count("epoch 1/1") == 1 and (files / "out" / "pipeline" / "conditional.json").is_file()
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_engine import Killed, compute_losses, run
+from conftest import Killed, dies_after
+from test_engine import compute_losses, run
 from torch import nn
 
 from utils.config import UserError
@@ -29,8 +30,8 @@ def test_the_average_follows_its_formula_and_swapping_changes_nothing():
 
 
 def test_a_decay_of_one_is_refused():
-    with pytest.raises(UserError, match="between 0 and 1"):
-        WeightAverage([nn.Parameter(torch.ones(1))], 1.0, 10)
+    with pytest.raises(UserError, match="EMA_DECAY = 1.0.*between 0 and 1"):
+        WeightAverage([nn.Parameter(torch.ones(1))], 1.0)
 
 
 def test_the_average_is_evaluated_and_kept_as_best_while_training_goes_on(coco, tmp_path):
@@ -40,7 +41,7 @@ def test_the_average_is_evaluated_and_kept_as_best_while_training_goes_on(coco, 
         seen.append(model.head[0].weight.detach().clone())
         return {"val/x": float(len(seen))}
 
-    model, _ = run(coco, tmp_path / "out", epochs=2, ema=(0.9, 4.0), evaluate=evaluate, score="val/x",
+    model, _ = run(coco, tmp_path / "out", epochs=2, ema=0.9, evaluate=evaluate, score="val/x",
                    extras={"class_names": ["car"]})
     best, last = (torch.load(tmp_path / "out" / name) for name in ("best.pt", "last.pt"))
     assert torch.equal(best["model"]["head.0.weight"], seen[-1])
@@ -52,18 +53,9 @@ def test_the_average_is_evaluated_and_kept_as_best_while_training_goes_on(coco, 
 
 @pytest.mark.parametrize("batches_before", [3, 5])
 def test_a_killed_run_keeps_its_average(coco, tmp_path, batches_before):
-    run(coco, tmp_path / "whole", ema=(0.9, 4.0))
-    count = 0
-
-    def dies(model, batch):
-        nonlocal count
-        count += 1
-        if count > batches_before:
-            raise Killed
-        return compute_losses(model, batch)
-
+    run(coco, tmp_path / "whole", ema=0.9)
     with pytest.raises(Killed):
-        run(coco, tmp_path / "killed", ema=(0.9, 4.0), losses=dies)
-    run(coco, tmp_path / "killed", ema=(0.9, 4.0), resume=True)
+        run(coco, tmp_path / "killed", ema=0.9, losses=dies_after(batches_before, compute_losses))
+    run(coco, tmp_path / "killed", ema=0.9, resume=True)
     whole, killed = (torch.load(tmp_path / name / "last.pt")["average"] for name in ("whole", "killed"))
     assert whole and all(torch.equal(a, b) for a, b in zip(whole, killed, strict=True))

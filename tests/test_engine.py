@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import small_spdnet
+from conftest import Killed, dies_after, small_spdnet
 from torch import nn
 
 from utils import checkpoint, datasets, engine, freeze, loaders, presets
@@ -43,24 +43,11 @@ def run(coco, out, epochs=3, model=None, losses=compute_losses, batch=2, accumul
     return model, engine.fit(model, loader, losses, **(settings | kwargs))
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("batches_before", [1, 3, 4, 5, 9])
 def test_a_killed_run_resumes_bit_for_bit(coco, tmp_path, batches_before):
     whole, result = run(coco, tmp_path / "whole")
-    count = 0
-
-    def dies(model, batch):
-        nonlocal count
-        count += 1
-        if count > batches_before:
-            raise Killed
-        return compute_losses(model, batch)
-
     with pytest.raises(Killed):
-        run(coco, tmp_path / "killed", losses=dies)
+        run(coco, tmp_path / "killed", losses=dies_after(batches_before, compute_losses))
     resumed, again = run(coco, tmp_path / "killed", resume=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -151,17 +138,8 @@ def test_resuming_with_another_frozen_part_is_refused_at_once(coco, tmp_path):
 
 
 def test_resuming_with_another_batch_size_starts_the_epoch_again(coco, tmp_path, capsys):
-    count = 0
-
-    def dies(model, batch):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise Killed
-        return compute_losses(model, batch)
-
     with pytest.raises(Killed):
-        run(coco, tmp_path / "out", epochs=1, losses=dies)
+        run(coco, tmp_path / "out", epochs=1, losses=dies_after(3, compute_losses))
     _, result = run(coco, tmp_path / "out", epochs=1, batch=1, resume=True)
     assert "epoch 1 starts again" in capsys.readouterr().out and len(result["history"]) == 1
 

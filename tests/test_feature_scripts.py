@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CATEGORIES
+from conftest import CATEGORIES, on_two_processes
 from PIL import Image
 
 import Eval_FeatureDerain
@@ -112,13 +112,8 @@ def test_killed_in_either_phase_resumes_bit_for_bit(base, tmp_path):
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     one = Training.main(**base | {"BATCH_SIZE": 4, "PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "one")})
     settings = base | {"PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "two")}
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "Training_FeatureDerain.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("epoch 1/1") == 2  # one line per phase, from one process
+    printed = on_two_processes("Training_FeatureDerain.py", settings)
+    assert printed.count("epoch 1/1") == 2  # one line per phase, from one process
     a, b = state(tmp_path / "one", 1), state(tmp_path / "two", 1)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=2e-3, atol=2e-4,

@@ -1,12 +1,11 @@
 """The RF-DETR scripts end to end on eight images: stage 1, shrink, stage 2, cache, single stage, resume, two ranks."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Killed, dies_after, on_two_processes
 from rfdetr_data import CLASSES, write_dataset
 
 import shrink_head
@@ -34,20 +33,6 @@ def stage1(dataset, tmp_path_factory):
     """A finished run of stage 1 from scratch, and what it printed nothing of."""
     return train_detector_stage1.main(**STAGE1, DATASET_DIR=dataset, RUN_TEST=True,
                                       RUNS_DIR=str(tmp_path_factory.mktemp("runs")))
-
-
-class Killed(Exception):
-    pass
-
-
-def dies_after(batches, function):
-    def compute(model, batch):
-        nonlocal batches
-        batches -= 1
-        if batches < 0:
-            raise Killed
-        return function(model, batch)
-    return compute
 
 
 def same(first, second):
@@ -298,25 +283,18 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients(script):
 
 def test_two_processes_share_a_run(dataset, tmp_path):
     """torchrun on gloo: one folder, one history, the losses of both ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "train_detector_stage1.py"), "--size", "tiny", "--resolution", "64", "--epochs", "1",
-               "--batch", "2", "--accum", "1", "--workers", "0", "--multi_scale", "0", "--pretrain_weights", "none",
-               "--dataset_dir", dataset, "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = on_two_processes("train_detector_stage1.py", STAGE1 | {
+        "BATCH": 2, "DATASET_DIR": dataset, "RUNS_DIR": tmp_path})
     assert [path.name for path in tmp_path.iterdir()] == ["detector_tiny_64_1"]
     history = json.loads((tmp_path / "detector_tiny_64_1" / "metrics.json").read_text(encoding="utf-8"))["history"]
     assert len(history) == 1 and history[0]["step"] == 2
-    assert done.stdout.count("STAGE 1: DETECTOR TRAINING") == 1
+    assert printed.count("STAGE 1: DETECTOR TRAINING") == 1
 
 
 def test_two_processes_fill_one_cache_and_train_masks(stage1, dataset, tmp_path):
     """Stage 2 under torchrun with cached features: every image is computed by somebody."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "train_seg_stage2.py"), "--size", "tiny", "--epochs", "1", "--batch", "2", "--accum", "1",
-               "--workers", "0", "--cache_features", "1", "--multi_scale", "0", "--checkpoint", stage1["checkpoint"],
-               "--dataset_dir", dataset, "--runs_dir", str(tmp_path), "--warmup_steps", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes("train_seg_stage2.py", SMALL | {
+        "RESOLUTION": 0, "BATCH": 2, "CACHE_FEATURES": 1, "CHECKPOINT": stage1["checkpoint"], "DATASET_DIR": dataset,
+        "RUNS_DIR": tmp_path})
     assert len(list((tmp_path / "feature_cache").rglob("*.safetensors"))) == 2 * 8
     assert (tmp_path / "segmentation_tiny_64_1" / "best.pt").is_file()

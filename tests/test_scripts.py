@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_two_processes
 from PIL import Image
 
 import Eval_SPDNet_Adaptation
@@ -80,14 +81,8 @@ def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     settings = base | {"GRADIENT_ACCUMULATION_STEPS": 1, "NUM_EPOCHS": 1, "FEATURE_WEIGHT": 5.0}
     one = Adaptation.main(**settings | {"BATCH_SIZE": 4, "OUTPUT_DIR": str(tmp_path / "one")})
-    flags = [word for name, value in (settings | {"OUTPUT_DIR": str(tmp_path / "two")}).items()
-             for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "Training_SPDNet_Adaptation.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("epoch 1/1") == 1  # one process reports
+    printed = on_two_processes("Training_SPDNet_Adaptation.py", settings | {"OUTPUT_DIR": str(tmp_path / "two")})
+    assert printed.count("epoch 1/1") == 1  # one process reports
     a, b = (torch.load(tmp_path / out / "last.pt") for out in ("one", "two"))
     assert a["step"] == b["step"] == 2
     for name, value in a["model"].items():
@@ -96,7 +91,7 @@ def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     assert b["history"][0]["rain/mAP"] == pytest.approx(one["history"][0]["rain/mAP"], abs=1e-3)
     for name in ("features", "detection"):  # the ranks see different numbers of boxes
         assert b["history"][0][name] == pytest.approx(one["history"][0][name], rel=1e-3)
-    assert done.stdout.count("adapted SPDNet") == 1
+    assert printed.count("adapted SPDNet") == 1
 
 
 def test_adaptation_without_labels(base, coco):

@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import Killed, dies_after, on_two_processes
 from nbclient import NotebookClient
 from PIL import Image
 from test_unet import write_pairs
@@ -66,18 +67,9 @@ def test_a_stopped_run_resumes_bit_for_bit_with_plateau_and_dropout(base, tmp_pa
                        "LEARNING_RATE": 0.05}
     whole = train.main(**settings | {"CHECKPOINT_DIR": str(tmp_path / "whole"), "EPOCHS": 4})
     rates = [torch.load(tmp_path / "whole" / "last.pt")["optimizer"]["param_groups"][0]["lr"]]
-    plain, calls = train.compute_losses, [0]
-
-    def dies(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 9:  # in the third epoch
-            raise RuntimeError("killed")
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(train, "compute_losses", dies)
-    with pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "compute_losses", dies_after(8, train.compute_losses))  # in the third epoch
         train.main(**settings | {"EPOCHS": 4})
-    monkeypatch.setattr(train, "compute_losses", plain)
     resumed = train.main(**settings | {"EPOCHS": 4, "RESUME": True})
     a, b = (torch.load(Path(out) / "last.pt") for out in (tmp_path / "whole", base["CHECKPOINT_DIR"]))
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
@@ -98,13 +90,8 @@ def test_resume_keeps_the_split_although_pairs_were_added(base, tmp_path):
 def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):
     """BatchNorm sees half of each batch per process, so weights differ from one process's; the metrics must not."""
     settings = base | {"VAL_PAIRS": 5, "TEST_PAIRS": 3, "EPOCHS": 2, "BATCH_SIZE": 2, "REAL_DIR": ""}
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "train_unet_derain.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("epoch 2/2") == 1  # one process reports
+    printed = on_two_processes("train_unet_derain.py", settings)
+    assert printed.count("epoch 2/2") == 1  # one process reports
     out = Path(base["CHECKPOINT_DIR"])
     content = torch.load(out / "best.pt")
     cfg = train.config.resolve(vars(train), settings | {"RESUME": True})  # the split of that run

@@ -22,11 +22,12 @@ from utils import config, detector, evaluation, integrated_model, processes, rep
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
             "detection+features+identity", "detection+features+reconstruction")  # names of _LOSSES below
+PERCENT_DATASET = 50                    # of the demo's 1,200 training images
 OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
 
 _LOSSES = {
     "detection": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 0.0},
-    "detection+features": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0},
+    "detection+features": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "backbone"},
     "features": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0},
     "encoder": {"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
     "detection+encoder": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "FEATURE_LEVEL": "encoder"},
@@ -62,9 +63,10 @@ def once(path, make):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def run(variant, seed, folder):
+def run(variant, seed, folder, cfg):
     """Adapt with one variant and score the result."""
-    Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), **_LOSSES[variant])
+    Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), PERCENT_DATASET=cfg.PERCENT_DATASET,
+                    **_LOSSES[variant])
     scale = {name: value for name, value in _LOSSES[variant].items() if name == "DERAIN_SCALE"}
     return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt", **scale)
 
@@ -84,7 +86,7 @@ def main(**overrides):
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
             place = folder / f"{variant.replace('+', '_').replace(', ', '_').replace(' ', '_')}_{seed}"
-            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p)))
+            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
     gap = vanilla["clean"] - vanilla["rainy"]
     rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"},
             {"variant": "original SPDNet", "rainy": f"{original['rainy']:.4f}", "clean": f"{original['clean']:.4f}",

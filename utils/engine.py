@@ -41,7 +41,7 @@ def seed_everything(seed):
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
         milestones=(), plateau=None, precision="float32", precisions=PRECISIONS, optimizer=torch.optim.AdamW,
-        patience=None, stop=None, on_epoch=None, ema=None, constants=None, extras=None, resume=False,
+        patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None, resume=False,
         resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
 
@@ -67,8 +67,8 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         patience: epochs without a better score before the run stops, None for never.
         stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
         on_epoch: (plain model in eval mode, history) -> None, called when the epoch is saved; every rank.
-        ema: (decay, warm-up steps) of a moving average of the trained weights, see `WeightAverage`; it is then what
-            is evaluated, handed to `on_best` and kept as best.pt. last.pt holds both.
+        ema: decay of a moving average of the trained weights (see `WeightAverage`), which is then what is evaluated,
+            handed to `on_best` and kept as best.pt; 0: without. last.pt holds both.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
         resume: go on from output_dir/last.pt (from the start where there is none); resume_hint: how a user says that.
@@ -247,7 +247,7 @@ class _Run:
                     raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with another frozen {name}: "
                                     f"resume with the weights of that run, or start anew without {self.resume_hint}")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.average = WeightAverage(self.trainable, *self.ema) if self.ema else None
+        self.average = WeightAverage(self.trainable, self.ema) if self.ema else None
         if content:
             self._restore(content)
         elif resume and self.main:

@@ -54,20 +54,36 @@ def ensure_demo(root="./demo", num_train=1200, num_val=200, size=(160, 160), see
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "rain_version": rain.VERSION, "num_train": int(num_train),
                 "num_val": int(num_val), "size": [int(s) for s in size], "seed": int(seed)}
-    if is_complete(root, settings):
-        return root
-    root.mkdir(parents=True, exist_ok=True)
-    with only_one(root / ".lock", done=lambda: is_complete(root, settings)) as (mine, refresh):
-        if mine and not is_complete(root, settings):
-            refuse_foreign(root)
-            remove_leftovers(root)
-            build = root / f".building-{uuid.uuid4().hex}"
-            try:
-                draw_all(build, settings, refresh)
-                put_in_place(build, root, settings)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
+
+    def make(build, refresh):
+        draw_all(build, settings, refresh)
+        put_in_place(build, root, settings)
+
+    build_once(root, lambda: is_complete(root, settings), lambda: refuse_foreign(root), make)
     return root
+
+
+def build_once(root, done, refuse, make):
+    """Let one process make what is missing under `root`, while others wait for it.
+
+    Args:
+        done: () -> whether it is complete; refuse: () -> None, UserError where files of others are in the way.
+        make: (folder, refresh) -> None, makes it in a new folder under `root`, moves it to its place, and calls
+            refresh() now and then. The folder is removed afterwards, whatever happens.
+    """
+    if done():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with only_one(root / ".lock", done) as (mine, refresh):
+        if not mine or done():
+            return
+        refuse()
+        remove_leftovers(root)
+        build = root / f".building-{uuid.uuid4().hex}"
+        try:
+            make(build, refresh)
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
 
 
 def is_complete(root, settings):

@@ -11,7 +11,6 @@ for it; utils/demo.py and its settings know nothing of it.
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 from utils import demo
@@ -39,23 +38,15 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "demo_version": demo.FORMAT_VERSION, "train": int(num_train),
                 "valid": int(num_valid), "test": int(num_test), "seed": int(seed)}
-    if _is_complete(root, settings):
-        return root
-    root.mkdir(parents=True, exist_ok=True)
-    with demo.only_one(root / ".lock", done=lambda: _is_complete(root, settings)) as (mine, refresh):
-        if mine and not _is_complete(root, settings):
-            _refuse_foreign(root)
-            demo.remove_leftovers(root)
-            scenes = demo.ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
-            build = root / f".building-{uuid.uuid4().hex}"
-            try:
-                for split, source, part in (("train", "train", slice(0, num_train)),
-                                            ("valid", "val", slice(0, num_valid)),
-                                            ("test", "val", slice(num_valid, num_valid + num_test))):
-                    _copy_split(scenes, source, part, build / split, refresh)
-                _put_in_place(build, root, settings)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
+
+    def make(build, refresh):
+        scenes = demo.ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
+        for split, source, part in (("train", "train", slice(0, num_train)), ("valid", "val", slice(0, num_valid)),
+                                    ("test", "val", slice(num_valid, num_valid + num_test))):
+            _copy_split(scenes, source, part, build / split, refresh)
+        _put_in_place(build, root, settings)
+
+    demo.build_once(root, lambda: _is_complete(root, settings), lambda: _refuse_foreign(root), make)
     return root
 
 

@@ -13,7 +13,6 @@ Only the U-Net's scripts ask for it; utils/demo.py and its settings know nothing
 
 import json
 import shutil
-import uuid
 
 import numpy as np
 from PIL import Image
@@ -44,23 +43,21 @@ def ensure_windshield_demo(root="./demo", scenes=1200, panes=2, real=12, intensi
     settings = {"format_version": FORMAT_VERSION, "windshield_version": windshield.VERSION,
                 "demo": json.loads((root / "demo.json").read_text(encoding="utf-8")), "scenes": scenes,
                 "panes": panes, "real": real, "intensity": intensity, "seed": seed}
-    if _is_complete(folder, settings):
-        return folder
-    with demo.only_one(root / ".lock", done=lambda: _is_complete(folder, settings)) as (mine, refresh):
-        if mine and not _is_complete(folder, settings):
-            if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-                raise UserError(f"{folder.as_posix()} is not demo data of RainSight and will not be replaced. Move it "
-                                "away.")
-            demo.remove_leftovers(root)
-            build = root / f".building-{uuid.uuid4().hex}"
-            try:
-                _draw(root, build, settings, refresh)
-                if folder.exists():
-                    folder.rename(build / "old")
-                (build / "windshield").rename(folder)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
+
+    def make(build, refresh):
+        _draw(root, build, settings, refresh)
+        if folder.exists():
+            folder.rename(build / "old")
+        (build / "windshield").rename(folder)
+
+    demo.build_once(root, lambda: _is_complete(folder, settings), lambda: _refuse_foreign(folder), make)
     return folder
+
+
+def _refuse_foreign(folder):
+    """UserError where the folder holds what we did not draw: it is never deleted."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UserError(f"{folder.as_posix()} is not demo data of RainSight and will not be replaced. Move it away.")
 
 
 def _is_complete(folder, settings):

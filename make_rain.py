@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
-from utils import config, cores, rain, windshield
+from utils import atomic, config, cores, rain, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
 COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
@@ -98,12 +98,8 @@ def save_like(pixels, picture, target):
                     "subsampling": JpegImagePlugin.get_sampling(picture) if colour else -1}
     elif file_format == "WEBP":
         options["quality"] = 95
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{_TEMPORARY}")
-    try:
+    with atomic.written(target, _TEMPORARY) as temporary:
         Image.fromarray(pixels).save(temporary, format=file_format, **options)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def rain_one(task, add=rain.add_rain):
@@ -186,9 +182,8 @@ def prepare_out(source, out, settings, kind):
             raise config.UserError(f"OUT = {out} holds images but no rain.json, so make_rain.py did not write them; "
                                    "set another --out")
         out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".rain.json.{os.getpid()}{_TEMPORARY}"
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, record)
+        with atomic.written(record, _TEMPORARY) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for left in out.rglob(f".*{_TEMPORARY}"):  # of a run that was killed
             left.unlink(missing_ok=True)
     except OSError as error:
@@ -204,9 +199,8 @@ def copy_annotations(files, folder):
             new, old = file.stat(), target.stat()
             if new.st_size == old.st_size and abs(new.st_mtime - old.st_mtime) < 2.0:
                 continue
-        temporary = folder / f".{file.name}.{os.getpid()}{_TEMPORARY}"
-        shutil.copy2(file, temporary)
-        os.replace(temporary, target)
+        with atomic.written(target, _TEMPORARY) as temporary:
+            shutil.copy2(file, temporary)
 
 
 def main(**overrides):

@@ -12,7 +12,6 @@ of one as last.pt), samples/ and real_rain/ (pictures), splits.json, metrics.jso
 train_unet_derain.ipynb calls the same functions, for Colab. docs/unet_derain.md has the details.
 """
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 from utils import (
-    checkpoint,
+    atomic,
     config,
     datasets,
     engine,
@@ -308,9 +307,8 @@ def save_page(page, path):
 def copy_file(source, target):
     """Copy a file, complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    checkpoint.replace(temporary, target)
+    with atomic.written(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rfdetr import evaluate, masks, weights
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution
 from rfdetr.datasets.roboflow import stretched_image
 from rfdetr.model import RFDETR
-from utils import checkpoint, datasets, onnx_file, processes
+from utils import atomic, checkpoint, datasets, onnx_file, processes
 from utils.config import UserError
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
@@ -305,20 +305,18 @@ def export_onnx(model, path, opset, batch_size):
     side, device = model.model_args["resolution"], next(model.parameters()).device
     example, images = torch.rand(2, batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
     checkpoint.require_writable(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names = ["logits", "boxes", "mask_logits"]
     try:
         deployable = _Deployable(model).cpu().eval()
         expected = deployable(images)
         program = onnx_file.export_program(deployable, example)
-        written = onnx_file.write(program, temporary, opset, "images", names[:len(expected)])
-        found = onnx_file.difference(written(images), expected)
-        if not found <= TOLERANCE:
-            raise UserError(f"the ONNX file differs from PyTorch by {found:.1e}, more than {TOLERANCE}, and was not "
-                            f"written to {path.as_posix()}")
-        del written  # Windows: an open file cannot be moved
-        checkpoint.replace(temporary, path)
+        with atomic.written(path) as temporary:
+            written = onnx_file.write(program, temporary, opset, "images", names[:len(expected)])
+            found = onnx_file.difference(written(images), expected)
+            del written  # Windows: an open file can be neither moved nor deleted
+            if not found <= TOLERANCE:
+                raise UserError(f"the ONNX file differs from PyTorch by {found:.1e}, more than {TOLERANCE}, and was "
+                                f"not written to {path.as_posix()}")
     finally:
-        temporary.unlink(missing_ok=True)
         model.to(device)
     return found

@@ -6,7 +6,6 @@ as they are, the stretched image and the objects' masks. An epoch then costs onl
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from rfdetr import criterion
 from rfdetr.datasets.roboflow import Collate
-from utils import checkpoint, datasets, freeze, loaders, processes
+from utils import atomic, checkpoint, datasets, freeze, loaders, processes
 from utils.config import UserError
 
 VERSION = 1  # raise it when the same key would hold something else
@@ -133,12 +132,10 @@ def stacked(labels):
 
 def save_tensors(tensors, path):
     """Write {name: Tensor} to a safetensors file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(tensors, temporary)
-        checkpoint.replace(temporary, path)
+        with atomic.written(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary)
     except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path.as_posix()}: {error}. Free disk space, give --cache_dir another folder, "
                         "or leave --cache_features out.") from error
 

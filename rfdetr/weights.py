@@ -22,7 +22,7 @@ from tqdm import tqdm
 from rfdetr import names
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
-from utils import checkpoint, processes
+from utils import atomic, checkpoint, processes
 from utils.config import UserError
 from utils.datasets import plain_name
 
@@ -94,7 +94,7 @@ def _complete(path, published):
             raise UserError(f"{published.file} from {published.url} is broken (MD5 {found}, expected {published.md5}) "
                             "and was deleted: run again; if that repeats, something on the way changes the file. "
                             f"Put the right one at {path.as_posix()}, or use --pretrain_weights none")
-        checkpoint.replace(part, path)
+        atomic.replace(part, path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors, as is a full disk
         reason = (str(getattr(error, "reason", "") or error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot get the pretrained weights {published.file} from {published.url} ({reason}). Put that "

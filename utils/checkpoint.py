@@ -6,11 +6,11 @@ Files are written beside their target and moved into place, so a killed run neve
 import argparse
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
+from utils import atomic
 from utils.config import UserError
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "params")  # keys under which published files keep their weights
@@ -24,13 +24,11 @@ def save(content, path):
     """Write tensors, numbers, strings, lists and dicts to `path` atomically; loads with a plain torch.load(path),
     also where there is no GPU."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_on_cpu(content), temporary)
-        replace(temporary, path)
+        with atomic.written(path) as temporary:
+            torch.save(_on_cpu(content), temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."
                               ) from error
 
@@ -43,17 +41,6 @@ def _on_cpu(content):
     if isinstance(content, (list, tuple)):
         return type(content)(map(_on_cpu, content))
     return content
-
-
-def replace(temporary, path):
-    """os.replace, tried for two seconds: on Windows a virus scanner or an open reader can hold the target that long."""
-    for patience in (0.1, 0.3, 0.6, 1.0, None):
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if patience is None:
-                raise
-            time.sleep(patience)
 
 
 def replace_folder(write, folder):

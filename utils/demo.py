@@ -27,7 +27,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from utils import rain
+from utils import atomic, rain
 from utils.config import UserError
 from utils.cores import available_cores
 from utils.demo_scene import CATEGORIES, render_scene
@@ -192,7 +192,7 @@ def put_in_place(build, root, settings):
             (root / part).rename(build / f"old-{part}")
         (build / part).rename(root / part)
     (build / "demo.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    os.replace(build / "demo.json", root / "demo.json")
+    atomic.replace(build / "demo.json", root / "demo.json")
 
 
 def refuse_foreign(root):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import checkpoint, rain
+from utils import atomic, rain
 from utils.demo_scene import render_scene
 from utils.video import VideoWriter
 
@@ -28,7 +28,7 @@ def ensure_clip(path):
         with VideoWriter(whole, FPS) as writer:
             for pixels in frames():
                 writer.write(Image.fromarray(pixels))
-        checkpoint.replace(whole, path)
+        atomic.replace(whole, path)
     return path
 
 

@@ -9,11 +9,10 @@ for it; utils/demo.py and its settings know nothing of it.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
-from utils import demo
+from utils import atomic, demo
 from utils.config import UserError
 
 FORMAT_VERSION = 1   # raise it when the same settings would give other files
@@ -97,4 +96,4 @@ def _put_in_place(build, root, settings):
             (root / split).rename(build / f"old-{split}")
         (build / split).rename(root / split)
     (build / MARKER).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    os.replace(build / MARKER, root / MARKER)
+    atomic.replace(build / MARKER, root / MARKER)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from utils import checkpoint, datasets
+from utils import atomic, datasets
 
 
 class Results:
@@ -81,7 +81,7 @@ class JsonList:
         self.file.truncate()  # what Ctrl+C cut off in the middle
         self.file.write(f"\n]{self.tail}\n".encode())
         self.file.close()
-        checkpoint.replace(self.temporary, self.path)
+        atomic.replace(self.temporary, self.path)
 
 
 def category_table(id2label):

@@ -1,7 +1,6 @@
 """Tables on the console, results.json with everything that is needed to repeat a run."""
 
 import json
-import os
 import platform
 import subprocess
 from datetime import datetime
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint
+from utils import atomic
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "numpy", "pillow")
 
@@ -19,9 +18,8 @@ def write_json(path, content):
     """Write JSON in UTF-8, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    checkpoint.replace(temporary, path)
+    with atomic.written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def write_results(path, constants, results):

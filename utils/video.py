@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from utils import checkpoint, datasets
+from utils import atomic, datasets
 from utils.config import UserError
 
 FALLBACK_FPS = 30.0   # where a camera does not tell
@@ -185,7 +185,7 @@ class VideoWriter:
             self.writer.release()
             if not self.temporary.is_file() or not self.temporary.stat().st_size:
                 raise UserError(f"cannot write the video {self.path.as_posix()}: is the disk full?")
-            checkpoint.replace(self.temporary, self.path)
+            atomic.replace(self.temporary, self.path)
 
     def write(self, picture, name=""):
         """Append a PIL image, RGB; its `name` has no place in a video."""

@@ -1,0 +1,32 @@
+"""Files that appear whole or not at all: written beside their target, then moved into its place. No torch in here."""
+
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written(path, ending=".tmp"):
+    """Yield a path beside `path` to write to; afterwards the file takes the place of `path`, after an error it goes.
+
+    A kill leaves a hidden file that ends in `ending`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
+    try:
+        yield temporary
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace(temporary, path):
+    """os.replace, tried for two seconds: on Windows a virus scanner or an open reader can hold the target that long."""
+    for patience in (0.1, 0.3, 0.6, 1.0, None):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if patience is None:
+                raise
+            time.sleep(patience)

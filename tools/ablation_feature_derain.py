@@ -23,12 +23,12 @@ from utils import config, report  # noqa: E402
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("both phases", "fine-tuning", "detection", "consistency", "detection+consistency+identity",
             "joint from the start", "both phases, detection", "lightweight")  # names of _VARIANTS below
-EPOCHS = 6                              # of every run; "both phases" spends a third of them on phase 1
+EPOCHS = 9                              # of every run; "both phases" spends a third of them on phase 1
 PERCENT_DATASET = 100                   # of the demo's 1,200 training images
 OUTPUT_DIR = "./demo/ablation_feature_derain"  # a folder per run, and results.json
 
 _DETECTION = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 0.0, "IDENTITY_WEIGHT": 0.0}
-_ALL = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 10.0, "IDENTITY_WEIGHT": 20.0}
+_ALL = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 10.0, "IDENTITY_WEIGHT": 30.0}
 _VARIANTS = {  # share of the epochs in phase 1, constants
     "detection": (1.0, _DETECTION),
     "detection+consistency": (1.0, _ALL | {"IDENTITY_WEIGHT": 0.0}),

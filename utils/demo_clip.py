@@ -1,6 +1,5 @@
 """A few seconds of video for the demo: a camera pans over a procedural street, and half-way it begins to rain."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +23,9 @@ def ensure_clip(path):
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f".{path.stem}.{os.getpid()}.whole.mp4")  # a stopped run leaves no half clip behind
-        with VideoWriter(whole, FPS) as writer:
+        with atomic.written(path, ".mp4") as whole, VideoWriter(whole, FPS) as writer:
             for pixels in frames():
                 writer.write(Image.fromarray(pixels))
-        atomic.replace(whole, path)
     return path
 
 

@@ -18,6 +18,7 @@ from rfdetr.datasets import roboflow
 from rfdetr.model import RFDETR
 from utils import checkpoint, config, evaluation, freeze, loaders, processes
 from utils.config import UserError
+from utils.datasets import plain_name
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 
@@ -209,7 +210,8 @@ def new_detector(cfg, names, resolution, with_masks=False):
         if found["left_out"]:
             processes.say(f"note: {len(found['left_out'])} tensors start anew: {', '.join(found['left_out'][:4])}"
                           f"{', ...' if len(found['left_out']) > 4 else ''}")
-    new = [name for name in names if name not in known]
+    seen = set(map(plain_name, known))
+    new = [name for name in names if plain_name(name) not in seen]
     processes.say("class head: " + ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
                   + (", ..." if len(names) > 12 else "") + f" of {rows}"
                   + (f"; not known to the weights: {', '.join(new[:5])}" if source and new else ""))

@@ -1,7 +1,7 @@
 """Train a small module that suppresses rain in RT-DETR's features, between the backbone and the hybrid encoder.
 
 Phase 1: the detector is frozen, the module learns from the detection loss, and (as every rainy image has a clean twin)
-from the distance between its output and the pretrained backbone's features of the twin. Phase 2: module and detector
+from the distance between its features and the pretrained detector's features of the twin. Phase 2: module and detector
 train together, the detector slowly. A fresh module is the identity, so both start at the pretrained detector's mAP.
 CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
 
@@ -150,12 +150,11 @@ def compute_losses(model, batch, weights, teacher, feature_level):
         feature_level: of those terms, see detector.FEATURE_LEVELS.
     """
     labelled = "detection" in weights
-    outputs = model(batch["images"], labels=batch["labels"] if labelled else None,
-                    detect=labelled or feature_level != "backbone")
+    outputs = model(batch["images"], labels=batch["labels"] if labelled else None, detect=labelled,
+                    feature_level=feature_level)
     terms = {"detection": outputs.loss} if labelled else {}
     if needs_twins(weights):
-        features = detector.select_features(outputs.features, outputs.encoder_last_hidden_state or (), feature_level)
-        targets = teacher.clean_features(batch["twins"], feature_level)
+        features, targets = outputs.features, teacher.clean_features(batch["twins"], feature_level)
         for name, domain in (("consistency", "rainy"), ("identity", "clean")):
             if name in weights:
                 terms[name] = domain_consistency(features, targets, batch["domains"], domain)
@@ -176,7 +175,7 @@ def evaluate(model, val_loaders, truths, device, cfg):
     """-> {"score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50"}; {"score": minus the feature error} without
     labels."""
     if not truths:
-        return {"score": -feature_error(model, val_loaders["rainy"], device)}
+        return {"score": -feature_error(model, val_loaders["rainy"], device, cfg.FEATURE_LEVEL)}
     scores = {domain: evaluation.detection_scores(model, loader, device, truths[domain], f"{domain} validation")[0]
               for domain, loader in val_loaders.items()}
     total = (cfg.RAIN_SCORE_WEIGHT * scores["rainy"]["mAP"] + cfg.CLEAN_SCORE_WEIGHT * scores["clean"]["mAP"])
@@ -184,13 +183,13 @@ def evaluate(model, val_loaders, truths, device, cfg):
                                for prefix, domain in (("rain", "rainy"), ("clean", "clean"))}
 
 
-def feature_error(model, loader, device):
+def feature_error(model, loader, device, feature_level):
     """-> mean relative error of the de-rained features against those of the clean twin."""
     found = []
     for batch in loader:
         batch = datasets.to_device(batch, device)
-        error = losses.feature_consistency(model(batch["images"], detect=False).features,
-                                           model.clean_features(batch["twins"])).item()
+        outputs = model(batch["images"], detect=False, feature_level=feature_level)
+        error = losses.feature_consistency(outputs.features, model.clean_features(batch["twins"], feature_level)).item()
         found += [{"error": error}] * len(batch["images"])
     return evaluation.mean_over_ranks(found)["error"]
 
@@ -278,8 +277,8 @@ def main(**overrides):
         groups = parameter_groups(model, phase, cfg)
         engine.seed_everything(cfg.SEED + phase)  # of the denoising queries, wherever the run was resumed
         results[phase] = result = engine.fit(
-            model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher,
-                                                          cfg.FEATURE_LEVEL),
+            model, train_loader,
+            lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher, cfg.FEATURE_LEVEL),
             output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups, loss_weights=weights,
             evaluate=validate, score="score", on_best=keep_best,
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),

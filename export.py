@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import checkpoint, config, detector, feature_derain, onnx_file, processes, report
+from utils import atomic, checkpoint, config, detector, feature_derain, onnx_file, processes, report
 
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
 MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
@@ -72,14 +72,16 @@ def export(model, name, cfg):
     found = {}
     for kind in cfg.FORMATS:
         path = Path(cfg.OUTPUT_DIR) / f"{name}{_SUFFIXES[kind]}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            written = (onnx_file.write(program, path, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx" else
-                       to_torch_export(program, path))
-        found[kind] = onnx_file.difference(written(images), expected)
-        if not found[kind] <= cfg.TOLERANCE:
-            raise config.UserError(f"{path.as_posix()} differs from PyTorch by {found[kind]:.1e}, more than TOLERANCE "
-                                   f"= {cfg.TOLERANCE}: do not deploy it")
+        with atomic.written(path, path.suffix) as temporary:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                written = (onnx_file.write(program, temporary, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx"
+                           else to_torch_export(program, temporary))
+            found[kind] = onnx_file.difference(written(images), expected)
+            del written  # Windows: an open file can be neither moved nor deleted
+            if not found[kind] <= cfg.TOLERANCE:
+                raise config.UserError(f"{path.name} differs from PyTorch by {found[kind]:.1e}, more than TOLERANCE = "
+                                       f"{cfg.TOLERANCE}, and was not written to {cfg.OUTPUT_DIR}")
     return found
 
 

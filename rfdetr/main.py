@@ -210,8 +210,8 @@ def new_detector(cfg, names, resolution, with_masks=False):
         if found["left_out"]:
             processes.say(f"note: {len(found['left_out'])} tensors start anew: {', '.join(found['left_out'][:4])}"
                           f"{', ...' if len(found['left_out']) > 4 else ''}")
-    seen = set(map(plain_name, known))
-    new = [name for name in names if plain_name(name) not in seen]
+    row_of = {plain_name(name): row for name, row in known.items()}
+    new = [name for name in names if row_of.get(plain_name(name)) != class_rows[name]]
     processes.say("class head: " + ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
                   + (", ..." if len(names) > 12 else "") + f" of {rows}"
                   + (f"; not known to the weights: {', '.join(new[:5])}" if source and new else ""))

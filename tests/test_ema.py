@@ -29,9 +29,11 @@ def test_the_average_follows_its_formula_and_swapping_changes_nothing():
     torch.testing.assert_close(average.values[0], expected)
 
 
-def test_a_decay_of_one_is_refused():
-    with pytest.raises(UserError, match="EMA_DECAY = 1.0.*between 0 and 1"):
-        WeightAverage([nn.Parameter(torch.ones(1))], 1.0)
+def test_a_decay_of_one_is_refused_before_an_earlier_run_is_moved(coco, tmp_path):
+    run(coco, tmp_path / "out", epochs=1)
+    with pytest.raises(UserError, match="EMA_DECAY = 1.0: choose 0"):
+        run(coco, tmp_path / "out", epochs=1, ema=1.0)
+    assert (tmp_path / "out" / "last.pt").is_file()
 
 
 def test_the_average_is_evaluated_and_kept_as_best_while_training_goes_on(coco, tmp_path):

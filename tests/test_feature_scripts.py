@@ -14,7 +14,7 @@ from PIL import Image
 import Eval_FeatureDerain
 import export
 import Training_FeatureDerain as Training
-from utils import checkpoint, feature_derain, freeze, mixedrain, presets
+from utils import checkpoint, config, detector, feature_derain, freeze, loaders, mixedrain, onnx_file, presets
 from utils.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +50,10 @@ def test_both_phases_train_what_they_should_and_write_everything(base, weights, 
     norms = {name for name in start if "running_" in name}
     assert all(torch.equal(one[name], value) for name, value in start.items())  # phase 1: the detector has not moved
     assert any(not torch.equal(two[name], value) for name, value in start.items())
+    average = torch.load(out / "phase2" / "last.pt")["average"]  # what is validated and kept
+    kept = torch.load(out / "phase2" / "best.pt")["model"]
+    moved = [name for name in two if not torch.equal(two[name], kept[name])]
+    assert moved and all(any(torch.equal(kept[name], value) for value in average) for name in moved)
     assert norms and all(torch.equal(two[name], start[name]) for name in norms)  # BatchNorm stays in phase 2
     shown = capsys.readouterr().out
     assert "RT-DETR: 0 trainable parameters (0% - FROZEN)" in shown and "phase 2" in shown and shown.isascii()
@@ -123,16 +127,22 @@ def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
         assert metrics[name] == pytest.approx(one[1]["history"][0][name], rel=1e-3)
 
 
-def test_without_labels(base, coco, capsys):
+@pytest.mark.parametrize("level", detector.FEATURE_LEVELS)
+def test_without_labels(base, coco, capsys, level):
     for root in ("coco", "coco_rain"):
         for path in (coco / root / "annotations").iterdir():
             path.unlink()
         (coco / root / "annotations").rmdir()
-    results = Training.main(**base | {"PHASE1_EPOCHS": 3, "PHASE1_LR": 2e-3}, DETECTION_WEIGHT=0.0)
+    settings = base | {"PHASE1_EPOCHS": 3, "PHASE1_LR": 2e-3, "DETECTION_WEIGHT": 0.0, "FEATURE_LEVEL": level}
+    results = Training.main(**settings)
     assert set(results) == {1} and "phase 2 needs the detection loss" in capsys.readouterr().out
     assert results[1]["history"][-1]["consistency"] < results[1]["history"][0]["consistency"]
     assert results[1]["best_score"] < 0
-    assert feature_derain.FeatureDerainRTDETR.from_pretrained(Path(base["OUTPUT_DIR"]) / "model")
+    model = feature_derain.FeatureDerainRTDETR.from_pretrained(Path(base["OUTPUT_DIR"]) / "model")
+    cfg = config.resolve(vars(Training), settings)
+    data = Training.build_data(cfg, None, Training.loss_weights(cfg))[1]["rainy"]
+    error = Training.feature_error(model, loaders.validation_loader(data, 4, 0), "cpu", level)
+    assert results[1]["best_score"] == pytest.approx(-error, rel=1e-4)  # "best" goes by what is trained on
 
 
 def test_baseline_and_lightweight(base, tmp_path, capsys):
@@ -152,6 +162,8 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"RTDETR_MODEL_NAME": "./none"}, "RTDETR_MODEL_NAME"),
     ({"DETECTION_WEIGHT": 0.0, "CONSISTENCY_WEIGHT": 0.0}, "DETECTION_WEIGHT and CONSISTENCY_WEIGHT"),
     ({"COCO_RATIO": 0.4}, "add up to 1"),
+    ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL = 'decoder'"),
+    ({"EMA_DECAY": 1.5}, "EMA_DECAY = 1.5"),
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
     ({"PHASE1_EPOCHS": -1}, "PHASE1_EPOCHS = -1"),
     ({"PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 0}, "nothing to train"),
@@ -302,6 +314,14 @@ def test_export_without_onnx_says_what_to_install(weights, monkeypatch):
         export.main(FORMATS=("tensorrt",))
     with pytest.raises(UserError, match="OPSET = 17.*18"):
         export.main(OPSET=17)
+
+
+def test_an_opset_that_the_exporter_does_not_reach_is_an_error(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = onnx_file.export_program(torch.nn.Linear(3, 2), torch.rand(1, 3))
+    with pytest.raises(UserError, match="opset 40 was asked for.*choose"):
+        onnx_file.write(program, tmp_path / "a.onnx", 40, "x", ["y"])
 
 
 def test_fingerprint_of_the_teacher_does_not_follow_the_student(base, monkeypatch):

@@ -47,6 +47,9 @@ def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
     adapted = load_spdnet(out / "spdnet_adapted.pt")
     start = load_spdnet(base["SPDNET_MODEL_PATH"])
     assert not torch.equal(adapted.output3.weight, start.output3.weight)
+    average, model = (torch.load(out / "last.pt")[key] for key in ("average", "model"))
+    assert len(average) == len(list(start.parameters()))
+    assert not any(torch.equal(model["derain_module.output3.weight"], value) for value in average)
     shown = capsys.readouterr().out
     assert "RT-DETR: 0 trainable parameters (0% - FROZEN)" in shown and shown.isascii()
 

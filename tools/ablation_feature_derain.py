@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from ablation_spdnet_adaptation import once, score, spread  # noqa: E402
+from ablation_spdnet_adaptation import demo_constants, once, score, spread  # noqa: E402
 
 import Training_FeatureDerain as Training  # noqa: E402
 from utils import config, report  # noqa: E402
@@ -65,12 +65,14 @@ def main(**overrides):
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
     folder = Path(cfg.OUTPUT_DIR)
-    vanilla = once(folder / "vanilla.json", lambda: score(None))
+    vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     runs = []
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
             place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
-            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
+            settings = demo_constants(Training) | _VARIANTS[variant][1] | {
+                "share of phase 1": _VARIANTS[variant][0], "EPOCHS": cfg.EPOCHS, "PERCENT_DATASET": cfg.PERCENT_DATASET}
+            runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
     gap = vanilla["clean"] - vanilla["rainy"]
     rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
     for variant in cfg.VARIANTS:

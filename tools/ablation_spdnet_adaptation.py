@@ -56,11 +56,26 @@ def score(spdnet_path, **overrides):
     return found
 
 
-def once(path, make):
-    """-> the JSON in `path`, made first where it is not there yet."""
+def once(path, settings, make):
+    """-> the scores in the JSON file `path`, made first where it is not there yet; settings: {name: what they hang on}.
+
+    Raises:
+        UserError: the file is there, but from other settings.
+    """
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     if not path.is_file():
-        report.write_json(path, make())
-    return json.loads(path.read_text(encoding="utf-8"))
+        report.write_json(path, {"settings": settings, "scores": make()})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("settings") != settings:
+        raise config.UserError(f"{path.as_posix()} comes from other settings ({found.get('settings')}, now "
+                               f"{settings}): choose another OUTPUT_DIR or delete the file")
+    return found["scores"]
+
+
+def demo_constants(script):
+    """-> {name: value} of a training script under --demo, without those that each run has of its own."""
+    return {name: value for name, value in config.resolve(vars(script), {"demo": True}).as_dict().items()
+            if name not in ("SEED", "OUTPUT_DIR", "RESUME")}
 
 
 def run(variant, seed, folder, cfg):
@@ -79,14 +94,15 @@ def main(**overrides):
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _LOSSES ({', '.join(_LOSSES)})")
     folder = Path(cfg.OUTPUT_DIR)
-    vanilla = once(folder / "vanilla.json", lambda: score(None))
+    vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     start = config.resolve(vars(Eval), {"demo": True}).SPDNET_MODEL_PATH
-    original = once(folder / "original.json", lambda: score(start))
+    original = once(folder / "original.json", {}, lambda: score(start))
     runs = []
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
             place = folder / f"{variant.replace('+', '_').replace(', ', '_').replace(' ', '_')}_{seed}"
-            runs.append(once(place / "scores.json", lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
+            settings = demo_constants(Adaptation) | _LOSSES[variant] | {"PERCENT_DATASET": cfg.PERCENT_DATASET}
+            runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
     gap = vanilla["clean"] - vanilla["rainy"]
     rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"},
             {"variant": "original SPDNet", "rainy": f"{original['rainy']:.4f}", "clean": f"{original['clean']:.4f}",

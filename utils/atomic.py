@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -17,8 +17,10 @@ def written(path, ending=".tmp"):
     try:
         yield temporary
         replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # still open on Windows: the first error is the one to tell
+            temporary.unlink()
+        raise
 
 
 def replace(temporary, path):

@@ -37,9 +37,12 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "demo_version": demo.FORMAT_VERSION, "train": int(num_train),
                 "valid": int(num_valid), "test": int(num_test), "seed": int(seed)}
+    if _is_complete(root, settings):
+        return root
+    _refuse_foreign(root)
+    scenes = demo.ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
 
     def make(build, refresh):
-        scenes = demo.ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
         for split, source, part in (("train", "train", slice(0, num_train)), ("valid", "val", slice(0, num_valid)),
                                     ("test", "val", slice(num_valid, num_valid + num_test))):
             _copy_split(scenes, source, part, build / split, refresh)

@@ -111,7 +111,8 @@ def backbone_features(detector, images):
 
 
 def encode(detector, features):
-    """Backbone features -> (their projections, the hybrid encoder's output): lists of (B, d_model, h, w)."""
+    """Backbone features -> (their projections [(B, d_model, h, w), ...], transformers' output of the hybrid encoder,
+    whose `last_hidden_state` is such a list)."""
     projected = [project(level) for project, level in zip(detector.model.encoder_input_proj, features, strict=True)]
     return projected, detector.model.encoder(projected)
 
@@ -121,7 +122,6 @@ def detect_from_features(detector, features, labels=None):
     projected, encoded = encode(detector, features)
     # with encoder_outputs given, transformers only asks inputs_embeds for its device and skips the backbone
     return detector(pixel_values=None, inputs_embeds=projected[0], encoder_outputs=encoded, labels=labels)
-
 
 
 def select_features(levels, encoded, feature_level):

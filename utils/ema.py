@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.config import UserError
-
 WARMUP_STEPS = 100.0
 
 
@@ -20,13 +18,9 @@ class WeightAverage:
     Args:
         parameters: tensors that train, on their device; only these are averaged (buffers stay the live ones).
         decay: in (0, 1); warmup: steps after which the decay has reached 63% of its value.
-    Raises:
-        UserError: another decay.
     """
 
     def __init__(self, parameters, decay, warmup=WARMUP_STEPS):
-        if not 0 < decay < 1:
-            raise UserError(f"EMA_DECAY = {decay}: choose a number between 0 and 1, such as 0.999")
         self.parameters = [p for p in parameters if p.requires_grad]
         self.decay, self.warmup = decay, warmup
         self.values = [p.detach().clone() for p in self.parameters]

@@ -88,6 +88,8 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
                         ("CHECKPOINT_STEPS", checkpoint_steps)):
         if value < 1:
             raise UserError(f"{name} = {value}: choose 1 or more")
+    if not 0 <= ema < 1:
+        raise UserError(f"EMA_DECAY = {ema}: choose 0 (no average) or a number below 1, such as 0.999")
     _require_numbers(parameters, loss_weights, clip_norm, warmup_steps)
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
                clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema,
@@ -292,9 +294,10 @@ class _Run:
             self.batch, self.sums = 0, {}
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
-            for name, value in content["constants"].items():
-                if name != "RESUME" and self.constants.get(name, value) != value:
-                    print(f"  note: {name} was {value!r}, is now {self.constants[name]!r}")
+            earlier = content["constants"]
+            for name, value in self.constants.items():
+                if name != "RESUME" and earlier.get(name, "unknown") != value:
+                    print(f"  note: {name} was {earlier.get(name, 'unknown')!r}, is now {value!r}")
 
     def save_last(self):
         """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes."""

@@ -232,20 +232,27 @@ class FeatureDerainRTDETR(nn.Module):
         if backbone_stays:
             freeze.freeze(self.rtdetr.model.backbone)
 
-    def forward(self, pixel_values, labels=None, detect=True):
+    def forward(self, pixel_values, labels=None, detect=True, feature_level="backbone"):
         """Backbone, de-raining, encoder and decoder.
 
         Args:
             pixel_values: (B, 3, H, W) RGB in [0, 1], sides a multiple of 32.
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             detect: False stops behind the features (consistency training without labels).
+            feature_level: which features to return, one of detector.FEATURE_LEVELS.
         Returns:
             FeatureDerainOutput: transformers' `loss`, `loss_dict`, `logits` (B, Q, K), `pred_boxes` (B, Q, 4)
             normalised cxcywh, ..., plus `features`.
         """
-        features = tuple(self.derain_module(detector.backbone_features(self.rtdetr, pixel_values)))
-        outputs = detector.detect_from_features(self.rtdetr, features, labels) if detect else {}
-        return FeatureDerainOutput(**outputs, features=features)
+        levels = tuple(self.derain_module(detector.backbone_features(self.rtdetr, pixel_values)))
+        outputs = detector.detect_from_features(self.rtdetr, levels, labels) if detect else {}
+        if feature_level == "backbone":
+            encoded = ()
+        elif detect:
+            encoded = outputs.encoder_last_hidden_state
+        else:
+            encoded = detector.encode(self.rtdetr, levels)[1].last_hidden_state
+        return FeatureDerainOutput(**outputs, features=detector.select_features(levels, encoded, feature_level))
 
     @torch.no_grad()
     def rain_masks(self, pixel_values):
@@ -255,7 +262,7 @@ class FeatureDerainRTDETR(nn.Module):
         return self.derain_module.rain_masks(detector.backbone_features(self.rtdetr, pixel_values))
 
     @torch.no_grad()
-    def clean_features(self, images, feature_level="backbone"):
+    def clean_features(self, images, feature_level):
         """See utils.detector.clean_features; the de-raining module is left out."""
         return detector.clean_features(self.rtdetr, images, feature_level)
 

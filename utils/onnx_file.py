@@ -46,7 +46,7 @@ def write(program, path, opset, input_name, output_names):
                           input_names=[input_name], output_names=list(output_names))
     found = next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
     if found != opset:  # torch only logs that its conversion failed
-        raise UserError(f"{path.as_posix()}: asked for opset {opset}, torch's exporter wrote {found}; choose {found}")
+        raise UserError(f"opset {opset} was asked for, torch's exporter wrote {found}: choose {found}")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(a) for a in session.run(None, {input_name: images.numpy()})]
 

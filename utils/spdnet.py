@@ -194,13 +194,12 @@ def thin_conv(maps: tuple[Tensor, ...], conv: nn.Conv2d) -> Tensor:
     """3x3 convolution, zero pad 1, of maps that count as their concatenation: (B, in, h, w) -> (B, out, h, w).
 
     For very few output channels, where convolution kernels leave most of their vector lanes empty: each tap becomes
-    an output channel of a matrix product, and the nine results are shifted and added.
+    an output channel of a matrix product, and `fold` adds the nine results at their places.
     """
-    out, h, w = conv.out_channels, *maps[0].shape[2:]
-    weights = conv.weight.permute(2, 3, 0, 1).flatten(0, 2).split([x.shape[1] for x in maps], 1)
-    taps = sum(F.linear(x.permute(0, 2, 3, 1), weight) for x, weight in zip(maps, weights, strict=True))
-    taps = F.pad(taps.permute(0, 3, 1, 2), (1, 1, 1, 1)).unflatten(1, (3, 3, out))       # (B, 3, 3, out, h + 2, w + 2)
-    return sum((taps[:, i, j, :, i:i + h, j:j + w] for i in range(3) for j in range(3)), conv.bias[:, None, None])
+    weights = conv.weight.flip(2, 3).flatten(2).transpose(1, 2).flatten(0, 1)            # (out * 9, in)
+    taps = sum(F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), weight)                     # (B, h * w, out * 9)
+               for x, weight in zip(maps, weights.split([x.shape[1] for x in maps], 1), strict=True))
+    return F.fold(taps.transpose(1, 2), maps[0].shape[2:], 3, padding=1) + conv.bias[:, None, None]
 
 
 class HaarFilters(nn.Module):

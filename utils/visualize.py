@@ -164,9 +164,12 @@ def curves(history, path):
 def cost_against_accuracy(points, path, x_label, y_label):
     """Scatter of named points {"name": (cost, accuracy)}, for example milliseconds against mAP, into a PNG."""
     figure, panel = plt.subplots(figsize=(6, 4))
+    costs = [cost for cost, _ in points.values()]
+    middle = (min(costs) + max(costs)) / 2
     for i, (name, (cost, accuracy)) in enumerate(points.items()):
         panel.scatter(cost, accuracy, color=PALETTE[i % len(PALETTE)], zorder=3)
-        panel.annotate(name, (cost, accuracy), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        shift, side = ((-6, 4), "right") if cost > middle else ((6, 4), "left")  # names stay inside the panel
+        panel.annotate(name, (cost, accuracy), xytext=shift, textcoords="offset points", fontsize=9, ha=side)
     panel.set_xlabel(x_label)
     panel.set_ylabel(y_label)
     panel.margins(0.2)

@@ -284,8 +284,7 @@ def main(**overrides):
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
             accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
             schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-            ema=cfg.EMA_DECAY,
-            constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+            ema=cfg.EMA_DECAY, constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
         if result["stopped"] == "interrupted":
             return results
         best_score = max(best_score, result["best_score"])

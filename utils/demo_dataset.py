@@ -39,7 +39,7 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
                 "valid": int(num_valid), "test": int(num_test), "seed": int(seed)}
     if _is_complete(root, settings):
         return root
-    _refuse_foreign(root)
+    _refuse_foreign(root)  # here already: drawing the scenes takes a while, and is not done while the lock is held
     scenes = demo.ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
 
     def make(build, refresh):

@@ -54,6 +54,7 @@ WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
 CLIP_NORM = 0.1                         # RT-DETR's own value
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step
+EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
 EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
@@ -68,7 +69,8 @@ EVAL_BATCH_SIZE = 16                    # validation batch
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_rtdetr",
     "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "AUGMENTATION": "mirror", "NUM_EPOCHS": 6,
-    "LEARNING_RATE": 1e-3, "BACKBONE_LEARNING_RATE": 1e-3, "WARMUP_STEPS": 50, "DATALOADER_WORKERS": 0,
+    "LEARNING_RATE": 1e-3, "BACKBONE_LEARNING_RATE": 1e-3, "WARMUP_STEPS": 50, "EMA_DECAY": 0.99,
+    "DATALOADER_WORKERS": 0,
 }
 
 
@@ -174,7 +176,7 @@ def main(**overrides):
                                                         Path(cfg.OUTPUT_DIR) / "detector"),
         sample_images=lambda model: sample_images(model, list(val_loaders.values())[-1], id2label),
         accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
+        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, ema=cfg.EMA_DECAY,
         constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
         own_files=("detector",))
     if result["history"]:

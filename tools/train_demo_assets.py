@@ -40,12 +40,12 @@ MEGABYTES = 27                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
 _RTDETR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 5e-4,
-           "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100}
+           "BACKBONE_LEARNING_RATE": 5e-4, "WARMUP_STEPS": 100, "EMA_DECAY": 0.0}
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": 100, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "PRECISION": "bf16", "VAL_IMAGES": 100}  # whole scenes at half size
 _SPDNET_ADAPTED = {"PERCENT_DATASET": 50, "EMA_DECAY": 0.0}
 _RTDETR_RAIN = {"COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "CLIP_NORM": 1.0,
-                "LEARNING_RATE": 3e-4, "BACKBONE_LEARNING_RATE": 3e-4}
+                "LEARNING_RATE": 3e-4, "BACKBONE_LEARNING_RATE": 3e-4, "EMA_DECAY": 0.0}
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
 _RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "none", "EPOCHS": 6,
            "BATCH": 8, "ACCUM": 1, "LR": 5e-4, "BACKBONE_LR": 5e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0,

@@ -39,6 +39,7 @@ COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the t
 MIXEDRAIN_DIR = "./dataset/MixedRain"   # images/ and labels.txt, see utils/mixedrain.py
 PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
 IMAGE_SIZE = 640                        # side of the square input, as in training
+PREFIXES = ()                           # also score rainy images by file-name prefix, e.g. ("rain_", "mist_", "fog_")
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -128,20 +129,11 @@ def build_loaders(cfg, id2label):
     return {data.domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS) for data in found}
 
 
-def evaluate(models, loader, device):
-    """-> [{"model", "images", "count", "mAP", "AP50", ...}, ...], a row per model, then per weather and model."""
-    data = loader.dataset
-    truth = evaluation.ground_truth(data.annotation_file)
-    kinds = data.kinds() if isinstance(data, mixedrain.MixedRainDataset) else {}
-    rows, by_kind = [], []
-    for name, model in models.items():
-        scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
-        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
-        for kind, ids in kinds.items():
-            chosen = [d for d in found if d["image_id"] in set(ids)]
-            by_kind.append({"model": name, "images": kind, "count": len(ids)}
-                           | evaluation.coco_scores(truth, chosen, data.category_of, ids))
-    return rows + sorted(by_kind, key=lambda row: list(kinds).index(row["images"]))
+def parts_of(cfg, data):
+    """-> {kind of weather: [image id, ...]} of the images to score apart as well."""
+    if isinstance(data, mixedrain.MixedRainDataset):
+        return data.kinds()
+    return comparison.ids_by_prefix(data, cfg.PREFIXES if data.domain == "rainy" else ())
 
 
 @torch.no_grad()
@@ -226,7 +218,8 @@ def main(**overrides):
     found = build_loaders(cfg, id2label)
     first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}
-    rows = [row for loader in found.values() for row in evaluate(fast, loader, device)]
+    rows = [row for loader in found.values()
+            for row in comparison.evaluate_models(fast, loader, device, parts_of(cfg, loader.dataset))]
     twins = "clean" in found and found["rainy"].dataset.files == found["clean"].dataset.files
     latency = comparison.milliseconds_per_image(fast, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     cost = measure_cost(cfg, models, latency, device)

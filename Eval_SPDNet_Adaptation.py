@@ -85,25 +85,6 @@ def build_loader(cfg, root, constant, domain, id2label):
     return loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
 
 
-def evaluate(cfg, models, loader, device):
-    """-> [{"model", "images", "mAP", "AP50", ...}, ...], a row per model, then a row per prefix and model."""
-    data = loader.dataset
-    truth = evaluation.ground_truth(data.annotation_file)
-    rows, by_prefix = [], []
-    prefixes = cfg.PREFIXES if data.domain == "rainy" else ()
-    for name, model in models.items():
-        scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
-        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
-        for prefix in prefixes:
-            ids = [i for i, file in zip(data.image_ids, data.files, strict=True) if Path(file).name.startswith(prefix)]
-            if not ids:
-                raise config.UserError(f"PREFIXES: no image in {data.folder.as_posix()} starts with {prefix!r}")
-            chosen = [d for d in found if d["image_id"] in set(ids)]
-            by_prefix.append({"model": name, "images": f"{prefix}*", "count": len(ids)}
-                             | evaluation.coco_scores(truth, chosen, data.category_of, ids))
-    return rows + by_prefix
-
-
 @torch.no_grad()
 def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: rainy with vanilla | original's image | adapted's image, each with its detections | ground truth."""
@@ -155,7 +136,8 @@ def main(**overrides):
     id2label = detector.id2label_of(models[_VANILLA])
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
-    rows = evaluate(cfg, models, rainy, device) + evaluate(cfg, models, clean, device)
+    rows = (comparison.evaluate_models(models, rainy, device, comparison.ids_by_prefix(rainy.dataset, cfg.PREFIXES))
+            + comparison.evaluate_models(models, clean, device, {}))
     twins = rainy.dataset.files == clean.dataset.files
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}

@@ -194,9 +194,10 @@ def evaluation_base(base, weights, small_detector):
 
 
 def test_evaluation_reports_all_rows(evaluation_base, capsys):
-    results = Eval_FeatureDerain.main(**evaluation_base)
+    results = Eval_FeatureDerain.main(**evaluation_base | {"PREFIXES": ("00000000000",)})
     rows = {(row["model"], row["images"]): row for row in results["scores"]}
-    assert len(rows) == 12  # six models, rainy and clean
+    assert len(rows) == 18  # six models; rainy, rainy with that prefix and clean
+    assert rows["Vanilla RT-DETR", "00000000000*"]["count"] <= rows["Vanilla RT-DETR", "rainy"]["count"]
     for images in ("rainy", "clean"):  # fresh modules and an equal detector: vanilla's own scores
         vanilla = rows["Vanilla RT-DETR", images]
         for name in ("Feature-Level (Multiscale)", "Feature-Level (Lightweight)", "Fine-tuned RT-DETR"):

@@ -1,8 +1,44 @@
 """What the evaluation scripts share when they set several detectors against each other."""
 
+from pathlib import Path
+
 import torch
 
 from utils import evaluation
+from utils.config import UserError
+
+
+def evaluate_models(models, loader, device, parts):
+    """COCO scores of several detectors on one validation set.
+
+    Args:
+        models: {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes.
+        parts: {part's name: [image id, ...]} of images that are also scored apart.
+    Returns:
+        [{"model", "images": the data set's domain or a part's name, "count", "mAP", "AP50", ...}, ...]: a row per
+        model, then one per part and model.
+    """
+    data = loader.dataset
+    truth = evaluation.ground_truth(data.annotation_file)
+    rows, by_part = [], {part: [] for part in parts}
+    for name, model in models.items():
+        scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
+        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
+        for part, ids in parts.items():
+            chosen = [d for d in found if d["image_id"] in set(ids)]
+            by_part[part].append({"model": name, "images": part, "count": len(ids)}
+                                 | evaluation.coco_scores(truth, chosen, data.category_of, ids))
+    return rows + [row for part in by_part.values() for row in part]
+
+
+def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):
+    """-> {"rain_*": [image id, ...], ...} of the files whose names begin so; UserError where none does."""
+    found = {f"{prefix}*": [i for i, file in zip(dataset.image_ids, dataset.files, strict=True)
+                            if Path(file).name.startswith(prefix)] for prefix in prefixes}
+    for part, ids in found.items():
+        if not ids:
+            raise UserError(f"{constant}: no image in {dataset.folder.as_posix()} starts with {part[:-1]!r}")
+    return found
 
 
 def gap_won_back(rows, name, baseline, twins):

@@ -16,20 +16,21 @@ class WeightAverage:
     """average <- d * average + (1 - d) * weights after every step, d = decay * (1 - exp(-step / warmup)).
 
     Args:
-        parameters: tensors that train, on their device; only these are averaged (buffers stay the live ones).
+        tensors: what is averaged, on its device: the parameters that train, and BatchNorm's running statistics, since
+            averaged weights make other activations than the last step's do.
         decay: in (0, 1); warmup: steps after which the decay has reached 63% of its value.
     """
 
-    def __init__(self, parameters, decay, warmup=WARMUP_STEPS):
-        self.parameters = [p for p in parameters if p.requires_grad]
+    def __init__(self, tensors, decay, warmup=WARMUP_STEPS):
+        self.tensors = list(tensors)
         self.decay, self.warmup = decay, warmup
-        self.values = [p.detach().clone() for p in self.parameters]
+        self.values = [tensor.detach().clone() for tensor in self.tensors]
 
     @torch.no_grad()
     def update(self, step):
         """Take in the weights after optimizer step `step` (counted from 1)."""
         decay = self.decay * (1 - math.exp(-step / self.warmup))
-        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+        torch._foreach_lerp_(self.values, self.tensors, 1 - decay)
 
     @contextmanager
     def applied(self):
@@ -42,12 +43,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self):
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
+        for tensor, value in zip(self.tensors, self.values, strict=True):
+            kept = tensor.detach().clone()
+            tensor.copy_(value)
             value.copy_(kept)
 
+    @torch.no_grad()
     def load(self, values):
-        """Take a saved average (the list `values`) back."""
-        for own, saved in zip(self.values, values, strict=True):
+        """Take a saved average (the list `values`) back; what it does not hold starts at the present values."""
+        for own, saved in zip(self.values, values, strict=False):  # checkpoints of before hold no running statistics
             own.copy_(saved)

@@ -112,6 +112,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             plain.eval()
             processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
             with run.average.applied() if run.average else nullcontext():
+                processes.same_buffers(plain)  # the average's as well
                 with torch.no_grad():
                     record.update(evaluate(plain) if evaluate else {})
                     pictures = sample_images(plain) if sample_images and run.main else {}
@@ -249,7 +250,10 @@ class _Run:
                     raise UserError(f"{(self.folder / 'last.pt').as_posix()} was trained with another frozen {name}: "
                                     f"resume with the weights of that run, or start anew without {self.resume_hint}")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.average = WeightAverage(self.trainable, self.ema) if self.ema else None
+        self.average = None
+        if self.ema:
+            weights = [p for p in self.trainable if p.requires_grad]
+            self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.ema)
         if content:
             self._restore(content)
         elif resume and self.main:
@@ -279,7 +283,7 @@ class _Run:
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
         if self.average:
-            self.average.load(content.get("average") or [p.detach() for p in self.average.parameters])
+            self.average.load(content.get("average") or self.average.tensors)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["torch_rng"].cpu())

@@ -53,6 +53,14 @@ def frozen_modules(model):
     return found
 
 
+def running_statistics(model):
+    """-> [running means and variances of the BatchNorm layers outside frozen modules]."""
+    frozen = {id(inner) for module in frozen_modules(model).values() for inner in module.modules()}
+    return [buffer for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and id(module) not in frozen
+            for buffer in (module.running_mean, module.running_var) if buffer is not None]
+
+
 @torch.no_grad()
 def fingerprint(module):
     """-> hex digest over every parameter and buffer (names, shapes, bytes), buffers outside the state dict included."""

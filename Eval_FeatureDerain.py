@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import (
+    checkpoint,
     comparison,
     config,
     datasets,
@@ -84,15 +85,28 @@ def build_models(cfg, device):
                 integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
             spdnet = freeze.freeze(load_spdnet(getattr(cfg, constant), device=device, constant=constant))
             models[name] = integrated_model.RainRobustRTDETR(spdnet, vanilla, derain_scale=cfg.DERAIN_SCALE).to(device)
-    for name, constant in ((_MULTISCALE, "MULTISCALE_MODEL_NAME"), (_LIGHTWEIGHT, "LIGHTWEIGHT_MODEL_NAME")):
+    for name, kind in ((_MULTISCALE, "multiscale"), (_LIGHTWEIGHT, "lightweight")):
+        constant = f"{kind.upper()}_MODEL_NAME"
         if name == _MULTISCALE and getattr(cfg, constant) or is_there(cfg, constant, name):
-            models[name] = feature_derain.FeatureDerainRTDETR.from_pretrained(getattr(cfg, constant), device, constant)
+            models[name] = feature_derain.FeatureDerainRTDETR.from_pretrained(getattr(cfg, constant), device, constant,
+                                                                              derain_type=kind)
             require_classes(models[name].rtdetr, vanilla, constant)
     if is_there(cfg, "FINETUNED_MODEL_NAME", _FINETUNED):
         models[_FINETUNED] = detector.load_rtdetr(cfg.FINETUNED_MODEL_NAME, device=device,
                                                   constant="FINETUNED_MODEL_NAME")
         require_classes(models[_FINETUNED], vanilla, "FINETUNED_MODEL_NAME")
     return {name: model.eval() for name, model in models.items()}
+
+
+def note_other_sizes(cfg):
+    """Say which of the models that are compared were trained at another IMAGE_SIZE."""
+    folders = {"RTDETR_MODEL_NAME": "", "MULTISCALE_MODEL_NAME": "rtdetr", "LIGHTWEIGHT_MODEL_NAME": "rtdetr",
+               "FINETUNED_MODEL_NAME": ""}
+    trained = {constant: detector.trained_size(Path(getattr(cfg, constant)) / inner)
+               for constant, inner in folders.items() if getattr(cfg, constant)}
+    if cfg.ADAPTED_MODEL_PATH:
+        trained["ADAPTED_MODEL_PATH"] = integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)
+    comparison.note_other_sizes(trained, cfg.IMAGE_SIZE)
 
 
 def is_there(cfg, constant, name):
@@ -212,8 +226,10 @@ def main(**overrides):
         raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
     if cfg.demo:
         demo.ensure_demo()
-    device = processes.device()
+    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    checkpoint.require_writable(folder)
     models = build_models(cfg, device)
+    note_other_sizes(cfg)
     id2label = detector.id2label_of(models[_VANILLA])
     found = build_loaders(cfg, id2label)
     first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
@@ -227,7 +243,6 @@ def main(**overrides):
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency, "cost": cost}
     if processes.is_main():
         print_summary(rows, latency, cost, won_back, first)
-        folder = Path(cfg.OUTPUT_DIR)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, found[first].dataset, device, id2label, folder / "masks.png")
         score = {row["model"]: row["mAP"] for row in rows if row["images"] == first}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from utils import (
+    checkpoint,
     comparison,
     config,
     datasets,
@@ -131,8 +132,12 @@ def main(**overrides):
     detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
-    device = processes.device()
+    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    checkpoint.require_writable(folder)
     models = build_models(cfg, device)
+    comparison.note_other_sizes({"RTDETR_MODEL_NAME": detector.trained_size(cfg.RTDETR_MODEL_NAME),
+                                 "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
+                                cfg.IMAGE_SIZE)
     id2label = detector.id2label_of(models[_VANILLA])
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
@@ -144,7 +149,6 @@ def main(**overrides):
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
     if processes.is_main():
         print_summary(rows, latency, twins)
-        folder = Path(cfg.OUTPUT_DIR)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, rainy.dataset, device, id2label, folder / "detections.png")
         on_rain = {row["model"]: row["mAP"] for row in rows if row["images"] == "rainy"}

@@ -63,7 +63,7 @@ BATCH_SIZE = 16                         # per GPU; 6 to 8 on 8 GB
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in each phase
 SCHEDULE = "cosine"                     # constant, cosine or step
-CLIP_NORM = 1.0                         # limit of the gradient's norm
+CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase
@@ -245,6 +245,9 @@ def main(**overrides):
     weights = loss_weights(cfg)
     if "detection" not in weights and "consistency" not in weights:
         raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
+    if min(cfg.RAIN_SCORE_WEIGHT, cfg.CLEAN_SCORE_WEIGHT) < 0 or cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
+        raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT} and CLEAN_SCORE_WEIGHT = "
+                               f"{cfg.CLEAN_SCORE_WEIGHT}: neither may be negative, nor both 0")
     phases = planned_phases(cfg, weights)
     if cfg.demo:
         demo.ensure_demo()
@@ -260,6 +263,10 @@ def main(**overrides):
         "clean" in val) else {}
     teacher = freeze.freeze(copy.deepcopy(model)) if needs_twins(weights) else None
     folder = Path(cfg.OUTPUT_DIR)
+    common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
+              "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
+              "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights}
+    engine.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
     if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
         engine.set_aside(folder, ("phase1", "phase2", "model"))
 
@@ -279,12 +286,10 @@ def main(**overrides):
         results[phase] = result = engine.fit(
             model, train_loader,
             lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher, cfg.FEATURE_LEVEL),
-            output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups, loss_weights=weights,
+            output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups,
             evaluate=validate, score="score", on_best=keep_best,
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
-            accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-            schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-            ema=cfg.EMA_DECAY, constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS)
+            patience=cfg.EARLY_STOPPING_PATIENCE, constants=cfg.as_dict(), resume=cfg.RESUME, **common)
         if result["stopped"] == "interrupted":
             return results
         best_score = max(best_score, result["best_score"])
@@ -300,8 +305,10 @@ def print_summary(results, folder, cfg):
             for phase, result in results.items()]
     names = [name for name in ("epoch", "score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50") if name in rows[0]]
     processes.say("\nbest epochs\n" + report.table(rows, {"phase": ""} | {name: name for name in names}))
-    processes.say(f"model: {(folder / 'model').as_posix()}\n"
-                  f"next: python Eval_FeatureDerain.py{' --demo' if cfg.demo else ''}")
+    model = (folder / "model").as_posix()
+    row = {"multiscale": f"MULTISCALE_MODEL_NAME {model}", "lightweight": f"LIGHTWEIGHT_MODEL_NAME {model}",
+           "none": f"FINETUNED_MODEL_NAME {model}/rtdetr"}[cfg.DERAIN_TYPE]
+    processes.say(f"model: {model}\nnext: python Eval_FeatureDerain.py{' --demo' if cfg.demo else ''} --{row}")
 
 
 if __name__ == "__main__":

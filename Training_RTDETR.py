@@ -38,6 +38,7 @@ COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
 PERCENT_DATASET = 100                   # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that only the validation files have
 AUGMENTATION = "full"                   # full: colour, zoom out, IoU crop, mirror; mirror: only that (plenty of data)
 
 # --- model --------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # encoder, decoder and heads
 BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly; from scratch as LEARNING_RATE
 WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
-CLIP_NORM = 0.1                         # RT-DETR's own value
+CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR's own; 0: none
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
@@ -78,10 +79,12 @@ def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
     categories = datasets.read_annotations(datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    if not names:
+        raise config.UserError(f"COCO_DIR = '{cfg.COCO_DIR}': the training annotations list no categories")
     if not cfg.RTDETR_MODEL_NAME:
         return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
     model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
-    known = datasets.label_table(categories, detector.id2label_of(model), "", unknown="list")
+    known = datasets.label_table(categories, detector.id2label_of(model), "", unknown=None)
     if len(known) < len(categories):
         processes.say(f"{cfg.RTDETR_MODEL_NAME} does not know all classes of the data: new class heads for "
                       f"{', '.join(names)}")
@@ -96,11 +99,12 @@ def build_loaders(cfg, id2label):
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
-        coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+        coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
+        unknown=cfg.UNKNOWN_CATEGORIES)
     roots = {"clean": (cfg.COCO_DIR, "COCO_DIR", cfg.COCO_RATIO), "rainy": (cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR",
                                                                            cfg.RAIN_RATIO)}
     val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                                 constant=constant, domain=domain)
+                                                 constant=constant, domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
            for domain, (root, constant, ratio) in roots.items() if ratio > 0}
     for note in train.notes + [note for data in val.values() for note in data.notes]:
         processes.say(f"note: {note}")

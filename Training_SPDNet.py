@@ -59,7 +59,7 @@ LEARNING_RATE = 5e-4                    # published, for Adam; short runs from t
 SCHEDULE = "step"                       # constant, cosine or step
 DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shares of the run
 WARMUP_STEPS = 100                      # optimizer steps; without, the first ones break the identity
-CLIP_NORM = 1.0                         # limit of the gradient's norm
+CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster
 EARLY_STOPPING_PATIENCE = 50            # epochs without a better validation PSNR
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
@@ -151,6 +151,9 @@ def main(**overrides):
     if cfg.VAL_IMAGES < 1 or cfg.PATCH_SIZE < 16:
         raise config.UserError(f"VAL_IMAGES = {cfg.VAL_IMAGES} must be 1 or more, PATCH_SIZE = {cfg.PATCH_SIZE} at "
                                "least 16")
+    if cfg.SPDNET_N_FEATS < 6 or cfg.SPDNET_N_FEATS % 2 or cfg.SPDNET_N_RESBLOCKS < 1:
+        raise config.UserError(f"SPDNET_N_FEATS = {cfg.SPDNET_N_FEATS} must be an even number from 6 on, "
+                               f"SPDNET_N_RESBLOCKS = {cfg.SPDNET_N_RESBLOCKS} 1 or more")
     if not 0 < cfg.IMAGE_SCALE <= 1:
         raise config.UserError(f"IMAGE_SCALE = {cfg.IMAGE_SCALE}: choose a number in (0, 1], such as 1.0 or 0.5")
     if cfg.demo:

@@ -89,6 +89,8 @@ def main(**overrides):
     """Export; -> {model: {format: largest difference}}."""
     cfg = config.resolve(globals(), overrides)
     detector.require_size(cfg.IMAGE_SIZE)
+    if cfg.BATCH_SIZE < 1:
+        raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE}: choose 1 or more")
     if not cfg.FORMATS or set(cfg.FORMATS) - _SUFFIXES.keys():
         raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(_SUFFIXES)}")
     if "onnx" in cfg.FORMATS:

@@ -111,10 +111,19 @@ def test_sizes_and_fields_that_do_not_fit_are_named(coco):
         open_set(coco / "coco")
 
 
+@pytest.mark.parametrize("box", [[], None, [1, 2, 3], ["a", 2, 3, 4]])
+def test_a_bbox_that_is_none_is_named(coco, box):
+    edit(coco / "coco", lambda content: content["annotations"][0].update(bbox=box))
+    with pytest.raises(UserError, match=r"the bbox of annotation \d+ is .*not \[x, y, width, height\]"):
+        open_set(coco / "coco")
+
+
 def test_old_spellings_of_coco_classes_match():
     table = datasets.label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
                                  {3: "motorbike", 57: "sofa"}, "x.json")
     assert table == {4: 3, 63: 57}
+    with pytest.raises(UserError, match="UNKNOWN_CATEGORIES = 'Ignore'"):
+        datasets.label_table([{"id": 4, "name": "motorcycle"}], {3: "motorbike"}, "x.json", unknown="Ignore")
 
 
 def test_the_domain_is_the_roots_not_the_paths(coco):
@@ -207,6 +216,11 @@ def test_paired_folders(tmp_path):
     assert (sample["image"].int() - sample["twin"].int()).abs().max() < 4  # the partner, not another image
     larger = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(64))[0]
     assert larger["image"].shape == (3, 64, 64)
+    ramp = torch.arange(3).repeat(3, 5, 1).to(torch.uint8)  # 5 x 3 pixels: less than half of the patch
+    patch = presets.PairedPatch(8)({"image": ramp, "twin": ramp})["image"].float().mean(0)
+    ends = torch.tensor([0.0, 1, 2, 2, 1, 0, 0, 1])
+    assert any(torch.equal(patch, view) for row in (ends, ends.flip(0)) for view in (row.expand(8, 8),
+                                                                                     row.expand(8, 8).T))
     parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0), part=part)
              for part in ((0, 0.6), (0.6, 1))]
     assert not {p for p, _ in parts[0].pairs} & {p for p, _ in parts[1].pairs}

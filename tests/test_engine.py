@@ -75,6 +75,12 @@ def test_a_new_start_sets_the_earlier_run_aside(coco, tmp_path):
     assert (tmp_path / "out" / "previous_1" / "last.pt").read_bytes() == before
 
 
+def test_a_clip_norm_of_0_clips_nothing(coco, tmp_path):
+    free, none = (run(coco, tmp_path / str(norm), epochs=1, clip_norm=norm)[0].head[0].weight for norm in (0.0, None))
+    assert torch.equal(free, none)
+    assert not torch.equal(free, run(coco, tmp_path / "small", epochs=1, clip_norm=1e-12)[0].head[0].weight)
+
+
 def test_resume_extends_a_finished_run_and_tells_changed_constants(coco, tmp_path, capsys):
     run(coco, tmp_path / "out", epochs=1, constants={"BATCH_SIZE": 2})
     _, result = run(coco, tmp_path / "out", epochs=2, resume=True, constants={"BATCH_SIZE": 3})

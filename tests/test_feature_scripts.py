@@ -164,6 +164,11 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"COCO_RATIO": 0.4}, "add up to 1"),
     ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL = 'decoder'"),
     ({"EMA_DECAY": 1.5}, "EMA_DECAY = 1.5"),
+    ({"RAIN_SCORE_WEIGHT": -1.0}, "RAIN_SCORE_WEIGHT = -1.0"),
+    ({"RAIN_SCORE_WEIGHT": 0.0, "CLEAN_SCORE_WEIGHT": 0.0}, "nor both 0"),
+    ({"PHASE2_DETECTOR_LR": -1.0}, "a learning rate is -1.0"),
+    ({"SCHEDULE": "linear"}, "SCHEDULE = 'linear'"),
+    ({"UNKNOWN_CATEGORIES": "Error"}, "UNKNOWN_CATEGORIES = 'Error'"),
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
     ({"PHASE1_EPOCHS": -1}, "PHASE1_EPOCHS = -1"),
     ({"PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 0}, "nothing to train"),
@@ -172,10 +177,13 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"NUM_WORKERS": -1}, "NUM_WORKERS = -1"),
 ])
 def test_training_refuses_with_one_clear_line(base, change, message):
+    earlier = Path(base["OUTPUT_DIR"]) / "model" / "derain.pt"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     with pytest.raises(UserError, match=message) as error:
         Training.main(**base | change)
     assert "\n" not in str(error.value)
-    assert not Path(base["OUTPUT_DIR"]).exists()
+    assert earlier.exists()  # an earlier run is only set aside when a new one begins
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -219,11 +227,17 @@ def test_missing_optional_models_are_notes_and_required_ones_errors(evaluation_b
     results = Eval_FeatureDerain.main(**few)
     assert [row["model"] for row in results["scores"][:2]] == ["Vanilla RT-DETR", "Feature-Level (Multiscale)"]
     shown = capsys.readouterr().out
+    assert "was trained at" not in shown
+    Eval_FeatureDerain.main(**few | {"IMAGE_SIZE": 128, "PICTURES": 1})
+    assert "MULTISCALE_MODEL_NAME was trained at IMAGE_SIZE = 96, not 128" in capsys.readouterr().out
     for note in ("note: LIGHTWEIGHT_MODEL_NAME is empty", "note: SPDNET_MODEL_PATH './none.pt' does not exist"):
         assert note in shown
     for change, message in (({"MULTISCALE_MODEL_NAME": "./none"}, "MULTISCALE_MODEL_NAME.*Training_FeatureDerain"),
                             ({"RTDETR_MODEL_NAME": "./none"}, "RTDETR_MODEL_NAME"),
                             ({"DATASET": "kitti"}, "DATASET = 'kitti'"),
+                            ({"MULTISCALE_MODEL_NAME": str(weights / "lightweight")},
+                             "MULTISCALE_MODEL_NAME.*DERAIN_TYPE = 'lightweight', not 'multiscale'"),
+                            ({"OUTPUT_DIR": str(weights / "rtdetr" / "config.json")}, "cannot write to"),
                             ({"NUM_WORKERS": -1}, "NUM_WORKERS = -1"),
                             ({"DATASET": "mixedrain", "MIXEDRAIN_DIR": "./none"}, "MIXEDRAIN_DIR.*labels.txt")):
         with pytest.raises(UserError, match=message):
@@ -271,6 +285,12 @@ def test_mixedrain_names_the_bad_line(mixed, line, message):
     with pytest.raises(UserError, match=message) as error:
         mixedrain.read_mixedrain(mixed)
     assert "\n" not in str(error.value)
+
+
+def test_mixedrain_in_another_encoding(mixed):
+    (mixed / "labels.txt").write_bytes("mist_\u00e9 0 0.5 0.5 0.5 0.25".encode("latin-1"))
+    with pytest.raises(UserError, match="labels.txt is not a text file in UTF-8"):
+        mixedrain.read_mixedrain(mixed)
 
 
 def test_evaluation_on_mixedrain(evaluation_base, mixed, capsys):

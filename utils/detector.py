@@ -4,10 +4,12 @@ Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024. Input:
 no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4), normalised cxcywh.
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -65,13 +67,16 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     Raises:
         UserError: not there, hub unreachable, not an RT-DETR, another number of classes.
     """
-    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or os.sep in name.replace("/", "", 1)
+    looks_local = (Path(name).exists() or name.startswith((".", "/", "~")) or "/" not in name  # hub ids: owner/name
+                   or os.sep in name.replace("/", "", 1))
     if looks_local and not (Path(name) / "config.json").is_file():
         raise UserError(f"{constant} = '{name}': no config.json in that folder. Give a folder that save_pretrained "
                         "wrote, or a Hugging Face hub id such as PekingU/rtdetr_r18vd.")
     changes = {} if new_classes is None else {
         "id2label": new_classes, "label2id": {text: label for label, text in new_classes.items()},
         "ignore_mismatched_sizes": True}
+    loudness = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # an unreachable hub is reported below, once, and not at each of its retries
     try:
         # float32: transformers keeps a checkpoint's own dtype otherwise
         detector, report = RTDetrForObjectDetection.from_pretrained(
@@ -82,6 +87,8 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
                   f"'hf download {name} --local-dir {name.split('/')[-1]}' and set {constant} to that folder, "
                   "or try --demo.")
         raise UserError(f"{constant} = '{name}' cannot be loaded: {reason}.{advice}") from error
+    finally:
+        hub_logging.set_verbosity(loudness)
     broken = [key for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
     if broken and new_classes is None:
         raise UserError(f"{constant} = '{name}': {len(broken)} weights are missing or misshapen, e.g. {broken[0]}")
@@ -97,6 +104,15 @@ def require_size(image_size):
     if image_size < 32 or image_size % 32:
         raise UserError(f"IMAGE_SIZE = {image_size}: RT-DETR needs a multiple of 32, such as "
                         f"{max(32, round(image_size / 32) * 32)}")
+
+
+def trained_size(folder):
+    """-> side of the images that a detector folder was written for, None where it does not say (or is a hub id)."""
+    file = Path(folder) / "preprocessor_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["size"]["height"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def id2label_of(detector):

@@ -58,7 +58,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         on_best: (plain model) -> None, writes the script's own output; main process only.
         sample_images: (plain model) -> {tag: (3, H, W) float image in [0, 1]} for TensorBoard.
         accumulate: batches per optimizer step; the last, smaller group of an epoch counts as well.
-        clip_norm: limit of the gradient's norm, None for none.
+        clip_norm: limit of the gradient's norm, 0 or None for none.
         warmup_steps, schedule, milestones: see `schedule_factor`, in optimizer steps.
         plateau: for schedule "plateau", (name of a metric that should fall, patience, factor): see `plateau_factor`.
         precision: one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with
@@ -80,17 +80,11 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         UserError: nothing to train, a loss that is not finite, an unwritable folder.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
-    known_schedules = SCHEDULES if plateau else [name for name in SCHEDULES if name != "plateau"]
-    for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
-        if value not in known:
-            raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
-    for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
-                        ("CHECKPOINT_STEPS", checkpoint_steps)):
-        if value < 1:
-            raise UserError(f"{name} = {value}: choose 1 or more")
-    if not 0 <= ema < 1:
-        raise UserError(f"EMA_DECAY = {ema}: choose 0 (no average) or a number below 1, such as 0.999")
-    _require_numbers(parameters, loss_weights, clip_norm, warmup_steps)
+    require_settings(epochs=epochs, rates=[group["lr"] for group in parameters], loss_weights=loss_weights,
+                     accumulate=accumulate, clip_norm=clip_norm, warmup_steps=warmup_steps, schedule=schedule,
+                     plateau=plateau, precision=precision, precisions=precisions, ema=ema,
+                     checkpoint_steps=checkpoint_steps,
+                     decays=[group.get("weight_decay", 0.0) for group in parameters])
     run = _Run(model, loader, compute_losses, Path(output_dir), epochs, parameters, loss_weights, score, accumulate,
                clip_norm, schedule, warmup_steps, milestones, plateau, precision, optimizer, ema,
                constants or {}, extras or {}, resume_hint, checkpoint_steps, own_files)
@@ -126,12 +120,22 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
 
 
-def _require_numbers(parameters, loss_weights, clip_norm, warmup_steps):
-    """UserError for numbers that would train nothing but nonsense."""
-    for what, value in [*(("a learning rate", group["lr"]) for group in parameters),
-                        *(("a weight decay", group.get("weight_decay", 0.0)) for group in parameters),
+def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warmup_steps, schedule, precision, ema,
+                     checkpoint_steps, plateau=None, precisions=PRECISIONS, decays=()):
+    """UserError for what `fit` refuses; rates, decays: learning rates and weight decays of the parameter groups."""
+    known_schedules = SCHEDULES if plateau else [name for name in SCHEDULES if name != "plateau"]
+    for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
+        if value not in known:
+            raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
+    for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
+                        ("CHECKPOINT_STEPS", checkpoint_steps)):
+        if value < 1:
+            raise UserError(f"{name} = {value}: choose 1 or more")
+    if not 0 <= ema < 1:
+        raise UserError(f"EMA_DECAY = {ema}: choose 0 (no average) or a number below 1, such as 0.999")
+    for what, value in [*(("a learning rate", rate) for rate in rates), *(("a weight decay", d) for d in decays),
                         *((f"the weight of the loss '{name}'", weight) for name, weight in loss_weights.items()),
-                        ("CLIP_NORM", 1.0 if clip_norm is None else clip_norm), ("WARMUP_STEPS", warmup_steps)]:
+                        ("CLIP_NORM", clip_norm or 0.0), ("WARMUP_STEPS", warmup_steps)]:
         if not 0 <= value < math.inf:
             raise UserError(f"{what} is {value}: choose a number that is not negative")
 
@@ -162,7 +166,7 @@ def train_one_epoch(run):
 
         if last_of_group:
             run.scaler.unscale_(run.optimizer)
-            if run.clip_norm is not None:
+            if run.clip_norm:
                 accelerator.clip_grad_norm_(run.trainable, run.clip_norm)
             rate = run.set_learning_rates()
             run.scaler.step(run.optimizer)
@@ -421,7 +425,8 @@ def set_aside(folder, names, resume_hint="RESUME = True"):
     except OSError as error:  # Windows: TensorBoard or another program still has a file open
         raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
                         "or choose another OUTPUT_DIR") from error
-    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} ({resume_hint} would continue it)")
+    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (with {resume_hint} it would have "
+          "gone on; for that, move these files back)")
 
 
 class _Interrupts:

@@ -277,13 +277,19 @@ class FeatureDerainRTDETR(nn.Module):
         (folder / SETTINGS).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", constant="folder"):
-        """Read what `save_pretrained` wrote, in eval mode; UserError that names `constant` otherwise."""
+    def from_pretrained(cls, folder, device="cpu", constant="folder", derain_type=None):
+        """Read what `save_pretrained` wrote, in eval mode; UserError that names `constant` otherwise.
+
+        derain_type: what the model must be, None for any.
+        """
         folder = Path(folder)
         if not (folder / SETTINGS).is_file():
             raise UserError(f"{constant} = '{folder.as_posix()}' has no {SETTINGS}: give the folder model/ that "
                             "Training_FeatureDerain.py wrote")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if derain_type not in (None, settings["derain_type"]):
+            raise UserError(f"{constant} = '{folder.as_posix()}' holds DERAIN_TYPE = '{settings['derain_type']}', "
+                            f"not '{derain_type}'")
         model = cls(detector.load_rtdetr(str(folder / "rtdetr"), constant=constant), **settings)
         state = checkpoint.load(folder / "derain.pt")
         checkpoint.load_into(model.derain_module, state, (folder / "derain.pt").as_posix())

@@ -60,6 +60,12 @@ def require_trained_scale(spdnet_path, derain_scale):
         raise UserError(f"DERAIN_SCALE = {derain_scale}, but {spdnet_path} was trained with {scale}: set it to that")
 
 
+def trained_size(spdnet_path):
+    """-> IMAGE_SIZE of the run whose best.pt lies beside the weights, None without."""
+    trained = Path(spdnet_path).parent / "best.pt"
+    return (checkpoint.load(trained).get("constants") or {}).get("IMAGE_SIZE") if trained.is_file() else None
+
+
 def derain_unclamped(spdnet, pixel_values, scale=1.0):
     """SPDNet in the project's unit, its output as it is.
 

@@ -49,7 +49,10 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
             raise UserError(f"{constant}: {path.as_posix()} and {by_name[path.stem]['file_name']} share a name")
         by_name[path.name] = images[-1]
     annotations = []
-    text = (root / "labels.txt").read_text(encoding="utf-8-sig")
+    try:
+        text = (root / "labels.txt").read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{(root / 'labels.txt').as_posix()} is not a text file in UTF-8: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             annotations.append({"id": len(annotations) + 1, "iscrowd": 0}

@@ -55,7 +55,7 @@ def detection(size):
 class PairedPatch:
     """A random `size` x `size` patch of image and twin, mirrored and turned (the de-raining literature's recipe).
 
-    An image that is smaller than the patch is reflected at its border.
+    An image that is smaller than the patch is reflected at its borders, as often as needed.
     """
 
     def __init__(self, size):
@@ -67,9 +67,9 @@ class PairedPatch:
         result = dict(sample)
         for key in ("image", "twin"):
             patch = sample[key][..., top:top + self.size, left:left + self.size]
-            short = [max(self.size - side, 0) for side in (patch.shape[-1], patch.shape[-2])]
-            if any(short):
-                patch = v2.functional.pad(patch, [0, 0, *short], padding_mode="symmetric")
+            if min(patch.shape[-2:]) < self.size:
+                rows, columns = (_reflected(side, self.size) for side in patch.shape[-2:])
+                patch = patch[..., rows, :][..., columns]
             patch = patch.flip(-1) if mirror else patch
             result[key] = tv_tensors.Image(patch.transpose(-1, -2) if turns else patch)
         return result
@@ -78,6 +78,12 @@ class PairedPatch:
 def _draw(number):
     """-> a random integer in [0, number), 0 where there is no choice."""
     return int(torch.randint(number, ())) if number > 1 else 0
+
+
+def _reflected(side, size):
+    """-> `size` indices into an axis of `side` pixels: 0 1 2 2 1 0 0 1 ..."""
+    there_and_back = torch.arange(size) % (2 * side)
+    return torch.minimum(there_and_back, 2 * side - 1 - there_and_back)
 
 
 def paired_patches(size, scale=1.0):

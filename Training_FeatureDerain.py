@@ -73,7 +73,7 @@ SEED = 0                                # subset, order, augmentation, initial w
 # --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0) -------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
 CONSISTENCY_WEIGHT = 5.0                # rainy images: features against the pretrained ones of the clean twin
-IDENTITY_WEIGHT = 10.0                  # clean images: features against their own pretrained ones
+IDENTITY_WEIGHT = 4.0                   # clean images: features against their own pretrained ones
 FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 1,
-    "PHASE2_EPOCHS": 8, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 1e-3, "PHASE2_DETECTOR_LR": 5e-4, "BATCH_SIZE": 8,
+    "PHASE2_EPOCHS": 9, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 1e-3, "PHASE2_DETECTOR_LR": 5e-4, "BATCH_SIZE": 8,
     "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 

@@ -114,7 +114,7 @@ def test_sizes_and_fields_that_do_not_fit_are_named(coco):
 @pytest.mark.parametrize("box", [[], None, [1, 2, 3], ["a", 2, 3, 4]])
 def test_a_bbox_that_is_none_is_named(coco, box):
     edit(coco / "coco", lambda content: content["annotations"][0].update(bbox=box))
-    with pytest.raises(UserError, match=r"the bbox of annotation \d+ is .*not \[x, y, width, height\]"):
+    with pytest.raises(UserError, match=r"annotation \d+: bbox .* is not \[x, y, width, height\]"):
         open_set(coco / "coco")
 
 

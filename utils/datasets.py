@@ -260,7 +260,7 @@ def read_annotations(path):
     for note in content["annotations"]:
         box = note["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
-            raise UserError(f"{Path(path).as_posix()}: the bbox of annotation {note['id']} is {str(box)[:80]}, not "
+            raise UserError(f"{Path(path).as_posix()}: annotation {note['id']}: bbox {str(box)[:80]} is not "
                             "[x, y, width, height]")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:

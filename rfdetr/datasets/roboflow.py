@@ -75,10 +75,6 @@ def _problem(content):
     for image in content["images"]:
         if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
             return f"image {image['id']} ({image['file_name']}) has no whole positive width and height"
-    for note in content["annotations"]:
-        box = note["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
-            return f"annotation {note['id']}: bbox {str(box)[:60]} is not [x, y, width, height]"
     return None
 
 

@@ -106,7 +106,8 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             plain.eval()
             processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
             with run.average.applied() if run.average else nullcontext():
-                processes.same_buffers(plain)  # the average's as well
+                if run.average:
+                    processes.same_buffers(plain)  # now the average's
                 with torch.no_grad():
                     record.update(evaluate(plain) if evaluate else {})
                     pictures = sample_images(plain) if sample_images and run.main else {}

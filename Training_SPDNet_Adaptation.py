@@ -92,6 +92,8 @@ def build_model(cfg, device):
         derain_scale=cfg.DERAIN_SCALE)
     model.derain_module.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
     processes.say(freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module}))
+    if note := integrated_model.pretraining_note(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE):
+        processes.say(f"note: {note}")
     return model
 
 

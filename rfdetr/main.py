@@ -263,8 +263,8 @@ def frozen_detector_with_masks(cfg, source, names):
         raise UserError(f"{source.as_posix()} knows {', '.join(found['class_rows'])}, but not {', '.join(strangers)} "
                         f"of the data set. Cut the head of the stage-1 checkpoint to these classes:\n  {shrink}")
     resolution = cfg.RESOLUTION or args["resolution"]
-    loaded, model = model, RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
-    weights.load_pretrained(model, {"model": loaded.state_dict()})
+    model = RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
+    weights.load_pretrained(model, source)
     freeze.freeze(model.detector)
     return model, {name: found["class_rows"][name] for name in names}, resolution
 

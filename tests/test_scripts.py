@@ -15,7 +15,7 @@ import Eval_SPDNet_Adaptation
 import Training_RTDETR
 import Training_SPDNet
 import Training_SPDNet_Adaptation as Adaptation
-from utils import detector
+from utils import detector, integrated_model
 from utils.config import UserError
 from utils.spdnet import load_spdnet
 
@@ -182,6 +182,10 @@ def test_spdnet_training(coco, capsys):
     assert more["history"][0]["mse"] < result["history"][0]["mse"]
     half = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "half"), "IMAGE_SCALE": 0.5})
     assert half["history"][0]["val/psnr_y"] != result["history"][0]["val/psnr_y"]
+    note = integrated_model.pretraining_note(coco / "half" / "spdnet_best.pt", 1.0)
+    assert "IMAGE_SCALE = 0.5" in note and note.endswith("here it is 1.0")
+    assert integrated_model.pretraining_note(coco / "half" / "spdnet_best.pt", 0.5) is None
+    assert integrated_model.pretraining_note(coco / "nothing" / "spdnet_best.pt", 0.5) is None
     with pytest.raises(UserError, match="IMAGE_SCALE"):
         Training_SPDNet.main(**settings | {"IMAGE_SCALE": 0.0})
     with pytest.raises(UserError, match="INITIALISATION"):

@@ -60,6 +60,19 @@ def require_trained_scale(spdnet_path, derain_scale):
         raise UserError(f"DERAIN_SCALE = {derain_scale}, but {spdnet_path} was trained with {scale}: set it to that")
 
 
+def pretraining_note(spdnet_path, derain_scale):
+    """-> a line where best.pt of Training_SPDNet.py beside the weights names another scale than DERAIN_SCALE, or None.
+
+    A line and no error: adaptation may well move an SPDNet to another scale, it only starts further off.
+    """
+    trained = Path(spdnet_path).with_name("best.pt")
+    scale = (checkpoint.load(trained).get("constants") or {}).get("IMAGE_SCALE") if trained.is_file() else None
+    if scale in (None, derain_scale):
+        return None
+    return (f"{Path(spdnet_path).as_posix()} was trained with IMAGE_SCALE = {scale}: DERAIN_SCALE = {scale} shows it "
+            f"rain of the size that it knows, here it is {derain_scale}")
+
+
 def trained_size(spdnet_path):
     """-> IMAGE_SIZE of the run whose best.pt lies beside the weights, None without."""
     trained = Path(spdnet_path).parent / "best.pt"

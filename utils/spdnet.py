@@ -197,9 +197,9 @@ def thin_conv(maps: tuple[Tensor, ...], conv: nn.Conv2d) -> Tensor:
     an output channel of a matrix product, and `fold` adds the nine results at their places.
     """
     weights = conv.weight.flip(2, 3).flatten(2).transpose(1, 2).flatten(0, 1)            # (out * 9, in)
-    taps = sum(F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), weight)                     # (B, h * w, out * 9)
+    taps = sum(weight.expand(len(x), -1, -1) @ x.flatten(2)                              # (B, out * 9, h * w)
                for x, weight in zip(maps, weights.split([x.shape[1] for x in maps], 1), strict=True))
-    return F.fold(taps.transpose(1, 2), maps[0].shape[2:], 3, padding=1) + conv.bias[:, None, None]
+    return F.fold(taps, maps[0].shape[2:], 3, padding=1) + conv.bias[:, None, None]
 
 
 class HaarFilters(nn.Module):

@@ -6,7 +6,8 @@
 
 Prints COCO scores, cost and the guide's comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
 versions), latency_map.png and masks.png (detections, and where each scale sees rain). Models whose constant is "" or
-whose file is not there are left out with a note; only the vanilla detector and the multiscale model must be there.
+whose file is not there are left out with a note; the vanilla detector must be there, and the
+multiscale model unless its constant is "".
 """
 
 from pathlib import Path
@@ -55,7 +56,7 @@ DERAIN_SCALE = 1.0                      # of both SPDNets, as they were trained
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 24                    # validation batch, and the batch N of the latencies
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
-COMPILE = False                         # True: torch.compile every model first (minutes), then score and time it
+COMPILE = False                         # True: torch.compile every model first (minutes; on Windows: triton-windows)
 PICTURES = 6                            # images on the page of masks
 SCORE_THRESHOLD = 0.4                   # boxes drawn on it
 SEED = 0                                # of the subset
@@ -226,8 +227,10 @@ def main(**overrides):
         raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
     if cfg.demo:
         demo.ensure_demo()
-    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
+    if cfg.COMPILE:
+        comparison.require_compiler(device)
     models = build_models(cfg, device)
     note_other_sizes(cfg)
     id2label = detector.id2label_of(models[_VANILLA])

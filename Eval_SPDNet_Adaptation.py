@@ -132,7 +132,7 @@ def main(**overrides):
     detector.require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         demo.ensure_demo()
-    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
     models = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": detector.trained_size(cfg.RTDETR_MODEL_NAME),

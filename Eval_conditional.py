@@ -285,7 +285,7 @@ def main(**overrides):
         for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
             if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
                 setattr(cfg, constant, "")
-    device, folder = processes.device(), Path(cfg.OUTPUT_DIR)
+    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
     rain_detector, branches, pipelines = build_models(cfg, device)
     id2label = detector.id2label_of(branches["vanilla"])

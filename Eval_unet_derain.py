@@ -266,7 +266,7 @@ def main(**overrides):
         ensure_windshield_demo()
     if cfg.LABELED_RAIN_DIR:
         detector.require_size(cfg.DETECTOR_SIZE)
-    device = processes.device()
+    device = processes.announced_device()
     model = load_unet(cfg.UNET_PATH, device)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
     folder, results = Path(cfg.OUTPUT_DIR), {"pairs": [], "real": [], "detection": []}

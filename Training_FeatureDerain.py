@@ -252,7 +252,7 @@ def main(**overrides):
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)
-    device = processes.device()
+    device = processes.announced_device()
     model = build_model(cfg, device)
     id2label = detector.id2label_of(model.rtdetr)
     train, val = build_data(cfg, id2label, weights)

@@ -159,6 +159,7 @@ def main(**overrides):
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)
+    processes.announced_device()
     model = build_model(cfg)
     id2label = detector.id2label_of(model)
     train_loader, val_loaders = build_loaders(cfg, id2label)

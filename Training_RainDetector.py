@@ -163,7 +163,7 @@ def main(**overrides):
     if cfg.demo:
         demo.ensure_demo()
     engine.seed_everything(cfg.SEED)
-    device = processes.device()
+    device = processes.announced_device()
     model = new_rain_detector(cfg.BACKBONE_WEIGHTS).to(device)
     processes.say(freeze.describe({"rain detector": model}))
     train, val = build_data(cfg)

@@ -316,7 +316,7 @@ def main(**overrides):
                                "least 0")
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
         demo_clip.ensure_clip(cfg.SOURCE)
-    device = processes.device()
+    device = processes.announced_device()
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         models = build_models(cfg, device)
         folder = new_folder(cfg.OUTPUT)

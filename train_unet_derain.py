@@ -321,7 +321,7 @@ def main(**overrides):
     if cfg.demo:
         ensure_windshield_demo()
     engine.seed_everything(cfg.SEED)
-    device = processes.device()
+    device = processes.announced_device()
     model = build_model(cfg, device)
     perceptual = build_perceptual(cfg, device)
     data = build_data(cfg)

@@ -111,6 +111,27 @@ def test_sizes_and_fields_that_do_not_fit_are_named(coco):
         open_set(coco / "coco")
 
 
+@pytest.mark.parametrize("width", ["64", None, 0])
+def test_a_size_that_is_none_is_named(coco, width):
+    edit(coco / "coco", lambda content: content["images"][0].update(width=width))
+    with pytest.raises(UserError, match=r"image \d+: width and height must be positive numbers"):
+        open_set(coco / "coco")
+    edit(coco / "coco", lambda content: content["images"].__setitem__(0, None))
+    with pytest.raises(UserError, match="an entry of 'images' has no id"):
+        open_set(coco / "coco")
+
+
+def test_two_categories_of_one_class_are_refused_where_both_are_used(coco):
+    data = open_set(coco / "coco")
+    name = next(c["name"] for c in json.loads(data.annotation_file.read_text())["categories"] if c["id"] == 3)
+    edit(coco / "coco", lambda content: content["categories"].append({"id": 9, "name": name.upper()}))
+    assert open_set(coco / "coco").category_of == data.category_of  # nothing carries the new one
+    edit(coco / "coco", lambda content: content["annotations"][0].update(category_id=9))
+    edit(coco / "coco", lambda content: content["annotations"][1].update(category_id=3))
+    with pytest.raises(UserError, match="categories 3 and 9 are the same class|categories 9 and 3 are the same class"):
+        open_set(coco / "coco")
+
+
 @pytest.mark.parametrize("box", [[], None, [1, 2, 3], ["a", 2, 3, 4]])
 def test_a_bbox_that_is_none_is_named(coco, box):
     edit(coco / "coco", lambda content: content["annotations"][0].update(bbox=box))

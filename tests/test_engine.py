@@ -217,3 +217,14 @@ def test_spdnet_trains_although_some_tensors_are_never_used():
     loss.backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None}
     assert unused == set(model.unused_parameters())
+
+
+def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch):
+    for name, answer in (("is_available", True), ("get_device_name", "Tesla T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    settings = {"epochs": 1, "rates": [1e-3], "loss_weights": {}, "accumulate": 1, "clip_norm": 1.0, "warmup_steps": 0,
+                "schedule": "cosine", "ema": 0.0, "checkpoint_steps": 1}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="Tesla T4 has no bf16"):
+        engine.require_settings(precision="bf16", **settings)
+    engine.require_settings(precision="float32", **settings)

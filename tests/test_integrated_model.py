@@ -56,6 +56,29 @@ def test_asking_for_features_changes_no_output(model, images, level):
     assert losses.feature_consistency(rich.features, same) < 1e-9
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_many_images_pass_spdnet_in_parts_without_gradients(model, monkeypatch, scale):
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    whole = integrated_model.derain_unclamped(model.derain_module, images, scale)  # with gradients: at once
+    seen = []
+    model.derain_module.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])))
+    monkeypatch.setattr(integrated_model, "PIXELS_AT_ONCE", 2 * int(64 * scale) ** 2)
+    with torch.no_grad():
+        parts = integrated_model.derain_unclamped(model.derain_module, images, scale)
+    assert seen == [2, 2, 1] and torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_a_foreign_best_pt_beside_the_weights_is_left_alone(tmp_path):
+    for content in (b"no checkpoint", None):
+        if content is None:
+            torch.save([1, 2], tmp_path / "best.pt")
+        else:
+            (tmp_path / "best.pt").write_bytes(content)
+        integrated_model.require_trained_scale(tmp_path / "model_spa.pt", 0.5)
+        assert integrated_model.trained_size(tmp_path / "model_spa.pt") is None
+        assert integrated_model.pretraining_note(tmp_path / "model_spa.pt", 0.5) is None
+
+
 def test_feature_consistency_is_relative_to_each_level():
     targets = [torch.full((2, 4, 8, 8), 100.0), torch.full((2, 8, 2, 2), 0.01)]
     assert losses.feature_consistency(targets, targets).item() == 0

@@ -29,7 +29,7 @@ def base(coco, weights):
             "IMAGE_SIZE": 96, "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
             "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"), "NUM_EPOCHS": 2,
             "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0,
-            "LEARNING_RATE": 2e-4}
+            "LEARNING_RATE": 2e-4, "ACTIVATION_CHECKPOINTING": False}
 
 
 def without(settings, *names):
@@ -135,14 +135,15 @@ def test_adaptation_refuses_with_one_clear_line(base, change, message):
 
 
 def test_plain_detection_loss_needs_no_twins(base):
-    result = Adaptation.main(**base | {"NUM_EPOCHS": 1}, FEATURE_WEIGHT=0.0, ACTIVATION_CHECKPOINTING=True,
+    result = Adaptation.main(**base | {"NUM_EPOCHS": 1, "ACTIVATION_CHECKPOINTING": True}, FEATURE_WEIGHT=0.0,
                              DERAIN_SCALE=0.5, PRECISION="bf16")
     assert set(result["history"][0]) >= {"detection", "clamped"} and "features" not in result["history"][0]
 
 
 def test_evaluation_reports_all_rows(base, weights, coco, capsys):
     out = coco / "eval"
-    settings = without(base, "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "WARMUP_STEPS", "LEARNING_RATE")
+    settings = without(base, "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "WARMUP_STEPS", "LEARNING_RATE",
+                       "ACTIVATION_CHECKPOINTING")
     results = Eval_SPDNet_Adaptation.main(**settings | {
         "OUTPUT_DIR": str(out), "ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"), "PREFIXES": ("00000000000",)})
     rows = {(r["model"], r["images"]): r for r in results["scores"]}

@@ -24,7 +24,8 @@ def written(path, ending=".tmp"):
 
 
 def replace(temporary, path):
-    """os.replace, tried for two seconds: on Windows a virus scanner or an open reader can hold the target that long."""
+    """os.replace of a file or folder, tried for two seconds: on Windows a virus scanner or an open reader can hold the
+    target, or a file in the folder, that long."""
     for patience in (0.1, 0.3, 0.6, 1.0, None):
         try:
             return os.replace(temporary, path)

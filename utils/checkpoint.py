@@ -51,14 +51,14 @@ def replace_folder(write, folder):
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
-        old.rename(folder)
+        atomic.replace(old, folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         write(fresh)
         if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
+            atomic.replace(folder, old)
+        atomic.replace(fresh, folder)
     except OSError as error:  # a full disk; on Windows also a file of the old folder that another program has open
         raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "
                               "folder open.") from error

@@ -1,5 +1,8 @@
 """What the evaluation scripts share when they set several detectors against each other."""
 
+import importlib.util
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +33,16 @@ def evaluate_models(models, loader, device, parts):
             by_part[part].append({"model": name, "images": part, "count": len(ids)}
                                  | evaluation.coco_scores(truth, chosen, data.category_of, ids))
     return rows + [row for part in by_part.values() for row in part]
+
+
+def require_compiler(device):
+    """UserError where torch.compile has nothing to compile with, known before anything is loaded."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("COMPILE = True needs Triton: pip install triton-windows (on Linux it comes with torch), or "
+                        "COMPILE = False")
+    if device.type == "cpu" and sys.platform == "win32" and not shutil.which("cl"):
+        raise UserError("COMPILE = True needs Microsoft's C++ compiler (cl) on a CPU: start from its developer prompt, "
+                        "or COMPILE = False")
 
 
 def note_other_sizes(trained, image_size):

@@ -156,7 +156,7 @@ def _comments(file):
     """-> {constant: its trailing comment} read from the script's source; {} where the source is not there."""
     if not file or not Path(file).is_file():
         return {}
-    source = Path(file).read_text(encoding="utf-8")
+    source = Path(file).read_text(encoding="utf-8-sig")  # Windows PowerShell writes a BOM
     comments, name = {}, None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.start[1] == 0:
@@ -177,6 +177,7 @@ def _show_user_errors(kind, error, traceback):
     elif kind.__name__ == "OutOfMemoryError":
         print("Error: the GPU is out of memory. Lower the batch size (and raise the accumulation steps by the same "
               "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or "
+              "(GPUs from Ampere on) "
               "PRECISION = 'bf16', or leave --no_amp out. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

@@ -101,6 +101,22 @@ def label_table(categories, id2label, source, unknown="error"):
     return table
 
 
+def one_category_each(label_of, annotations, source):
+    """Turn `label_table`'s answer round: -> {label: category id}, under which its detections are scored.
+
+    A category without annotations counts for nothing (Roboflow's exports have one, often of a class's name). UserError
+    where two categories with annotations are the same class: the objects of one of them would all count as missed.
+    """
+    used = {note["category_id"] for note in annotations}
+    found = {}
+    for category, label in sorted(label_of.items(), key=lambda item: item[0] in used):
+        if category in used and found.get(label) in used:
+            raise UserError(f"{source}: categories {found[label]} and {category} are the same class of the detector; "
+                            "give their annotations one category_id")
+        found[label] = category
+    return found
+
+
 def plain_name(name):
     """-> the spelling by which class names are compared: without capitals, COCO's word where there are two."""
     name = str(name).strip().lower()
@@ -169,7 +185,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         self.transform, self.domain, self.seed = transform, domain, seed
         content = read_annotations(self.annotation_file)
         self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
-        self.category_of = {label: category for category, label in self.label_of.items()}
+        self.category_of = one_category_each(self.label_of, content["annotations"], self.annotation_file.as_posix())
         chosen = [content["images"][i] for i in
                   seeded_subset([im["file_name"] for im in content["images"]], percent, seed, part)]
         if not chosen:
@@ -254,9 +270,13 @@ def read_annotations(path):
               "annotations": ("id", "image_id", "category_id", "bbox")}
     for part, keys in needed.items():
         for entry in content[part]:
-            if missing := [key for key in keys if key not in entry]:
+            if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
                 raise UserError(f"{Path(path).as_posix()}: an entry of '{part}' has no {', '.join(missing)}: "
                                 f"{str(entry)[:120]}")
+    for image in content["images"]:
+        if not all(isinstance(image[side], (int, float)) and image[side] > 0 for side in ("width", "height")):
+            raise UserError(f"{Path(path).as_posix()}: image {image['id']}: width and height must be positive numbers, "
+                            f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
     for note in content["annotations"]:
         box = note["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):

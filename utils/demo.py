@@ -189,8 +189,8 @@ def put_in_place(build, root, settings):
     (root / "demo.json").unlink(missing_ok=True)
     for part in PARTS:
         if (root / part).exists():
-            (root / part).rename(build / f"old-{part}")
-        (build / part).rename(root / part)
+            atomic.replace(root / part, build / f"old-{part}")
+        atomic.replace(build / part, root / part)
     (build / "demo.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     atomic.replace(build / "demo.json", root / "demo.json")
 

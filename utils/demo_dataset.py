@@ -96,7 +96,7 @@ def _put_in_place(build, root, settings):
     (root / MARKER).unlink(missing_ok=True)
     for split in SPLITS:
         if (root / split).exists():
-            (root / split).rename(build / f"old-{split}")
-        (build / split).rename(root / split)
+            atomic.replace(root / split, build / f"old-{split}")
+        atomic.replace(build / split, root / split)
     (build / MARKER).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     atomic.replace(build / MARKER, root / MARKER)

@@ -17,7 +17,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from utils import demo, rain, windshield
+from utils import atomic, demo, rain, windshield
 from utils.config import UserError
 
 FORMAT_VERSION = 2   # raise it when the same settings would give other files
@@ -47,8 +47,8 @@ def ensure_windshield_demo(root="./demo", scenes=1200, panes=2, real=12, intensi
     def make(build, refresh):
         _draw(root, build, settings, refresh)
         if folder.exists():
-            folder.rename(build / "old")
-        (build / "windshield").rename(folder)
+            atomic.replace(folder, build / "old")
+        atomic.replace(build / "windshield", folder)
 
     demo.build_once(root, lambda: _is_complete(folder, settings), lambda: _refuse_foreign(folder), make)
     return folder

@@ -128,6 +128,10 @@ def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warm
     for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
         if value not in known:
             raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
+    native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not native:
+        raise UserError(f"PRECISION = 'bf16': {torch.cuda.get_device_name()} has no bf16 (GPUs from Ampere on have); "
+                        "choose float32")
     for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
                         ("CHECKPOINT_STEPS", checkpoint_steps)):
         if value < 1:
@@ -150,6 +154,8 @@ def train_one_epoch(run):
                ascii=True, dynamic_ncols=True, disable=None if run.main else True, leave=False)
     clock.start()
     for batch in run.loader:
+        if accelerator.process_index:  # rank 0's stream is saved and restored; the others' follow from where they are
+            torch.manual_seed(run.seed + (accelerator.process_index << 40) + (run.epoch << 24) + run.batch)
         batch = datasets.to_device(batch, accelerator.device)
         clock.lap("data")
         first = run.batch - run.batch % run.accumulate
@@ -226,7 +232,7 @@ class _Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
-        self.clock = Clock(self.accelerator.device)
+        self.clock, self.seed = Clock(self.accelerator.device), torch.initial_seed() % 2**24
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
 
     @property

@@ -14,6 +14,8 @@ from utils.config import UserError
 from utils.spdnet import SPDNet, load_spdnet
 from utils.spdnet_init import init_near_identity
 
+PIXELS_AT_ONCE = 4 * 640 * 640  # that SPDNet sees at a time without gradients: about 1 GB for 640 x 640
+
 
 class _ClampWithReturn(torch.autograd.Function):
     """clamp(x, 0, 1) whose gradient still pulls values back that have left the range.
@@ -52,10 +54,7 @@ def require_scale(derain_scale):
 
 def require_trained_scale(spdnet_path, derain_scale):
     """UserError where best.pt beside the weights says that they were trained at another DERAIN_SCALE."""
-    trained = Path(spdnet_path).with_name("best.pt")
-    if not trained.is_file():
-        return
-    scale = (checkpoint.load(trained).get("model_args") or {}).get("derain_scale", derain_scale)
+    scale = (_best_beside(spdnet_path).get("model_args") or {}).get("derain_scale", derain_scale)
     if scale != derain_scale:
         raise UserError(f"DERAIN_SCALE = {derain_scale}, but {spdnet_path} was trained with {scale}: set it to that")
 
@@ -65,8 +64,7 @@ def pretraining_note(spdnet_path, derain_scale):
 
     A line and no error: adaptation may well move an SPDNet to another scale, it only starts further off.
     """
-    trained = Path(spdnet_path).with_name("best.pt")
-    scale = (checkpoint.load(trained).get("constants") or {}).get("IMAGE_SCALE") if trained.is_file() else None
+    scale = (_best_beside(spdnet_path).get("constants") or {}).get("IMAGE_SCALE")
     if scale in (None, derain_scale):
         return None
     return (f"{Path(spdnet_path).as_posix()} was trained with IMAGE_SCALE = {scale}: DERAIN_SCALE = {scale} shows it "
@@ -75,8 +73,24 @@ def pretraining_note(spdnet_path, derain_scale):
 
 def trained_size(spdnet_path):
     """-> IMAGE_SIZE of the run whose best.pt lies beside the weights, None without."""
-    trained = Path(spdnet_path).parent / "best.pt"
-    return (checkpoint.load(trained).get("constants") or {}).get("IMAGE_SIZE") if trained.is_file() else None
+    return (_best_beside(spdnet_path).get("constants") or {}).get("IMAGE_SIZE")
+
+
+def _best_beside(spdnet_path):
+    """-> the content of best.pt in the folder of the weights; {} without, or where it is somebody else's."""
+    try:
+        content = checkpoint.load(Path(spdnet_path).with_name("best.pt"))
+    except checkpoint.CheckpointError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _in_parts(spdnet, images):
+    """spdnet(images)[0]; without gradients as many images at a time as PIXELS_AT_ONCE allows, at least one."""
+    at_once = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
+    if torch.is_grad_enabled() or len(images) <= at_once:
+        return spdnet(images)[0]
+    return torch.cat([spdnet(part)[0] for part in images.split(at_once)])
 
 
 def derain_unclamped(spdnet, pixel_values, scale=1.0):
@@ -89,9 +103,9 @@ def derain_unclamped(spdnet, pixel_values, scale=1.0):
         (B, 3, H, W), which may leave [0, 1].
     """
     if scale == 1:
-        return spdnet(pixel_values * 255)[0] / 255
+        return _in_parts(spdnet, pixel_values * 255) / 255
     small = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
-    correction = spdnet(small * 255)[0] / 255 - small
+    correction = _in_parts(spdnet, small * 255) / 255 - small
     return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
 
 

@@ -43,7 +43,7 @@ def training_loader(dataset, batch_size, workers, seed, collate=datasets.collate
         raise UserError(f"BATCH_SIZE = {batch_size}: choose 1 or more")
     accelerator = processes.accelerator()
     batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
-    return _loader(dataset, workers, collate, batch_sampler=batches)
+    return _loader(dataset, workers, collate, batch_sampler=batches, persistent_workers=workers > 0)
 
 
 def validation_loader(dataset, batch_size, workers, collate=datasets.collate):
@@ -61,8 +61,7 @@ def _loader(dataset, workers, collate, **kwargs):
     workers = min(workers, cores.available_cores())
     return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
         dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0, worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(), **kwargs)
+        worker_init_fn=_ignore_interrupts, generator=torch.Generator(), **kwargs)
 
 
 def _ignore_interrupts(worker):

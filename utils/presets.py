@@ -18,19 +18,23 @@ def evaluation(size):
 class Scaled:
     """See `scaled`."""
 
-    def __init__(self, scale):
-        self.scale = scale
+    def __init__(self, scale, limit=None):
+        self.scale, self.limit = scale, limit
 
     def __call__(self, sample):
-        if self.scale == 1:
-            return sample
-        size = [max(1, round(side * self.scale)) for side in sample["image"].shape[-2:]]
-        return v2.Resize(size, antialias=True)(sample)
+        if self.scale != 1:
+            size = [max(1, round(side * self.scale)) for side in sample["image"].shape[-2:]]
+            sample = v2.Resize(size, antialias=True)(sample)
+        if self.limit:
+            size = [min(side, self.limit) for side in sample["image"].shape[-2:]]
+            sample = v2.CenterCrop(size)(sample)
+        return sample
 
 
-def scaled(scale):
-    """Shrink to `scale` of the size, as DERAIN_SCALE does in front of SPDNet; 1.0 leaves the image as it is."""
-    return Scaled(scale)
+def scaled(scale, limit=None):
+    """Shrink to `scale` of the size, as DERAIN_SCALE does in front of SPDNet; 1.0 leaves the image as it is. Of what is
+    then larger than `limit` pixels a side, the middle."""
+    return Scaled(scale, limit)
 
 
 def adaptation(size):

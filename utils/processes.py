@@ -27,6 +27,20 @@ def device():
     return accelerator().device
 
 
+def announced_device():
+    """`device()`, said aloud: a run on the CPU by mistake takes weeks."""
+    chosen = device()
+    if chosen.type == "cuda":
+        memory = torch.cuda.get_device_properties(chosen).total_memory / 2**30
+        text = f"{torch.cuda.get_device_name(chosen)}, {memory:.0f} GB, {accelerator().num_processes} process(es)"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        text = f"CPU, as torch {torch.__version__} is built without CUDA (README: install torch from PyTorch's index)"
+    else:
+        text = "CPU, as torch finds no usable GPU (nvidia-smi shows driver and GPU)"
+    say(f"device: {text}")
+    return chosen
+
+
 def same_buffers(model):
     """Give every process the main one's buffers (BatchNorm statistics); every process must call it."""
     if accelerator().num_processes > 1:

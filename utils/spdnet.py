@@ -3,7 +3,7 @@
 Source: Yi, Li, Dai, Fang, Zhang, Zeng, "Structure-Preserving Deraining with Residue Channel Prior Guidance",
 ICCV 2021. Written from the paper and from a description of the published checkpoints (tensor names, shapes, data
 flow); the published state dicts load here with strict=True and ours load in the published code. Deviations, none of
-which changes a result beyond float32 rounding: everything runs in channels_last; concatenations before a convolution
+which changes a result beyond float32 rounding: it runs in channels_last on the CPU; concatenations before a convolution
 are sums of convolutions; the Haar transform before a convolution is folded into its weights; a channel that is
 repeated three times is convolved once with the summed weights; and of the transposed convolutions only the quarter
 that the nearest-neighbour resize keeps is computed.

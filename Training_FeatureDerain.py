@@ -57,7 +57,7 @@ PHASE1_EPOCHS = 5                       # module alone; 0 leaves the phase out
 PHASE2_EPOCHS = 10                      # module and detector; 0 leaves the phase out
 PHASE1_LR = 5e-4                        # the module is new, so higher than for fine-tuning
 PHASE2_DERAIN_LR = 1e-4                 # module
-PHASE2_DETECTOR_LR = 1e-5               # detector, ten times lower
+PHASE2_DETECTOR_LR = 1e-5               # detector, ten times lower; far more where it still learns, see docs
 FREEZE_BATCH_NORM = True                # phase 2: BatchNorm stays as pretrained; small rainy batches would spoil it
 BATCH_SIZE = 16                         # per GPU; 6 to 8 on 8 GB
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
@@ -72,8 +72,8 @@ SEED = 0                                # subset, order, augmentation, initial w
 
 # --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0) -------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
-CONSISTENCY_WEIGHT = 5.0                # rainy images: features against the pretrained ones of the clean twin
-IDENTITY_WEIGHT = 4.0                   # clean images: features against their own pretrained ones
+CONSISTENCY_WEIGHT = 10.0               # rainy images: features against the pretrained ones of the clean twin
+IDENTITY_WEIGHT = 1.0                   # clean images: features against their own pretrained ones
 FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -88,9 +88,9 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
-    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_feature_derain", "PHASE1_EPOCHS": 1,
-    "PHASE2_EPOCHS": 9, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 1e-3, "PHASE2_DETECTOR_LR": 5e-4, "BATCH_SIZE": 8,
-    "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "REFINE_WIDTH": 1.0, "OUTPUT_DIR": "./demo/outputs_feature_derain",
+    "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 9, "PHASE1_LR": 4e-3, "PHASE2_DERAIN_LR": 4e-3, "PHASE2_DETECTOR_LR": 2e-3,
+    "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 
 

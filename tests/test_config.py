@@ -4,11 +4,13 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from utils import config
+from utils import comparison, config, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = {"RATE": 1e-4, "EPOCHS": 3, "NAME": "a", "FAST": False, "CUTS": (0.5, 0.9), "PLACE": None,
@@ -132,3 +134,30 @@ def test_a_tuple_constant_takes_words_or_a_literal():
     assert resolved("--run_test", "0", "--keep", "car") == (("car",), (1, 2), False)
     with pytest.raises(config.UserError, match="--SIZES x"):
         resolved("--sizes", "x")
+
+
+def test_the_device_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert processes.announced_device() == torch.device("cpu")
+    assert "is built without CUDA" in capsys.readouterr().out
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    processes.announced_device()
+    assert "finds no usable GPU" in capsys.readouterr().out
+
+
+def test_a_script_with_a_byte_order_mark_still_has_its_comments(tmp_path):
+    (tmp_path / "script.py").write_text("\ufeffEPOCHS = 3  # how long\n", encoding="utf-8")
+    assert config._comments(tmp_path / "script.py") == {"EPOCHS": "how long"}
+
+
+@pytest.mark.parametrize(("platform", "device", "there", "message"), [
+    ("linux", "cuda", False, "triton-windows"), ("win32", "cpu", False, "C\\+\\+ compiler"),
+    ("win32", "cpu", True, None), ("linux", "cpu", False, None)])
+def test_compiling_without_a_compiler_is_refused(monkeypatch, platform, device, there, message):
+    monkeypatch.setattr(comparison.sys, "platform", platform)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(comparison.shutil, "which", lambda name: there or None)
+    with pytest.raises(config.UserError, match=message) if message else nullcontext():
+        comparison.require_compiler(torch.device(device))

@@ -5,7 +5,7 @@
     rtdetr/            the detector, trained on clean scenes             Training_RTDETR.py
     spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
     spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py
-    rtdetr_rain/       the detector, fine-tuned on rain                  Training_RTDETR.py
+    rtdetr_rain/       the detector, fine-tuned on rain                  Training_FeatureDerain.py, no module
     rain_detector.pt   is it raining?                                    Training_RainDetector.py
     rfdetr_tiny.pth    the RF-DETR of the stage-1 and stage-2 demos      train_detector_stage1.py
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_detector_stage1  # noqa: E402
+import Training_FeatureDerain  # noqa: E402
 import Training_RainDetector  # noqa: E402
 import Training_RTDETR  # noqa: E402
 import Training_SPDNet  # noqa: E402
@@ -44,8 +45,8 @@ _RTDETR = {"NUM_EPOCHS": 15, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE":
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": 100, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "PRECISION": "bf16", "VAL_IMAGES": 100}  # whole scenes at half size
 _SPDNET_ADAPTED = {"PERCENT_DATASET": 50, "EMA_DECAY": 0.0}
-_RTDETR_RAIN = {"COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "CLIP_NORM": 1.0,
-                "LEARNING_RATE": 3e-4, "BACKBONE_LEARNING_RATE": 3e-4, "EMA_DECAY": 0.0}
+_RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 10, "CONSISTENCY_WEIGHT": 0.0,
+                "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: the module's images and epochs
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
 _RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "none", "EPOCHS": 6,
            "BATCH": 8, "ACCUM": 1, "LR": 5e-4, "BACKBONE_LR": 5e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0,
@@ -106,8 +107,8 @@ def main(**overrides):
                 RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_SPDNET_ADAPTED)
             keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
         elif stage == "rtdetr_rain":
-            Training_RTDETR.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
-            keep(work / stage / "detector", assets / "rtdetr_rain")
+            Training_FeatureDerain.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
+            keep(work / stage / "model" / "rtdetr", assets / "rtdetr_rain")
         elif stage == "rain_detector":
             Training_RainDetector.main(**common, **_RAIN_DETECTOR)
             keep(work / stage / "rain_detector_best.pt", assets / "rain_detector.pt")

@@ -299,7 +299,7 @@ BROKEN_MASK = {"size": [48, 64], "counts": "zz"}
     (_set("categories", 2, name="horse"), "annotates 'horse'.*cat, dog"),
     (lambda content: content.update(images=[]), "image id"),
     (lambda content: content.update(images=[], annotations=[]), "lists no images"),
-    (lambda content: content.update(images=[1, 2]), "not a COCO annotation file"),
+    (lambda content: content.update(images=[1, 2]), "an entry of 'images' has no id"),
     (lambda content: content.pop("categories"), "has no categories"),
 ])
 def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, change, message):

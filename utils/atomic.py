@@ -33,3 +33,10 @@ def replace(temporary, path):
             if patience is None:
                 raise
             time.sleep(patience)
+
+
+def swap_in(fresh, folder, aside):
+    """The folder `fresh` takes the place of `folder`, which moves to `aside` where it exists."""
+    if folder.exists():
+        replace(folder, aside)
+    replace(fresh, folder)

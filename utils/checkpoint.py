@@ -56,9 +56,7 @@ def replace_folder(write, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         write(fresh)
-        if folder.exists():
-            atomic.replace(folder, old)
-        atomic.replace(fresh, folder)
+        atomic.swap_in(fresh, folder, old)
     except OSError as error:  # a full disk; on Windows also a file of the old folder that another program has open
         raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "
                               "folder open.") from error

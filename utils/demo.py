@@ -57,7 +57,7 @@ def ensure_demo(root="./demo", num_train=1200, num_val=200, size=(160, 160), see
 
     def make(build, refresh):
         draw_all(build, settings, refresh)
-        put_in_place(build, root, settings)
+        put_in_place(build, root, PARTS, "demo.json", settings)
 
     build_once(root, lambda: is_complete(root, settings), lambda: refuse_foreign(root), make)
     return root
@@ -184,15 +184,13 @@ def annotation(image_id, thing):
 
 # --- putting it in place ---------------------------------------------------------
 
-def put_in_place(build, root, settings):
-    """Swap the finished parts in. The marker goes first and comes last: without it nothing counts."""
-    (root / "demo.json").unlink(missing_ok=True)
-    for part in PARTS:
-        if (root / part).exists():
-            atomic.replace(root / part, build / f"old-{part}")
-        atomic.replace(build / part, root / part)
-    (build / "demo.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    atomic.replace(build / "demo.json", root / "demo.json")
+def put_in_place(build, root, parts, marker, settings):
+    """Swap the finished folders `parts` in. The marker goes first and comes last: without it nothing counts."""
+    (root / marker).unlink(missing_ok=True)
+    for part in parts:
+        atomic.swap_in(build / part, root / part, build / f"old-{part}")
+    (build / marker).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    atomic.replace(build / marker, root / marker)
 
 
 def refuse_foreign(root):

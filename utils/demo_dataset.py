@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from utils import atomic, demo
+from utils import demo
 from utils.config import UserError
 
 FORMAT_VERSION = 1   # raise it when the same settings would give other files
@@ -46,7 +46,7 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
         for split, source, part in (("train", "train", slice(0, num_train)), ("valid", "val", slice(0, num_valid)),
                                     ("test", "val", slice(num_valid, num_valid + num_test))):
             _copy_split(scenes, source, part, build / split, refresh)
-        _put_in_place(build, root, settings)
+        demo.put_in_place(build, root, SPLITS, MARKER, settings)
 
     demo.build_once(root, lambda: _is_complete(root, settings), lambda: _refuse_foreign(root), make)
     return root
@@ -89,14 +89,3 @@ def _copy_split(scenes, source, part, folder, refresh):
     chosen = [note for note in content["annotations"] if note["image_id"] in ids]
     content |= {"images": images, "annotations": chosen, "categories": categories}
     (folder / ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _put_in_place(build, root, settings):
-    """Swap the finished splits in. The marker goes first and comes last: without it nothing counts."""
-    (root / MARKER).unlink(missing_ok=True)
-    for split in SPLITS:
-        if (root / split).exists():
-            atomic.replace(root / split, build / f"old-{split}")
-        atomic.replace(build / split, root / split)
-    (build / MARKER).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    atomic.replace(build / MARKER, root / MARKER)

@@ -46,9 +46,7 @@ def ensure_windshield_demo(root="./demo", scenes=1200, panes=2, real=12, intensi
 
     def make(build, refresh):
         _draw(root, build, settings, refresh)
-        if folder.exists():
-            atomic.replace(folder, build / "old")
-        atomic.replace(build / "windshield", folder)
+        atomic.swap_in(build / "windshield", folder, build / "old")
 
     demo.build_once(root, lambda: _is_complete(folder, settings), lambda: _refuse_foreign(folder), make)
     return folder

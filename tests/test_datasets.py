@@ -121,6 +121,14 @@ def test_a_size_that_is_none_is_named(coco, width):
         open_set(coco / "coco")
 
 
+@pytest.mark.parametrize("change", [lambda content: content["images"][0].update(id=[1]),
+                                    lambda content: content.update(annotations=7)])
+def test_what_is_no_list_of_entries_is_refused_in_one_line(coco, change):
+    edit(coco / "coco", change)
+    with pytest.raises(UserError, match="instances_train2017.json: its parts are not lists of entries with plain ids"):
+        open_set(coco / "coco")
+
+
 def test_two_categories_of_one_class_are_refused_where_both_are_used(coco):
     data = open_set(coco / "coco")
     name = next(c["name"] for c in json.loads(data.annotation_file.read_text())["categories"] if c["id"] == 3)
@@ -263,3 +271,10 @@ def test_scaled_preset_shrinks_image_and_twin_alike():
     assert half["image"].shape == half["twin"].shape == (3, 20, 30)
     assert presets.scaled(1.0)(sample) is sample
     assert presets.paired_patches(16, 0.5)(sample)["image"].shape == (3, 16, 16)
+
+
+def test_scaled_preset_keeps_the_middle_of_what_is_too_large():
+    ramp = torch.arange(60, dtype=torch.uint8).repeat(3, 41, 1)
+    kept = presets.scaled(1.0, 50)({"image": tv_tensors.Image(ramp), "twin": tv_tensors.Image(ramp)})
+    assert kept["image"].shape == (3, 41, 50) and torch.equal(kept["image"], ramp[:, :, 5:55])
+    assert torch.equal(kept["twin"], kept["image"])

@@ -266,31 +266,40 @@ def read_annotations(path):
                if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{Path(path).as_posix()} has no {', '.join(missing)}: not a COCO annotation file")
+    try:
+        _require_entries(content, Path(path).as_posix())
+    except TypeError:  # a number where a list should be, a list as an id
+        raise UserError(f"{Path(path).as_posix()}: its parts are not lists of entries with plain ids; not a COCO "
+                        "annotation file") from None
+    return content
+
+
+def _require_entries(content, source):
+    """UserError that names `source` and the first entry which lacks something, or refers to what is not there."""
     needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
               "annotations": ("id", "image_id", "category_id", "bbox")}
     for part, keys in needed.items():
         for entry in content[part]:
             if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
-                raise UserError(f"{Path(path).as_posix()}: an entry of '{part}' has no {', '.join(missing)}: "
+                raise UserError(f"{source}: an entry of '{part}' has no {', '.join(missing)}: "
                                 f"{str(entry)[:120]}")
     for image in content["images"]:
         if not all(isinstance(image[side], (int, float)) and image[side] > 0 for side in ("width", "height")):
-            raise UserError(f"{Path(path).as_posix()}: image {image['id']}: width and height must be positive numbers, "
+            raise UserError(f"{source}: image {image['id']}: width and height must be positive numbers, "
                             f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
     for note in content["annotations"]:
         box = note["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
-            raise UserError(f"{Path(path).as_posix()}: annotation {note['id']}: bbox {str(box)[:80]} is not "
+            raise UserError(f"{source}: annotation {note['id']}: bbox {str(box)[:80]} is not "
                             "[x, y, width, height]")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:
-        raise UserError(f"{Path(path).as_posix()}: annotations use category id(s) {sorted(strays)[:5]} that its "
+        raise UserError(f"{source}: annotations use category id(s) {sorted(strays)[:5]} that its "
                         "'categories' do not list")
     strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
     if strays:
-        raise UserError(f"{Path(path).as_posix()}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
+        raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
                         "do not list")
-    return content
 
 
 def normalised_boxes(boxes):

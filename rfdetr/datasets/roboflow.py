@@ -44,11 +44,7 @@ def annotation_path(root, split, flag="--dataset_dir"):
 def read_split(root, split, flag="--dataset_dir"):
     """-> (Path of the annotation file, its content); UserError where anything that training relies on is not there."""
     path = annotation_path(root, split, flag)
-    try:
-        content = datasets.read_annotations(path)
-    except TypeError:  # a list where an entry should be, or the like
-        raise UserError(f"{path.as_posix()}: its parts are not lists of entries with plain ids; not a COCO "
-                        "annotation file") from None
+    content = datasets.read_annotations(path)
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
     return path, content
@@ -73,8 +69,8 @@ def _problem(content):
     if len(set(names)) < len(names):
         return f"two categories are called {next(n for n in names if names.count(n) > 1)!r}; merge or rename them"
     for image in content["images"]:
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
-            return f"image {image['id']} ({image['file_name']}) has no whole positive width and height"
+        if not all(isinstance(image[side], int) for side in ("width", "height")):
+            return f"image {image['id']} ({image['file_name']}) has no whole width and height"
     return None
 
 

@@ -6,8 +6,8 @@
 
 Prints COCO scores, cost and the guide's comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
 versions), latency_map.png and masks.png (detections, and where each scale sees rain). Models whose constant is "" or
-whose file is not there are left out with a note; the vanilla detector must be there, and the
-multiscale model unless its constant is "".
+whose file is not there are left out with a note; the vanilla detector must be there, and the multiscale model unless
+its constant is "".
 """
 
 from pathlib import Path

@@ -50,7 +50,7 @@ SPDNET_N_FEATS = 32                     # width; 32 is the published size
 SPDNET_N_RESBLOCKS = 3                  # residual blocks per group; 3 is the published size
 SPDNET_MODEL_PATH = ""                  # weights to go on from; "" starts new
 INITIALISATION = "identity"             # identity: out = in at the start (SPDNet has no skip connection); or default
-ACTIVATION_CHECKPOINTING = False        # 8 GB per batch of 16 patches; True: about 1.2, for 1.4 times the time
+ACTIVATION_CHECKPOINTING = False        # 8 GB per batch of 16 patches; True: about 1.1, for 1.4 times the time
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 300                        # published; with all of COCO 3 epochs see as many patches

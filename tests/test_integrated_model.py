@@ -69,11 +69,9 @@ def test_many_images_pass_spdnet_in_parts_without_gradients(model, monkeypatch, 
 
 
 def test_a_foreign_best_pt_beside_the_weights_is_left_alone(tmp_path):
-    for content in (b"no checkpoint", None):
-        if content is None:
-            torch.save([1, 2], tmp_path / "best.pt")
-        else:
-            (tmp_path / "best.pt").write_bytes(content)
+    best = tmp_path / "best.pt"
+    for write in (lambda: best.write_bytes(b"no checkpoint"), lambda: torch.save([1, 2], best)):
+        write()
         integrated_model.require_trained_scale(tmp_path / "model_spa.pt", 0.5)
         assert integrated_model.trained_size(tmp_path / "model_spa.pt") is None
         assert integrated_model.pretraining_note(tmp_path / "model_spa.pt", 0.5) is None

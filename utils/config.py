@@ -176,9 +176,8 @@ def _show_user_errors(kind, error, traceback):
         print(f"Error: {text}", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":
         print("Error: the GPU is out of memory. Lower the batch size (and raise the accumulation steps by the same "
-              "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or "
-              "(GPUs from Ampere on) "
-              "PRECISION = 'bf16', or leave --no_amp out. "
+              "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or (GPUs from "
+              "Ampere on) PRECISION = 'bf16', or leave --no_amp out. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)

@@ -128,8 +128,8 @@ def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warm
     for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
         if value not in known:
             raise UserError(f"{name} = {value!r}: choose one of {', '.join(known)}")
-    native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not native:
+    if (precision == "bf16" and torch.cuda.is_available()
+            and not torch.cuda.is_bf16_supported(including_emulation=False)):
         raise UserError(f"PRECISION = 'bf16': {torch.cuda.get_device_name()} has no bf16 (GPUs from Ampere on have); "
                         "choose float32")
     for name, value in (("NUM_EPOCHS", epochs), ("GRADIENT_ACCUMULATION_STEPS", accumulate),
@@ -232,7 +232,8 @@ class _Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
-        self.clock, self.seed = Clock(self.accelerator.device), torch.initial_seed() % 2**24
+        self.clock = Clock(self.accelerator.device)
+        self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
 
     @property

@@ -33,6 +33,7 @@ from utils import (
     presets,
     processes,
     report,
+    run_state,
     visualize,
 )
 
@@ -268,7 +269,7 @@ def main(**overrides):
               "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights}
     engine.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
     if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
-        engine.set_aside(folder, ("phase1", "phase2", "model"))
+        run_state.set_aside(folder, ("phase1", "phase2", "model"))
 
     results, best_score, latest = {}, -math.inf, {}
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from utils import checkpoint, datasets, engine, freeze, loaders, presets
 from utils.config import UserError
+from utils.schedule import schedule_factor
 
 NAMES = {0: "person", 1: "car"}
 
@@ -198,11 +199,11 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(coco, tmp_path, capsys):
 
 
 def test_schedules():
-    factors = [engine.schedule_factor("cosine", step, 10, 2) for step in range(11)]
+    factors = [schedule_factor("cosine", step, 10, 2) for step in range(11)]
     assert factors[:2] == [pytest.approx(1 / 3), pytest.approx(2 / 3)] and factors[2] == 1.0
     assert factors[10] == pytest.approx(0.01) and factors[2:] == sorted(factors[2:], reverse=True)
-    assert [engine.schedule_factor("step", s, 8, 0, (0.25, 0.5)) for s in (0, 2, 4, 7)] == [1, 0.5, 0.25, 0.25]
-    assert engine.schedule_factor("constant", 5, 8, 0) == 1.0
+    assert [schedule_factor("step", s, 8, 0, (0.25, 0.5)) for s in (0, 2, 4, 7)] == [1, 0.5, 0.25, 0.25]
+    assert schedule_factor("constant", 5, 8, 0) == 1.0
 
 
 def test_bf16_trains_float32_weights(coco, tmp_path):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from utils import checkpoint
+from utils.conv3x3 import Conv3x3, conv3x3
 from utils.spdnet_plain import PlainSPDNet
 
 TAP = 0.5 ** 0.5   # the one tap of the orthonormal Haar filters
@@ -56,9 +57,9 @@ class ConvD(nn.Module):
     def forward(self, *maps: Tensor) -> Tensor:
         # concatenating costs a copy; the sum of the maps' own convolutions is the same
         weights = self.conv.weight.split([x.shape[1] for x in maps], 1)
-        y = F.conv2d(reflect(maps[0]), weights[0], self.conv.bias)
+        y = conv3x3(reflect(maps[0]), weights[0], self.conv.bias)
         for x, weight in zip(maps[1:], weights[1:], strict=True):
-            y = y.add_(F.conv2d(reflect(x), weight))
+            y = y.add_(conv3x3(reflect(x), weight))
         return y.relu_()
 
     def of_repeated(self, x: Tensor) -> Tensor:
@@ -84,8 +85,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.module_body = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True),
-                                         nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True))
+        self.module_body = nn.Sequential(Conv3x3(channels, channels, padding=1), nn.ReLU(inplace=True),
+                                         Conv3x3(channels, channels, padding=1), nn.ReLU(inplace=True))
         self.se = SqueezeExcitation(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class ResidualGroup(nn.Module):
     def __init__(self, channels: int, n_resblocks: int):
         super().__init__()
         self.module_body = nn.Sequential(*[ResidualBlock(channels) for _ in range(n_resblocks)],
-                                         nn.Conv2d(channels, channels, 3, padding=1))
+                                         Conv3x3(channels, channels, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module_body(x).add_(x).relu_()
@@ -174,8 +175,8 @@ class InteractiveFusion(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.query_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.key_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.query_conv = Conv3x3(channels, channels, padding=1)
+        self.key_conv = Conv3x3(channels, channels, padding=1)
         self.gamma1 = nn.Conv2d(2 * channels, 2, 3, padding=1)
         self.gamma2 = nn.Conv2d(2 * channels, 2, 3, padding=1)
 
@@ -223,7 +224,7 @@ def haar_conv(x: Tensor, convd: ConvD) -> Tensor:
     pixels = x.reshape(b, h, w, 4 * c).permute(0, 3, 1, 2)                               # channel blocks: 4 pixels
     bands = convd.conv.weight.unflatten(1, (4, c))                                       # (out, 4, C, 3, 3)
     weight = torch.einsum("sp,oscij->opcij", bands.new_tensor(HAAR), bands).flatten(1, 2)
-    return F.conv2d(reflect(pixels), weight, convd.conv.bias).relu_()
+    return conv3x3(reflect(pixels), weight, convd.conv.bias).relu_()
 
 
 def conv_haar_inverse(x: Tensor, convd: ConvD) -> Tensor:
@@ -235,7 +236,7 @@ def conv_haar_inverse(x: Tensor, convd: ConvD) -> Tensor:
     c = convd.conv.out_channels // 4
     weight = convd.conv.weight.unflatten(0, (c, 4)).transpose(0, 1).flatten(0, 1) * 0.5
     bias = convd.conv.bias.unflatten(0, (c, 4)).transpose(0, 1).flatten() * 0.5
-    bands = F.conv2d(reflect(x), weight, bias).relu_().permute(0, 2, 3, 1)               # (B, h, w, 4 C)
+    bands = conv3x3(reflect(x), weight, bias).relu_().permute(0, 2, 3, 1)               # (B, h, w, 4 C)
     yl, yh0, yh1, yh2 = bands.unflatten(3, (4, c)).unbind(3)                             # (B, h, w, C) each
     top, bottom, top_step, bottom_step = yl + yh0, yl - yh0, yh1 + yh2, yh1 - yh2
     top = torch.stack((top + top_step, top - top_step), 3)                               # (B, h, w, 2, C)

@@ -87,12 +87,24 @@ def test_unused_parameters_are_exactly_those_without_a_gradient(small, net):
 @pytest.mark.parametrize("size", SIZES)
 def test_reference(net, size):
     """Images and the input's gradient, as published."""
-    published = reference()
+    published = {name: reference()[f"{name}_{size[0]}x{size[1]}"] for name in ("out3", "out2", "out1", "dx")}
     x = fill_input(*size)
-    for name, value in zip(("out3", "out2", "out1", "dx"), image_and_gradient(net, x), strict=True):
-        assert worst(value, published[f"{name}_{size[0]}x{size[1]}"]) < 1e-3, name
+    *images, dx = image_and_gradient(net, x)
+    for name, value in zip(("out3", "out2", "out1"), images, strict=True):
+        assert worst(value, published[name]) < 1e-3, name
     for name, value in zip(("out3", "out2", "out1"), net(x), strict=True):  # the fast order of operations
-        assert worst(value, published[f"{name}_{size[0]}x{size[1]}"]) < 1e-4, name
+        assert worst(value, published[name]) < 1e-4, name
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # the kernels that the reference was made with
+        assert worst(dx, published["dx"]) < 1e-3
+    else:
+        assert_equal_but_for_switched_relus(dx, published["dx"])
+
+
+def assert_equal_but_for_switched_relus(dx, expected):
+    """Other rounding, by another order of operations or another CPU's kernels, switches a few ReLUs: see below."""
+    assert relative(dx, expected) < 5e-3
+    assert worst(dx, expected) < 0.1
+    assert ((dx - expected).abs() < 1e-3 * expected.std()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -101,10 +113,7 @@ def test_the_fast_orders_gradient_is_the_published_one_but_for_switched_relus(ne
     one such ReLU moves dx by up to 0.05 standard deviations in its neighbourhood. So dx is compared in the norm here,
     and the derivative itself in float64 below."""
     *_, dx = image_and_gradient(net.restore, fill_input(*size))
-    expected = reference()[f"dx_{size[0]}x{size[1]}"]
-    assert relative(dx, expected) < 5e-3
-    assert worst(dx, expected) < 0.1
-    assert ((dx - expected).abs() < 1e-3 * expected.std()).float().mean() > 0.9
+    assert_equal_but_for_switched_relus(dx, reference()[f"dx_{size[0]}x{size[1]}"])
 
 
 @pytest.mark.parametrize("size", [(21, 27), (16, 20)])

@@ -85,6 +85,9 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         clip_norm=clip_norm, schedule=schedule, warmup_steps=warmup_steps, milestones=milestones, plateau=plateau,
         precision=precision, ema=ema, constants=constants or {}, extras=extras or {}, resume_hint=resume_hint,
         checkpoint_steps=checkpoint_steps, own_files=own_files))
+    if precision == "bf16" and processes.bf16_is_emulated(run.accelerator.device):
+        processes.say("note: PRECISION = 'bf16': this CPU has no instructions for it and will be about ten times "
+                      "slower than with float32")
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:

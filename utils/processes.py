@@ -41,6 +41,13 @@ def announced_device():
     return chosen
 
 
+def bf16_is_emulated(device):
+    """Whether `device` is a CPU without instructions for bf16, where it is about ten times slower than float32."""
+    if device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def same_buffers(model):
     """Give every process the main one's buffers (BatchNorm statistics); every process must call it."""
     if accelerator().num_processes > 1:

@@ -1,9 +1,9 @@
 """Train a small module that suppresses rain in RT-DETR's features, between the backbone and the hybrid encoder.
 
 Phase 1: the detector is frozen, the module learns from the detection loss, and (as every rainy image has a clean twin)
-from the distance between its features and the pretrained detector's features of the twin. Phase 2: module and detector
-train together, the detector slowly. A fresh module is the identity, so both start at the pretrained detector's mAP.
-CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
+from the distance between its features and the pretrained detector's features of the twin; its masks learn where rain
+has changed the picture. Phase 2: module and detector train together, the detector slowly. A fresh module is the
+identity, so both start at the pretrained detector's mAP. CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
 
     python Training_FeatureDerain.py --demo
     python Training_FeatureDerain.py
@@ -71,11 +71,12 @@ EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 
-# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0) -------------------------
+# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0, 0) ----------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
 CONSISTENCY_WEIGHT = 10.0               # rainy images: features against the pretrained ones of the clean twin
 IDENTITY_WEIGHT = 1.0                   # clean images: features against their own pretrained ones
 FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
+MASK_WEIGHT = 1.0                       # masks against what rain really changed (the clean twin tells): they show it
 
 # --- validation ---------------------------------------------------------------------------------------------------
 RAIN_SCORE_WEIGHT = 0.5                 # "best" goes by this times the rainy mAP ...
@@ -133,13 +134,14 @@ def build_data(cfg, id2label, weights):
 def loss_weights(cfg):
     """-> {name: weight} of the terms that are switched on and have images (identity: clean ones)."""
     weights = {"detection": cfg.DETECTION_WEIGHT, "consistency": cfg.CONSISTENCY_WEIGHT,
-               "identity": cfg.IDENTITY_WEIGHT if cfg.COCO_RATIO else 0}
+               "identity": cfg.IDENTITY_WEIGHT if cfg.COCO_RATIO else 0,
+               "mask": cfg.MASK_WEIGHT if cfg.DERAIN_TYPE != "none" else 0}
     return {name: weight for name, weight in weights.items() if weight}
 
 
 def needs_twins(weights):
-    """-> True where a loss compares features with those of the clean twin."""
-    return "consistency" in weights or "identity" in weights
+    """-> True where a loss compares an image or its features with its clean twin."""
+    return bool(weights.keys() & {"consistency", "identity", "mask"})
 
 
 def compute_losses(model, batch, weights, teacher, feature_level):
@@ -152,9 +154,11 @@ def compute_losses(model, batch, weights, teacher, feature_level):
     """
     labelled = "detection" in weights
     outputs = model(batch["images"], labels=batch["labels"] if labelled else None, detect=labelled,
-                    feature_level=feature_level)
+                    feature_level=feature_level, masks="mask" in weights)
     terms = {"detection": outputs.loss} if labelled else {}
-    if needs_twins(weights):
+    if "mask" in weights:
+        terms["mask"] = losses.rain_mask_loss(outputs.masks, batch["images"], batch["twins"])
+    if teacher is not None:
         features, targets = outputs.features, teacher.clean_features(batch["twins"], feature_level)
         for name, domain in (("consistency", "rainy"), ("identity", "clean")):
             if name in weights:
@@ -262,7 +266,7 @@ def main(**overrides):
                    for domain, data in val.items()}
     truths = {domain: evaluation.ground_truth(data.annotation_file) for domain, data in val.items()} if (
         "clean" in val) else {}
-    teacher = freeze.freeze(copy.deepcopy(model)) if needs_twins(weights) else None
+    teacher = freeze.freeze(copy.deepcopy(model)) if weights.keys() & {"consistency", "identity"} else None
     folder = Path(cfg.OUTPUT_DIR)
     common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
               "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,

@@ -216,6 +216,26 @@ def test_masks_are_shown_per_scale(model, images):
     assert FeatureDerainRTDETR(model.rtdetr, "none").rain_masks(images) == []
 
 
+def test_masks_are_returned_where_asked_for_and_change_nothing(model, images):
+    with torch.no_grad():
+        plain, rich = disturbed(model)(images), model(images, masks=True)
+    assert plain.masks is None and torch.equal(plain.logits, rich.logits)
+    for mask, shown in zip(rich.masks, model.rain_masks(images), strict=True):
+        torch.testing.assert_close(mask, shown)
+
+
+def test_mask_loss_is_lowest_where_masks_show_the_change():
+    clean = torch.full((1, 3, 8, 8), 0.5)
+    rainy = clean.clone()
+    rainy[:, :, :4, :4] += losses.RAIN_MASK_FULL  # rain in the upper left quarter
+    right = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    undecided = torch.full((1, 1, 4, 4), 0.5)
+    assert losses.rain_mask_loss([right], rainy, clean) < 1e-5
+    assert losses.rain_mask_loss([undecided], rainy, clean).item() == pytest.approx(0.6931, abs=1e-4)
+    assert losses.rain_mask_loss([1 - right], rainy, clean) > 10  # torch caps the logarithm at 100
+    assert losses.rain_mask_loss([torch.zeros_like(right)], clean, clean).item() == 0
+
+
 def test_compiled_equals_eager(model, images):
     disturbed(model)
     compiled = torch.compile(model, backend="aot_eager")

@@ -37,8 +37,8 @@ def state(folder, phase):
 def test_both_phases_train_what_they_should_and_write_everything(base, weights, capsys):
     results = Training.main(**base | {"PHASE1_EPOCHS": 3})
     first, last = results[1]["history"][0], results[1]["history"][-1]
-    assert last["consistency"] < first["consistency"]
-    assert {"detection", "consistency", "identity", "score", "rain/mAP", "clean/mAP"} <= set(last)
+    assert last["consistency"] < first["consistency"] and last["mask"] < first["mask"]
+    assert {"detection", "consistency", "identity", "mask", "score", "rain/mAP", "clean/mAP"} <= set(last)
     assert first["score"] == pytest.approx(0.5 * first["rain/mAP"] + 0.5 * first["clean/mAP"])
     out = Path(base["OUTPUT_DIR"])
     assert {path.name for path in out.iterdir()} == {"phase1", "phase2", "model"}

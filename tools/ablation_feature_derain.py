@@ -27,8 +27,8 @@ EPOCHS = 10                             # of every run; "both phases" spends the
 PERCENT_DATASET = 100                   # of the demo's 1,200 training images
 OUTPUT_DIR = "./demo/ablation_feature_derain"  # a folder per run, and results.json
 
-_DETECTION = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 0.0, "IDENTITY_WEIGHT": 0.0}
-_ALL = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 10.0, "IDENTITY_WEIGHT": 1.0}
+_DETECTION = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 0.0, "IDENTITY_WEIGHT": 0.0, "MASK_WEIGHT": 0.0}
+_ALL = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 10.0, "IDENTITY_WEIGHT": 1.0, "MASK_WEIGHT": 1.0}
 _VARIANTS = {  # share of the epochs in phase 1, constants
     "detection": (1.0, _DETECTION),
     "detection+consistency": (1.0, _ALL | {"IDENTITY_WEIGHT": 0.0}),
@@ -37,6 +37,7 @@ _VARIANTS = {  # share of the epochs in phase 1, constants
     "lightweight": (1.0, _ALL | {"DERAIN_TYPE": "lightweight"}),
     "both phases": (0.1, _ALL),
     "both phases, detection": (0.1, _DETECTION),
+    "both phases, masks left alone": (0.1, _ALL | {"MASK_WEIGHT": 0.0}),
     "both phases, backbone features": (0.1, _ALL | {"FEATURE_LEVEL": "backbone"}),
     "both phases, strong identity": (0.1, _ALL | {"IDENTITY_WEIGHT": 30.0}),
     "both phases, BatchNorm alive": (0.1, _ALL | {"FREEZE_BATCH_NORM": False}),

@@ -191,6 +191,7 @@ class FeatureDerainOutput(RTDetrObjectDetectionOutput):
     """transformers' output plus the features that the encoder was given; see FeatureDerainRTDETR.forward."""
 
     features: tuple | None = None  # (B, C, h, w) per scale, de-rained
+    masks: tuple | None = None  # (B, 1, h, w) in (0, 1) per scale, only where they were asked for
 
 
 class FeatureDerainRTDETR(nn.Module):
@@ -232,7 +233,7 @@ class FeatureDerainRTDETR(nn.Module):
         if backbone_stays:
             freeze.freeze(self.rtdetr.model.backbone)
 
-    def forward(self, pixel_values, labels=None, detect=True, feature_level="backbone"):
+    def forward(self, pixel_values, labels=None, detect=True, feature_level="backbone", masks=False):
         """Backbone, de-raining, encoder and decoder.
 
         Args:
@@ -240,11 +241,13 @@ class FeatureDerainRTDETR(nn.Module):
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             detect: False stops behind the features (consistency training without labels).
             feature_level: which features to return, one of detector.FEATURE_LEVELS.
+            masks: return the rain masks as well (for a loss on them), where there is a module.
         Returns:
             FeatureDerainOutput: transformers' `loss`, `loss_dict`, `logits` (B, Q, K), `pred_boxes` (B, Q, 4)
-            normalised cxcywh, ..., plus `features`.
+            normalised cxcywh, ..., plus `features` and, where asked for, `masks`.
         """
-        levels = tuple(self.derain_module(detector.backbone_features(self.rtdetr, pixel_values)))
+        raw = detector.backbone_features(self.rtdetr, pixel_values)
+        levels = tuple(self.derain_module(raw))
         outputs = detector.detect_from_features(self.rtdetr, levels, labels) if detect else {}
         if feature_level == "backbone":
             encoded = ()
@@ -252,7 +255,8 @@ class FeatureDerainRTDETR(nn.Module):
             encoded = outputs.encoder_last_hidden_state
         else:
             encoded = detector.encode(self.rtdetr, levels)[1].last_hidden_state
-        return FeatureDerainOutput(**outputs, features=detector.select_features(levels, encoded, feature_level))
+        return FeatureDerainOutput(**outputs, features=detector.select_features(levels, encoded, feature_level),
+                                   masks=tuple(self.derain_module.rain_masks(raw)) if masks else None)
 
     @torch.no_grad()
     def rain_masks(self, pixel_values):

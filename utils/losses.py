@@ -11,6 +11,8 @@ from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
 from utils import checkpoint, freeze
 
+RAIN_MASK_FULL = 0.2  # difference to the clean twin (51 of 255 levels) from which on a mask should be 1
+
 
 @contextmanager
 def float32(device_type):
@@ -68,6 +70,24 @@ def feature_consistency(features, targets):
             feature, target = feature.float().flatten(1), target.detach().float().flatten(1)  # (B, C*h*w)
             terms.append((feature - target).square().sum(1) / target.square().sum(1).clamp(min=1e-6))
         return torch.stack(terms).mean()
+
+
+def rain_mask_loss(masks, rainy, clean):
+    """Cross entropy of rain masks against what rain really changed, averaged over pixels and then over scales.
+
+    The target is the mean absolute difference of the colours, averaged over a mask's pixel, in shares of
+    RAIN_MASK_FULL: 0 where the image is its clean twin's equal.
+
+    Args:
+        masks: sequence of (B, 1, h, w) in (0, 1), one per scale; rainy, clean: (B, 3, H, W) in [0, 1].
+    Returns:
+        scalar Tensor.
+    """
+    with float32(rainy.device.type):
+        change = (rainy.float() - clean.float()).abs().mean(1, keepdim=True) / RAIN_MASK_FULL  # (B, 1, H, W)
+        return torch.stack([
+            F.binary_cross_entropy(mask.float(), F.adaptive_avg_pool2d(change, mask.shape[-2:]).clamp(max=1))
+            for mask in masks]).mean()
 
 
 def pixel_l1(images, targets):

@@ -24,6 +24,7 @@ from utils import (
     datasets,
     demo,
     detector,
+    ema,
     engine,
     evaluation,
     feature_derain,
@@ -59,6 +60,7 @@ PHASE2_EPOCHS = 10                      # module and detector; 0 leaves the phas
 PHASE1_LR = 5e-4                        # the module is new, so higher than for fine-tuning
 PHASE2_DERAIN_LR = 1e-4                 # module
 PHASE2_DETECTOR_LR = 1e-5               # detector, ten times lower; far more where it still learns, see docs
+PRETRAINED_SHARE = 0.0                  # of the detector's weights after phase 2; 0.5: rain given up for clean images
 FREEZE_BATCH_NORM = True                # phase 2: BatchNorm stays as pretrained; small rainy batches would spoil it
 BATCH_SIZE = 16                         # per GPU; 6 to 8 on 8 GB
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
@@ -253,6 +255,8 @@ def main(**overrides):
     if min(cfg.RAIN_SCORE_WEIGHT, cfg.CLEAN_SCORE_WEIGHT) < 0 or cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
         raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT} and CLEAN_SCORE_WEIGHT = "
                                f"{cfg.CLEAN_SCORE_WEIGHT}: neither may be negative, nor both 0")
+    if not 0 <= cfg.PRETRAINED_SHARE < 1:
+        raise config.UserError(f"PRETRAINED_SHARE = {cfg.PRETRAINED_SHARE}: choose 0 (off) or a number below 1")
     phases = planned_phases(cfg, weights)
     if cfg.demo:
         demo.ensure_demo()
@@ -267,6 +271,8 @@ def main(**overrides):
     truths = {domain: evaluation.ground_truth(data.annotation_file) for domain, data in val.items()} if (
         "clean" in val) else {}
     teacher = freeze.freeze(copy.deepcopy(model)) if weights.keys() & {"consistency", "identity"} else None
+    tensors = [*model.rtdetr.parameters(), *(b for b in model.rtdetr.buffers() if b.is_floating_point())]
+    pretrained = [tensor.detach().clone() for tensor in tensors]
     folder = Path(cfg.OUTPUT_DIR)
     common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
               "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
@@ -278,12 +284,14 @@ def main(**overrides):
     results, best_score, latest = {}, -math.inf, {}
 
     def validate(plain):
-        latest.update(evaluate(plain, val_loaders, truths, device, cfg))
+        with ema.mixed(tensors, pretrained, cfg.PRETRAINED_SHARE):
+            latest.update(evaluate(plain, val_loaders, truths, device, cfg))
         return dict(latest)
 
     def keep_best(plain):
         if latest["score"] > best_score:  # better than every epoch of the phases before
-            checkpoint.replace_folder(lambda path: plain.save_pretrained(path, cfg.IMAGE_SIZE), folder / "model")
+            with ema.mixed(tensors, pretrained, cfg.PRETRAINED_SHARE):
+                checkpoint.replace_folder(lambda path: plain.save_pretrained(path, cfg.IMAGE_SIZE), folder / "model")
 
     for phase, epochs in phases:
         groups = parameter_groups(model, phase, cfg)

@@ -9,7 +9,7 @@ from test_engine import compute_losses, run
 from torch import nn
 
 from utils.config import UserError
-from utils.ema import WeightAverage
+from utils.ema import WeightAverage, mixed
 
 
 def test_the_average_follows_its_formula_and_swapping_changes_nothing():
@@ -27,6 +27,18 @@ def test_the_average_follows_its_formula_and_swapping_changes_nothing():
         torch.testing.assert_close(weights.detach(), expected)
     assert torch.equal(weights, before)
     torch.testing.assert_close(average.values[0], expected)
+
+
+def test_mixing_with_other_weights_is_undone_bit_for_bit():
+    own, other = [nn.Parameter(torch.tensor([1.0, 0.1])), torch.zeros(2)], [torch.tensor([3.0, 0.3]), torch.ones(2)]
+    before = [tensor.detach().clone() for tensor in own]
+    with mixed(own, other, 0.25):
+        torch.testing.assert_close(own[0].detach(), torch.tensor([1.5, 0.15]))
+        torch.testing.assert_close(own[1], torch.tensor([0.25, 0.25]))
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(own, before, strict=True))
+    with pytest.raises(KeyError), mixed(own, other, 1.0):
+        raise KeyError
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(own, before, strict=True))
 
 
 def test_a_decay_of_one_is_refused_before_an_earlier_run_is_moved(coco, tmp_path):

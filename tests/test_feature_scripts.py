@@ -81,6 +81,21 @@ def test_the_better_phase_is_kept(base, monkeypatch):
     assert any(not torch.equal(seen[1][name], seen[2][name]) for name in kept)
 
 
+def test_the_pretrained_detector_is_mixed_into_what_is_kept_and_not_into_the_training(base, weights, tmp_path):
+    settings = base | {"PHASE1_EPOCHS": 0, "PHASE2_DETECTOR_LR": 1e-3}
+    for name, share in (("plain", 0.0), ("mixed", 0.25)):
+        Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / name), "PRETRAINED_SHARE": share})
+    plain, trained = state(tmp_path / "plain", 2), state(tmp_path / "mixed", 2)
+    assert all(torch.equal(value, trained[name]) for name, value in plain.items())
+    start = checkpoint_of(weights)
+    own, kept = (feature_derain.detector.load_rtdetr(str(tmp_path / name / "model" / "rtdetr")).state_dict()
+                 for name in ("plain", "mixed"))
+    assert any(not torch.equal(own[name], value) for name, value in start.items())
+    for name, value in start.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(kept[name], torch.lerp(own[name], value, 0.25))
+
+
 def test_killed_in_either_phase_resumes_bit_for_bit(base, tmp_path):
     """SIGKILL in phase 1 (in its second epoch), then in phase 2, each in another process."""
     script = ("import sys, json; sys.path.insert(0, '.'); import Training_FeatureDerain as T\n"
@@ -164,6 +179,7 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"COCO_RATIO": 0.4}, "add up to 1"),
     ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL = 'decoder'"),
     ({"EMA_DECAY": 1.5}, "EMA_DECAY = 1.5"),
+    ({"PRETRAINED_SHARE": 1.0}, "PRETRAINED_SHARE = 1.0"),
     ({"RAIN_SCORE_WEIGHT": -1.0}, "RAIN_SCORE_WEIGHT = -1.0"),
     ({"RAIN_SCORE_WEIGHT": 0.0, "CLEAN_SCORE_WEIGHT": 0.0}, "nor both 0"),
     ({"PHASE2_DETECTOR_LR": -1.0}, "a learning rate is -1.0"),

@@ -53,3 +53,24 @@ class WeightAverage:
         """Take a saved average (the list `values`) back; what it does not hold starts at the present values."""
         for own, saved in zip(self.values, values, strict=False):  # checkpoints of before hold no running statistics
             own.copy_(saved)
+
+
+@contextmanager
+def mixed(tensors, others, share):
+    """Within, each tensor is (1 - share) * itself + share * its counterpart; afterwards what it was, bit for bit.
+
+    Between a pretrained network and its fine-tuned version lie networks that have most of what was learnt and forget
+    little: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT), CVPR 2022.
+
+    Args:
+        tensors: parameters and buffers that a network uses; others: as many, of the same shapes.
+        share: 0 to 1.
+    """
+    with torch.no_grad():
+        kept = [tensor.detach().clone() for tensor in tensors]
+        torch._foreach_lerp_(tensors, others, share)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, kept)

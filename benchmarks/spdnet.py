@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import config
+from utils import config, conv3x3, processes
 from utils.spdnet import SPDNet
 from utils.spdnet_init import init_near_identity
 from utils.spdnet_plain import PlainSPDNet
@@ -41,6 +41,15 @@ def forward_backward(model, x):
     net.zero_grad(set_to_none=True)
     sum(output.float().square().mean() for output in model(x)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
+
+
+def without_own_gradient(model, x):
+    """With PyTorch's weight gradient where utils/conv3x3.py has its own; the forward pass decides which."""
+    own, conv3x3.slow_weight_gradient = conv3x3.slow_weight_gradient, lambda: False
+    try:
+        return model(x)
+    finally:
+        conv3x3.slow_weight_gradient = own
 
 
 def in_bfloat16(model, x):
@@ -97,9 +106,14 @@ def benchmark(size, rounds, compiled, device):
     x = F.interpolate(torch.rand(1, 3, size // 8, size // 8), (size, size), mode="bicubic").clamp(0, 1).to(device) * 255
     plain = PlainSPDNet(net)
     nhwc = PlainSPDNet(copy.deepcopy(net).to(memory_format=torch.channels_last))
-    low = functools.partial(in_bfloat16, net)
-    low.net = net
-    variants = {"plain": plain, "plain, channels_last weights": nhwc, "ours": net, "ours, bfloat16": low}
+    variants = {"plain": plain, "plain, channels_last weights": nhwc, "ours": net}
+    has_bfloat16 = not processes.bf16_is_emulated(x.device)
+    if has_bfloat16:
+        variants["ours, bfloat16"] = functools.partial(in_bfloat16, net)
+        variants["ours, bfloat16"].net = net
+    if device == "cpu" and conv3x3.slow_weight_gradient():
+        variants["ours, PyTorch's gradient"] = functools.partial(without_own_gradient, net)
+        variants["ours, PyTorch's gradient"].net = net
     if compiled:
         start = time.perf_counter()
         whole = torch.compile(net)
@@ -132,6 +146,9 @@ def benchmark(size, rounds, compiled, device):
         print(f"  {name:30} {value / 2**20:8.0f} MiB   {value / sizes['ours']:5.2f} x ours")
     print(f"  forward + backward with it: {seconds * 1e3:.0f} ms")
 
+    if not has_bfloat16:
+        print("no bfloat16: this CPU has no instructions for it")
+        return
     print("bfloat16 autocast")
     report_bfloat16(net, x, "near-identity")
     for parameter in net.parameters():  # stands for training: every weight a little off its start

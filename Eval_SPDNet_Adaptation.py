@@ -159,4 +159,5 @@ def main(**overrides):
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
     main(**config.from_command_line(globals()))

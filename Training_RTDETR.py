@@ -77,7 +77,8 @@ DEMO = {
 
 def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
-    categories = datasets.read_annotations(datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])["categories"]
+    file = datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1]
+    categories = datasets.read_annotations(file, masks=False)["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
     if not names:
         raise config.UserError(f"COCO_DIR = '{cfg.COCO_DIR}': the training annotations list no categories")

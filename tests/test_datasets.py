@@ -111,6 +111,32 @@ def test_sizes_and_fields_that_do_not_fit_are_named(coco):
         open_set(coco / "coco")
 
 
+def test_an_image_id_that_stands_twice_is_named(coco):
+    edit(coco / "coco", lambda content: content["images"][1].update(id=content["images"][0]["id"]))
+    with pytest.raises(UserError, match="several images have the id"):
+        open_set(coco / "coco")
+
+
+def test_polygons_are_only_read_where_they_are_needed(coco):
+    edit(coco / "coco", lambda content: [note.update(segmentation=[[0, 0, 5, 0, 5, 5]])
+                                         for note in content["annotations"]])
+    path = coco / "coco" / "annotations" / "instances_train2017.json"
+    whole, bare = datasets.read_annotations(path), datasets.read_annotations(path, masks=False)
+    assert all("segmentation" in note for note in whole["annotations"])
+    for note in whole["annotations"]:
+        note.pop("segmentation")
+    assert whole == bare
+
+
+def test_a_clean_image_is_its_own_twin_without_being_read_twice(coco, monkeypatch):
+    data = open_set(coco / "coco", twin_root=coco / "coco", twin_constant="COCO_DIR")
+    reads, plain = [], datasets.read_image
+    monkeypatch.setattr(datasets, "read_image", lambda path: (reads.append(path), plain(path))[1])
+    sample = data[0]
+    assert len(reads) == 1 and torch.equal(sample["image"], sample["twin"])
+    assert sample["image"].data_ptr() != sample["twin"].data_ptr()
+
+
 @pytest.mark.parametrize("width", ["64", None, 0])
 def test_a_size_that_is_none_is_named(coco, width):
     edit(coco / "coco", lambda content: content["images"][0].update(width=width))

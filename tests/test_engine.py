@@ -9,7 +9,7 @@ import torch
 from conftest import Killed, dies_after, small_spdnet
 from torch import nn
 
-from utils import checkpoint, datasets, engine, freeze, loaders, presets
+from utils import checkpoint, datasets, engine, freeze, loaders, presets, run_state
 from utils.config import UserError
 from utils.schedule import schedule_factor
 
@@ -196,6 +196,15 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(coco, tmp_path, capsys):
     resumed, result = run(coco, tmp_path / "out", resume=True)
     assert result["stopped"] == "all epochs done"
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_report_that_cannot_be_written_costs_no_epoch(coco, tmp_path, monkeypatch, capsys):
+    def locked(*args):
+        raise PermissionError("metrics.json is open in another program")
+    monkeypatch.setattr(run_state.report, "write_json", locked)
+    _, result = run(coco, tmp_path / "out", epochs=2)
+    assert result["stopped"] == "all epochs done" and "metrics.json is open" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "out" / "last.pt")["epoch"] == 2
 
 
 def test_schedules():

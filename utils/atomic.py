@@ -16,6 +16,8 @@ def written(path, ending=".tmp"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:  # on the disk before it counts: else a blackout could leave an empty file
+            os.fsync(file.fileno())
         replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # still open on Windows: the first error is the one to tell

@@ -111,8 +111,9 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
                 with torch.no_grad():
                     record.update(evaluate(plain) if evaluate else {})
                     pictures = sample_images(plain) if sample_images and run.main else {}
-                run.finish_epoch(record, plain, pictures, on_best)
+                better = run.count_epoch(record, plain, on_best)
             run.save_last()
+            run.report_epoch(record, better, pictures)
             run.accelerator.wait_for_everyone()
             if on_epoch:
                 with torch.no_grad():

@@ -58,7 +58,8 @@ def validation_loader(dataset, batch_size, workers, collate=datasets.collate):
 def _loader(dataset, workers, collate, **kwargs):
     if workers < 0:
         raise UserError(f"DATALOADER_WORKERS = {workers}: choose 0 or more")
-    workers = min(workers, cores.available_cores())
+    share = max(1, cores.available_cores() // processes.accelerator().num_processes)  # of the cores, for this rank
+    workers = min(workers, share)
     return torch.utils.data.DataLoader(  # an own generator: else every pass would draw from the model's randomness
         dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts, generator=torch.Generator(), **kwargs)

@@ -192,8 +192,8 @@ class Run:
         record["images_per_s"] = self.clock.images * self.accelerator.num_processes / max(seconds, 1e-9)
         return record | {"time": shares}
 
-    def finish_epoch(self, record, plain, pictures, on_best):
-        """Compare, write best and last checkpoints, metrics.json, curves, TensorBoard, one line on the console."""
+    def count_epoch(self, record, plain, on_best):
+        """Compare with the best epoch so far; keep this one as best.pt where it is better. -> whether it is."""
         value = record.get(self.settings.score) if self.settings.score else None
         better = value is None or self.best_score is None or value > self.best_score
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
@@ -202,23 +202,31 @@ class Run:
             self.best_score, self.best_epoch, self.bad_epochs = value, self.epoch, 0
         else:
             self.bad_epochs += 1
-        if self.main:
-            if better:
-                content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
-                           "constants": self.settings.constants, "epoch": self.epoch, "metrics": record}
-                checkpoint.save(self.settings.extras | content, self.folder / "best.pt")
-                if on_best:
-                    on_best(plain)
-            best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.settings.score}
+        if self.main and better:
+            content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
+                       "constants": self.settings.constants, "epoch": self.epoch, "metrics": record}
+            checkpoint.save(self.settings.extras | content, self.folder / "best.pt")
+            if on_best:
+                on_best(plain)
+        return better
+
+    def report_epoch(self, record, better, pictures):
+        """metrics.json, curves, TensorBoard and one line on the console, once last.pt holds the epoch."""
+        if not self.main:
+            return
+        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.settings.score}
+        try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
             visualize.curves(self.history, self.folder / "curves.png")
-            for name, number in record.items():
-                if isinstance(number, (int, float)):
-                    self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
-            for tag, picture in pictures.items():
-                self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
-            self.writer.flush()
-            print(self._line(record, better), flush=True)
+        except OSError as error:  # open in another program on Windows: no reason to end a training
+            print(f"note: {error}: written again after the next epoch")
+        for name, number in record.items():
+            if isinstance(number, (int, float)):
+                self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
+        for tag, picture in pictures.items():
+            self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
+        self.writer.flush()
+        print(self._line(record, better), flush=True)
 
     def _line(self, record, better):
         hidden = {"epoch", "step", "loss", "images_per_s", "time"}

@@ -1,0 +1,81 @@
+"""How much could a perfect de-rainer win back? The demo's detector on images that no network has made.
+
+    python tools/derain_bounds.py
+
+Every row replaces a part of the rainy image by that part of its clean twin, and leaves the rest: what the row then wins
+is the most that a de-rainer for this part could win.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import Eval_SPDNet_Adaptation as Eval  # noqa: E402
+from utils import config, datasets, demo, detector, evaluation, processes, report  # noqa: E402
+
+COARSE = 20  # pixels a side to which "coarse" shrinks an image
+
+
+def at_half_size(rainy, clean):
+    """The whole correction, but at half size: the bound of DERAIN_SCALE = 0.5."""
+    small = F.interpolate(clean - rainy, scale_factor=0.5, mode="bilinear", antialias=True, align_corners=False)
+    return rainy + F.interpolate(small, rainy.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def tone(rainy, clean):
+    """The best straight line per image and channel."""
+    middle, wanted = rainy.mean((2, 3), keepdim=True), clean.mean((2, 3), keepdim=True)
+    slope = ((rainy - middle) * (clean - wanted)).mean((2, 3), keepdim=True)
+    return slope / (rainy - middle).square().mean((2, 3), keepdim=True) * (rainy - middle) + wanted
+
+
+def coarse_part(images):
+    """Brightness and colour at COARSE x COARSE, enlarged again."""
+    small = F.interpolate(images, size=COARSE, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
+
+
+_BOUNDS = {
+    "nothing (rainy)": lambda rainy, clean: rainy,
+    "tone": tone,
+    "coarse brightness and colour": lambda rainy, clean: rainy + coarse_part(clean) - coarse_part(rainy),
+    "everything at half size": at_half_size,
+    "everything finer than coarse": lambda rainy, clean: clean + coarse_part(rainy) - coarse_part(clean),
+    "everything (clean)": lambda rainy, clean: clean,
+}
+
+
+@torch.no_grad()
+def main(**overrides):
+    """Print mAP and the share of the rain gap for every bound."""
+    config.resolve(globals(), overrides)
+    os.chdir(ROOT)
+    demo.ensure_demo()
+    cfg, device = config.resolve(vars(Eval), {"demo": True}), processes.device()
+    model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+    loader, clean = (Eval.build_loader(cfg, root, constant, domain, detector.id2label_of(model))
+                     for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),
+                                                    (cfg.COCO_DIR, "COCO_DIR", "clean")))
+    twins = [datasets.to_device(batch, device)["images"] for batch in clean]  # both loaders go in the files' order
+    scores = {}
+    for name, bound in _BOUNDS.items():
+        following = iter(twins)
+
+        def detect(images, bound=bound, following=following):
+            return model(pixel_values=bound(images, next(following)).clamp(0, 1))
+
+        scores[name] = evaluation.detection_scores(detect, loader, device, name=name)[0]["mAP"]
+    rainy, best = scores["nothing (rainy)"], scores["everything (clean)"]
+    rows = [{"part": name, "mAP": score, "gap": f"{100 * (score - rainy) / (best - rainy):.1f}%"}
+            for name, score in scores.items()]
+    print("\n" + report.table(rows, {"part": "taken from the clean twin", "mAP": "mAP", "gap": "of the rain gap"}))
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -7,17 +7,19 @@ from pathlib import Path
 
 
 @contextmanager
-def written(path, ending=".tmp"):
+def written(path, ending=".tmp", sync=False):
     """Yield a path beside `path` to write to; afterwards the file takes the place of `path`, after an error it goes.
 
-    A kill leaves a hidden file that ends in `ending`.
+    A kill leaves a hidden file that ends in `ending`. sync: wait until it is on the disk, so that not even a blackout
+    leaves an empty file where the old one was; too slow for many small files.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:  # on the disk before it counts: else a blackout could leave an empty file
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # still open on Windows: the first error is the one to tell

@@ -26,7 +26,7 @@ def save(content, path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.written(path) as temporary:
+        with atomic.written(path, sync=True) as temporary:
             torch.save(_on_cpu(content), temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."

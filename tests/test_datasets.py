@@ -113,7 +113,7 @@ def test_sizes_and_fields_that_do_not_fit_are_named(coco):
 
 def test_an_image_id_that_stands_twice_is_named(coco):
     edit(coco / "coco", lambda content: content["images"][1].update(id=content["images"][0]["id"]))
-    with pytest.raises(UserError, match="several images have the id"):
+    with pytest.raises(UserError, match="several 'images' have the id 1 "):
         open_set(coco / "coco")
 
 

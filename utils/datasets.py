@@ -308,8 +308,8 @@ def _require_entries(content, source):
                         "'categories' do not list")
     known = Counter(image["id"] for image in content["images"])
     if double := [image_id for image_id, count in known.items() if count > 1]:
-        raise UserError(f"{source}: several images have the id(s) {sorted(double, key=str)[:5]}: their boxes would be "
-                        "mixed up. Number the images anew")
+        raise UserError(f"{source}: several 'images' have the id {double[0]} ({len(double)} ids stand twice or more): "
+                        "their boxes would be mixed up. Number the images anew")
     strays = {a["image_id"] for a in content["annotations"]} - known.keys()
     if strays:
         raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "

@@ -1,7 +1,7 @@
 """3x3 convolutions with a weight gradient that does not stall CPUs without AVX-512.
 
-For channels_last maps that leave the third-level cache (32 channels of 256 x 256) oneDNN's weight gradient reaches a
-third of its usual speed on an AVX2 processor, so that training in channels_last would be slower than in NCHW there
+For channels_last maps that leave the third-level cache (32 channels of 256 x 256) oneDNN's weight gradient reaches half
+of its usual speed or less on an AVX2 processor, so that training in channels_last would be no faster than in NCHW there
 (docs/results.md). The same gradient is nine matrix products, one per tap, of the output's gradient with the shifted
 input. Forward pass and input gradient stay oneDNN's. GPUs, AVX-512, autocast and smaller maps take PyTorch's own way.
 """

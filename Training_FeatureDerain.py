@@ -96,6 +96,7 @@ DEMO = {
     "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 5, "PHASE1_LR": 2e-3, "PHASE2_DERAIN_LR": 2e-3, "PHASE2_DETECTOR_LR": 1e-3,
     "PRETRAINED_SHARE": 0.5, "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
+_FEATURE_TERMS = {"consistency": "rainy", "identity": "clean"}  # the terms that compare features: of which domain
 
 
 def build_model(cfg, device):
@@ -143,7 +144,7 @@ def loss_weights(cfg):
 
 def needs_twins(weights):
     """-> True where a loss compares an image or its features with its clean twin."""
-    return bool(weights.keys() & {"consistency", "identity", "mask"})
+    return "mask" in weights or bool(weights.keys() & _FEATURE_TERMS.keys())
 
 
 def compute_losses(model, batch, weights, teacher, feature_level):
@@ -162,7 +163,7 @@ def compute_losses(model, batch, weights, teacher, feature_level):
         terms["mask"] = losses.rain_mask_loss(outputs.masks, batch["images"], batch["twins"])
     if teacher is not None:
         features, targets = outputs.features, teacher.clean_features(batch["twins"], feature_level)
-        for name, domain in (("consistency", "rainy"), ("identity", "clean")):
+        for name, domain in _FEATURE_TERMS.items():
             if name in weights:
                 terms[name] = domain_consistency(features, targets, batch["domains"], domain)
     return terms
@@ -270,9 +271,10 @@ def main(**overrides):
                    for domain, data in val.items()}
     truths = {domain: evaluation.ground_truth(data.annotation_file) for domain, data in val.items()} if (
         "clean" in val) else {}
-    teacher = freeze.freeze(copy.deepcopy(model)) if weights.keys() & {"consistency", "identity"} else None
-    tensors = [*model.rtdetr.parameters(), *(b for b in model.rtdetr.buffers() if b.is_floating_point())]
-    pretrained = [tensor.detach().clone() for tensor in tensors]
+    pretrained = freeze.freeze(copy.deepcopy(model))
+    teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
+    own, others = ([*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
+                   for part in (model, pretrained))
     folder = Path(cfg.OUTPUT_DIR)
     common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
               "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
@@ -284,13 +286,13 @@ def main(**overrides):
     results, best_score, latest = {}, -math.inf, {}
 
     def validate(plain):
-        with ema.mixed(tensors, pretrained, cfg.PRETRAINED_SHARE):
+        with ema.mixed(own, others, cfg.PRETRAINED_SHARE):
             latest.update(evaluate(plain, val_loaders, truths, device, cfg))
         return dict(latest)
 
     def keep_best(plain):
         if latest["score"] > best_score:  # better than every epoch of the phases before
-            with ema.mixed(tensors, pretrained, cfg.PRETRAINED_SHARE):
+            with ema.mixed(own, others, cfg.PRETRAINED_SHARE):
                 checkpoint.replace_folder(lambda path: plain.save_pretrained(path, cfg.IMAGE_SIZE), folder / "model")
 
     for phase, epochs in phases:

@@ -57,6 +57,13 @@ def in_bfloat16(model, x):
         return model(x)
 
 
+def by_way_of(call, net):
+    """-> a variant of `net` for forward and forward_backward that is run as call(net, x)."""
+    variant = functools.partial(call, net)
+    variant.net = net
+    return variant
+
+
 def saved_bytes(model, x):
     """Bytes of the distinct tensors that one forward pass keeps for its backward pass, parameters not counted."""
     own, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
@@ -91,8 +98,7 @@ def psnr(a, b):
 def report_bfloat16(net, x, weights):
     """How far bfloat16 autocast's images and gradient are from float32's."""
     exact, gradient = forward(net, x), forward_backward(net, x)
-    low = functools.partial(in_bfloat16, net)
-    low.net = net
+    low = by_way_of(in_bfloat16, net)
     rounded, low_gradient = forward(low, x), forward_backward(low, x)
     print(f"  {weights} weights: out3, out2, out1 at "
           + ", ".join(f"{psnr(a, b):.1f}" for a, b in zip(rounded, exact, strict=True))
@@ -109,11 +115,9 @@ def benchmark(size, rounds, compiled, device):
     variants = {"plain": plain, "plain, channels_last weights": nhwc, "ours": net}
     has_bfloat16 = not processes.bf16_is_emulated(x.device)
     if has_bfloat16:
-        variants["ours, bfloat16"] = functools.partial(in_bfloat16, net)
-        variants["ours, bfloat16"].net = net
+        variants["ours, bfloat16"] = by_way_of(in_bfloat16, net)
     if device == "cpu" and conv3x3.slow_weight_gradient():
-        variants["ours, PyTorch's gradient"] = functools.partial(without_own_gradient, net)
-        variants["ours, PyTorch's gradient"].net = net
+        variants["ours, PyTorch's gradient"] = by_way_of(without_own_gradient, net)
     if compiled:
         start = time.perf_counter()
         whole = torch.compile(net)

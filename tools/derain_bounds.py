@@ -17,15 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import Eval_SPDNet_Adaptation as Eval  # noqa: E402
-from utils import config, datasets, demo, detector, evaluation, processes, report  # noqa: E402
+from utils import (  # noqa: E402
+    config,
+    datasets,
+    demo,
+    detector,
+    evaluation,
+    integrated_model,
+    processes,
+    report,
+)
 
-COARSE = 20  # pixels a side to which "coarse" shrinks an image
-
-
-def at_half_size(rainy, clean):
-    """The whole correction, but at half size: the bound of DERAIN_SCALE = 0.5."""
-    small = F.interpolate(clean - rainy, scale_factor=0.5, mode="bilinear", antialias=True, align_corners=False)
-    return rainy + F.interpolate(small, rainy.shape[-2:], mode="bilinear", align_corners=False)
+COARSE = 20                             # pixels a side to which "coarse" shrinks an image
 
 
 def tone(rainy, clean):
@@ -35,26 +38,35 @@ def tone(rainy, clean):
     return slope / (rainy - middle).square().mean((2, 3), keepdim=True) * (rainy - middle) + wanted
 
 
-def coarse_part(images):
-    """Brightness and colour at COARSE x COARSE, enlarged again."""
-    small = F.interpolate(images, size=COARSE, mode="bilinear", antialias=True, align_corners=False)
+def coarse_part(images, side):
+    """Brightness and colour at side x side pixels, enlarged again."""
+    small = F.interpolate(images, size=side, mode="bilinear", antialias=True, align_corners=False)
     return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
 
-_BOUNDS = {
-    "nothing (rainy)": lambda rainy, clean: rainy,
-    "tone": tone,
-    "coarse brightness and colour": lambda rainy, clean: rainy + coarse_part(clean) - coarse_part(rainy),
-    "everything at half size": at_half_size,
-    "everything finer than coarse": lambda rainy, clean: clean + coarse_part(rainy) - coarse_part(clean),
-    "everything (clean)": lambda rainy, clean: clean,
-}
+def perfect_network(clean, scale):
+    """The clean image by way of DERAIN_SCALE, as an SPDNet would bring it that answers with nothing else."""
+    small = F.interpolate(clean, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
+    return lambda _: (small * 255,)
+
+
+def bounds(side, scale):
+    """-> {what is taken from the clean twin: (rainy, clean) -> images}, all (B, 3, H, W) in [0, 1]."""
+    return {
+        "nothing (rainy)": lambda rainy, clean: rainy,
+        "tone": tone,
+        "coarse brightness and colour": lambda rainy, clean: rainy + coarse_part(clean - rainy, side),
+        f"everything at scale {scale}": lambda rainy, clean: integrated_model.derain_unclamped(
+            perfect_network(clean, scale), rainy, scale),
+        "everything finer than coarse": lambda rainy, clean: clean + coarse_part(rainy - clean, side),
+        "everything (clean)": lambda rainy, clean: clean,
+    }
 
 
 @torch.no_grad()
 def main(**overrides):
     """Print mAP and the share of the rain gap for every bound."""
-    config.resolve(globals(), overrides)
+    side = config.resolve(globals(), overrides).COARSE
     os.chdir(ROOT)
     demo.ensure_demo()
     cfg, device = config.resolve(vars(Eval), {"demo": True}), processes.device()
@@ -64,7 +76,7 @@ def main(**overrides):
                                                     (cfg.COCO_DIR, "COCO_DIR", "clean")))
     twins = [datasets.to_device(batch, device)["images"] for batch in clean]  # both loaders go in the files' order
     scores = {}
-    for name, bound in _BOUNDS.items():
+    for name, bound in bounds(side, cfg.DERAIN_SCALE).items():
         following = iter(twins)
 
         def detect(images, bound=bound, following=following):

@@ -279,6 +279,14 @@ def read_annotations(path, masks=True):
     return content
 
 
+def require_own_ids(content, part, source):
+    """UserError that names `source` where two entries of a part ("images", "annotations", "categories") share an id."""
+    counts = Counter(entry["id"] for entry in content[part])
+    if double := [entry_id for entry_id, count in counts.items() if count > 1]:
+        raise UserError(f"{source}: several '{part}' have the id {double[0]} ({len(double)} ids stand twice or more): "
+                        "give every entry its own")
+
+
 def _without_mask(entry):
     entry.pop("segmentation", None)
     return entry
@@ -306,11 +314,8 @@ def _require_entries(content, source):
     if strays:
         raise UserError(f"{source}: annotations use category id(s) {sorted(strays)[:5]} that its "
                         "'categories' do not list")
-    known = Counter(image["id"] for image in content["images"])
-    if double := [image_id for image_id, count in known.items() if count > 1]:
-        raise UserError(f"{source}: several 'images' have the id {double[0]} ({len(double)} ids stand twice or more): "
-                        "their boxes would be mixed up. Number the images anew")
-    strays = {a["image_id"] for a in content["annotations"]} - known.keys()
+    require_own_ids(content, "images", source)
+    strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
     if strays:
         raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
                         "do not list")

@@ -32,21 +32,9 @@ class WeightAverage:
         decay = self.decay * (1 - math.exp(-step / self.warmup))
         torch._foreach_lerp_(self.values, self.tensors, 1 - decay)
 
-    @contextmanager
     def applied(self):
         """Within, the model's weights are the average; afterwards they are what they were, bit for bit."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self):
-        for tensor, value in zip(self.tensors, self.values, strict=True):
-            kept = tensor.detach().clone()
-            tensor.copy_(value)
-            value.copy_(kept)
+        return swapped(self.tensors, self.values)
 
     @torch.no_grad()
     def load(self, values):
@@ -56,6 +44,21 @@ class WeightAverage:
 
 
 @contextmanager
+def swapped(tensors, values):
+    """Within, tensors and values have changed places; afterwards each is what it was, bit for bit."""
+    def swap():
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                kept = tensor.detach().clone()
+                tensor.copy_(value)
+                value.copy_(kept)
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def mixed(tensors, others, share):
     """Within, each tensor is (1 - share) * itself + share * its counterpart; afterwards what it was, bit for bit.
 
@@ -66,11 +69,5 @@ def mixed(tensors, others, share):
         tensors: parameters and buffers that a network uses; others: as many, of the same shapes.
         share: 0 to 1.
     """
-    with torch.no_grad():
-        kept = [tensor.detach().clone() for tensor in tensors]
-        torch._foreach_lerp_(tensors, others, share)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, kept)
+    return swapped(tensors, [torch.lerp(own.detach(), other.detach(), share)
+                             for own, other in zip(tensors, others, strict=True)])

@@ -47,6 +47,8 @@ def read_split(root, split, flag="--dataset_dir"):
     content = datasets.read_annotations(path)
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
+    for part in ("annotations", "categories"):
+        datasets.require_own_ids(content, part, path.as_posix())
     return path, content
 
 
@@ -58,11 +60,6 @@ def _problem(content):
             return f"'{part}' has the id {str(strange[0])[:60]!r}; ids are whole numbers, or short words"
         if len({type(value) for value in ids}) > 1:
             return f"the ids of '{part}' are partly numbers, partly words"
-    for part in ("images", "annotations", "categories"):
-        ids = [entry["id"] for entry in content[part]]
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            return f"two entries of '{part}' have the id {twice}; give every one its own"
     names = [category["name"] for category in content["categories"]]
     if strange := [name for name in names if not (isinstance(name, str) and name.strip())]:
         return f"a category is called {str(strange[0])[:60]!r}; a name is text, and not empty"

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from utils import (
     checkpoint,
@@ -142,7 +141,7 @@ def detect_everything(branches, loaders_of, device):
     """Run every branch on every image.
 
     Returns:
-        {domain: {branch: {image_id: [detection, ...]}}}, see conditional_report; {branch: number of images that its
+        {domain: {branch: evaluation.detect's result}}; {branch: number of images that its
         SPDNet answered with NaN or infinity, where vanilla's detections stand instead}.
     """
     found, fallbacks = {domain: {} for domain in loaders_of}, dict.fromkeys(branches, 0)
@@ -152,8 +151,7 @@ def detect_everything(branches, loaders_of, device):
                 outputs = model(pixel_values=images)
                 fallbacks[name] += (getattr(outputs, "rain_stats", None) or {}).get("num_fallback", 0)
                 return outputs
-            detections = evaluation.detect(predict, loader, device, f"{name}, {domain}")
-            found[domain][name] = conditional_report.by_image(detections, loader.dataset.image_ids)
+            found[domain][name] = evaluation.detect(predict, loader, device, f"{name}, {domain}")
     return found, {name: sum(gather_object([count])) for name, count in fallbacks.items()}
 
 
@@ -182,7 +180,7 @@ def strategies(branches, gates):
 def score(rows, parts, found):
     """-> [{"model", "branch", "clean/mAP", ..., "mix/AP75", "derained_clean", "derained_rainy": shares}, ...]."""
     table = []
-    for name, branch, goes in tqdm(rows, "scoring", ascii=True, leave=False, disable=None):
+    for name, branch, goes in processes.progress(rows, "scoring"):
         row = {"model": name, "branch": branch}
         for part_name, part in parts.items():
             scores = part.scores(found, "vanilla", branch, goes)

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from utils import (
     config,
     datasets,
     detector,
     evaluation,
+    image_check,
     loaders,
     pairs,
     presets,
@@ -89,7 +89,7 @@ def test_pairs(cfg):
 def judge_pairs(cfg, model, chosen, transform, device, lpips_model, title):
     """-> {name: {"before": metrics, "after": metrics}}, one image at a time: their sizes differ."""
     data, found = pairs.WindshieldPairs(chosen, chosen, transform), {}
-    for i, name in enumerate(tqdm(data.names, title, ascii=True, leave=False, disable=None, dynamic_ncols=True)):
+    for i, name in enumerate(processes.progress(data.names, title)):
         batch = datasets.to_device(datasets.collate([data[i]]), device)
         restored = restore(model, batch["images"], cfg.TILE, cfg.OVERLAP)
         found[name] = {when: {key: value.item() for key, value in
@@ -139,9 +139,9 @@ def restore_files(cfg, model, folder, rain_detector, device):
         [{"file", "rain before", "rain after": probability or None}, ...], the (photograph, restored) path pairs.
     """
     paths = rain_data.images_below([cfg.REAL_DIR], "REAL_DIR")
-    datasets.check_images(paths, "REAL_DIR")
+    image_check.check_images(paths, "REAL_DIR")
     base, rows, written = Path(cfg.REAL_DIR).resolve(), [], []
-    for path in tqdm(paths, "real rain", ascii=True, leave=False, disable=None, dynamic_ncols=True):
+    for path in processes.progress(paths, "real rain"):
         image = datasets.read_image(path)[None].float() / 255
         restored = restore(model, image, cfg.TILE, cfg.OVERLAP)
         relative = path.resolve().relative_to(base)

@@ -23,6 +23,7 @@ from utils import (
     demo,
     engine,
     freeze,
+    image_check,
     loaders,
     processes,
     rain_data,
@@ -82,7 +83,7 @@ def build_data(cfg):
         paths = rain_data.images_below(folders, constant)
         chosen = datasets.seeded_subset([path.stem for path in paths], cfg.PERCENT_DATASET, cfg.SEED)
         paths = [paths[i] for i in chosen]
-        datasets.check_images(paths, constant)
+        image_check.check_images(paths, constant)
         for part, held_out in (("train", False), ("val", True)):
             parts[part].append([p for p in paths if rain_data.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
     if set(map(str, parts["train"][0])) & set(map(str, parts["train"][1])):

@@ -18,7 +18,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from utils import config, cores
+from utils import cache, config, cores, image_check
 from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
@@ -201,7 +201,7 @@ def check_split(found, root, split, names):
         found.warn(f"{split}: no object of {', '.join(absent[:5])}: "
                    + ("nothing to learn from" if split == "train" else "no mAP for that"))
     try:
-        datasets.check_images([path.parent / name for name in data.files], split,
+        image_check.check_images([path.parent / name for name in data.files], split,
                               [(image["width"], image["height"]) for image in content["images"]])
         found.ok(f"{split}: all image files are there and can be read")
     except UserError as error:
@@ -257,7 +257,7 @@ def check_weights(found, cfg):
         found.fail(f"nobody has published weights of size {cfg.SIZE}: give --pretrain_weights none or a checkpoint")
         return
     published = PUBLISHED[cfg.SIZE]
-    cached = weights.cache_folder() / published.file
+    cached = cache.cache_folder() / published.file
     if cached.is_file():
         if weights.md5(cached) == published.md5:
             found.ok(f"weights: {cached.as_posix()}")

@@ -14,13 +14,11 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_detector_stage1
 import train_seg_stage2
+from benchmarks.peak_memory import PeakMemory
 from rfdetr import criterion
 from rfdetr import main as training
 from rfdetr.config import default_resolution
@@ -47,29 +46,6 @@ THREADS = 0                             # of torch; 0 leaves it to torch
 
 DEMO = {"SIZES": ("tiny",), "STEP_SIZE": "tiny", "STEP_BATCHES": (1, 8), "ROUNDS": 3}
 _ROWS = 6  # of the class head: five classes and background
-
-
-class PeakMemory:
-    """Within, watches this process; afterwards `gigabytes` is the most it held (on a GPU: what torch allocated)."""
-
-    def __enter__(self):
-        self.gigabytes, self.done = 0.0, threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.watcher = threading.Thread(target=self._watch, daemon=True)
-        self.watcher.start()
-        return self
-
-    def _watch(self):
-        process = psutil.Process()
-        while not self.done.wait(0.005):
-            self.gigabytes = max(self.gigabytes, process.memory_info().rss / 2**30)
-
-    def __exit__(self, *error):
-        self.done.set()
-        self.watcher.join()
-        if torch.cuda.is_available():
-            self.gigabytes = torch.cuda.max_memory_allocated() / 2**30
 
 
 def seconds_of(call, rounds, warmup=2):

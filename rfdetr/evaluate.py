@@ -1,4 +1,4 @@
-"""Detections and masks of RF-DETR at the size of the original images, and their scores by pycocotools.
+"""Detections and masks of RF-DETR at the size of the original images, and COCO's scores of them.
 
 Masks are computed for the chosen detections only, stretched one at a time and only where they are, and kept as run
 lengths: a hundred masks of a photograph of twelve megapixels never exist at once.
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from pycocotools import mask as rle
-from tqdm import tqdm
 
 from rfdetr.masks import confined, mask_logits
 from utils import evaluation, processes
@@ -114,13 +113,11 @@ def detect(model, loader, device, masks=False, name="evaluating"):
         [{"image_id", "label": row, "bbox" [x, y, w, h] pixels, "score", with masks "segmentation": RLE}, ...].
     """
     found, rows = [], list(loader.dataset.category_of)
-    for batch in tqdm(loader, name, ascii=True, leave=False, dynamic_ncols=True,
-                      disable=None if processes.is_main() else True):
+    for batch in processes.progress(loader, name):
         images = batch["images"].to(device, non_blocking=True).float().div_(255)
         results = predict_batch(model, images, batch["sizes"], masks=masks, rows=rows)
         for image_id, size, result in zip(batch["image_ids"], batch["sizes"], results, strict=True):
-            x1, y1, x2, y2 = result["boxes"].double().cpu().unbind(-1)
-            boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], -1).tolist()
+            boxes = evaluation.corner_and_extent(result["boxes"]).tolist()
             entries = [{"image_id": image_id, "label": label, "bbox": box, "score": score} for label, box, score in
                        zip(result["labels"].tolist(), boxes, result["scores"].tolist(), strict=True)]
             if "mask_logits" in result:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from rfdetr import criterion
 from rfdetr.datasets.roboflow import Collate
@@ -70,8 +69,7 @@ class CachedDataset(torch.utils.data.Dataset):
         model.to(processes.device()).eval()
         accelerator = processes.accelerator()
         mine = iter(missing[accelerator.process_index::accelerator.num_processes])  # the loader's own share and order
-        for batch in tqdm(loader, "features", ascii=True, leave=False, dynamic_ncols=True,
-                          disable=None if processes.is_main() else True):
+        for batch in processes.progress(loader, "features"):
             batch = datasets.to_device(batch, processes.device())
             indices = [next(mine) for _ in batch["images"]]
             for mirror in (False, True):

@@ -9,11 +9,9 @@ import fnmatch
 import hashlib
 import http.client
 import math
-import os
 import re
 import urllib.error
 import urllib.request
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,14 +20,13 @@ from tqdm import tqdm
 from rfdetr import names
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
-from utils import atomic, checkpoint, processes
+from utils import atomic, cache, checkpoint, processes
 from utils.config import UserError
 from utils.datasets import plain_name
 
 TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
 PATIENCE = 3         # connections in a row that bring nothing before a download is given up
 CHUNK = 1 << 20      # bytes
-LONGEST = timedelta(days=1)  # that the other processes wait for a download
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
@@ -37,18 +34,13 @@ CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
 
 # ---- download ------------------------------------------------------------------------------------------------------
 
-def cache_folder():
-    """-> Path of the folder that keeps downloaded weights: RAINSIGHT_CACHE, else ~/.cache/rainsight."""
-    return Path(os.environ.get("RAINSIGHT_CACHE") or Path.home() / ".cache" / "rainsight")
-
-
 def fetch(size, cache_dir=None):
     """The published COCO weights of a size, downloaded where they are not there yet.
 
     Under torchrun the main process downloads while the others wait for it.
 
     Args:
-        size: a key of config.PUBLISHED; cache_dir: folder, None for `cache_folder()`.
+        size: a key of config.PUBLISHED; cache_dir: folder, None for `cache.cache_folder()`.
     Returns:
         Path of the file; its MD5 sum is right.
     Raises:
@@ -58,23 +50,8 @@ def fetch(size, cache_dir=None):
         raise UserError(f"no weights are published for size {size}: use --pretrain_weights none or a checkpoint of "
                         "your own")
     published = PUBLISHED[size]
-    path = Path(cache_dir or cache_folder()) / published.file
-    if processes.accelerator().num_processes == 1:
-        _complete(path, published)
-        return path
-    # gloo has no watchdog: a collective of NCCL that waits for a download is ended, and the run with it, after minutes
-    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
-    error = None
-    if processes.is_main():
-        try:
-            _complete(path, published)
-        except UserError as problem:
-            error = problem
-    failed = torch.tensor(int(error is not None))
-    torch.distributed.broadcast(failed, 0, group=group)  # an end of the main process ends this as well
-    torch.distributed.destroy_process_group(group)
-    if failed:
-        raise error or UserError(f"{published.file}: the main process could not get it, see its message")
+    path = Path(cache_dir or cache.cache_folder()) / published.file
+    processes.main_first(lambda: _complete(path, published), f"getting {published.file}")
     return path
 
 

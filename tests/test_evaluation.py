@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import RTDetrImageProcessor
 
@@ -68,12 +69,47 @@ def test_roboflows_annotation_ids_from_zero_on_lose_no_object(tmp_path, ids):
 def test_detect_uses_original_sizes_and_ids(coco, small_detector):
     _, data = truth_and_data(coco)
     found = evaluation.detect(lambda x: small_detector(pixel_values=x), loaders.validation_loader(data, 3, 0), "cpu")
-    assert {d["image_id"] for d in found} == set(data.image_ids)
+    assert list(found) == data.image_ids and all(rows.shape == (80, 6) for rows in found.values())
     sample = datasets.to_device(datasets.collate([data[2]]), "cpu")
     alone = small_detector(pixel_values=sample["images"])
     expected = evaluation.decode(alone.logits, alone.pred_boxes, [(96, 96)])[0]
-    best = max((d for d in found if d["image_id"] == data.image_ids[2]), key=lambda d: d["score"])
-    assert best["score"] == pytest.approx(expected["scores"][0].item(), abs=1e-5)
+    best = next(evaluation.entries({data.image_ids[2]: found[data.image_ids[2]]}))
+    x1, y1, x2, y2 = expected["boxes"][0].tolist()
+    assert best == {"image_id": data.image_ids[2], "label": expected["labels"][0].item(),
+                    "score": pytest.approx(expected["scores"][0].item(), abs=1e-5),
+                    "bbox": pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)}
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_fast_scores_are_pycocotools_scores(iou_type, monkeypatch):
+    """Crowds, objects of all sizes, empty images, ties, more detections than count, and a class without objects."""
+    random = np.random.default_rng(0)
+    images = [{"id": i, "width": 400, "height": 300} for i in range(1, 31)]
+    notes, found = [], []
+    for image in images[:-2]:
+        for _ in range(random.integers(0, 12)):
+            x, y, w, h = (random.uniform(0, (1, 1, 0.6, 0.6)) * (200, 150, 200, 150)).tolist()
+            notes.append({"id": len(notes) + 1, "image_id": image["id"], "category_id": int(random.integers(1, 4)),
+                          "bbox": [x, y, w, h], "area": 0.6 * w * h, "iscrowd": int(random.random() < 0.1),
+                          "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+            for _ in range(random.integers(0, 25)):
+                box = np.maximum(np.array([x, y, w, h]) + random.normal(0, 0.1, 4) * (w, h, w, h), 1).tolist()
+                found.append({"image_id": image["id"], "label": int(random.integers(0, 4)), "bbox": box,
+                              "score": round(random.random(), 2)})
+    for one in found:
+        x, y, w, h = one["bbox"]
+        one["segmentation"] = rle.frPyObjects([[x, y, x + w, y, x + w, y + h, x, y + h]], 300, 400)[0]
+    truth = evaluation._indexed({"images": images, "annotations": notes,
+                                 "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 5)]})
+    category_of, ids = {0: 1, 1: 2, 2: 3, 3: 4}, [image["id"] for image in images]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "COCOeval", None)  # so that it is not what answers
+        fast = evaluation.coco_scores(truth, found, category_of, ids, iou_type)
+    monkeypatch.setattr(evaluation, "COCOeval_faster", None)
+    reference = evaluation.coco_scores(truth, found, category_of, ids, iou_type)
+    assert 0.05 < fast["mAP"] < 0.9 and fast["AP_small"] > 0 and fast["per_class"]["class 4"] == -1
+    assert fast.pop("per_class") == pytest.approx(reference.pop("per_class"), abs=1e-12)
+    assert fast == pytest.approx(reference, abs=1e-12)
 
 
 def test_image_quality_matches_scikit_image():

@@ -16,7 +16,7 @@ import torch
 from rfdetr import config, names, weights
 from rfdetr.config import COCO_ROWS, Published
 from rfdetr.model import RFDETR
-from utils import checkpoint, processes
+from utils import cache, checkpoint, processes
 from utils.config import UserError
 
 CONTENT = bytes(range(256)) * 9000  # 2.2 MB: three chunks
@@ -153,9 +153,9 @@ def test_a_cache_that_cannot_be_written(server, tmp_path):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RAINSIGHT_CACHE", str(tmp_path))
-    assert weights.cache_folder() == tmp_path
+    assert cache.cache_folder() == tmp_path
     monkeypatch.delenv("RAINSIGHT_CACHE")
-    assert weights.cache_folder() == Path.home() / ".cache" / "rainsight"
+    assert cache.cache_folder() == Path.home() / ".cache" / "rainsight"
 
 
 # ---- two processes -----------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_other_processes_wait_for_the_main_one_as_long_as_it_takes(server, tmp_p
         torch.distributed.destroy_process_group()
         other.kill()
     assert (tmp_path / "answer.txt").read_text(encoding="utf-8") == (
-        f"rf-detr-nano.pth {len(CONTENT)} then rf-detr-nano.pth: the main process could not get it, see its message")
+        f"rf-detr-nano.pth {len(CONTENT)} then getting rf-detr-nano.pth: the main process failed, see its message")
     assert all(group["backend"] == "gloo" and group["timeout"] >= timedelta(hours=6) for group in groups)
     assert len(groups) == 2
 

@@ -28,8 +28,7 @@ def evaluate_models(models, loader, device, parts):
         scores, found = evaluation.detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
         rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
         for part, ids in parts.items():
-            members = set(ids)
-            chosen = [d for d in found if d["image_id"] in members]
+            chosen = evaluation.entries({image_id: found[image_id] for image_id in ids})
             by_part[part].append({"model": name, "images": part, "count": len(ids)}
                                  | evaluation.coco_scores(truth, chosen, data.category_of, ids))
     return rows + [row for part in by_part.values() for row in part]

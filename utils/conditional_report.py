@@ -1,6 +1,6 @@
 """What gates and rainy branches are worth: detections of every branch are computed once, then combined per image.
 
-`found` is {domain: {branch: {image_id: [detection, ...]}}} with domains "clean" and "rainy"; `scores` is {domain:
+`found` is {domain: {branch: evaluation.detect's result}} with domains "clean" and "rainy"; `scores` is {domain:
 {image_id: probability of rain}}. Whether an image takes one branch or the other changes nothing in the branch itself,
 so a gate is a choice per image; tests hold the choice against the conditional model's own output.
 """
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from utils import datasets, evaluation
+from utils import datasets, evaluation, processes
 from utils.config import UserError
 
 COLUMNS = ("mAP", "AP50", "AP75")
@@ -36,14 +35,6 @@ def gate_scores(rain_detector, loader, device):
     return dict(gather_object(found))
 
 
-def by_image(detections, image_ids):
-    """[detection, ...] -> {image_id: [detection, ...]}, images without detections included."""
-    grouped = {image_id: [] for image_id in image_ids}
-    for detection in detections:
-        grouped[detection["image_id"]].append(detection)
-    return grouped
-
-
 @dataclass
 class Part:
     """A set of images to score on: [(domain, image_id), ...], their ground truth, and the ids they have in it."""
@@ -58,9 +49,9 @@ class Part:
         """COCO scores where an image takes `branch` if goes(domain, image_id), else `plain`; see the module."""
         taken = tuple(branch if goes(*key) else plain for key in self.images)
         if taken not in self.known:
-            chosen = [detection | {"image_id": self.new_ids[key]} for key, name in zip(self.images, taken, strict=True)
-                      for detection in found[key[0]][name][key[1]]]
-            self.known[taken] = evaluation.coco_scores(self.truth, chosen, self.category_of,
+            chosen = {self.new_ids[key]: found[key[0]][name][key[1]]
+                      for key, name in zip(self.images, taken, strict=True)}
+            self.known[taken] = evaluation.coco_scores(self.truth, evaluation.entries(chosen), self.category_of,
                                                        list(self.new_ids.values()))
         return self.known[taken]
 
@@ -132,7 +123,7 @@ def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
         branch, the last one (above 1) none.
     """
     rows = []
-    for threshold in tqdm([*np.linspace(0, 1, steps), 1.01], "thresholds", ascii=True, leave=False, disable=None):
+    for threshold in processes.progress([*np.linspace(0, 1, steps), 1.01], "thresholds"):
         goes = hard_gate(scores, threshold)
         share = float(np.mean([goes(*key) for key in part.images]))
         cost = milliseconds["gate"] + share * milliseconds["branch"] + (1 - share) * milliseconds["plain"]

@@ -7,9 +7,7 @@ Units: images leave a data set as uint8 (a quarter of the traffic between proces
 import contextlib
 import hashlib
 import json
-import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
-from utils import cores
+from utils import image_check
 from utils.config import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -40,40 +37,6 @@ def read_image(path):
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
-
-
-def check_images(paths, what, sizes=None):
-    """Decode every file once at low resolution; UserError that names the broken ones, and those whose size is not the
-    (width, height) that `sizes` (one per path) gives.
-
-    A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped.
-    """
-    def problem(path, expected):
-        try:
-            with Image.open(path) as image:
-                if expected and image.size != expected:
-                    return (f"{Path(path).as_posix()} (is {image.width}x{image.height}, its annotation says "
-                            f"{expected[0]}x{expected[1]})")
-                if image.mode.startswith(("I", "F")):
-                    return f"{Path(path).as_posix()} (mode {image.mode} has more than 8 bits per channel)"
-                image.draft("RGB", (image.width // 8, image.height // 8))
-                image.load()
-        except FileNotFoundError:
-            return f"{Path(path).as_posix()} (missing)"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{Path(path).as_posix()} ({error})"
-        return None
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores.available_cores())) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        answers = pool.map(problem, paths, sizes or [None] * len(paths))
-        found = list(tqdm(answers, f"checking {what}", len(paths), ascii=True, leave=False, unit="image",
-                          disable=None if len(paths) > 500 else True))
-    broken = [text for text in found if text]
-    if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
-                        "Replace them or remove them from the data set.")
 
 
 def label_table(categories, id2label, source, unknown="error"):
@@ -198,8 +161,9 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         if check:
             folders = [self.folder] + ([self.twin_folder] if self.twin_folder not in (None, self.folder) else [])
             sizes = [(image["width"], image["height"]) for image in chosen]
-            check_images([folder / name for folder in folders for name in self.files],
-                         f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders))
+            image_check.check_images(
+                [folder / name for folder in folders for name in self.files],
+                f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders))
 
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""
@@ -359,7 +323,9 @@ class PairedRainDataset(torch.utils.data.Dataset):
         self.pairs = [(rainy[name], clean[name]) for name in names]
         self.transform, self.seed = transform, seed
         if check:
-            check_images([path for pair in self.pairs for path in pair], " and ".join(constants))
+            rainy, clean = zip(*self.pairs, strict=True)
+            image_check.check_images(rainy + clean, " and ".join(constants),
+                                     partners=clean + (None,) * len(clean))
 
     def __len__(self):
         return len(self.pairs)

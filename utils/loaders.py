@@ -1,6 +1,7 @@
 """DataLoaders whose order and randomness survive a resume and do not depend on workers or ranks."""
 
 import math
+import multiprocessing
 import signal
 
 import numpy as np
@@ -8,6 +9,10 @@ import torch
 
 from utils import cores, datasets, processes
 from utils.config import UserError
+
+# Processes of a validation loader on Windows, where each takes half a gigabyte and seconds of imports, anew in every
+# pass, while those of the training loader stay.
+SPAWNED = 4
 
 
 class EpochBatches(torch.utils.data.Sampler):
@@ -52,6 +57,8 @@ def validation_loader(dataset, batch_size, workers, collate=datasets.collate):
         raise UserError(f"EVAL_BATCH_SIZE = {batch_size}: choose 1 or more")
     accelerator = processes.accelerator()
     mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    if multiprocessing.get_start_method() == "spawn":
+        workers = min(workers, SPAWNED)
     return _loader(dataset, workers, collate, batch_size=batch_size, sampler=mine)
 
 

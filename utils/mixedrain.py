@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import datasets, processes, report
+from utils import datasets, image_check, processes, report
 from utils.config import UserError
 
 CLASSES = ("person", "car", "dog", "bicycle", "cat", "bus", "horse", "boat", "bird", "truck")  # by class_id
@@ -101,7 +101,7 @@ class MixedRainDataset(datasets.CocoDetectionDataset):
         super().__init__(converted, "val", id2label, transform, constant=constant, domain="mixedrain", percent=percent,
                          seed=seed, unknown=unknown, check=False)
         self.folder = Path(root) / "images"
-        datasets.check_images([self.folder / name for name in self.files], constant)
+        image_check.check_images([self.folder / name for name in self.files], constant)
 
     def kinds(self):
         """-> {weather: [image id, ...]}, only those that occur."""

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import cores, datasets, rain, windshield
+from utils import cores, datasets, image_check, rain, windshield
 from utils.config import UserError
 
 PARTS = ("train", "val", "test")
 STRANGERS = 0.25  # a pair is odd if another clear image is so much more like the rainy one (correlation of thumbnails)
 _THUMBNAIL = 24  # pixels
 _COMPARED = 2000  # other clear images that a rainy one is compared with, at most
-_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 
 
 class WindshieldPairs(datasets.PairedRainDataset):
@@ -92,7 +91,7 @@ def _look_at(pair):
                 sizes.append(image.size)
                 image.draft("RGB", (image.width // 8, image.height // 8))
                 grey = image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-        except _FAULTS as error:
+        except image_check.FAULTS as error:
             return f"{path.as_posix()} cannot be read ({error})", small
         row[:] = np.asarray(grey, np.float32).ravel()
         row -= row.mean()

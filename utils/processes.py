@@ -2,10 +2,16 @@
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tqdm import tqdm
+
+from utils.config import UserError
+
+LONGEST = timedelta(days=1)  # that processes wait for what the main one does alone: a download, a look at every image
 
 
 def accelerator():
@@ -64,6 +70,43 @@ def say(text):
     """Print once, however many processes there are."""
     if is_main():
         print(text, flush=True)
+
+
+def progress(items, name, total=None, unit="it", shown=None):
+    """-> items behind a progress bar that goes when it is done; the main process shows it for all.
+
+    Args:
+        items: iterable; name: beside the bar; total: their number, where len(items) does not tell.
+        shown: None to show it on consoles alone, False not to show it.
+    """
+    return tqdm(items, name, total, ascii=True, leave=False, unit=unit, dynamic_ncols=True,
+                disable=None if shown is not False and is_main() else True)
+
+
+def main_first(work, what):
+    """Run `work()` on the main process while the others wait, for hours if need be; every process must call it.
+
+    Args:
+        work: callable that may raise UserError; what: in words, for the message of the others.
+    Raises:
+        UserError: on every process, if it was raised on the main one.
+    """
+    if accelerator().num_processes == 1:
+        work()
+        return
+    # gloo has no watchdog: a collective of NCCL that waits that long is ended, and the run with it, after minutes
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
+    error = None
+    if is_main():
+        try:
+            work()
+        except UserError as problem:
+            error = problem
+    failed = torch.tensor(int(error is not None))
+    torch.distributed.broadcast(failed, 0, group=group)  # an end of the main process ends this as well
+    torch.distributed.destroy_process_group(group)
+    if failed:
+        raise error or UserError(f"{what}: the main process failed, see its message")
 
 
 def any_of(flag):

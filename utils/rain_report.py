@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from utils import classification, datasets, loaders, rain_data, report, visualize
+from utils import classification, datasets, image_check, loaders, processes, rain_data, report, visualize
 from utils.config import UserError
 
 
@@ -19,7 +18,7 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
         logits (N,) Tensor on the CPU, targets (N,) Tensor of 0. and 1., paths; of all ranks.
     """
     found = []
-    for batch in tqdm(loader, name, ascii=True, leave=False, disable=None, dynamic_ncols=True):
+    for batch in processes.progress(loader, name):
         batch = datasets.to_device(batch, device)
         logits = rain_detector(batch["images"]).float().cpu().tolist()
         found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
@@ -38,7 +37,7 @@ def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "T
     for folders, domain, constant in zip((clean_dirs, rainy_dirs), ("clean", "rainy"), constants, strict=False):
         for folder in folders:
             paths = rain_data.images_below([folder], constant)
-            datasets.check_images(paths, f"{constant} ({folder})")
+            image_check.check_images(paths, f"{constant} ({folder})")
             for path in paths:
                 if owner.setdefault(path.resolve(), domain) != domain:
                     raise UserError(f"{path.as_posix()} is in {constants[0]} and in {constants[1]}: it cannot be both")

@@ -11,7 +11,8 @@ import torch
 
 from utils import atomic
 
-LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "numpy", "pillow")
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "faster-coco-eval", "numpy",
+             "pillow")
 
 
 def write_json(path, content):

@@ -17,10 +17,9 @@ import torch
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from rfdetr.datasets import transforms
-from utils import datasets
+from utils import datasets, image_check, processes
 from utils.config import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -229,7 +228,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
         if train and not len(self.labels):
             raise UserError(f"{self.annotation_file.as_posix()} has no object to train on")
         if check:
-            datasets.check_images([self.folder / name for name in self.files],
+            image_check.check_images([self.folder / name for name in self.files],
                                   f"{flag} {Path(root).as_posix()} ({split})",
                                   [(image["width"], image["height"]) for image in content["images"]])
 
@@ -274,8 +273,8 @@ class RoboflowDataset(torch.utils.data.Dataset):
                             "train_detector_stage1.py, masks need 'segmentation' (polygons or RLE); export the data "
                             "set as COCO Segmentation")
         codes, broken, names = [], [], dict(zip(self.image_ids, self.files, strict=True))
-        for note, size in tqdm(list(zip(objects, sizes, strict=True)), "checking masks", ascii=True, leave=False,
-                               disable=None if len(objects) > 20_000 else True):
+        for note, size in processes.progress(list(zip(objects, sizes, strict=True)), "checking masks",
+                                             shown=len(objects) > 20_000):
             try:
                 codes.append(mask_code(note.get("segmentation"), *size))
             except ValueError as error:

@@ -1,0 +1,98 @@
+"""Every image file is decoded once before a run starts, and not again while it stays as it is."""
+
+import hashlib
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from utils import cache, cores, processes
+from utils.config import UserError
+
+REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
+FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+
+
+def check_images(paths, what, sizes=None, partners=None):
+    """Decode every file once, at low resolution. Under torchrun the main process does it, so every process must call.
+
+    A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped. That
+    a large set was found good is remembered in the cache folder, by its files' paths, sizes and times.
+
+    Args:
+        paths: files; what: where they come from, for the message.
+        sizes: the (width, height) that each must have, one per path, None for any.
+        partners: images whose size each must share, one per path, None for none.
+    Raises:
+        UserError: names the broken, missing and misshapen ones.
+    """
+    processes.main_first(lambda: _check(paths, what, sizes or [None] * len(paths), partners or [None] * len(paths)),
+                         f"checking {what}")
+
+
+def _check(paths, what, sizes, partners):
+    seal = None
+    if len(paths) >= REMEMBERED:
+        seal = cache.cache_folder() / "checked_images" / _fingerprint(paths, sizes, partners)
+        if seal.exists():
+            return
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores.available_cores())) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        answers = pool.map(_problem, paths, sizes, partners)
+        found = list(processes.progress(answers, f"checking {what}", total=len(paths), unit="image",
+                                        shown=seal is not None))
+    broken = [text for text in found if text]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
+                        "Replace them or remove them from the data set.")
+    if seal is not None:
+        with suppress(OSError):  # not remembered, then
+            seal.parent.mkdir(parents=True, exist_ok=True)
+            seal.touch()
+
+
+def _problem(path, expected, partner):
+    """-> what is wrong with a file, None if nothing is."""
+    name = Path(path).as_posix()
+    try:
+        with Image.open(path) as image:
+            if expected and image.size != expected:
+                return f"{name} (is {image.width}x{image.height}, its annotation says {_extent(image, expected)})"
+            if partner is not None:
+                with Image.open(partner) as other:
+                    if image.size != other.size:
+                        return (f"{name} (is {image.width}x{image.height}, its partner {Path(partner).as_posix()} "
+                                f"{_extent(image, other.size)})")
+            if image.mode.startswith(("I", "F")):
+                return f"{name} (mode {image.mode} has more than 8 bits per channel)"
+            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.load()
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or path).as_posix()} (missing)"
+    except FAULTS as error:
+        return f"{name} ({error})"
+    return None
+
+
+def _extent(image, size):
+    """-> (width, height) in words, and where the two differ by a camera's note alone, what to do."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) and image.size == size[::-1]
+    return f"{size[0]}x{size[1]}" + (": it lies on its side, as its EXIF orientation says; save it upright, for "
+                                     "instance with PIL.ImageOps.exif_transpose" if turned else "")
+
+
+def _fingerprint(paths, sizes, partners):
+    """-> name for the state of these files and of what is asked of them."""
+    digest = hashlib.sha256()
+    for path, *asked in zip(paths, sizes, partners, strict=True):
+        try:
+            state = os.stat(path)
+        except OSError:
+            state = None  # will be reported as missing
+        digest.update(f"{os.path.abspath(path)}|{state and (state.st_size, state.st_mtime_ns)}|{asked}\n".encode(
+            errors="surrogatepass"))
+    return digest.hexdigest()

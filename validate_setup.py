@@ -18,7 +18,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from utils import cache, config, cores, image_check
+from utils import cache, config, cores
 from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
@@ -33,7 +33,9 @@ DEMO = {"DATASET_DIR": "./demo/dataset", "SIZE": "tiny", "PRETRAIN_WEIGHTS": "./
         "RUNS_DIR": "./demo/runs"}
 
 _PYTHON = (3, 11)
-_OTHER_SCRIPTS = ("opencv-python-headless", "segmentation-models-pytorch")  # not RF-DETR's
+_DISPENSABLE = {"opencv-python-headless": "only other scripts need it",
+                "segmentation-models-pytorch": "only other scripts need it",
+                "faster-coco-eval": "scoring takes six times as long"}  # packages and what it means to lack them
 _EFFECTIVE_BATCH = 16  # batch times accumulation, of the published models
 # Millions of parameters, and GB that autograd keeps per image in a stage-1 step: float32, the size's own resolution, 13
 # groups of queries, counted with saved_tensors_hooks. Mixed precision needs less, temporaries come on top.
@@ -81,8 +83,8 @@ def check_packages(found, requirements):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if name in _OTHER_SCRIPTS:
-                found.warn(f"package {name} is missing; only other scripts need it")
+            if name in _DISPENSABLE:
+                found.warn(f"package {name} is missing: {_DISPENSABLE[name]}")
                 continue
             found.fail(f"package {name} is missing: pip install -r requirements.txt")
             missing = True
@@ -172,7 +174,7 @@ def check_dataset(found, cfg):
 def check_split(found, root, split, names):
     """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
     from rfdetr.datasets import roboflow
-    from utils import datasets
+    from utils import datasets, image_check
 
     def bad(text):
         if split == "test":
@@ -202,7 +204,7 @@ def check_split(found, root, split, names):
                    + ("nothing to learn from" if split == "train" else "no mAP for that"))
     try:
         image_check.check_images([path.parent / name for name in data.files], split,
-                              [(image["width"], image["height"]) for image in content["images"]])
+                                 [(image["width"], image["height"]) for image in content["images"]])
         found.ok(f"{split}: all image files are there and can be read")
     except UserError as error:
         bad(str(error))

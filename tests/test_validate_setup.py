@@ -192,11 +192,12 @@ def test_packages_are_compared_with_the_requirements(tmp_path, capsys):
 
 
 def test_an_optional_package_that_is_missing_only_warns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(validate_setup, "_OTHER_SCRIPTS", ("no-such-package",))
+    monkeypatch.setattr(validate_setup, "_DISPENSABLE", {"no-such-package": "nobody needs it"})
     (tmp_path / "requirements.txt").write_text("no-such-package>=1\n", encoding="utf-8")
     found = validate_setup.Findings()
     assert validate_setup.check_packages(found, tmp_path / "requirements.txt")
     assert (found.failed, found.warned) == (0, 1)
+    assert having(capsys.readouterr().out.splitlines(), "[warn]", "no-such-package is missing: nobody needs it")
 
 
 def test_a_full_disk_fails_before_training_starts(tmp_path, capsys, monkeypatch):

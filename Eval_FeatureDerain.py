@@ -234,6 +234,7 @@ def main(**overrides):
     models = build_models(cfg, device)
     note_other_sizes(cfg)
     id2label = detector.id2label_of(models[_VANILLA])
+    detector.require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     found = build_loaders(cfg, id2label)
     first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}

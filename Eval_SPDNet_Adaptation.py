@@ -64,7 +64,7 @@ _VANILLA, _ORIGINAL, _ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", 
 def build_models(cfg, device):
     """-> {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes; one frozen detector for all."""
     if not Path(cfg.ADAPTED_MODEL_PATH).is_file():
-        raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' does not exist: run python "
+        raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' is no file: run python "
                                f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
     integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
     original = integrated_model.load_integrated_model(
@@ -119,7 +119,8 @@ def print_summary(rows, latency, twins):
     for name in (_ORIGINAL, _ADAPTED):
         share = comparison.gap_won_back(rows, name, _VANILLA, twins)
         won = (f"{100 * share:.1f}% of the rain gap won back" if share is not None else
-               "rain costs vanilla nothing here" if twins else "no rain gap, the clean images are other ones")
+               "rain costs vanilla nothing here (is COCO_RAIN_DIR the rainy one?)" if twins else
+               "no rain gap, the clean images are other ones")
         cost = score[name, "clean"] - score[_VANILLA, "clean"]
         print(f"{name}: {won}; clean images that pass through it: {cost:+.4f} mAP")
     print("\n" + report.table([{"model": name} | values for name, values in latency.items()],
@@ -139,6 +140,7 @@ def main(**overrides):
                                  "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
                                 cfg.IMAGE_SIZE)
     id2label = detector.id2label_of(models[_VANILLA])
+    detector.require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
     rows = (comparison.evaluate_models(models, rainy, device, comparison.ids_by_prefix(rainy.dataset, cfg.PREFIXES))

@@ -287,6 +287,7 @@ def main(**overrides):
     checkpoint.require_writable(folder)
     rain_detector, branches, pipelines = build_models(cfg, device)
     id2label = detector.id2label_of(branches["vanilla"])
+    detector.require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
     loaders_of = build_loaders(cfg, id2label)
     pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
                                            cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE).to(device).eval()

@@ -61,7 +61,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
-EARLY_STOPPING_PATIENCE = 3             # epochs without a better score
+EARLY_STOPPING_PATIENCE = 3             # epochs without a better score; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation
 
@@ -178,6 +178,7 @@ def main(**overrides):
     device = processes.announced_device()
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
     model = build_model(cfg, device)
+    detector.require_queries(model.detection_module, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, detector.id2label_of(model.detection_module))
     truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
               for domain, loader in val_loaders.items()}

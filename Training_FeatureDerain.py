@@ -69,7 +69,7 @@ SCHEDULE = "cosine"                     # constant, cosine or step
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
-EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase; 0: never stop early
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 
@@ -265,6 +265,7 @@ def main(**overrides):
     device = processes.announced_device()
     model = build_model(cfg, device)
     id2label = detector.id2label_of(model.rtdetr)
+    detector.require_queries(model.rtdetr, cfg.IMAGE_SIZE)
     train, val = build_data(cfg, id2label, weights)
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
     val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)

@@ -57,7 +57,7 @@ WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
-EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 
@@ -163,6 +163,7 @@ def main(**overrides):
     processes.announced_device()
     model = build_model(cfg)
     id2label = detector.id2label_of(model)
+    detector.require_queries(model, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label)
     truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
               for domain, loader in val_loaders.items()}

@@ -59,7 +59,7 @@ CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 FP16 = False                            # must stay False: SPDNet overflows in half precision
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
-EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP
+EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation
 
@@ -192,6 +192,7 @@ def main(**overrides):
     device = processes.announced_device()
     model = build_model(cfg, device)
     id2label = detector.id2label_of(model.detection_module)
+    detector.require_queries(model.detection_module, cfg.IMAGE_SIZE)
     train, val, labelled = build_data(cfg, id2label)
     if not labelled and not cfg.FEATURE_WEIGHT:
         raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")

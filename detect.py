@@ -106,6 +106,7 @@ def build_models(cfg, device):
     if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
         raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
     chosen = build_model(cfg, device)
+    detector.require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
     # feature-level training may have changed the detector, so the plain one is loaded

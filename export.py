@@ -53,6 +53,8 @@ def build_models(cfg):
                                                                                       constant="MODEL_NAME")
     if not models:
         raise config.UserError("RTDETR_MODEL_NAME and MODEL_NAME are both empty: nothing to export")
+    for model in models.values():
+        detector.require_queries(getattr(model, "rtdetr", model), cfg.IMAGE_SIZE)
     return {name: Deployable(model).eval() for name, model in models.items()}
 
 

@@ -82,7 +82,7 @@ PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4
 CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
 TARGET_PSNR = 28.0                      # stop when both targets are reached on the validation pairs ...
 TARGET_SSIM = 0.85                      # ... 0 and 0 train on to the end
-EARLY_STOPPING_PATIENCE = 15            # epochs without a lower validation loss
+EARLY_STOPPING_PATIENCE = 15            # epochs without a lower validation loss; 0: never stop early
 DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
 SEED = 0                                # split, order, augmentation, initial weights
 

@@ -158,6 +158,9 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         self.image_ids = [image["id"] for image in chosen]
         self.twin_folder = coco_split(twin_root, split, twin_constant)[0] if twin_root else None
         self.notes = self._index_boxes(chosen, content["annotations"])
+        if split == "val" and not len(self.labels):
+            raise UserError(f"{self.annotation_file.as_posix()} has no object of the detector's classes in the "
+                            f"{len(chosen)} chosen image(s): there is nothing to score")
         if check:
             folders = [self.folder] + ([self.twin_folder] if self.twin_folder not in (None, self.folder) else [])
             sizes = [(image["width"], image["height"]) for image in chosen]

@@ -5,6 +5,7 @@ no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def require_size(image_size):
     if image_size < 32 or image_size % 32:
         raise UserError(f"IMAGE_SIZE = {image_size}: RT-DETR needs a multiple of 32, such as "
                         f"{max(32, round(image_size / 32) * 32)}")
+
+
+def require_queries(detector, image_size):
+    """UserError unless a square image yields at least as many feature positions as the detector has queries, which are
+    chosen among these. Only images far below 640 are too small: R18 needs 128."""
+    def positions(side):
+        return sum(math.ceil(side / stride) ** 2 for stride in detector.config.feat_strides)
+    wanted = detector.config.num_queries
+    if positions(image_size) < wanted:
+        least = next(side for side in range(32, 10_000, 32) if positions(side) >= wanted)
+        raise UserError(f"IMAGE_SIZE = {image_size} gives {positions(image_size)} feature positions, this detector "
+                        f"chooses {wanted} of them: set {least} or more")
 
 
 def trained_size(folder):

@@ -59,7 +59,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         precision: one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with
             a scaled loss.
         optimizer: (groups, weight_decay=0.0) -> torch optimizer.
-        patience: epochs without a better score before the run stops, None for never.
+        patience: epochs without a better score before the run stops, 0 or None for never.
         stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
         on_epoch: (plain model in eval mode, history) -> None, called when the epoch is saved; every rank.
         ema: decay of a moving average of the trained weights (see `WeightAverage`), which is then what is evaluated,
@@ -88,11 +88,13 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     if precision == "bf16" and processes.bf16_is_emulated(run.accelerator.device):
         processes.say("note: PRECISION = 'bf16': this CPU has no instructions for it and will be about ten times "
                       "slower than with float32")
+    if (patience or 0) < 0:
+        raise UserError(f"EARLY_STOPPING_PATIENCE = {patience}: choose 0 (never stop early) or more")
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
         while run.epoch < epochs:
-            if patience is not None and run.bad_epochs >= patience:
+            if patience and run.bad_epochs >= patience:
                 stopped = f"no better {score} in {patience} epochs"
                 break
             if stop and run.history and (reason := stop(run.history)):

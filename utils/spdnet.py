@@ -406,19 +406,22 @@ def load_spdnet(path, n_feats: int | None = None, n_resblocks: int | None = None
     Raises checkpoint.CheckpointError with one line when the file is missing (`constant` is the script's constant that
     holds the path) or not a SPDNet's state dict.
     """
+    name = f"{constant} = '{Path(path).as_posix()}'" if constant else str(path)
     if constant and not Path(path).is_file():
         raise checkpoint.CheckpointError(
-            f"{constant} = '{Path(path).as_posix()}' does not exist. Train one with Training_SPDNet.py, take the "
-            "published model_spa.pt (github.com/Joyies/SPDNet), or try --demo.")
+            f"{name} {'is a folder' if Path(path).is_dir() else 'does not exist'}. Train one with Training_SPDNet.py, "
+            "take the published model_spa.pt (github.com/Joyies/SPDNet), or try --demo.")
     state = checkpoint.load_state(path)
     if n_feats is None:
         if "output1.weight" not in state or state["output1.weight"].dim() != 4:
-            raise checkpoint.CheckpointError(f"{path} is not a SPDNet state dict: it has no output1.weight")
+            raise checkpoint.CheckpointError(f"{name} is not a SPDNet state dict: it has no output1.weight "
+                                             "(Training_SPDNet.py writes spdnet_best.pt, the adaptation "
+                                             "spdnet_adapted.pt)")
         n_feats = state["output1.weight"].shape[1]
     if n_resblocks is None:
         start = "res_extra1.extra.module_body."
         numbers = {name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)}
         n_resblocks = max(len(numbers) - 1, 0)  # the last one is the group's convolution
     model = SPDNet(n_feats, n_resblocks)
-    checkpoint.load_into(model, state, str(path))
+    checkpoint.load_into(model, state, name)
     return model.to(device)

@@ -155,6 +155,13 @@ def test_the_kept_quarter_of_the_transposed_convolution(height, width, size):
     assert torch.allclose(up(x, size), up.direct(x, size), atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(50, 130), (180, 77), (210, 190)])
+def test_the_kept_quarter_at_sizes_where_float32_rounds_to_another_pixel(size):
+    torch.manual_seed(1)
+    up, x = UpConv(4), torch.randn(1, 4, *size)
+    assert torch.allclose(up(x, size), up.direct(x, size), atol=1e-5)
+
+
 def test_batch_equals_single_images(small):
     x = torch.cat((fill_input(28, 36), fill_input(28, 36).flip(3)))
     together = small(x)

@@ -122,9 +122,10 @@ class UpConv(nn.Module):
             return self.direct(x, size)
         x = F.pad(reflect(x), (1, 1, 1, 1))
         weight, bias = self.conv2d.weight.transpose(0, 1), self.conv2d.bias              # (out, in, 3, 3)
-        column_runs = kept_runs(2 * x.shape[3] - 3, size[1])
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # bf16 is resized in float32
+        column_runs = kept_runs(2 * x.shape[3] - 3, size[1], dtype)
         rows = []
-        for row_taps, top, bottom in kept_runs(2 * x.shape[2] - 3, size[0]):
+        for row_taps, top, bottom in kept_runs(2 * x.shape[2] - 3, size[0], dtype):
             strip, row_weight = x[:, :, top:bottom], weight[:, :, row_taps]
             rows.append(torch.cat([F.conv2d(strip[:, :, :, left:right], row_weight[:, :, :, taps], bias)
                                    for taps, left, right in column_runs], 3))
@@ -136,15 +137,16 @@ class UpConv(nn.Module):
 
 
 @lru_cache(256)
-def kept_runs(length: int, kept: int) -> tuple[tuple[list[int], int, int], ...]:
+def kept_runs(length: int, kept: int, dtype: torch.dtype) -> tuple[tuple[list[int], int, int], ...]:
     """Which pixels of a transposed convolution a nearest-neighbour resize keeps, along one axis, as convolutions.
 
-    length: pixels of the transposed convolution (kernel 3, stride 2); kept: pixels after the resize, fewer than those.
+    length: pixels of the transposed convolution (kernel 3, stride 2); kept: pixels after the resize, fewer than those;
+    dtype: in which the resize works out where they are: at some sizes float32 rounds to another pixel than float64.
     -> (kernel taps, start, stop) of each run of kept pixels two apart: such a run is the ordinary convolution of the
     input's [start:stop], padded by one zero at either end, with those taps. An even output pixel p sees the inputs
     p/2 - 1 and p/2 (taps 2 and 0), an odd one sees only (p - 1)/2 (tap 1).
     """
-    pixels = F.interpolate(torch.arange(length, dtype=torch.float64)[None, None], kept)[0, 0].long().tolist()
+    pixels = F.interpolate(torch.arange(length, dtype=dtype)[None, None], kept)[0, 0].long().tolist()
     runs, first = [], 0
     for i in range(1, kept + 1):
         if i == kept or pixels[i] != pixels[i - 1] + 2:

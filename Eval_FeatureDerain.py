@@ -135,6 +135,7 @@ def build_loaders(cfg, id2label):
         found = [mixedrain.MixedRainDataset(cfg.MIXEDRAIN_DIR, id2label, transform, Path(cfg.OUTPUT_DIR) / "mixedrain",
                                             **common)]
     else:
+        datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
         found = [datasets.CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
                                                **common)
                  for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),

@@ -141,6 +141,7 @@ def main(**overrides):
                                 cfg.IMAGE_SIZE)
     id2label = detector.id2label_of(models[_VANILLA])
     detector.require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
+    datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
     rows = (comparison.evaluate_models(models, rainy, device, comparison.ids_by_prefix(rainy.dataset, cfg.PREFIXES))

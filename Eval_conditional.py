@@ -85,6 +85,7 @@ _OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR"
 
 def build_loaders(cfg, id2label):
     """-> {"clean", "rainy": validation loader}."""
+    datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
     found = {}
     for domain, root, constant in zip(_DOMAINS, (cfg.COCO_DIR, cfg.COCO_RAIN_DIR), ("COCO_DIR", "COCO_RAIN_DIR"),
                                       strict=True):

@@ -65,7 +65,7 @@ FREEZE_BATCH_NORM = True                # phase 2: BatchNorm stays as pretrained
 BATCH_SIZE = 16                         # per GPU; 6 to 8 on 8 GB
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in each phase
-SCHEDULE = "cosine"                     # constant, cosine or step
+SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
@@ -115,7 +115,9 @@ def build_data(cfg, id2label, weights):
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
     if "detection" not in weights and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
-        processes.say("no annotations: training by feature consistency alone, 10% of the pairs kept for validation")
+        processes.say("no annotations: training by features and masks alone, 10% of the pairs kept for validation")
+        if weights.pop("identity", None):
+            processes.say("note: IDENTITY_WEIGHT is left out, as pairs hold no clean samples")
         train, val = (datasets.PairedRainDataset(
             cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
             percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)

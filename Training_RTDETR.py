@@ -54,7 +54,7 @@ BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly; fr
 WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
 CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR's own; 0: none
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
-SCHEDULE = "cosine"                     # constant, cosine or step
+SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
 EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
@@ -83,6 +83,9 @@ def build_model(cfg):
     if not names:
         raise config.UserError(f"COCO_DIR = '{cfg.COCO_DIR}': the training annotations list no categories")
     if not cfg.RTDETR_MODEL_NAME:
+        if cfg.BACKBONE_LEARNING_RATE < cfg.LEARNING_RATE:
+            processes.say(f"note: BACKBONE_LEARNING_RATE = {cfg.BACKBONE_LEARNING_RATE} is for a pretrained backbone; "
+                          f"this one is new, LEARNING_RATE = {cfg.LEARNING_RATE} suits it better")
         return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
     model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
     known = datasets.label_table(categories, detector.id2label_of(model), "", unknown=None)

@@ -54,7 +54,7 @@ BATCH_SIZE = 2                          # per GPU
 GRADIENT_ACCUMULATION_STEPS = 8         # effective batch 16
 LEARNING_RATE = 1e-4                    # only SPDNet trains, so higher than for fine-tuning a detector
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; 500 if the loss explodes
-SCHEDULE = "cosine"                     # constant, cosine or step
+SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 FP16 = False                            # must stay False: SPDNet overflows in half precision
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
@@ -217,7 +217,8 @@ def main(**overrides):
         own_files=(output.name,))
     if result["history"]:
         processes.say(f"adapted SPDNet: {output.as_posix()}\n"
-                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}")
+                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} --ADAPTED_MODEL_PATH "
+                      f"{output.as_posix()}")
     return result
 
 

@@ -59,6 +59,7 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
 }
+_TEXT = ("SOURCE",)  # "0" is a camera
 _NONE_ALLOWED = ("RAIN_THRESHOLD",)
 _SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
 

@@ -150,6 +150,9 @@ def check_source(source, kind):
     if (source / "annotations").is_dir() and not annotations:
         raise config.UserError(f"{kind.source} = {source} has an annotations folder without *.json files; "
                                f"{kind.layout}")
+    if (source / "rain.json").is_file():
+        raise config.UserError(f"{kind.source} = {source} is rain that make_rain.py wrote (rain.json): give the clean "
+                               "images")
     images = find_images(source)
     if not images:
         raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(_SUFFIXES)}); {kind.layout}")

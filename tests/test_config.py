@@ -51,6 +51,23 @@ def test_command_line_parses_by_type_and_ignores_case():
         parse("--UNKNOWN", "1")
 
 
+def test_an_unknown_flag_is_one_line_with_a_suggestion(capsys):
+    for flag in ("--BATCHSIZE", "--batch-sizes=4"):
+        with pytest.raises(SystemExit) as end:
+            config.from_command_line({"BATCH_SIZE": 2, "RATE": 0.1}, [flag])
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"Error: unknown argument {flag.split('=')[0]}; did you mean "
+                                                  "--BATCH_SIZE?")
+
+
+def test_numbers_in_quotes_are_refused_and_percents_may_be_fractions():
+    for name, value in (("BATCH_SIZE", "4"), ("RATE", "1e-4"), ("FAST", "False")):
+        with pytest.raises(config.UserError, match=f"{name} = '{value}' is text: write it without the quotes"):
+            config.resolve({name: value}, {})
+    script = {"SOURCE": "0", "_TEXT": ("SOURCE",), "PLACE": "./1", "PERCENT_DATASET": 10}
+    assert config.resolve(script, {"PERCENT_DATASET": 0.5}).PERCENT_DATASET == 0.5
+
+
 def test_bare_flags_and_dashes():
     script = {"SHOW_IT": False, "HIDE": True, "MAX_SIZE": 3}
     parse = lambda *argv: config.from_command_line(script, argv)  # noqa: E731

@@ -84,6 +84,57 @@ def test_boxes_are_clipped_or_left_out_and_counted(coco):
     assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
 
 
+def test_boxes_in_other_units_are_refused(coco):
+    original = json.loads((coco / "coco" / "annotations" / "instances_train2017.json").read_text())["annotations"]
+
+    def rewrite(box):
+        edit(coco / "coco", lambda content: [note.update(bbox=box(old["bbox"]))
+                                             for note, old in zip(content["annotations"], original, strict=True)])
+    rewrite(lambda box: [value / 96 for value in box])
+    with pytest.raises(UserError, match="all 8 box.*in pixels, not in shares"):
+        open_set(coco / "coco")
+    edit(coco / "coco", lambda content: content["annotations"].extend(
+        content["annotations"][0] | {"id": 100 + i, "bbox": [50, 50, 90, 90]} for i in range(12)))
+    with pytest.raises(UserError, match="12 of 12 boxes reach out.*not .x1, y1, x2, y2"):
+        open_set(coco / "coco")
+
+
+def test_nothing_to_score_or_to_learn_from_is_said(coco):
+    for split in ("train", "val"):
+        edit(coco / "coco", lambda content: content["annotations"].clear(), split)
+    with pytest.raises(UserError, match="instances_val2017.json has no object .* nothing to score"):
+        open_set(coco / "coco", "val")
+    with pytest.raises(UserError, match="instances_train2017.json has no object .* nothing to learn from"):
+        mixture(coco, coco_ratio=1.0, rain_ratio=0.0)
+
+
+def mixture(coco, clean="coco", rainy="coco_rain", **ratios):
+    return datasets.clean_rainy_mixture(coco / clean, coco / rainy, NAMES, presets.evaluation(64), percent=100, seed=0,
+                                        **({"coco_ratio": 0.5, "rain_ratio": 0.5} | ratios))
+
+
+def test_one_folder_for_both_or_rain_as_clean_images_is_refused(coco):
+    (coco / "coco_rain" / "rain.json").write_text("{}")  # make_rain.py's
+    assert len(mixture(coco)) == 8
+    with pytest.raises(UserError, match="COCO_DIR and COCO_RAIN_DIR are the same folder"):
+        mixture(coco, rainy="coco")
+    with pytest.raises(UserError, match="COCO_DIR = .* holds rain .* swapped"):
+        mixture(coco, "coco_rain", "coco")
+    with pytest.raises(UserError, match="CLEAN_DIR = .* holds rain .* are CLEAN_DIR and RAINY_DIR swapped"):
+        datasets.PairedRainDataset(coco / "coco" / "train2017", coco / "coco_rain" / "train2017",
+                                   presets.evaluation(64))
+
+
+def test_a_byte_order_mark_is_read_over_and_a_file_name_is_text(coco):
+    path = coco / "coco" / "annotations" / "instances_train2017.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # Windows PowerShell writes one
+    assert len(open_set(coco / "coco")) == 8
+    path.write_bytes(path.read_bytes()[3:])
+    edit(coco / "coco", lambda content: content["images"][0].update(file_name=None))
+    with pytest.raises(UserError, match="image 1: file_name None is no text"):
+        open_set(coco / "coco")
+
+
 def test_wrong_categories_and_broken_json_are_named(coco):
     edit(coco / "coco", lambda content: content["categories"].append({"id": 9, "name": "rickshaw"}))
     with pytest.raises(UserError, match="does not know 'rickshaw'"):

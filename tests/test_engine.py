@@ -100,6 +100,34 @@ def test_early_stopping_and_best_by_score(coco, tmp_path):
     assert all(torch.equal(best[name], saved[-1][name]) for name in best)
 
 
+def test_a_patience_of_0_never_stops(coco, tmp_path):
+    _, result = run(coco, tmp_path / "out", epochs=3, patience=0, score="val/x", evaluate=lambda model: {"val/x": 0.0})
+    assert len(result["history"]) == 3 and result["stopped"] == "all epochs done"
+    with pytest.raises(UserError, match="EARLY_STOPPING_PATIENCE = -1"):
+        run(coco, tmp_path / "other", patience=-1)
+
+
+def test_a_run_that_was_judged_otherwise_or_is_none_of_ours_is_not_resumed(coco, tmp_path):
+    run(coco, tmp_path / "out", epochs=1, score="val/x", evaluate=lambda model: {"val/x": 0.5})
+    with pytest.raises(UserError, match="was judged by val/x, now it would be by val/y"):
+        run(coco, tmp_path / "out", epochs=2, resume=True, score="val/y", evaluate=lambda model: {"val/y": -0.1})
+    torch.save({"a": torch.zeros(1)}, tmp_path / "out" / "last.pt")
+    with pytest.raises(UserError, match="is not a last.pt of this project"):
+        run(coco, tmp_path / "out", epochs=2, resume=True)
+
+
+def test_step_decays_where_a_script_names_no_shares(coco, tmp_path, capsys):
+    run(coco, tmp_path / "out", epochs=4, schedule="step", warmup_steps=0)
+    last = torch.load(tmp_path / "out" / "last.pt")["optimizer"]["param_groups"][0]["lr"]
+    assert last == pytest.approx(1e-2 * 0.5**2)  # the eighth of 8 steps: after 1/2 and 3/4, before 9/10
+    for wrong in ((), (2.0,), 0.5):
+        with pytest.raises(UserError, match="DECAY_AT"):
+            run(coco, tmp_path / "out", schedule="step", milestones=wrong)
+    assert "WARMUP_STEPS" not in capsys.readouterr().out
+    run(coco, tmp_path / "other", epochs=1, warmup_steps=2)
+    assert "note: WARMUP_STEPS = 2 of 2 steps" in capsys.readouterr().out
+
+
 def test_the_last_smaller_group_is_a_step_with_its_own_mean(coco, tmp_path):
     """8 images, batches of 3, groups of 2: steps over (3, 3) and (2) images."""
     plain = nn.Module()
@@ -173,6 +201,11 @@ def test_nothing_to_train_and_bad_settings_are_refused(coco, tmp_path):
         run(coco, tmp_path / "out", precision="fp16")
     with pytest.raises(UserError, match="SCHEDULE"):
         run(coco, tmp_path / "out", schedule="linear")
+    with pytest.raises(UserError, match="every learning rate .* is 0"):
+        run(coco, tmp_path / "out", model=model, parameters=[{"params": list(model.head.parameters()), "lr": 0.0}])
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match="SEED = "):
+            engine.seed_everything(seed)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         run(coco, tmp_path / "file" / "out")

@@ -265,6 +265,14 @@ def test_errors_name_the_constant(weights, tmp_path, small_detector):
             make()
         assert "\n" not in str(error.value)
     FeatureDerainRTDETR(small_detector).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="MODEL_NAME = .*none' does not exist: Training_FeatureDerain.py writes it"):
+        FeatureDerainRTDETR.from_pretrained(tmp_path / "none", constant="MODEL_NAME")
+    settings = (tmp_path / "model" / "feature_derain.json").read_text()
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "model" / "feature_derain.json").write_text(damaged)
+        with pytest.raises(UserError, match="MODEL_NAME: .*feature_derain.json is damaged"):
+            FeatureDerainRTDETR.from_pretrained(tmp_path / "model", constant="MODEL_NAME")
+    (tmp_path / "model" / "feature_derain.json").write_text(settings)
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "model" / "derain.pt")
     with pytest.raises(UserError, match="derain.pt does not fit"):
         FeatureDerainRTDETR.from_pretrained(tmp_path / "model")

@@ -182,10 +182,11 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"PRETRAINED_SHARE": 1.0}, "PRETRAINED_SHARE = 1.0"),
     ({"RAIN_SCORE_WEIGHT": -1.0}, "RAIN_SCORE_WEIGHT = -1.0"),
     ({"RAIN_SCORE_WEIGHT": 0.0, "CLEAN_SCORE_WEIGHT": 0.0}, "nor both 0"),
-    ({"PHASE2_DETECTOR_LR": -1.0}, "a learning rate is -1.0"),
+    ({"PHASE2_DETECTOR_LR": -1.0}, "a learning rate .* is -1.0"),
     ({"SCHEDULE": "linear"}, "SCHEDULE = 'linear'"),
     ({"UNKNOWN_CATEGORIES": "Error"}, "UNKNOWN_CATEGORIES = 'Error'"),
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
+    ({"IMAGE_SIZE": 32}, "IMAGE_SIZE = 32 gives 21 feature positions, .* chooses 40 .* set 64 or more"),
     ({"PHASE1_EPOCHS": -1}, "PHASE1_EPOCHS = -1"),
     ({"PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 0}, "nothing to train"),
     ({"DERAIN_TYPE": "none", "PHASE2_EPOCHS": 0}, "nothing to train"),
@@ -301,6 +302,15 @@ def test_mixedrain_names_the_bad_line(mixed, line, message):
     with pytest.raises(UserError, match=message) as error:
         mixedrain.read_mixedrain(mixed)
     assert "\n" not in str(error.value)
+
+
+def test_mixedrain_names_may_hold_spaces(mixed):
+    (mixed / "images" / "sunny.jpg").rename(mixed / "images" / "mist on the  bridge.jpg")
+    (mixed / "labels.txt").write_text("mist on the  bridge.jpg 0 0.5 0.5 0.5 0.25\nmist_001 1 0.5 0.5 0.5 0.25\n",
+                                      encoding="utf-8")
+    content = mixedrain.read_mixedrain(mixed)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    assert [names[note["image_id"]] for note in content["annotations"]] == ["mist on the  bridge.jpg", "mist_001.jpg"]
 
 
 def test_mixedrain_in_another_encoding(mixed):

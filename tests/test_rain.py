@@ -253,6 +253,8 @@ def test_user_mistakes(coco, tmp_path):
     refused("COCO .*not a folder.*layout", COCO=tmp_path / "nowhere")
     refused("same folder", OUT=coco)
     refused("lies inside", OUT=coco / "rainy")
+    make_rain.main(COCO=coco, OUT=tmp_path / "once", WORKERS=1)
+    refused("is rain that make_rain.py wrote", COCO=tmp_path / "once")
     refused("light, medium, heavy", INTENSITY="strong")
     refused("WORKERS", WORKERS=-1)
     (tmp_path / "file").write_text("x")

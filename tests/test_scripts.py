@@ -119,6 +119,7 @@ def test_adaptation_without_labels(base, coco):
     ({"FEATURE_LEVEL": "decoder"}, "FEATURE_LEVEL"),
     ({"PRECISION": "fp16"}, "PRECISION"),
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100.*multiple of 32, such as 96"),
+    ({"IMAGE_SIZE": 32}, "IMAGE_SIZE = 32 gives 21 feature positions"),
     ({"PERCENT_DATASET": 0}, "PERCENT_DATASET"),
     ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
     ({"EVAL_BATCH_SIZE": 0}, "EVAL_BATCH_SIZE"),

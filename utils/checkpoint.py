@@ -73,6 +73,8 @@ def load(path, device="cpu"):
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: whatever torch makes of a broken file
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "weights_only" in first_line:  # torch would have the user run whatever code is in there
+            first_line = "damaged, or it holds other things than tensors"
         raise CheckpointError(f"{path.as_posix()} is not a readable checkpoint of tensors: {first_line}") from error
 
 

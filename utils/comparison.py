@@ -53,6 +53,8 @@ def note_other_sizes(trained, image_size):
 
 def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):
     """-> {"rain_*": [image id, ...], ...} of the files whose names begin so; UserError where none does."""
+    if isinstance(prefixes, str):
+        raise UserError(f"{constant} = '{prefixes}' is one text, not several: write ('{prefixes}',) with the comma")
     found = {f"{prefix}*": [i for i, file in zip(dataset.image_ids, dataset.files, strict=True)
                             if Path(file).name.startswith(prefix)] for prefix in prefixes}
     for part, ids in found.items():

@@ -64,7 +64,17 @@ def resolve(namespace, overrides):
                 values[name] = None
             else:
                 values[name] = _checked(_known(name, values), value, constants_of(namespace)[name])
+    for name, value in values.items():
+        if isinstance(value, str) and name not in namespace.get("_TEXT", ()) and _is_number(value):
+            raise UserError(f"{name} = '{value}' is text: write it without the quotes")
     return Config(demo=use_demo, **values)
+
+
+def _is_number(text):
+    """-> True for a text like "4", "1e-4" or "False", which as a constant's value is a slip."""
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError):
+        return isinstance(ast.literal_eval(text), (int, float))
+    return False
 
 
 def _known(name, names):
@@ -79,6 +89,8 @@ def _checked(name, value, default):
     """-> value, converted where nothing is lost (int -> float, Path -> str, list <-> tuple)."""
     if isinstance(value, Path):
         value = str(value)
+    if name.startswith("PERCENT_") and type(value) is float:
+        return value  # half a percent of COCO is 600 images
     if default is None or (isinstance(value, type(default)) and not isinstance(value, bool)):
         return value
     if isinstance(default, bool) or isinstance(value, bool):
@@ -122,7 +134,13 @@ def from_command_line(namespace, argv=None):
                  {"nargs": "+"} if isinstance(default, (tuple, list)) else {})
         parser.add_argument(*[f"--{spelling}" for spelling in dict.fromkeys([name, *small])], dest=name,
                             metavar="VALUE", default=argparse.SUPPRESS, help=text, **words)
-    overrides = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(word.lstrip("-").replace("-", "_").upper(), constants, n=1)
+        parser.exit(2, f"Error: unknown argument {word}{f'; did you mean --{close[0]}?' if close else ''} "
+                       "(--help lists them all)\n")
+    overrides = vars(found)
     return {name: value if name == "demo" else
             _several(name, value, constants[name]) if isinstance(value, list) else _parsed(name, value, constants[name])
             for name, value in overrides.items()}

@@ -190,7 +190,13 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         self.ends = np.cumsum([0, *counts])
         self.boxes = np.array([b for i in self.image_ids for b in boxes[i]], np.float32).reshape(-1, 4)  # xyxy pixels
         self.labels = np.array([v for i in self.image_ids for v in labels[i]], np.int64)
-        notes = []
+        notes, kept = [], len(self.labels)
+        if dropped and not kept:
+            raise UserError(f"{self.annotation_file.as_posix()}: all {dropped} box(es) are thinner than one pixel: "
+                            "bbox must be [x, y, width, height] in pixels, not in shares of the image")
+        if clipped >= 10 and clipped > kept / 2:
+            raise UserError(f"{self.annotation_file.as_posix()}: {clipped} of {kept} boxes reach out of their image: "
+                            "bbox must be [x, y, width, height], not [x1, y1, x2, y2]")
         if clipped:
             notes.append(f"{clipped} box(es) reached out of their image by more than a pixel and were clipped")
         if dropped:
@@ -231,7 +237,7 @@ def read_annotations(path, masks=True):
     masks: False drops the polygons while reading: a third of the memory for COCO's training file, and faster.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=None if masks else _without_mask)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=None if masks else _without_mask)
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path).as_posix()} is not readable JSON: {error}") from error
     missing = [key for key in ("images", "annotations", "categories")
@@ -269,6 +275,8 @@ def _require_entries(content, source):
                 raise UserError(f"{source}: an entry of '{part}' has no {', '.join(missing)}: "
                                 f"{str(entry)[:120]}")
     for image in content["images"]:
+        if not isinstance(image["file_name"], str):
+            raise UserError(f"{source}: image {image['id']}: file_name {str(image['file_name'])[:40]} is no text")
         if not all(isinstance(image[side], (int, float)) and image[side] > 0 for side in ("width", "height")):
             raise UserError(f"{source}: image {image['id']}: width and height must be positive numbers, "
                             f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
@@ -312,6 +320,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
                  part=(0.0, 1.0), limit=None, check=True):
         rainy, clean = (images_by_name(Path(folder), name)
                         for folder, name in zip((rainy_dir, clean_dir), constants, strict=True))
+        require_clean_and_rainy(clean_dir, rainy_dir, constants[::-1])
         alone = sorted(rainy.keys() - clean.keys())
         if alone:
             more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
@@ -392,6 +401,8 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
               "unknown": unknown}
     if twins:
         common |= {"twin_root": coco_dir, "twin_constant": "COCO_DIR"}
+    if rain_ratio > 0:
+        require_clean_and_rainy(coco_dir, rain_dir)
     parts = []
     if coco_ratio > 0:
         parts.append(CocoDetectionDataset(coco_dir, constant="COCO_DIR", domain="clean", part=(0.0, coco_ratio),
@@ -399,7 +410,24 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
     if rain_ratio > 0:
         parts.append(CocoDetectionDataset(rain_dir, constant="COCO_RAIN_DIR", domain="rainy", part=(coco_ratio, 1.0),
                                           **common))
+    if not any(len(part.labels) for part in parts):
+        raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
+                        "images: there is nothing to learn from")
     return Mixture(parts)
+
+
+def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR")):
+    """UserError that names the two constants where their folders are one, or the clean one holds make_rain.py's rain.
+
+    Swapped folders would train a network to make rain, and nothing else would tell.
+    """
+    clean, rainy = Path(clean), Path(rainy)
+    if clean.resolve() == rainy.resolve():
+        raise UserError(f"{constants[0]} and {constants[1]} are the same folder ('{clean.as_posix()}'): give the clean "
+                        "images and their rainy twins, which make_rain.py writes")
+    if any((folder / "rain.json").is_file() for folder in (clean, clean.parent)):
+        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote (rain.json), not "
+                        f"clean images: are {constants[0]} and {constants[1]} swapped?")
 
 
 def collate(samples):

@@ -26,6 +26,8 @@ _AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.fl
 
 def seed_everything(seed):
     """Seed Python, numpy and torch (initial weights, dropout); data has its own seeds."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"SEED = {seed}: choose a number from 0 to {2**32 - 1}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -35,9 +37,9 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=(), plateau=None, precision="float32", precisions=PRECISIONS, optimizer=torch.optim.AdamW,
-        patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None, resume=False,
-        resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
+        milestones=(0.5, 0.75, 0.9), plateau=None, precision="float32", precisions=PRECISIONS,
+        optimizer=torch.optim.AdamW, patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None,
+        resume=False, resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -90,6 +92,12 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
                       "slower than with float32")
     if (patience or 0) < 0:
         raise UserError(f"EARLY_STOPPING_PATIENCE = {patience}: choose 0 (never stop early) or more")
+    if schedule == "step" and not (isinstance(milestones, (tuple, list)) and milestones
+                                   and all(0 < share < 1 for share in milestones)):
+        raise UserError(f"DECAY_AT = {milestones}: choose shares of the run between 0 and 1, such as (0.5, 0.75)")
+    if warmup_steps > run.total_steps / 3:
+        processes.say(f"note: WARMUP_STEPS = {warmup_steps} of {run.total_steps} steps in all: the learning rate "
+                      "reaches its full height late or never")
     run.prepare(resume)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
@@ -141,7 +149,11 @@ def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warm
             raise UserError(f"{name} = {value}: choose 1 or more")
     if not 0 <= ema < 1:
         raise UserError(f"EMA_DECAY = {ema}: choose 0 (no average) or a number below 1, such as 0.999")
-    for what, value in [*(("a learning rate", rate) for rate in rates), *(("a weight decay", d) for d in decays),
+    if rates and not any(rates):
+        raise UserError("every learning rate (LEARNING_RATE, or the constants that end in _LR) is 0: nothing would "
+                        "train")
+    for what, value in [*(("a learning rate (LEARNING_RATE, or a constant that ends in _LR)", rate) for rate in rates),
+                        *(("a weight decay (WEIGHT_DECAY)", d) for d in decays),
                         *((f"the weight of the loss '{name}'", weight) for name, weight in loss_weights.items()),
                         ("CLIP_NORM", clip_norm or 0.0), ("WARMUP_STEPS", warmup_steps)]:
         if not 0 <= value < math.inf:

@@ -287,10 +287,18 @@ class FeatureDerainRTDETR(nn.Module):
         derain_type: what the model must be, None for any.
         """
         folder = Path(folder)
+        if not folder.exists():
+            raise UserError(f"{constant} = '{folder.as_posix()}' does not exist: Training_FeatureDerain.py writes it "
+                            "(for a --demo: Training_FeatureDerain.py --demo)")
         if not (folder / SETTINGS).is_file():
             raise UserError(f"{constant} = '{folder.as_posix()}' has no {SETTINGS}: give the folder model/ that "
                             "Training_FeatureDerain.py wrote")
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict) or set(settings) != {"derain_type", "num_residual_blocks", "width"}:
+            raise UserError(f"{constant}: {(folder / SETTINGS).as_posix()} is damaged; train the model again")
         if derain_type not in (None, settings["derain_type"]):
             raise UserError(f"{constant} = '{folder.as_posix()}' holds DERAIN_TYPE = '{settings['derain_type']}', "
                             f"not '{derain_type}'")

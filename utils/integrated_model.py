@@ -205,7 +205,10 @@ class RainRobustRTDETR(nn.Module):
             raise UserError(f"{folder.as_posix()} has no integrated.json: not a folder of RainRobustRTDETR")
         spdnet = load_spdnet(folder / "spdnet.pt", device=device)
         rtdetr = detector.load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
-        scale = json.loads(settings.read_text(encoding="utf-8"))["derain_scale"]
+        try:
+            scale = json.loads(settings.read_text(encoding="utf-8"))["derain_scale"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{settings.as_posix()} is damaged; save the model again") from None
         return cls(spdnet, rtdetr, freeze_derain, freeze_detection, scale).to(device)
 
 

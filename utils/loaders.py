@@ -44,8 +44,8 @@ class EpochBatches(torch.utils.data.Sampler):
 
 def training_loader(dataset, batch_size, workers, seed, collate=datasets.collate):
     """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
-    if batch_size < 1:
-        raise UserError(f"BATCH_SIZE = {batch_size}: choose 1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"BATCH_SIZE = {batch_size}: choose a whole number, 1 or more")
     accelerator = processes.accelerator()
     batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
     return _loader(dataset, workers, collate, batch_sampler=batches, persistent_workers=workers > 0)
@@ -53,8 +53,8 @@ def training_loader(dataset, batch_size, workers, seed, collate=datasets.collate
 
 def validation_loader(dataset, batch_size, workers, collate=datasets.collate):
     """DataLoader over each sample once, in order; under torchrun every rank gets its own share."""
-    if batch_size < 1:
-        raise UserError(f"EVAL_BATCH_SIZE = {batch_size}: choose 1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"EVAL_BATCH_SIZE = {batch_size}: choose a whole number, 1 or more")
     accelerator = processes.accelerator()
     mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     if multiprocessing.get_start_method() == "spawn":

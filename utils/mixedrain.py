@@ -55,8 +55,8 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
         raise UserError(f"{(root / 'labels.txt').as_posix()} is not a text file in UTF-8: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            annotations.append({"id": len(annotations) + 1, "iscrowd": 0}
-                               | _object(line.split(), by_name, f"{(root / 'labels.txt').as_posix()}, line {number}"))
+            words, place = line.rsplit(maxsplit=5), f"{(root / 'labels.txt').as_posix()}, line {number}"
+            annotations.append({"id": len(annotations) + 1, "iscrowd": 0} | _object(words, by_name, place))
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

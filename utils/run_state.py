@@ -80,6 +80,13 @@ class Run:
         content = None
         if resume and self.last.is_file():
             content = checkpoint.load(self.last)
+            if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
+                raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
+                                f"without {self.settings.resume_hint}")
+            if content.get("score", self.settings.score) != self.settings.score:
+                raise UserError(f"{self.last.as_posix()} was judged by {content['score']}, now it would be by "
+                                f"{self.settings.score}: resume with that run's constants, or start anew without "
+                                f"{self.settings.resume_hint}")
             checkpoint.load_into(self.model, content["model"], self.last.as_posix())
             for name, (module, before) in self.frozen.items():
                 if freeze.fingerprint(module) != before:
@@ -105,7 +112,8 @@ class Run:
             "model_args": getattr(plain, "model_args", {}), "constants": self.settings.constants,
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
-            "best_score": self.best_score, "best_epoch": self.best_epoch, "history": self.history,
+            "score": self.settings.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "history": self.history,
             "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }

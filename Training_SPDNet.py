@@ -119,6 +119,10 @@ def build_loaders(cfg):
     whole = presets.scaled(cfg.IMAGE_SCALE, cfg.VAL_LIMIT)
     val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, whole, limit=cfg.VAL_IMAGES, seed=cfg.SEED,
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"))
+    trained = {rainy.absolute() for rainy, _ in train.pairs}
+    if both := sum(rainy.absolute() in trained for rainy, _ in val.pairs):
+        processes.say(f"note: {both} of {len(val)} validation pairs are trained on as well (does RAINY_DIR hold "
+                      "VAL_RAINY_DIR?): their scores say little")
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             loaders.validation_loader(val, 1, cfg.DATALOADER_WORKERS))
 

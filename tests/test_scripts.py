@@ -182,7 +182,10 @@ def test_spdnet_training(coco, capsys):
     more = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "more"),
                                               "SPDNET_MODEL_PATH": str(coco / "out" / "spdnet_best.pt")})
     assert more["history"][0]["mse"] < result["history"][0]["mse"]
-    half = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "half"), "IMAGE_SCALE": 0.5})
+    assert "trained on as well" not in capsys.readouterr().out
+    half = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "half"), "IMAGE_SCALE": 0.5,
+                                              "RAINY_DIR": str(coco / "coco_rain"), "CLEAN_DIR": str(coco / "coco")})
+    assert "note: 3 of 3 validation pairs are trained on as well" in capsys.readouterr().out
     assert half["history"][0]["val/psnr_y"] != result["history"][0]["val/psnr_y"]
     note = integrated_model.pretraining_note(coco / "half" / "spdnet_best.pt", 1.0)
     assert "IMAGE_SCALE = 0.5" in note and note.endswith("here it is 1.0")

@@ -191,7 +191,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         self.boxes = np.array([b for i in self.image_ids for b in boxes[i]], np.float32).reshape(-1, 4)  # xyxy pixels
         self.labels = np.array([v for i in self.image_ids for v in labels[i]], np.int64)
         notes, kept = [], len(self.labels)
-        if dropped and not kept:
+        if dropped >= 5 and not kept:
             raise UserError(f"{self.annotation_file.as_posix()}: all {dropped} box(es) are thinner than one pixel: "
                             "bbox must be [x, y, width, height] in pixels, not in shares of the image")
         if clipped >= 10 and clipped > kept / 2:

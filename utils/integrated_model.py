@@ -48,8 +48,8 @@ class RainRobustOutput(RTDetrObjectDetectionOutput):
 
 def require_scale(derain_scale):
     """UserError unless the scale is one that de-raining takes."""
-    if not 0 < derain_scale <= 1:
-        raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number in (0, 1], such as 1.0 or 0.5")
+    if not 0.1 <= derain_scale <= 1:  # SPDNet needs a handful of pixels
+        raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number from 0.1 to 1, such as 1.0 or 0.5")
 
 
 def require_trained_scale(spdnet_path, derain_scale):

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from conftest import write_coco
 from PIL import ExifTags, Image
 
 from utils import datasets, image_check, presets
@@ -85,3 +86,34 @@ def test_pairs_of_unequal_sizes_are_found_before_training(photos, tmp_path):
     Image.new("RGB", (30, 40)).save(tmp_path / "clean" / "2.jpg")
     with pytest.raises(UserError, match=r"photos/2.jpg .is 40x30, its partner .*clean/2.jpg 30x40"):
         datasets.PairedRainDataset(tmp_path / "photos", tmp_path / "clean", presets.evaluation(32))
+
+
+def test_partners_of_other_scenes_are_noted_at_every_start(photos, tmp_path, capsys):
+    for name, order in (("right", (0, 1, 2, 3)), ("wrong", (0, 2, 1, 3))):
+        (tmp_path / name).mkdir()
+        for path, i in zip(photos, order, strict=True):
+            image = Image.open(photos[i])
+            image.point([value // 2 for value in range(256)] * 3).save(tmp_path / name / path.name)
+    for _ in range(2):
+        datasets.PairedRainDataset(tmp_path / "right", tmp_path / "photos", presets.evaluation(32))
+        assert capsys.readouterr().out == ""
+    for _ in range(2):
+        datasets.PairedRainDataset(tmp_path / "wrong", tmp_path / "photos", presets.evaluation(32))
+        assert "2 of 4 images look more like another one's partner" in (said := capsys.readouterr().out)
+        assert "wrong/1.jpg" in said and "wrong/2.jpg" in said and "3.jpg" not in said
+
+
+def test_twins_of_other_scenes_are_noted(tmp_path, capsys):
+    write_coco(tmp_path / "clean", splits=("train",))
+    write_coco(tmp_path / "other", splits=("train",))
+    files = sorted((tmp_path / "other" / "train2017").iterdir())
+    for file, content in zip(files, [file.read_bytes() for file in files[1:] + files[:1]], strict=True):
+        file.write_bytes(content)  # the next one's picture
+    write_coco(tmp_path / "rain", splits=("train",))
+    for path in (tmp_path / "rain" / "train2017").iterdir():
+        Image.open(path).point([value // 2 for value in range(256)] * 3).save(path)
+    for twin, note in (("clean", False), ("other", True)):
+        datasets.CocoDetectionDataset(tmp_path / "rain", "train", {0: "person", 1: "car"}, presets.evaluation(32),
+                                      constant="COCO_RAIN_DIR", domain="rainy", twin_root=tmp_path / twin,
+                                      twin_constant="COCO_DIR")
+        assert ("look more like another one's partner" in capsys.readouterr().out) == note

@@ -164,9 +164,10 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         if check:
             folders = [self.folder] + ([self.twin_folder] if self.twin_folder not in (None, self.folder) else [])
             sizes = [(image["width"], image["height"]) for image in chosen]
+            paths = [[folder / name for name in self.files] for folder in folders]
             image_check.check_images(
-                [folder / name for folder in folders for name in self.files],
-                f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders))
+                sum(paths, []), f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders),
+                [*paths[1], *[None] * len(chosen)] if len(folders) == 2 else None)
 
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""

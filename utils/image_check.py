@@ -1,4 +1,5 @@
-"""Every image file is decoded once before a run starts, and not again while it stays as it is."""
+"""Every image file is decoded once before a run starts, and not again while it stays as it is; and do pairs show one
+scene?"""
 
 import hashlib
 import os
@@ -7,12 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from utils import cache, cores, processes
 from utils.config import UserError
 
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
+STRANGERS = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
+THUMBNAIL = 24    # pixels
+_COMPARED = 2000  # other partners that an image is compared with, at most
+_SAMPLED = 200    # pairs that are looked at where thousands may be given
+_ODD = 0.05       # share of odd ones from which on it is no longer the rain: of the demo's pairs 0.5% are odd
 FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 
 
@@ -25,7 +32,8 @@ def check_images(paths, what, sizes=None, partners=None):
     Args:
         paths: files; what: where they come from, for the message.
         sizes: the (width, height) that each must have, one per path, None for any.
-        partners: images whose size each must share, one per path, None for none.
+        partners: images of the same scenes, one per path, None for none: their sizes must be equal, and pairs that seem
+            to show two scenes are noted.
     Raises:
         UserError: names the broken, missing and misshapen ones.
     """
@@ -49,7 +57,13 @@ def _check(paths, what, sizes, partners):
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
                         "Replace them or remove them from the data set.")
-    if seal is not None:
+    pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
+    sample = pairs[::max(1, len(pairs) // _SAMPLED)]
+    if len(odd := _strangers(sample)) > _ODD * len(sample):
+        processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
+                      f"like their own: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}; a wrong partner "
+                      "teaches nonsense")
+    elif seal is not None:
         with suppress(OSError):  # not remembered, then
             seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
@@ -96,3 +110,34 @@ def _fingerprint(paths, sizes, partners):
         digest.update(f"{os.path.abspath(path)}|{state and (state.st_size, state.st_mtime_ns)}|{asked}\n".encode(
             errors="surrogatepass"))
     return digest.hexdigest()
+
+
+def _strangers(pairs):
+    """[(path, its partner), ...] -> the paths that look like another one's partner."""
+    def look(pair):
+        small = []
+        for path in pair:
+            with Image.open(path) as image:
+                small.append(thumbnail(image))
+        return small
+    with ThreadPoolExecutor(min(8, cores.available_cores())) as pool:
+        thumbnails = np.array(list(pool.map(look, pairs)))
+    return [Path(pair[0]).as_posix() for pair, odd in zip(pairs, more_like_another(thumbnails), strict=True) if odd]
+
+
+def thumbnail(image):
+    """Open PIL image -> (n,) float32 of mean 0 and norm 1, whose products are correlations."""
+    image.draft("RGB", (image.width // 8, image.height // 8))
+    grey = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    grey = grey - grey.mean()
+    return grey / max(float(np.linalg.norm(grey)), 1e-6)
+
+
+def more_like_another(thumbnails):
+    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see STRANGERS."""
+    if not len(thumbnails):
+        return []
+    images, partners = thumbnails[:, 0], thumbnails[:, 1]
+    own = (images * partners).sum(1)
+    others = partners[::-(-len(partners) // _COMPARED)]
+    return (images @ others.T).max(1) > own + STRANGERS

@@ -20,9 +20,6 @@ from utils import cores, datasets, image_check, rain, windshield
 from utils.config import UserError
 
 PARTS = ("train", "val", "test")
-STRANGERS = 0.25  # a pair is odd if another clear image is so much more like the rainy one (correlation of thumbnails)
-_THUMBNAIL = 24  # pixels
-_COMPARED = 2000  # other clear images that a rainy one is compared with, at most
 
 
 class WindshieldPairs(datasets.PairedRainDataset):
@@ -64,7 +61,8 @@ def find_pairs(rainy_dir, clear_dir):
                         f"{len(faults)} bad pair(s): {'; '.join(faults[:5])}{more}. Mend or remove these files.")
     if unused := len(clear.keys() - rainy.keys()):
         notes.append(f"{unused} image(s) in CLEAR_DIR have no rainy partner and are not used")
-    strangers = [name for name, odd in zip(pairs, _more_like_another(np.array(thumbnails)), strict=True) if odd]
+    odd = image_check.more_like_another(np.array(thumbnails))
+    strangers = [name for name, is_odd in zip(pairs, odd, strict=True) if is_odd]
     if strangers:
         notes.append(f"{len(strangers)} rainy image(s) look more like another clear image than like their partner: "
                      f"{', '.join(strangers[:5])}{', ...' if len(strangers) > 5 else ''}; a wrong partner teaches "
@@ -84,32 +82,18 @@ def _images(folder, constant):
 
 def _look_at(pair):
     """-> (what is wrong with it or None, thumbnails of the rainy and the clear image (2, n), of mean 0 and norm 1)."""
-    sizes, small = [], np.zeros((2, _THUMBNAIL**2), np.float32)
+    sizes, small = [], np.zeros((2, image_check.THUMBNAIL**2), np.float32)
     for path, row in zip(pair, small, strict=True):
         try:
             with Image.open(path) as image:
                 sizes.append(image.size)
-                image.draft("RGB", (image.width // 8, image.height // 8))
-                grey = image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+                row[:] = image_check.thumbnail(image)
         except image_check.FAULTS as error:
             return f"{path.as_posix()} cannot be read ({error})", small
-        row[:] = np.asarray(grey, np.float32).ravel()
-        row -= row.mean()
-        row /= max(float(np.linalg.norm(row)), 1e-6)
     if sizes[0] != sizes[1]:
         return (f"{pair[0].as_posix()} is {sizes[0][0]}x{sizes[0][1]}, its partner {pair[1].as_posix()} "
                 f"{sizes[1][0]}x{sizes[1][1]}"), small
     return None, small
-
-
-def _more_like_another(thumbnails):
-    """(N, 2, n) thumbnails of rainy and clear images -> (N,) bool, see STRANGERS."""
-    if not len(thumbnails):
-        return []
-    rainy, clear = thumbnails[:, 0], thumbnails[:, 1]
-    own = (rainy * clear).sum(1)
-    others = clear[::-(-len(clear) // _COMPARED)]
-    return (rainy @ others.T).max(1) > own + STRANGERS
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------

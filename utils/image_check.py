@@ -59,7 +59,7 @@ def _check(paths, what, sizes, partners):
                         "Replace them or remove them from the data set.")
     pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
     sample = pairs[::max(1, len(pairs) // _SAMPLED)]
-    if len(odd := _strangers(sample)) > _ODD * len(sample):
+    if len(odd := _strangers(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
         processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
                       f"like their own: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}; a wrong partner "
                       "teaches nonsense")

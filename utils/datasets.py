@@ -35,7 +35,7 @@ def read_image(path):
             return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except image_check.FAULTS as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
 
 

@@ -21,6 +21,7 @@ from utils.run_state import Run, Settings
 from utils.schedule import SCHEDULES
 
 PRECISIONS = ("float32", "bf16")  # what every network here stands; fp16 is for those that say so
+DECAY_AT = (0.5, 0.75, 0.9)  # shares of the run at which SCHEDULE = "step" halves the rate, where a script names none
 _AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
 
 
@@ -29,7 +30,7 @@ def seed_everything(seed):
     if not 0 <= seed < 2**32:
         raise UserError(f"SEED = {seed}: choose a number from 0 to {2**32 - 1}")
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -37,7 +38,7 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=(0.5, 0.75, 0.9), plateau=None, precision="float32", precisions=PRECISIONS,
+        milestones=DECAY_AT, plateau=None, precision="float32", precisions=PRECISIONS,
         optimizer=torch.optim.AdamW, patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None,
         resume=False, resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
     """Train `model` and keep the best epoch.
@@ -80,7 +81,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     require_settings(epochs=epochs, rates=[group["lr"] for group in parameters], loss_weights=loss_weights,
                      accumulate=accumulate, clip_norm=clip_norm, warmup_steps=warmup_steps, schedule=schedule,
                      plateau=plateau, precision=precision, precisions=precisions, ema=ema,
-                     checkpoint_steps=checkpoint_steps,
+                     checkpoint_steps=checkpoint_steps, patience=patience, milestones=milestones,
                      decays=[group.get("weight_decay", 0.0) for group in parameters])
     run = Run(model, loader, parameters, optimizer, Settings(
         folder=Path(output_dir), epochs=epochs, loss_weights=loss_weights, score=score, accumulate=accumulate,
@@ -90,11 +91,6 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     if precision == "bf16" and processes.bf16_is_emulated(run.accelerator.device):
         processes.say("note: PRECISION = 'bf16': this CPU has no instructions for it and will be about ten times "
                       "slower than with float32")
-    if (patience or 0) < 0:
-        raise UserError(f"EARLY_STOPPING_PATIENCE = {patience}: choose 0 (never stop early) or more")
-    if schedule == "step" and not (isinstance(milestones, (tuple, list)) and milestones
-                                   and all(0 < share < 1 for share in milestones)):
-        raise UserError(f"DECAY_AT = {milestones}: choose shares of the run between 0 and 1, such as (0.5, 0.75)")
     if warmup_steps > run.total_steps / 3:
         processes.say(f"note: WARMUP_STEPS = {warmup_steps} of {run.total_steps} steps in all: the learning rate "
                       "reaches its full height late or never")
@@ -133,7 +129,8 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
 
 
 def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warmup_steps, schedule, precision, ema,
-                     checkpoint_steps, plateau=None, precisions=PRECISIONS, decays=()):
+                     checkpoint_steps, patience=None, milestones=DECAY_AT, plateau=None, precisions=PRECISIONS,
+                     decays=()):
     """UserError for what `fit` refuses; rates, decays: learning rates and weight decays of the parameter groups."""
     known_schedules = SCHEDULES if plateau else [name for name in SCHEDULES if name != "plateau"]
     for name, value, known in (("PRECISION", precision, precisions), ("SCHEDULE", schedule, known_schedules)):
@@ -147,6 +144,11 @@ def require_settings(*, epochs, rates, loss_weights, accumulate, clip_norm, warm
                         ("CHECKPOINT_STEPS", checkpoint_steps)):
         if value < 1:
             raise UserError(f"{name} = {value}: choose 1 or more")
+    if (patience or 0) < 0:
+        raise UserError(f"EARLY_STOPPING_PATIENCE = {patience}: choose 0 (never stop early) or more")
+    if schedule == "step" and not (isinstance(milestones, (tuple, list)) and milestones
+                                   and all(0 < share < 1 for share in milestones)):
+        raise UserError(f"DECAY_AT = {milestones}: choose shares of the run between 0 and 1, such as (0.5, 0.75)")
     if not 0 <= ema < 1:
         raise UserError(f"EMA_DECAY = {ema}: choose 0 (no average) or a number below 1, such as 0.999")
     if rates and not any(rates):

@@ -42,7 +42,7 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
         try:
             with Image.open(path) as image:
                 width, height = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except image_check.FAULTS as error:
             raise UserError(f"cannot read image {path.as_posix()}: {error}") from error
         images.append({"id": len(images) + 1, "file_name": path.name, "width": width, "height": height})
         if by_name.setdefault(path.stem, images[-1]) is not images[-1]:

@@ -30,6 +30,7 @@ from utils import (
     report,
     visualize,
 )
+from utils.annotations import coco_split, label_table, read_annotations
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -77,8 +78,8 @@ DEMO = {
 
 def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
-    file = datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1]
-    categories = datasets.read_annotations(file, masks=False)["categories"]
+    file = coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1]
+    categories = read_annotations(file, masks=False)["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
     if not names:
         raise config.UserError(f"COCO_DIR = '{cfg.COCO_DIR}': the training annotations list no categories")
@@ -88,7 +89,7 @@ def build_model(cfg):
                           f"this one is new, LEARNING_RATE = {cfg.LEARNING_RATE} suits it better")
         return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
     model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
-    known = datasets.label_table(categories, detector.id2label_of(model), "", unknown=None)
+    known = label_table(categories, detector.id2label_of(model), "", unknown=None)
     if len(known) < len(categories):
         processes.say(f"{cfg.RTDETR_MODEL_NAME} does not know all classes of the data: new class heads for "
                       f"{', '.join(names)}")

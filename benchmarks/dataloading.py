@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from utils import config, datasets, loaders, presets, report
+from utils.annotations import coco_split, read_annotations
 
 COCO_DIR = "./dataset/coco"             # COCO-layout root; its train split is read
 COCO_RAIN_DIR = ""                      # its rainy twin; "" skips the rows with twins
@@ -44,7 +45,7 @@ def rate(data, workers, images):
 def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     torch.set_num_threads(1)
-    content = datasets.read_annotations(datasets.coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])
+    content = read_annotations(coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])
     id2label = dict(enumerate(c["name"] for c in content["categories"]))
     settings = {"id2label": id2label, "split": "train", "constant": "COCO_DIR", "domain": "clean"}
     rows = []

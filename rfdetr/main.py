@@ -17,8 +17,8 @@ from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, block_size, check_resolutio
 from rfdetr.datasets import roboflow
 from rfdetr.model import RFDETR
 from utils import checkpoint, config, evaluation, freeze, loaders, processes
+from utils.annotations import plain_name
 from utils.config import UserError
-from utils.datasets import plain_name
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 

@@ -21,8 +21,8 @@ from rfdetr import names
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
 from utils import atomic, cache, checkpoint, processes
+from utils.annotations import plain_name
 from utils.config import UserError
-from utils.datasets import plain_name
 
 TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
 PATIENCE = 3         # connections in a row that bring nothing before a download is given up

@@ -12,6 +12,7 @@ from conftest import on_two_processes, small_spdnet, write_coco
 import Eval_conditional
 import Training_Conditional
 from utils import conditional_report, datasets, detector, evaluation, integrated_model, loaders, presets
+from utils.annotations import read_annotations
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.config import UserError
 from utils.feature_derain import FeatureDerainRTDETR
@@ -289,7 +290,7 @@ def test_scores_of_a_mix_by_hand(files, small_detector):
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
     part = conditional_report.mixed_part(clean, rainy, 0.5, 0)
     perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
-                            for note in datasets.read_annotations(rainy.annotation_file)["annotations"]
+                            for note in read_annotations(rainy.annotation_file)["annotations"]
                             if note["image_id"] == i]) for i in rainy.image_ids}
     nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
     found = {domain: {"vanilla": perfect if domain == "clean" else nothing,

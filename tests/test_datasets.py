@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from utils import datasets, loaders, presets
+from utils.annotations import label_table, read_annotations
 from utils.config import UserError
 
 NAMES = {0: "person", 1: "car"}
@@ -172,7 +173,7 @@ def test_polygons_are_only_read_where_they_are_needed(coco):
     edit(coco / "coco", lambda content: [note.update(segmentation=[[0, 0, 5, 0, 5, 5]])
                                          for note in content["annotations"]])
     path = coco / "coco" / "annotations" / "instances_train2017.json"
-    whole, bare = datasets.read_annotations(path), datasets.read_annotations(path, masks=False)
+    whole, bare = read_annotations(path), read_annotations(path, masks=False)
     assert all("segmentation" in note for note in whole["annotations"])
     for note in whole["annotations"]:
         note.pop("segmentation")
@@ -225,11 +226,11 @@ def test_a_bbox_that_is_none_is_named(coco, box):
 
 
 def test_old_spellings_of_coco_classes_match():
-    table = datasets.label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
+    table = label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
                                  {3: "motorbike", 57: "sofa"}, "x.json")
     assert table == {4: 3, 63: 57}
     with pytest.raises(UserError, match="UNKNOWN_CATEGORIES = 'Ignore'"):
-        datasets.label_table([{"id": 4, "name": "motorcycle"}], {3: "motorbike"}, "x.json", unknown="Ignore")
+        label_table([{"id": 4, "name": "motorcycle"}], {3: "motorbike"}, "x.json", unknown="Ignore")
 
 
 def test_the_domain_is_the_roots_not_the_paths(coco):

@@ -4,6 +4,7 @@ Files are written beside their target and moved into place, so a killed run neve
 """
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -92,6 +93,27 @@ def load_state(path, device="cpu"):
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
+
+
+def save_settings(settings, path):
+    """Write what a model's folder needs beside its weights, a dict of plain data, as JSON."""
+    Path(path).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def load_settings(path, keys, constant, otherwise):
+    """-> {key: value} of `keys` from a file of `save_settings`.
+
+    Raises:
+        CheckpointError: the file is missing (`otherwise` says which folder `constant` should name), or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{constant} = '{path.parent.as_posix()}' has no {path.name}: {otherwise}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {key: settings[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: not a dict
+        raise CheckpointError(f"{constant}: {path.as_posix()} is damaged; save the model again") from error
 
 
 def torchvision_state(weights, published, constant, otherwise):

@@ -7,7 +7,6 @@ The hard decision has no gradient. With gate="soft" a training step mixes the tw
 the detection loss trains the rain detector as well; in eval mode the gate is always hard.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,22 +176,15 @@ class ConditionalRainRobustRTDETR(nn.Module):
             self.rainy_detector.save_pretrained(folder / "rainy_detector")
         settings = {"rain_threshold": self.rain_threshold, "derain_scale": self.derain_scale,
                     "rainy_branch": "spdnet" if self.derain_module is not None else "detector"}
-        (folder / "conditional.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        checkpoint.save_settings(settings, folder / "conditional.json")
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", gate="hard", constant="folder"):
         """Read what `save_pretrained` wrote, in eval mode, the detector frozen; UserError that names `constant`."""
         folder = Path(folder)
-        file = folder / "conditional.json"
-        if not file.is_file():
-            raise UserError(f"{constant} = '{folder.as_posix()}' has no conditional.json: give the folder pipeline/ "
-                            "that Training_Conditional.py (or save_pretrained) wrote")
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict) or not {"rainy_branch", "rain_threshold", "derain_scale"} <= set(settings):
-            raise UserError(f"{constant}: {file.as_posix()} is damaged; save the pipeline again")
+        settings = checkpoint.load_settings(
+            folder / "conditional.json", ("rainy_branch", "rain_threshold", "derain_scale"), constant,
+            "give the folder pipeline/ that Training_Conditional.py (or save_pretrained) wrote")
         branch = {"spdnet_path": folder / "spdnet.pt"} if settings["rainy_branch"] == "spdnet" else {
             "rainy_detector_name": str(folder / "rainy_detector")}
         return load_conditional_model(folder / "rain_detector.pt", str(folder / "rtdetr"), **branch, device=device,

@@ -6,8 +6,6 @@ Units: images leave a data set as uint8 (a quarter of the traffic between proces
 
 import contextlib
 import hashlib
-import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from utils import image_check
+from utils.annotations import coco_split, label_table, one_category_each, read_annotations, where_to_get
 from utils.config import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Spellings of one class in published label lists (left: PASCAL VOC style, as in PekingU/rtdetr_*; right: COCO).
-SAME_CLASS = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
-              "diningtable": "dining table", "tvmonitor": "tv"}
-LAYOUT = "expected <folder>/{split}2017/*.jpg and <folder>/annotations/instances_{split}2017.json"
 
 
 def read_image(path):
@@ -37,71 +32,6 @@ def read_image(path):
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
     except image_check.FAULTS as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
-
-
-def label_table(categories, id2label, source, unknown="error"):
-    """Map a file's category ids to a model's labels by name.
-
-    Args:
-        categories: the annotation file's [{"id", "name"}, ...].
-        id2label: {label: name} of the model, as in a Hugging Face config.
-        source: named in the error.
-        unknown: "error", "ignore" to leave categories out that the model does not know, None to only look.
-    Returns:
-        {category id: label}.
-    Raises:
-        UserError: the model does not know a category, or no category at all.
-    """
-    if unknown not in ("error", "ignore", None):
-        raise UserError(f"UNKNOWN_CATEGORIES = {unknown!r}: choose error or ignore")
-    known = {plain_name(name): int(label) for label, name in id2label.items()}
-    table = {c["id"]: known[plain_name(c["name"])] for c in categories if plain_name(c["name"]) in known}
-    strangers = [c["name"] for c in categories if c["id"] not in table]
-    if strangers and unknown and (unknown == "error" or not table):
-        classes = ", ".join(list(map(str, id2label.values()))[:8])
-        raise UserError(f"{source}: the detector does not know {', '.join(repr(s) for s in strangers[:5])} (its "
-                        f"classes: {classes}{', ...' if len(id2label) > 8 else ''}). Use a detector trained on these "
-                        "classes, or UNKNOWN_CATEGORIES = 'ignore' to leave them out.")
-    return table
-
-
-def one_category_each(label_of, annotations, source):
-    """Turn `label_table`'s answer round: -> {label: category id}, under which its detections are scored.
-
-    A category without annotations counts for nothing (Roboflow's exports have one, often of a class's name). UserError
-    where two categories with annotations are the same class: the objects of one of them would all count as missed.
-    """
-    used = {note["category_id"] for note in annotations}
-    found = {}
-    for category, label in sorted(label_of.items(), key=lambda item: item[0] in used):
-        if category in used and found.get(label) in used:
-            raise UserError(f"{source}: categories {found[label]} and {category} are the same class of the detector; "
-                            "give their annotations one category_id")
-        found[label] = category
-    return found
-
-
-def plain_name(name):
-    """-> the spelling by which class names are compared: without capitals, COCO's word where there are two."""
-    name = str(name).strip().lower()
-    return SAME_CLASS.get(name, name)
-
-
-def coco_split(root, split, constant):
-    """-> (image folder, annotation file) of a COCO-layout root; UserError names `constant` and what is missing."""
-    root = Path(root)
-    images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
-    for path in (root, images, annotations):
-        if not path.exists():
-            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; "
-                            f"{LAYOUT.format(split=split)}. {_advice(constant)}")
-    return images, annotations
-
-
-def _advice(constant):
-    if "RAIN" in constant:
-        return "Make it with make_rain.py, set the constant to your data, or try --demo."
-    return "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo."
 
 
 def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
@@ -232,71 +162,6 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
                          "path": path.as_posix()}
 
 
-def read_annotations(path, masks=True):
-    """-> the content of a COCO annotation file; UserError where it is not one.
-
-    masks: False drops the polygons while reading: a third of the memory for COCO's training file, and faster.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=None if masks else _without_mask)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{Path(path).as_posix()} is not readable JSON: {error}") from error
-    missing = [key for key in ("images", "annotations", "categories")
-               if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{Path(path).as_posix()} has no {', '.join(missing)}: not a COCO annotation file")
-    try:
-        _require_entries(content, Path(path).as_posix())
-    except TypeError:  # a number where a list should be, a list as an id
-        raise UserError(f"{Path(path).as_posix()}: its parts are not lists of entries with plain ids; not a COCO "
-                        "annotation file") from None
-    return content
-
-
-def require_own_ids(content, part, source):
-    """UserError that names `source` where two entries of a part ("images", "annotations", "categories") share an id."""
-    counts = Counter(entry["id"] for entry in content[part])
-    if double := [entry_id for entry_id, count in counts.items() if count > 1]:
-        raise UserError(f"{source}: several '{part}' have the id {double[0]} ({len(double)} ids stand twice or more): "
-                        "give every entry its own")
-
-
-def _without_mask(entry):
-    entry.pop("segmentation", None)
-    return entry
-
-
-def _require_entries(content, source):
-    """UserError that names `source` and the first entry which lacks something, or refers to what is not there."""
-    needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
-              "annotations": ("id", "image_id", "category_id", "bbox")}
-    for part, keys in needed.items():
-        for entry in content[part]:
-            if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
-                raise UserError(f"{source}: an entry of '{part}' has no {', '.join(missing)}: "
-                                f"{str(entry)[:120]}")
-    for image in content["images"]:
-        if not isinstance(image["file_name"], str):
-            raise UserError(f"{source}: image {image['id']}: file_name {str(image['file_name'])[:40]} is no text")
-        if not all(isinstance(image[side], (int, float)) and image[side] > 0 for side in ("width", "height")):
-            raise UserError(f"{source}: image {image['id']}: width and height must be positive numbers, "
-                            f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
-    for note in content["annotations"]:
-        box = note["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
-            raise UserError(f"{source}: annotation {note['id']}: bbox {str(box)[:80]} is not "
-                            "[x, y, width, height]")
-    strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
-    if strays:
-        raise UserError(f"{source}: annotations use category id(s) {sorted(strays)[:5]} that its "
-                        "'categories' do not list")
-    require_own_ids(content, "images", source)
-    strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
-    if strays:
-        raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
-                        "do not list")
-
-
 def normalised_boxes(boxes):
     """BoundingBoxes (N, 4) XYXY pixels -> Tensor (N, 4) cxcywh in [0, 1]."""
     height, width = boxes.canvas_size
@@ -359,7 +224,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
 def images_by_name(folder, constant):
     """-> {relative name without extension: path} of the images below a folder."""
     if not folder.is_dir():
-        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {_advice(constant)}")
+        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {where_to_get(constant)}")
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from utils import atomic, datasets
+from utils import atomic
+from utils.annotations import label_table
 
 
 class Results:
@@ -88,7 +89,7 @@ def category_table(id2label):
     """-> ({label: category id}, [{"id", "name"}, ...]): COCO's ids by name, 1001 and up for what COCO does not have."""
     names = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # 91 rows, the index is COCO's id
     coco = [{"id": i, "name": name} for i, name in enumerate(names) if name not in ("__background__", "N/A")]
-    known = {label: i for i, label in datasets.label_table(coco, id2label, "COCO", unknown=None).items()}
+    known = {label: i for i, label in label_table(coco, id2label, "COCO", unknown=None).items()}
     table = {label: known.get(label, 1001 + label) for label in id2label}
     return table, [{"id": table[label], "name": id2label[label]} for label in sorted(id2label)]
 

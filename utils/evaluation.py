@@ -15,7 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from pytorch_msssim import ssim
 from torchvision.models import AlexNet_Weights
 
-from utils import checkpoint, datasets, freeze, processes
+from utils import checkpoint, freeze, processes
+from utils.annotations import read_annotations
 
 try:  # the same numbers (tests hold them against each other) in a sixth of the time: benchmarks/scoring.py
     from faster_coco_eval import COCOeval_faster
@@ -85,7 +86,7 @@ def entries(found):
 
 def ground_truth(annotation_file):
     """-> pycocotools COCO of a file, without its console output; missing iscrowd and area are filled in."""
-    return _indexed(datasets.read_annotations(annotation_file))
+    return _indexed(read_annotations(annotation_file))
 
 
 def merged_ground_truth(annotation_files, new_ids):
@@ -97,7 +98,7 @@ def merged_ground_truth(annotation_files, new_ids):
     """
     merged = {"images": [], "annotations": [], "categories": {}}
     for name, path in annotation_files.items():
-        content = datasets.read_annotations(path)
+        content = read_annotations(path)
         merged["categories"] |= {category["id"]: category for category in content["categories"]}
         merged["images"] += [image | {"id": new_ids[name, image["id"]]} for image in content["images"]
                              if (name, image["id"]) in new_ids]

@@ -6,7 +6,6 @@ identity, so training starts at the pretrained detector's own accuracy: `blend` 
 correction are zero. There is no normalisation layer inside: nothing depends on what else is in the batch.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -278,7 +277,7 @@ class FeatureDerainRTDETR(nn.Module):
         size = {"height": image_size, "width": image_size}
         RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder / "rtdetr")
         checkpoint.save(self.derain_module.state_dict(), folder / "derain.pt")
-        (folder / SETTINGS).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
+        checkpoint.save_settings(self.settings, folder / SETTINGS)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", constant="folder", derain_type=None):
@@ -290,15 +289,8 @@ class FeatureDerainRTDETR(nn.Module):
         if not folder.exists():
             raise UserError(f"{constant} = '{folder.as_posix()}' does not exist: Training_FeatureDerain.py writes it "
                             "(for a --demo: Training_FeatureDerain.py --demo)")
-        if not (folder / SETTINGS).is_file():
-            raise UserError(f"{constant} = '{folder.as_posix()}' has no {SETTINGS}: give the folder model/ that "
-                            "Training_FeatureDerain.py wrote")
-        try:
-            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict) or set(settings) != {"derain_type", "num_residual_blocks", "width"}:
-            raise UserError(f"{constant}: {(folder / SETTINGS).as_posix()} is damaged; train the model again")
+        settings = checkpoint.load_settings(folder / SETTINGS, ("derain_type", "num_residual_blocks", "width"),
+                                            constant, "give the folder model/ that Training_FeatureDerain.py wrote")
         if derain_type not in (None, settings["derain_type"]):
             raise UserError(f"{constant} = '{folder.as_posix()}' holds DERAIN_TYPE = '{settings['derain_type']}', "
                             f"not '{derain_type}'")

@@ -1,6 +1,5 @@
 """SPDNet in front of RT-DETR: one module that de-rains and detects, differentiable from the loss to the first pixel."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,23 +192,17 @@ class RainRobustRTDETR(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self.derain_module.state_dict(), folder / "spdnet.pt")
         self.detection_module.save_pretrained(folder / "rtdetr")
-        settings = {"derain_scale": self.derain_scale}
-        (folder / "integrated.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        checkpoint.save_settings({"derain_scale": self.derain_scale}, folder / "integrated.json")
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", freeze_derain=False, freeze_detection=False):
         """Read what `save_pretrained` wrote."""
         folder = Path(folder)
-        settings = folder / "integrated.json"
-        if not settings.is_file():
-            raise UserError(f"{folder.as_posix()} has no integrated.json: not a folder of RainRobustRTDETR")
+        settings = checkpoint.load_settings(folder / "integrated.json", ("derain_scale",), "folder",
+                                            "not a folder of RainRobustRTDETR")
         spdnet = load_spdnet(folder / "spdnet.pt", device=device)
         rtdetr = detector.load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
-        try:
-            scale = json.loads(settings.read_text(encoding="utf-8"))["derain_scale"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{settings.as_posix()} is damaged; save the model again") from None
-        return cls(spdnet, rtdetr, freeze_derain, freeze_detection, scale).to(device)
+        return cls(spdnet, rtdetr, freeze_derain, freeze_detection, **settings).to(device)
 
 
 def load_integrated_model(spdnet_path, rtdetr_name, num_labels=80, device="cpu", freeze_derain=False,

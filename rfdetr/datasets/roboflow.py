@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from rfdetr.datasets import transforms
 from utils import datasets, image_check, processes
+from utils.annotations import read_annotations, require_own_ids
 from utils.config import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -43,11 +44,11 @@ def annotation_path(root, split, flag="--dataset_dir"):
 def read_split(root, split, flag="--dataset_dir"):
     """-> (Path of the annotation file, its content); UserError where anything that training relies on is not there."""
     path = annotation_path(root, split, flag)
-    content = datasets.read_annotations(path)
+    content = read_annotations(path)
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
     for part in ("annotations", "categories"):
-        datasets.require_own_ids(content, part, path.as_posix())
+        require_own_ids(content, part, path.as_posix())
     return path, content
 
 

@@ -10,10 +10,9 @@ from utils.spdnet import SPDNet
 
 @pytest.fixture
 def own_gradient(monkeypatch):
-    """Every map takes the own weight gradient, on any CPU; small chunks, so that there are several."""
+    """Every map takes the own weight gradient, on any CPU."""
     monkeypatch.setattr(conv3x3, "slow_weight_gradient", lambda: True)
     monkeypatch.setattr(conv3x3, "MIN_VALUES", 1)
-    monkeypatch.setattr(conv3x3, "CHUNK", 50)
 
 
 def gradients(convolution, x, weight, bias):

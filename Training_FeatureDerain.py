@@ -281,7 +281,8 @@ def main(**overrides):
     folder = Path(cfg.OUTPUT_DIR)
     common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
               "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
-              "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights}
+              "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights,
+              "patience": cfg.EARLY_STOPPING_PATIENCE}
     engine.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
     if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
         run_state.set_aside(folder, ("phase1", "phase2", "model"))
@@ -307,7 +308,7 @@ def main(**overrides):
             output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups,
             evaluate=validate, score="score", on_best=keep_best,
             sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
-            patience=cfg.EARLY_STOPPING_PATIENCE, constants=cfg.as_dict(), resume=cfg.RESUME, **common)
+            constants=cfg.as_dict(), resume=cfg.RESUME, **common)
         if result["stopped"] == "interrupted":
             return results
         best_score = max(best_score, result["best_score"])

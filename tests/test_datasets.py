@@ -169,6 +169,30 @@ def test_an_image_id_that_stands_twice_is_named(coco):
         open_set(coco / "coco")
 
 
+def test_a_category_id_that_stands_twice_is_named(coco):
+    edit(coco / "coco", lambda content: content["categories"].append(content["categories"][0] | {"name": "bus"}))
+    with pytest.raises(UserError, match="several 'categories' have the id"):
+        open_set(coco / "coco")
+
+
+@pytest.mark.parametrize("name", ["/data/val2017/1.jpg", "C:\\data\\1.jpg", "../coco/1.jpg"])
+def test_a_file_name_that_leaves_its_folder_is_refused(coco, name):
+    """A rainy twin's annotations are a copy: it would read the clean images, and nothing else would tell."""
+    edit(coco / "coco", lambda content: content["images"][0].update(file_name=name))
+    with pytest.raises(UserError, match="must be a path below the image folder"):
+        open_set(coco / "coco")
+
+
+@pytest.mark.parametrize(("field", "value"), [("iscrowd", "0"), ("iscrowd", 2), ("area", "40000"), ("area", -1),
+                                              ("area", float("nan"))])
+def test_a_crowd_flag_or_area_that_is_none_is_named(coco, field, value):
+    edit(coco / "coco", lambda content: content["annotations"][0].update({field: value}))
+    with pytest.raises(UserError, match=rf"annotation \d+: {field} "):
+        open_set(coco / "coco")
+    edit(coco / "coco", lambda content: content["annotations"][0].update({field: None}))
+    open_set(coco / "coco")
+
+
 def test_polygons_are_only_read_where_they_are_needed(coco):
     edit(coco / "coco", lambda content: [note.update(segmentation=[[0, 0, 5, 0, 5, 5]])
                                          for note in content["annotations"]])
@@ -218,7 +242,7 @@ def test_two_categories_of_one_class_are_refused_where_both_are_used(coco):
         open_set(coco / "coco")
 
 
-@pytest.mark.parametrize("box", [[], None, [1, 2, 3], ["a", 2, 3, 4]])
+@pytest.mark.parametrize("box", [[], None, [1, 2, 3], ["a", 2, 3, 4], [1, 2, float("nan"), 4]])
 def test_a_bbox_that_is_none_is_named(coco, box):
     edit(coco / "coco", lambda content: content["annotations"][0].update(bbox=box))
     with pytest.raises(UserError, match=r"annotation \d+: bbox .* is not \[x, y, width, height\]"):

@@ -55,15 +55,19 @@ def test_only_the_named_images_count(coco):
     assert evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)["mAP"] < 0.7
 
 
-@pytest.mark.parametrize("ids", [(0, 1), ("a", "b")])
-def test_roboflows_annotation_ids_from_zero_on_lose_no_object(tmp_path, ids):
-    notes = [{"id": ids[i], "image_id": 5, "category_id": 1, "bbox": [30 * i, 4, 20, 20]} for i in (0, 1)]
-    content = {"images": [{"id": 5, "file_name": "a.png", "width": 64, "height": 64}], "annotations": notes,
+@pytest.mark.parametrize("image_id", [5, 10**16])
+@pytest.mark.parametrize("ids", [(0, 1), ("a", "b"), (3, 3), (2**64, 2**65)])
+def test_no_object_is_lost_by_its_id_or_by_null_fields(tmp_path, ids, image_id):
+    """Ids from 0 on (Roboflow), words, the same one twice (files put together), more than a double holds."""
+    notes = [{"id": ids[i], "image_id": image_id, "category_id": 1, "bbox": [30 * i, 4, 20, 20], "iscrowd": None,
+              "area": None} for i in (0, 1)]
+    content = {"images": [{"id": image_id, "file_name": "a.png", "width": 64, "height": 64}], "annotations": notes,
                "categories": [{"id": 1, "name": "car"}]}
     (tmp_path / "zero.json").write_text(json.dumps(content), encoding="utf-8")
     truth = evaluation.ground_truth(tmp_path / "zero.json")
-    found = [{"image_id": 5, "label": 0, "bbox": note["bbox"], "score": 0.9} for note in notes]
-    assert evaluation.coco_scores(truth, found, {0: 1}, [5])["mAP"] == pytest.approx(1.0)
+    found = [{"image_id": image_id, "label": 0, "bbox": note["bbox"], "score": 0.9} for note in notes]
+    scores = evaluation.coco_scores(truth, found, {0: 1}, [image_id])
+    assert scores["mAP"] == scores["AP_small"] == pytest.approx(1.0) and scores["AP_large"] == -1
 
 
 def test_detect_uses_original_sizes_and_ids(coco, small_detector):

@@ -128,6 +128,15 @@ def test_killed_in_either_phase_resumes_bit_for_bit(base, tmp_path):
     assert (tmp_path / "killed" / "previous_1" / "phase2" / "last.pt").is_file()
 
 
+def test_a_mistyped_setting_moves_no_earlier_run_aside(base, tmp_path):
+    earlier = tmp_path / "out" / "phase1" / "last.pt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"an earlier run")
+    with pytest.raises(UserError, match="EARLY_STOPPING_PATIENCE"):
+        Training.main(**base | {"EARLY_STOPPING_PATIENCE": -1, "OUTPUT_DIR": str(tmp_path / "out")})
+    assert earlier.read_bytes() == b"an earlier run"
+
+
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     one = Training.main(**base | {"BATCH_SIZE": 4, "PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "one")})
     settings = base | {"PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "two")}

@@ -69,6 +69,24 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(photos, tmp_path):
     image_check.check_images(photos, "PHOTOS")
 
 
+@pytest.mark.parametrize("error", [PermissionError, RuntimeError])
+def test_a_home_folder_that_is_missing_or_closed_stops_nothing(photos, monkeypatch, error):
+    def refuse():
+        raise error
+    monkeypatch.setattr(image_check.cache, "cache_folder", refuse)
+    image_check.check_images(photos, "PHOTOS")
+    photos[1].write_bytes(b"")
+    with pytest.raises(UserError, match="1.jpg"):
+        image_check.check_images(photos, "PHOTOS")
+
+
+def test_stricter_rules_look_again(photos, looked_at, monkeypatch):
+    image_check.check_images(photos, "PHOTOS")
+    monkeypatch.setattr(image_check, "RULES", image_check.RULES + 1)
+    image_check.check_images(photos, "PHOTOS")
+    assert len(looked_at) == 8
+
+
 def test_a_photograph_on_its_side_is_told_from_a_wrong_one(photos):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

@@ -1,8 +1,9 @@
 """COCO annotation files: where they lie, what must be in them, and how their categories map to a model's classes."""
 
 import json
+import math
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from utils.config import UserError
 
@@ -64,6 +65,10 @@ def _without_mask(entry):
     return entry
 
 
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _require_entries(content, source):
     """UserError that names `source` and the first entry which lacks something, or refers to what is not there."""
     needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
@@ -74,21 +79,31 @@ def _require_entries(content, source):
                 raise UserError(f"{source}: an entry of '{part}' has no {', '.join(missing)}: "
                                 f"{str(entry)[:120]}")
     for image in content["images"]:
-        if not isinstance(image["file_name"], str):
-            raise UserError(f"{source}: image {image['id']}: file_name {str(image['file_name'])[:40]} is no text")
-        if not all(isinstance(image[side], (int, float)) and image[side] > 0 for side in ("width", "height")):
+        name = image["file_name"]
+        if not isinstance(name, str):
+            raise UserError(f"{source}: image {image['id']}: file_name {str(name)[:40]} is no text")
+        if PureWindowsPath(name).root or ".." in PureWindowsPath(name).parts:  # knows both slashes
+            # it would leave the folder: a rainy twin, whose annotations are a copy, would read the clean images
+            raise UserError(f"{source}: image {image['id']}: file_name {name[:120]} must be a path below the image "
+                            "folder, such as 000000000139.jpg")
+        if not all(_is_number(image[side]) and image[side] > 0 for side in ("width", "height")):
             raise UserError(f"{source}: image {image['id']}: width and height must be positive numbers, "
                             f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
     for note in content["annotations"]:
         box = note["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
+        if not (isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)):
             raise UserError(f"{source}: annotation {note['id']}: bbox {str(box)[:80]} is not "
                             "[x, y, width, height]")
+        if note.get("iscrowd") not in (None, 0, 1):
+            raise UserError(f"{source}: annotation {note['id']}: iscrowd {str(note['iscrowd'])[:40]!r} is not 0 or 1")
+        if (area := note.get("area")) is not None and not (_is_number(area) and area >= 0):
+            raise UserError(f"{source}: annotation {note['id']}: area {str(area)[:40]!r} is not a number of pixels")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:
         raise UserError(f"{source}: annotations use category id(s) {sorted(strays)[:5]} that its "
                         "'categories' do not list")
-    require_own_ids(content, "images", source)
+    for part in ("images", "categories"):
+        require_own_ids(content, part, source)
     strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
     if strays:
         raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "

@@ -24,6 +24,7 @@ except ImportError:
     COCOeval_faster = None
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # order of COCOeval.stats
+LARGEST_ID = 2**53  # faster-coco-eval keeps ids as doubles
 MAX_DETECTIONS = 100  # per image, COCO's rule
 
 
@@ -109,12 +110,16 @@ def merged_ground_truth(annotation_files, new_ids):
 
 
 def _indexed(content):
-    if not all(isinstance(note["id"], int) and note["id"] > 0 for note in content["annotations"]):
-        # COCOeval's table of matches says 0 for "none", so that an object with id 0 (Roboflow's first) is never found
+    ids = [note["id"] for note in content["annotations"]]
+    if not all(isinstance(i, int) and 0 < i < LARGEST_ID for i in ids) or len(set(ids)) < len(ids):
+        # COCO looks objects up by id, so that of two with one id (files put together) one is lost; COCOeval's table of
+        # matches says 0 for "none", so that an object with id 0 (Roboflow's first) is never found
         content = content | {"annotations": [note | {"id": n} for n, note in enumerate(content["annotations"], 1)]}
     for note in content["annotations"]:
-        note.setdefault("iscrowd", 0)
-        note.setdefault("area", note["bbox"][2] * note["bbox"][3])
+        if note.get("iscrowd") is None:
+            note["iscrowd"] = 0
+        if note.get("area") is None:
+            note["area"] = note["bbox"][2] * note["bbox"][3]
     truth = COCO()
     truth.dataset = {"info": {}} | content
     with contextlib.redirect_stdout(io.StringIO()):
@@ -170,7 +175,8 @@ def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
         found = COCO()
         found.dataset = truth.dataset | {"annotations": _results(detections, category_of, iou_type)}
         found.createIndex()
-        numbered = all(isinstance(i, int) for i in (*image_ids, *category_of.values()))  # words are ids as well
+        numbered = all(isinstance(i, int) and abs(i) < LARGEST_ID
+                       for i in (*image_ids, *category_of.values()))  # words are ids as well
         judge = (COCOeval_faster if COCOeval_faster and numbered else COCOeval)(truth, found, iou_type)
         judge.params.imgIds = sorted(image_ids)
         judge.params.catIds = sorted(category_of.values())

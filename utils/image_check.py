@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from utils import cache, cores, processes
 from utils.config import UserError
 
+RULES = 1         # raise it when a check finds more than it did: what was found good before is then looked at again
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
 STRANGERS = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
 THUMBNAIL = 24    # pixels
@@ -42,16 +43,17 @@ def check_images(paths, what, sizes=None, partners=None):
 
 
 def _check(paths, what, sizes, partners):
-    seal = None
-    if len(paths) >= REMEMBERED:
-        seal = cache.cache_folder() / "checked_images" / _fingerprint(paths, sizes, partners)
-        if seal.exists():
-            return
+    large, seal = len(paths) >= REMEMBERED, None
+    if large:
+        with suppress(OSError, RuntimeError):  # no home folder, or one that this user may not look into
+            seal = cache.cache_folder() / "checked_images" / _fingerprint(paths, sizes, partners)
+            if seal.exists():
+                return
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores.available_cores())) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         answers = pool.map(_problem, paths, sizes, partners)
         found = list(processes.progress(answers, f"checking {what}", total=len(paths), unit="image",
-                                        shown=seal is not None))
+                                        shown=large))
     broken = [text for text in found if text]
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
@@ -101,7 +103,7 @@ def _extent(image, size):
 
 def _fingerprint(paths, sizes, partners):
     """-> name for the state of these files and of what is asked of them."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{RULES}\n".encode())
     for path, *asked in zip(paths, sizes, partners, strict=True):
         try:
             state = os.stat(path)

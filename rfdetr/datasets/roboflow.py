@@ -47,8 +47,7 @@ def read_split(root, split, flag="--dataset_dir"):
     content = read_annotations(path)
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
-    for part in ("annotations", "categories"):
-        require_own_ids(content, part, path.as_posix())
+    require_own_ids(content, "annotations", path.as_posix())
     return path, content
 
 

@@ -268,7 +268,8 @@ def test_errors_name_the_constant(weights, tmp_path, small_detector):
     with pytest.raises(UserError, match="MODEL_NAME = .*none' does not exist: Training_FeatureDerain.py writes it"):
         FeatureDerainRTDETR.from_pretrained(tmp_path / "none", constant="MODEL_NAME")
     settings = (tmp_path / "model" / "feature_derain.json").read_text()
-    for damaged in ("{", "[]", "{}"):
+    more = settings.replace("{", '{"of a later version": 1,')
+    for damaged in ("{", "[]", "{}", more):
         (tmp_path / "model" / "feature_derain.json").write_text(damaged)
         with pytest.raises(UserError, match="MODEL_NAME: .*feature_derain.json is damaged"):
             FeatureDerainRTDETR.from_pretrained(tmp_path / "model", constant="MODEL_NAME")

@@ -95,13 +95,8 @@ def load_state(path, device="cpu"):
     return content
 
 
-def save_settings(settings, path):
-    """Write what a model's folder needs beside its weights, a dict of plain data, as JSON."""
-    Path(path).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-
-
 def load_settings(path, keys, constant, otherwise):
-    """-> {key: value} of `keys` from a file of `save_settings`.
+    """-> the dict of exactly `keys` in the JSON file that a model's folder holds beside its weights.
 
     Raises:
         CheckpointError: the file is missing (`otherwise` says which folder `constant` should name), or damaged.
@@ -111,9 +106,11 @@ def load_settings(path, keys, constant, otherwise):
         raise CheckpointError(f"{constant} = '{path.parent.as_posix()}' has no {path.name}: {otherwise}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in keys}
-    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: not a dict
-        raise CheckpointError(f"{constant}: {path.as_posix()} is damaged; save the model again") from error
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict) or settings.keys() != set(keys):
+        raise CheckpointError(f"{constant}: {path.as_posix()} is damaged; save the model again")
+    return settings
 
 
 def torchvision_state(weights, published, constant, otherwise):

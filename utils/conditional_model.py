@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import checkpoint, detector, feature_derain, freeze
+from utils import checkpoint, detector, feature_derain, freeze, report
 from utils.config import UserError
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import (
@@ -176,7 +176,7 @@ class ConditionalRainRobustRTDETR(nn.Module):
             self.rainy_detector.save_pretrained(folder / "rainy_detector")
         settings = {"rain_threshold": self.rain_threshold, "derain_scale": self.derain_scale,
                     "rainy_branch": "spdnet" if self.derain_module is not None else "detector"}
-        checkpoint.save_settings(settings, folder / "conditional.json")
+        report.write_json(folder / "conditional.json", settings)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", gate="hard", constant="folder"):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import RTDetrImageProcessor
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
-from utils import checkpoint, detector, freeze
+from utils import checkpoint, detector, freeze, report
 from utils.config import UserError
 
 DERAIN_TYPES = ("multiscale", "lightweight", "none")
@@ -277,7 +277,7 @@ class FeatureDerainRTDETR(nn.Module):
         size = {"height": image_size, "width": image_size}
         RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder / "rtdetr")
         checkpoint.save(self.derain_module.state_dict(), folder / "derain.pt")
-        checkpoint.save_settings(self.settings, folder / SETTINGS)
+        report.write_json(folder / SETTINGS, self.settings)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", constant="folder", derain_type=None):

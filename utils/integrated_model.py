@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
-from utils import checkpoint, detector, freeze
+from utils import checkpoint, detector, freeze, report
 from utils.config import UserError
 from utils.spdnet import SPDNet, load_spdnet
 from utils.spdnet_init import init_near_identity
@@ -192,7 +192,7 @@ class RainRobustRTDETR(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self.derain_module.state_dict(), folder / "spdnet.pt")
         self.detection_module.save_pretrained(folder / "rtdetr")
-        checkpoint.save_settings({"derain_scale": self.derain_scale}, folder / "integrated.json")
+        report.write_json(folder / "integrated.json", {"derain_scale": self.derain_scale})
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", freeze_derain=False, freeze_detection=False):

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
-from utils import atomic, config, cores, rain, windshield
+from utils import atomic, config, cores, image_files, rain, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
 COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
@@ -61,7 +61,6 @@ _KINDS = {
                        "./data/windshield_rainy_v40", "./demo/windshield_rainy_heavy",
                        windshield.add_windshield_rain, windshield.VERSION),
 }
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _TEMPORARY = ".rain-tmp"
 _CHUNK = 8  # images a worker takes at a time
 
@@ -72,7 +71,7 @@ def find_images(source):
     for folder, folders, names in os.walk(source, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".") and (Path(folder) != source or f != "annotations")]
         found += [(Path(folder) / name).relative_to(source) for name in names
-                  if Path(name).suffix.lower() in _SUFFIXES and not name.startswith(".")]
+                  if Path(name).suffix.lower() in image_files.SUFFIXES and not name.startswith(".")]
     return sorted(found)
 
 
@@ -81,8 +80,7 @@ def load_image(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {picture.mode} has more than 8 bits per channel")
+            image_files.require_eight_bits(picture)
             return picture, np.asarray(picture.convert("RGB"))
 
 
@@ -110,7 +108,7 @@ def rain_one(task, add=rain.add_rain):
     source, target, seed, intensity = task
     try:
         picture, pixels = load_image(source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+    except image_files.FAULTS as error:
         return f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     save_like(add(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
     return None
@@ -155,7 +153,8 @@ def check_source(source, kind):
                                "images")
     images = find_images(source)
     if not images:
-        raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(_SUFFIXES)}); {kind.layout}")
+        raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(image_files.SUFFIXES)}); "
+                               f"{kind.layout}")
     return images, annotations
 
 

@@ -174,7 +174,7 @@ def check_dataset(found, cfg):
 def check_split(found, root, split, names):
     """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
     from rfdetr.datasets import roboflow
-    from utils import datasets, image_check
+    from utils import image_check, image_files
 
     def bad(text):
         if split == "test":
@@ -209,7 +209,7 @@ def check_split(found, root, split, names):
     except UserError as error:
         bad(str(error))
     names_on_disk = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*")
-                     if p.suffix.lower() in datasets.IMAGE_SUFFIXES}
+                     if p.suffix.lower() in image_files.SUFFIXES}
     if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
         found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
     check_masks(found, bad, split, content)

@@ -66,7 +66,7 @@ def _without_mask(entry):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < math.inf  # false for NaN
 
 
 def _require_entries(content, source):
@@ -82,7 +82,8 @@ def _require_entries(content, source):
         name = image["file_name"]
         if not isinstance(name, str):
             raise UserError(f"{source}: image {image['id']}: file_name {str(name)[:40]} is no text")
-        if PureWindowsPath(name).root or ".." in PureWindowsPath(name).parts:  # knows both slashes
+        path = PureWindowsPath(name)  # knows both slashes
+        if path.root or ".." in path.parts:
             # it would leave the folder: a rainy twin, whose annotations are a copy, would read the clean images
             raise UserError(f"{source}: image {image['id']}: file_name {name[:120]} must be a path below the image "
                             "folder, such as 000000000139.jpg")

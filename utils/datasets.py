@@ -14,23 +14,20 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from utils import image_check
+from utils import image_check, image_files
 from utils.annotations import coco_split, label_table, one_category_each, read_annotations, where_to_get
 from utils.config import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def read_image(path):
     """-> (3, H, W) uint8 RGB. UserError with the file's name where it is missing or broken."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            image_files.require_eight_bits(image)
             return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
-    except image_check.FAULTS as error:
+    except image_files.FAULTS as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
 
 
@@ -111,7 +108,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
             x, y, w, h = note["bbox"]
             width, height = extent[owner]
             box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-            if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):  # also true for NaN
+            if box[2] - box[0] < 1 or box[3] - box[1] < 1:
                 dropped += 1
                 continue
             clipped += max(abs(a - b) for a, b in zip(box, [x, y, x + w, y + h], strict=True)) > 1
@@ -228,10 +225,10 @@ def images_by_name(folder, constant):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(name, path) != path:
+        if path.suffix.lower() in image_files.SUFFIXES and found.setdefault(name, path) != path:
             raise UserError(f"{constant}: {found[name].as_posix()} and {path.name} share a name; keep one of them")
     if not found:
-        raise UserError(f"{constant} = '{folder.as_posix()}' holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{constant} = '{folder.as_posix()}' holds no images ({' '.join(image_files.SUFFIXES)})")
     return found
 
 

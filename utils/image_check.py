@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from utils import cache, cores, processes
+from utils import cache, cores, image_files, processes
 from utils.config import UserError
 
 RULES = 1         # raise it when a check finds more than it did: what was found good before is then looked at again
@@ -21,7 +21,6 @@ THUMBNAIL = 24    # pixels
 _COMPARED = 2000  # other partners that an image is compared with, at most
 _SAMPLED = 200    # pairs that are looked at where thousands may be given
 _ODD = 0.05       # share of odd ones from which on it is no longer the rain: of the demo's pairs 0.5% are odd
-FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 
 
 def check_images(paths, what, sizes=None, partners=None):
@@ -83,13 +82,12 @@ def _problem(path, expected, partner):
                     if image.size != other.size:
                         return (f"{name} (is {image.width}x{image.height}, its partner {Path(partner).as_posix()} "
                                 f"{_extent(image, other.size)})")
-            if image.mode.startswith(("I", "F")):
-                return f"{name} (mode {image.mode} has more than 8 bits per channel)"
+            image_files.require_eight_bits(image)
             image.draft("RGB", (image.width // 8, image.height // 8))
             image.load()
     except FileNotFoundError as error:
         return f"{Path(error.filename or path).as_posix()} (missing)"
-    except FAULTS as error:
+    except image_files.FAULTS as error:
         return f"{name} ({error})"
     return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import datasets, image_check, processes, report
+from utils import datasets, image_check, image_files, processes, report
 from utils.config import UserError
 
 CLASSES = ("person", "car", "dog", "bicycle", "cat", "bus", "horse", "boat", "bird", "truck")  # by class_id
@@ -34,7 +34,7 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
     for path in (root, root / "images", root / "labels.txt"):
         if not path.exists():
             raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; {_LAYOUT}")
-    files = sorted(path for path in (root / "images").iterdir() if path.suffix.lower() in datasets.IMAGE_SUFFIXES)
+    files = sorted(path for path in (root / "images").iterdir() if path.suffix.lower() in image_files.SUFFIXES)
     if not files:
         raise UserError(f"{constant} = '{root.as_posix()}': images/ holds no images; {_LAYOUT}")
     images, by_name = [], {}
@@ -42,7 +42,7 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
         try:
             with Image.open(path) as image:
                 width, height = image.size
-        except image_check.FAULTS as error:
+        except image_files.FAULTS as error:
             raise UserError(f"cannot read image {path.as_posix()}: {error}") from error
         images.append({"id": len(images) + 1, "file_name": path.name, "width": width, "height": height})
         if by_name.setdefault(path.stem, images[-1]) is not images[-1]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import cores, datasets, image_check, rain, windshield
+from utils import cores, datasets, image_check, image_files, rain, windshield
 from utils.config import UserError
 
 PARTS = ("train", "val", "test")
@@ -88,7 +88,7 @@ def _look_at(pair):
             with Image.open(path) as image:
                 sizes.append(image.size)
                 row[:] = image_check.thumbnail(image)
-        except image_check.FAULTS as error:
+        except image_files.FAULTS as error:
             return f"{path.as_posix()} cannot be read ({error})", small
     if sizes[0] != sizes[1]:
         return (f"{pair[0].as_posix()} is {sizes[0][0]}x{sizes[0][1]}, its partner {pair[1].as_posix()} "

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from utils import datasets, rain
+from utils import datasets, image_files, rain
 from utils.config import UserError
 from utils.rain_detector import SIDE
 from utils.windshield import add_drops
@@ -58,10 +58,10 @@ def images_below(folders, constant):
         if not folder.is_dir():
             raise UserError(f"{constant}: '{folder.as_posix()}' does not exist. Set the constant to folders of images, "
                             "or try --demo.")
-        paths = [p for p in folder.rglob("*") if p.suffix.lower() in datasets.IMAGE_SUFFIXES]
+        paths = [p for p in folder.rglob("*") if p.suffix.lower() in image_files.SUFFIXES]
         if not paths:
             raise UserError(f"{constant}: '{folder.as_posix()}' holds no images "
-                            f"({' '.join(datasets.IMAGE_SUFFIXES)})")
+                            f"({' '.join(image_files.SUFFIXES)})")
         found |= {path.resolve(): path for path in paths}
     return sorted(found.values())
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from utils import atomic, datasets
+from utils import atomic, datasets, image_files
 from utils.config import UserError
 
 FALLBACK_FPS = 30.0   # where a camera does not tell
@@ -80,7 +80,7 @@ class Video:
         self.capture = cv2.VideoCapture(address if isinstance(address, int) else str(address))
         if not self.capture.isOpened():
             advice = ("no camera of that number, or another program uses it" if isinstance(address, int) else
-                      f"not a video that OpenCV can read, and no image ({' '.join(datasets.IMAGE_SUFFIXES)})")
+                      f"not a video that OpenCV can read, and no image ({' '.join(image_files.SUFFIXES)})")
             raise UserError(f"{constant} = '{address}' cannot be opened: {advice}")
         fps = self.capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps <= 1000 else FALLBACK_FPS
@@ -259,12 +259,12 @@ def open_source(source, constant="SOURCE"):
     path = Path(source)
     if path.is_dir():
         found = sorted(file for file in path.iterdir()
-                       if file.suffix.lower() in datasets.IMAGE_SUFFIXES and not file.name.startswith("."))
+                       if file.suffix.lower() in image_files.SUFFIXES and not file.name.startswith("."))
         if not found:
             raise UserError(f"{constant} = '{path.as_posix()}' is a folder without images "
-                            f"({' '.join(datasets.IMAGE_SUFFIXES)}); videos are given one by one")
+                            f"({' '.join(image_files.SUFFIXES)}); videos are given one by one")
         return ImageFiles(found)
     if not path.is_file():
         raise UserError(f"{constant} = '{path.as_posix()}' does not exist; give an image, a folder, a video or a "
                         "camera's number, or try --demo")
-    return ImageFiles([path]) if path.suffix.lower() in datasets.IMAGE_SUFFIXES else Video(path, path.name, constant)
+    return ImageFiles([path]) if path.suffix.lower() in image_files.SUFFIXES else Video(path, path.name, constant)

@@ -241,7 +241,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
         corners = np.array([note["bbox"] for note in objects], np.float64).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         inside = np.clip(corners, 0, extent)
-        kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)  # false for NaN as well
+        kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
         clipped = (np.abs(inside - corners) > 1).any(1) & kept
         counts = {"crowd region(s) are not trained on": len(annotations) - len(objects),
                   "box(es) thinner than one pixel were left out": (~kept).sum(),

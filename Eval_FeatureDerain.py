@@ -14,31 +14,19 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    checkpoint,
-    comparison,
-    config,
-    datasets,
-    demo,
-    detector,
-    evaluation,
-    feature_derain,
-    freeze,
-    integrated_model,
-    loaders,
-    mixedrain,
-    presets,
-    processes,
-    report,
-    visualize,
-)
-from utils.spdnet import load_spdnet
+from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
+from utils.datasets import loaders, mixedrain, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation import comparison
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
+from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
 DATASET = "coco_rain"                   # coco_rain (rainy and clean images), or mixedrain (by kind of weather)
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
-MIXEDRAIN_DIR = "./dataset/MixedRain"   # images/ and labels.txt, see utils/mixedrain.py
+MIXEDRAIN_DIR = "./dataset/MixedRain"   # images/ and labels.txt, see utils/datasets/mixedrain.py
 PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
 IMAGE_SIZE = 640                        # side of the square input, as in training
 PREFIXES = ()                           # also score rainy images by file-name prefix, e.g. ("rain_", "mist_", "fog_")
@@ -78,7 +66,7 @@ _ORIGINAL, _ADAPTED, _FINETUNED = "Original SPDNet + RT-DETR", "Adapted SPDNet +
 
 def build_models(cfg, device):
     """-> {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes, in the order of the table."""
-    vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
+    vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     models = {_VANILLA: vanilla}
     for name, constant in ((_ORIGINAL, "SPDNET_MODEL_PATH"), (_ADAPTED, "ADAPTED_MODEL_PATH")):
         if is_there(cfg, constant, name):
@@ -93,8 +81,8 @@ def build_models(cfg, device):
                                                                               derain_type=kind)
             require_classes(models[name].rtdetr, vanilla, constant)
     if is_there(cfg, "FINETUNED_MODEL_NAME", _FINETUNED):
-        models[_FINETUNED] = detector.load_rtdetr(cfg.FINETUNED_MODEL_NAME, device=device,
-                                                  constant="FINETUNED_MODEL_NAME")
+        models[_FINETUNED] = load_rtdetr(cfg.FINETUNED_MODEL_NAME, device=device,
+                                         constant="FINETUNED_MODEL_NAME")
         require_classes(models[_FINETUNED], vanilla, "FINETUNED_MODEL_NAME")
     return {name: model.eval() for name, model in models.items()}
 
@@ -103,7 +91,7 @@ def note_other_sizes(cfg):
     """Say which of the models that are compared were trained at another IMAGE_SIZE."""
     folders = {"RTDETR_MODEL_NAME": "", "MULTISCALE_MODEL_NAME": "rtdetr", "LIGHTWEIGHT_MODEL_NAME": "rtdetr",
                "FINETUNED_MODEL_NAME": ""}
-    trained = {constant: detector.trained_size(Path(getattr(cfg, constant)) / inner)
+    trained = {constant: trained_size(Path(getattr(cfg, constant)) / inner)
                for constant, inner in folders.items() if getattr(cfg, constant)}
     if cfg.ADAPTED_MODEL_PATH:
         trained["ADAPTED_MODEL_PATH"] = integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)
@@ -122,7 +110,7 @@ def is_there(cfg, constant, name):
 
 def require_classes(rtdetr, vanilla, constant):
     """UserError where a detector's labels mean something else than vanilla's."""
-    if detector.id2label_of(rtdetr) != detector.id2label_of(vanilla):
+    if id2label_of(rtdetr) != id2label_of(vanilla):
         raise config.UserError(f"{constant}: this detector has other classes than RTDETR_MODEL_NAME; compare detectors "
                                "that were trained on the same classes")
 
@@ -195,7 +183,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
 
 def print_summary(rows, latency, cost, won_back, main_images):
     """COCO scores, cost, and the guide's comparison table with what was measured here."""
-    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
+    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in coco_evaluation.METRICS}
     print("\n" + report.table(rows, headings))
     table = [{"model": name} | {key: f"{value:.1f}" for key, value in latency[name].items()}
              | {"fps": f"{values['fps']:.1f}", "parameters": f"{values['parameters']:,}",
@@ -221,21 +209,21 @@ def print_summary(rows, latency, cost, won_back, main_images):
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}, "cost": {...}}."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.DATASET not in _DATASETS:
         raise config.UserError(f"DATASET = {cfg.DATASET!r}: choose {' or '.join(_DATASETS)}")
     if cfg.NUM_WORKERS < 0:
         raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
     if cfg.COMPILE:
         comparison.require_compiler(device)
     models = build_models(cfg, device)
     note_other_sizes(cfg)
-    id2label = detector.id2label_of(models[_VANILLA])
-    detector.require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
+    id2label = id2label_of(models[_VANILLA])
+    require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     found = build_loaders(cfg, id2label)
     first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}

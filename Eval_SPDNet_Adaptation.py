@@ -11,23 +11,13 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    checkpoint,
-    comparison,
-    config,
-    datasets,
-    demo,
-    detector,
-    evaluation,
-    freeze,
-    integrated_model,
-    loaders,
-    presets,
-    processes,
-    report,
-    visualize,
-)
-from utils.spdnet import load_spdnet
+from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation import comparison
+from utils.networks.rtdetr import id2label_of, require_queries, require_size, trained_size
+from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
@@ -114,7 +104,7 @@ def print_summary(rows, latency, twins):
     for name in (_ORIGINAL, _ADAPTED):
         change = f"({100 * (score[name, 'rainy'] / vanilla - 1):+.1f}%)" if vanilla > 0 else ""
         print(f"{name + ':':<28}{score[name, 'rainy']:.4f}  {change}")
-    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in evaluation.METRICS}
+    headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in coco_evaluation.METRICS}
     print("\n" + report.table(rows, headings))
     for name in (_ORIGINAL, _ADAPTED):
         share = comparison.gap_won_back(rows, name, _VANILLA, twins)
@@ -130,17 +120,17 @@ def print_summary(rows, latency, twins):
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}}."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
     models = build_models(cfg, device)
-    comparison.note_other_sizes({"RTDETR_MODEL_NAME": detector.trained_size(cfg.RTDETR_MODEL_NAME),
+    comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),
                                  "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
                                 cfg.IMAGE_SIZE)
-    id2label = detector.id2label_of(models[_VANILLA])
-    detector.require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
+    id2label = id2label_of(models[_VANILLA])
+    require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
     rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
     clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)

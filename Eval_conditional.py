@@ -16,27 +16,16 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from utils import (
-    checkpoint,
-    comparison,
-    conditional_report,
-    config,
-    datasets,
-    demo,
-    detector,
-    evaluation,
-    freeze,
-    integrated_model,
-    loaders,
-    presets,
-    processes,
-    rain_report,
-    report,
-    visualize,
-)
+from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
-from utils.rain_detector import load_rain_detector
-from utils.spdnet import load_spdnet
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation import comparison, gates, rain_report
+from utils.evaluation.coco import detect
+from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
+from utils.networks.rain_detector import load_rain_detector
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
+from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
@@ -106,11 +95,11 @@ def build_models(cfg, device):
     with logits and pred_boxes; those with SPDNet de-rain every image and have `rain_stats`.
     """
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
-    vanilla = freeze.freeze(detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
+    vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
 
     def with_spdnet(spdnet, scale=cfg.DERAIN_SCALE):
-        return ConditionalRainRobustRTDETR(conditional_report.AlwaysRainy(), spdnet, vanilla,
+        return ConditionalRainRobustRTDETR(AlwaysRainy(), spdnet, vanilla,
                                            derain_scale=scale).to(device).eval()
 
     branches, pipelines = {"vanilla": vanilla}, {}
@@ -152,15 +141,15 @@ def detect_everything(branches, loaders_of, device):
                 outputs = model(pixel_values=images)
                 fallbacks[name] += (getattr(outputs, "rain_stats", None) or {}).get("num_fallback", 0)
                 return outputs
-            found[domain][name] = evaluation.detect(predict, loader, device, f"{name}, {domain}")
+            found[domain][name] = detect(predict, loader, device, f"{name}, {domain}")
     return found, {name: sum(gather_object([count])) for name, count in fallbacks.items()}
 
 
-def strategies(branches, gates):
+def strategies(branches, decisions):
     """-> [(row's name, rainy branch, goes(domain, image_id))]: when does an image take the rainy branch?
 
     Args:
-        gates: {"rain detector" and each pipeline that was trained as a whole: goes}.
+        decisions: {"rain detector" and each pipeline that was trained as a whole: goes}.
     """
     def never(domain, image_id):
         return False
@@ -172,7 +161,7 @@ def strategies(branches, gates):
         return domain == "rainy"
     rows = [("vanilla (never)", "vanilla", never)]
     for branch in [name for name in branches if name != "vanilla"]:
-        gate = gates.get(branch, gates["rain detector"])
+        gate = decisions.get(branch, decisions["rain detector"])
         rows += [(f"always {branch}", branch, always), (f"conditional {branch}", branch, gate),
                  (f"oracle gate, {branch}", branch, oracle)]
     return rows
@@ -185,7 +174,7 @@ def score(rows, parts, found):
         row = {"model": name, "branch": branch}
         for part_name, part in parts.items():
             scores = part.scores(found, "vanilla", branch, goes)
-            row |= {f"{part_name}/{metric}": scores[metric] for metric in conditional_report.COLUMNS}
+            row |= {f"{part_name}/{metric}": scores[metric] for metric in gates.COLUMNS}
             if part_name != "mix":
                 row[f"derained_{part_name}"] = float(np.mean([goes(*key) for key in part.images]))
         table.append(row)
@@ -244,7 +233,7 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
 def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
     """The rows, the gate, the images on which it errs, and the speed on clean images."""
     headings = {"model": "model"} | {f"{part}/{metric}": f"{part} {metric}" for part in ("clean", "rainy", "mix")
-                                     for metric in conditional_report.COLUMNS}
+                                     for metric in gates.COLUMNS}
     print("\n" + report.table(table, headings))
     cost = [{"model": row["model"]} | {f"{key}_{domain}": text.format(row[f"{name}_{domain}"] * factor)
                                        for domain in _DOMAINS for key, name, text, factor in (
@@ -278,40 +267,40 @@ def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
     "sweep"}."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
         for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
             if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
                 setattr(cfg, constant, "")
     device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     checkpoint.require_writable(folder)
     rain_detector, branches, pipelines = build_models(cfg, device)
-    id2label = detector.id2label_of(branches["vanilla"])
-    detector.require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
+    id2label = id2label_of(branches["vanilla"])
+    require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
     loaders_of = build_loaders(cfg, id2label)
     pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
                                            cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE).to(device).eval()
     threshold = pipeline.rain_threshold
 
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
-    parts = {domain: conditional_report.part_of(data[domain]) for domain in _DOMAINS}
-    parts["mix"] = conditional_report.mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
-    scores = {domain: conditional_report.gate_scores(rain_detector, loader, device)
+    parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
+    parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
+    scores = {domain: gate_scores(rain_detector, loader, device)
               for domain, loader in loaders_of.items()}
-    gates = {"rain detector": conditional_report.hard_gate(scores, threshold)}
+    decisions = {"rain detector": hard_gate(scores, threshold)}
     for name, trained in pipelines.items():
-        own = {domain: conditional_report.gate_scores(trained.rain_detector, loader, device)
+        own = {domain: gate_scores(trained.rain_detector, loader, device)
                for domain, loader in loaders_of.items()}
-        gates[name] = conditional_report.hard_gate(own, trained.rain_threshold)
+        decisions[name] = hard_gate(own, trained.rain_threshold)
     found, fallbacks = detect_everything(branches, loaders_of, device)
 
-    table = score(strategies(branches, gates), parts, found)
+    table = score(strategies(branches, decisions), parts, found)
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
-    sweep = conditional_report.sweep(parts["mix"], found, scores, "vanilla", "adapted",
-                                     {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
+    sweep = gates.sweep(parts["mix"], found, scores, "vanilla", "adapted",
+                        {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
     judged = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
                                                    for name in data[domain].files],
                        "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}

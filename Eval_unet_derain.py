@@ -16,23 +16,16 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils import (
-    config,
-    datasets,
-    detector,
-    evaluation,
-    image_check,
-    loaders,
-    pairs,
-    presets,
-    processes,
-    rain_data,
-    report,
-    visualize,
-)
-from utils.demo_windshield import ensure_windshield_demo
-from utils.rain_detector import SIDE, load_rain_detector
-from utils.unet import load_unet, require_tiles, restore
+from utils import config, datasets, processes, report, visualize
+from utils.datasets import image_check, loaders, presets, windshield_pairs
+from utils.datasets.samples import images_below
+from utils.demo.windshield import ensure_windshield_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation import image_quality
+from utils.evaluation.coco import detection_scores
+from utils.networks.rain_detector import SIDE, load_rain_detector
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size
+from utils.networks.unet import load_unet, require_tiles, restore
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
@@ -73,27 +66,27 @@ _SHOWN = 480  # width of a picture on the sheets
 
 def test_pairs(cfg):
     """-> {name: (rainy path, clear path)} of the test part, {name: intensity} (empty where it is not known)."""
-    found, notes = pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    found, notes = windshield_pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
     for note in notes:
         processes.say(f"note: {note}")
     names = list(found)
     if cfg.SPLITS_FILE:
-        names = pairs.read_splits(cfg.SPLITS_FILE, found)["test"]
+        names = windshield_pairs.read_splits(cfg.SPLITS_FILE, found)["test"]
         if not names:
             raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' has no test pairs: train with TEST_PAIRS above "
                                    "0, or set SPLITS_FILE = \"\" for pairs that were not trained on")
     chosen = {name: found[name] for name in names}
-    return chosen, pairs.intensities(cfg.RAINY_DIR, chosen)
+    return chosen, windshield_pairs.intensities(cfg.RAINY_DIR, chosen)
 
 
 def judge_pairs(cfg, model, chosen, transform, device, lpips_model, title):
     """-> {name: {"before": metrics, "after": metrics}}, one image at a time: their sizes differ."""
-    data, found = pairs.WindshieldPairs(chosen, chosen, transform), {}
+    data, found = windshield_pairs.WindshieldPairs(chosen, chosen, transform), {}
     for i, name in enumerate(processes.progress(data.names, title)):
         batch = datasets.to_device(datasets.collate([data[i]]), device)
         restored = restore(model, batch["images"], cfg.TILE, cfg.OVERLAP)
         found[name] = {when: {key: value.item() for key, value in
-                              evaluation.full_quality(images, batch["twins"], lpips_model).items()}
+                              image_quality.full_quality(images, batch["twins"], lpips_model).items()}
                        for when, images in (("before", batch["images"]), ("after", restored))}
     return found
 
@@ -138,7 +131,7 @@ def restore_files(cfg, model, folder, rain_detector, device):
     Returns:
         [{"file", "rain before", "rain after": probability or None}, ...], the (photograph, restored) path pairs.
     """
-    paths = rain_data.images_below([cfg.REAL_DIR], "REAL_DIR")
+    paths = images_below([cfg.REAL_DIR], "REAL_DIR")
     image_check.check_images(paths, "REAL_DIR")
     base, rows, written = Path(cfg.REAL_DIR).resolve(), [], []
     for path in processes.progress(paths, "real rain"):
@@ -168,14 +161,14 @@ def rain_probability(rain_detector, image, device):
 
 def detection_rows(cfg, model, device):
     """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
-    rtdetr = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
+    rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
     data = datasets.CocoDetectionDataset(
-        cfg.LABELED_RAIN_DIR, "val", detector.id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
+        cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
         constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
     loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     calls = {"RT-DETR": lambda images: rtdetr(pixel_values=images),
              "U-Net + RT-DETR": lambda images: rtdetr(pixel_values=model(images))}
-    return [{"network": name, "count": len(data)} | evaluation.detection_scores(call, loader, device, name=name)[0]
+    return [{"network": name, "count": len(data)} | detection_scores(call, loader, device, name=name)[0]
             for name, call in calls.items()]
 
 
@@ -236,7 +229,7 @@ def print_report(results):
               f"before and {after:.3f} after")
     if results["detection"]:
         print("\n" + report.table(results["detection"], {"network": "labelled rain", "count": "n"}
-                                  | {name: name for name in evaluation.METRICS}))
+                                  | {name: name for name in coco_evaluation.METRICS}))
 
 
 def lpips_or_note(cfg, device):
@@ -245,7 +238,7 @@ def lpips_or_note(cfg, device):
         processes.say("note: LPIPS is left out (LPIPS_WEIGHTS is empty)")
         return None
     try:
-        return evaluation.load_lpips(cfg.LPIPS_WEIGHTS, device)
+        return image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device)
     except config.UserError as error:
         if cfg.LPIPS_WEIGHTS != "imagenet":
             raise  # a file that the user named and that does not work
@@ -265,7 +258,7 @@ def main(**overrides):
     if cfg.demo:
         ensure_windshield_demo()
     if cfg.LABELED_RAIN_DIR:
-        detector.require_size(cfg.DETECTOR_SIZE)
+        require_size(cfg.DETECTOR_SIZE)
     device = processes.announced_device()
     model = load_unet(cfg.UNET_PATH, device)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None

@@ -16,22 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils import (
-    checkpoint,
-    conditional_model,
-    config,
-    datasets,
-    demo,
-    detector,
-    engine,
-    evaluation,
-    freeze,
-    integrated_model,
-    loaders,
-    losses,
-    presets,
-    processes,
-)
+from utils import checkpoint, conditional_model, config, datasets, freeze, integrated_model, losses, processes
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks.rtdetr import id2label_of, require_queries, require_size
+from utils.training import engine
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -158,29 +148,29 @@ def evaluate(model, val_loaders, truths, device, rain_weight):
             outputs = model(images)
             sent += [{"derained": float(rainy)} for rainy in outputs.rain_stats["mask"].tolist()]
             return outputs
-        scores, _ = evaluation.detection_scores(predict, loader, device, truths[domain], f"{domain} validation")
-        found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": evaluation.mean_over_ranks(sent)["derained"]}
+        scores, _ = detection_scores(predict, loader, device, truths[domain], f"{domain} validation")
+        found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": processes.mean_over_ranks(sent)["derained"]}
     return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
 
 
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.RAIN_SCORE_WEIGHT <= 1:
         raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT}: choose a share in [0, 1]")
     weights = loss_weights(cfg)
     if not weights:
         raise config.UserError("every loss weight is 0: there is nothing to train on")
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
     model = build_model(cfg, device)
-    detector.require_queries(model.detection_module, cfg.IMAGE_SIZE)
-    train_loader, val_loaders = build_loaders(cfg, detector.id2label_of(model.detection_module))
-    truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
+    require_queries(model.detection_module, cfg.IMAGE_SIZE)
+    train_loader, val_loaders = build_loaders(cfg, id2label_of(model.detection_module))
+    truths = {domain: ground_truth(loader.dataset.annotation_file)
               for domain, loader in val_loaders.items()}
     groups = [{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}]
     if cfg.GATE == "soft":

@@ -18,25 +18,12 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    checkpoint,
-    config,
-    datasets,
-    demo,
-    detector,
-    ema,
-    engine,
-    evaluation,
-    feature_derain,
-    freeze,
-    loaders,
-    losses,
-    presets,
-    processes,
-    report,
-    run_state,
-    visualize,
-)
+from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
+from utils.training import ema, engine, plan, run_state
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -186,7 +173,7 @@ def evaluate(model, val_loaders, truths, device, cfg):
     labels."""
     if not truths:
         return {"score": -feature_error(model, val_loaders["rainy"], device, cfg.FEATURE_LEVEL)}
-    scores = {domain: evaluation.detection_scores(model, loader, device, truths[domain], f"{domain} validation")[0]
+    scores = {domain: detection_scores(model, loader, device, truths[domain], f"{domain} validation")[0]
               for domain, loader in val_loaders.items()}
     total = (cfg.RAIN_SCORE_WEIGHT * scores["rainy"]["mAP"] + cfg.CLEAN_SCORE_WEIGHT * scores["clean"]["mAP"])
     return {"score": total} | {f"{prefix}/{name}": scores[domain][name] for name in ("mAP", "AP50")
@@ -201,7 +188,7 @@ def feature_error(model, loader, device, feature_level):
         outputs = model(batch["images"], detect=False, feature_level=feature_level)
         error = losses.feature_consistency(outputs.features, model.clean_features(batch["twins"], feature_level)).item()
         found += [{"error": error}] * len(batch["images"])
-    return evaluation.mean_over_ranks(found)["error"]
+    return processes.mean_over_ranks(found)["error"]
 
 
 def sample_images(model, dataset, device, id2label):
@@ -250,8 +237,8 @@ def parameter_groups(model, phase, cfg):
 def main(**overrides):
     """Train; -> {phase number: {"history", "best_epoch", "best_score", "stopped"} of engine.fit}."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
-    detector.require_feature_level(cfg.FEATURE_LEVEL)
+    require_size(cfg.IMAGE_SIZE)
+    require_feature_level(cfg.FEATURE_LEVEL)
     weights = loss_weights(cfg)
     if "detection" not in weights and "consistency" not in weights:
         raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
@@ -262,17 +249,17 @@ def main(**overrides):
         raise config.UserError(f"PRETRAINED_SHARE = {cfg.PRETRAINED_SHARE}: choose 0 (off) or a number below 1")
     phases = planned_phases(cfg, weights)
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     model = build_model(cfg, device)
-    id2label = detector.id2label_of(model.rtdetr)
-    detector.require_queries(model.rtdetr, cfg.IMAGE_SIZE)
+    id2label = id2label_of(model.rtdetr)
+    require_queries(model.rtdetr, cfg.IMAGE_SIZE)
     train, val = build_data(cfg, id2label, weights)
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
     val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
                    for domain, data in val.items()}
-    truths = {domain: evaluation.ground_truth(data.annotation_file) for domain, data in val.items()} if (
+    truths = {domain: ground_truth(data.annotation_file) for domain, data in val.items()} if (
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
@@ -283,7 +270,7 @@ def main(**overrides):
               "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
               "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights,
               "patience": cfg.EARLY_STOPPING_PATIENCE}
-    engine.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
+    plan.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
     if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
         run_state.set_aside(folder, ("phase1", "phase2", "model"))
 

@@ -15,22 +15,14 @@ from pathlib import Path
 import torch
 from transformers import RTDetrImageProcessor
 
-from utils import (
-    checkpoint,
-    config,
-    datasets,
-    demo,
-    detector,
-    engine,
-    evaluation,
-    freeze,
-    loaders,
-    presets,
-    processes,
-    report,
-    visualize,
-)
-from utils.annotations import coco_split, label_table, read_annotations
+from utils import checkpoint, config, datasets, freeze, processes, report, visualize
+from utils.datasets import loaders, presets
+from utils.datasets.annotations import coco_split, label_table, read_annotations
+from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size
+from utils.training import engine
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -87,13 +79,13 @@ def build_model(cfg):
         if cfg.BACKBONE_LEARNING_RATE < cfg.LEARNING_RATE:
             processes.say(f"note: BACKBONE_LEARNING_RATE = {cfg.BACKBONE_LEARNING_RATE} is for a pretrained backbone; "
                           f"this one is new, LEARNING_RATE = {cfg.LEARNING_RATE} suits it better")
-        return detector.new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
-    model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
-    known = label_table(categories, detector.id2label_of(model), "", unknown=None)
+        return new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
+    model = load_rtdetr(cfg.RTDETR_MODEL_NAME)
+    known = label_table(categories, id2label_of(model), "", unknown=None)
     if len(known) < len(categories):
         processes.say(f"{cfg.RTDETR_MODEL_NAME} does not know all classes of the data: new class heads for "
                       f"{', '.join(names)}")
-        model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, new_classes=dict(enumerate(names)))
+        model = load_rtdetr(cfg.RTDETR_MODEL_NAME, new_classes=dict(enumerate(names)))
     return model
 
 
@@ -107,7 +99,7 @@ def build_loaders(cfg, id2label):
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
         unknown=cfg.UNKNOWN_CATEGORIES)
     roots = {"clean": (cfg.COCO_DIR, "COCO_DIR", cfg.COCO_RATIO), "rainy": (cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR",
-                                                                           cfg.RAIN_RATIO)}
+                                                                            cfg.RAIN_RATIO)}
     val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
                                                  constant=constant, domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
            for domain, (root, constant, ratio) in roots.items() if ratio > 0}
@@ -139,11 +131,11 @@ def evaluate(model, val_loaders, truths, shares):
     """-> {"val/mAP", "val/AP50", ...}: the mean of the domains' scores weighted with their training shares,
     and {"clean/mAP", "rainy/mAP"} apart where both were trained on."""
     device = next(model.parameters()).device
-    found = {domain: evaluation.detection_scores(lambda images: model(pixel_values=images), loader, device,
-                                                 truths[domain], f"{domain} validation")[0]
+    found = {domain: detection_scores(lambda images: model(pixel_values=images), loader, device,
+                                      truths[domain], f"{domain} validation")[0]
              for domain, loader in val_loaders.items()}
     scores = {f"val/{name}": sum(shares[domain] * found[domain][name] for domain in found)
-              for name in evaluation.METRICS}
+              for name in coco_evaluation.METRICS}
     return scores | ({f"{domain}/mAP": found[domain]["mAP"] for domain in found} if len(found) > 1 else {})
 
 
@@ -160,16 +152,16 @@ def sample_images(model, loader, id2label):
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     processes.announced_device()
     model = build_model(cfg)
-    id2label = detector.id2label_of(model)
-    detector.require_queries(model, cfg.IMAGE_SIZE)
+    id2label = id2label_of(model)
+    require_queries(model, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label)
-    truths = {domain: evaluation.ground_truth(loader.dataset.annotation_file)
+    truths = {domain: ground_truth(loader.dataset.annotation_file)
               for domain, loader in val_loaders.items()}
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))
@@ -192,7 +184,7 @@ def main(**overrides):
         own_files=("detector",))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
-        processes.say(report.table([best], {f"val/{name}": name for name in evaluation.METRICS}))
+        processes.say(report.table([best], {f"val/{name}": name for name in coco_evaluation.METRICS}))
         processes.say(f"detector: {(Path(cfg.OUTPUT_DIR) / 'detector').as_posix()}")
     return result
 

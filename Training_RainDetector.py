@@ -16,22 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils import (
-    classification,
-    config,
-    datasets,
-    demo,
-    engine,
-    freeze,
-    image_check,
-    loaders,
-    processes,
-    rain_data,
-    rain_report,
-    report,
-    visualize,
-)
-from utils.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
+from utils import config, datasets, freeze, processes, report, visualize
+from utils.datasets import image_check, loaders, rain_or_clean
+from utils.datasets.samples import images_below
+from utils.demo.coco import ensure_demo
+from utils.evaluation import classification, rain_report
+from utils.networks.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
+from utils.training import engine
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
@@ -80,16 +71,16 @@ def build_data(cfg):
         raise config.UserError(f"VALIDATION_SHARE = {cfg.VALIDATION_SHARE}: choose a share in (0, 1), such as 0.1")
     parts = {"train": [], "val": []}
     for folders, constant in ((cfg.CLEAN_DIRS, "CLEAN_DIRS"), (cfg.RAINY_DIRS, "RAINY_DIRS")):
-        paths = rain_data.images_below(folders, constant)
+        paths = images_below(folders, constant)
         chosen = datasets.seeded_subset([path.stem for path in paths], cfg.PERCENT_DATASET, cfg.SEED)
         paths = [paths[i] for i in chosen]
         image_check.check_images(paths, constant)
         for part, held_out in (("train", False), ("val", True)):
-            parts[part].append([p for p in paths if rain_data.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
+            parts[part].append([p for p in paths if rain_or_clean.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
     if set(map(str, parts["train"][0])) & set(map(str, parts["train"][1])):
         raise config.UserError("CLEAN_DIRS and RAINY_DIRS share images: an image cannot be both")
-    return (rain_data.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED),
-            rain_data.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED))
+    return (rain_or_clean.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED),
+            rain_or_clean.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED))
 
 
 def parameter_groups(model, cfg):
@@ -162,7 +153,7 @@ def main(**overrides):
     if bool(cfg.TEST_CLEAN_DIRS) != bool(cfg.TEST_RAINY_DIRS):
         raise config.UserError("TEST_CLEAN_DIRS and TEST_RAINY_DIRS belong together: set both or neither")
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     model = new_rain_detector(cfg.BACKBONE_WEIGHTS).to(device)

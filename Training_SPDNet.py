@@ -16,23 +16,13 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    checkpoint,
-    config,
-    datasets,
-    demo,
-    engine,
-    evaluation,
-    freeze,
-    loaders,
-    losses,
-    presets,
-    processes,
-    report,
-    visualize,
-)
-from utils.spdnet import SPDNet, load_spdnet
-from utils.spdnet_init import init_near_identity
+from utils import checkpoint, config, datasets, freeze, losses, processes, report, visualize
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation import image_quality
+from utils.networks.spdnet import SPDNet, load_spdnet
+from utils.networks.spdnet_init import init_near_identity
+from utils.training import engine
 
 # --- data ---------------------------------------------------------------------------------------------------------
 RAINY_DIR = "./dataset/coco_rain/train2017"  # rainy images, searched recursively
@@ -138,8 +128,8 @@ def evaluate(model, loader, device):
     for batch in loader:
         batch = datasets.to_device(batch, device)
         found.append({name: value.item() for name, value in
-                      evaluation.image_quality(model(batch["images"])[0], batch["twins"]).items()})
-    return {f"val/{name}": value for name, value in evaluation.mean_over_ranks(found).items()}
+                      image_quality.image_quality(model(batch["images"])[0], batch["twins"]).items()})
+    return {f"val/{name}": value for name, value in processes.mean_over_ranks(found).items()}
 
 
 def sample_images(model, dataset, device):
@@ -163,7 +153,7 @@ def main(**overrides):
     if not 0 < cfg.IMAGE_SCALE <= 1:
         raise config.UserError(f"IMAGE_SCALE = {cfg.IMAGE_SCALE}: choose a number in (0, 1], such as 1.0 or 0.5")
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     model = build_model(cfg, device)

@@ -16,22 +16,13 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    checkpoint,
-    config,
-    datasets,
-    demo,
-    detector,
-    engine,
-    evaluation,
-    freeze,
-    integrated_model,
-    loaders,
-    losses,
-    presets,
-    processes,
-    visualize,
-)
+from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
+from utils.training import engine
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -155,14 +146,14 @@ def evaluate(model, loader, device, truth, weights, cfg):
     """-> {"rain/mAP", "rain/AP50", ...} on the rainy validation images; {"rain/consistency": minus the feature loss}
     without labels."""
     if truth is not None:
-        scores, _ = evaluation.detection_scores(model, loader, device, truth, name="rainy validation")
-        return {f"rain/{name}": scores[name] for name in evaluation.METRICS}
+        scores, _ = detection_scores(model, loader, device, truth, name="rainy validation")
+        return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
     found = []
     for batch in loader:
         batch = datasets.to_device(batch, device)
         terms = compute_losses(model, batch, weights, model.clean_features, cfg.FEATURE_LEVEL)
         found += [{"rain/consistency": -terms["features"].item()}] * len(batch["images"])
-    return evaluation.mean_over_ranks(found)
+    return processes.mean_over_ranks(found)
 
 
 def sample_images(model, dataset, device, id2label):
@@ -177,28 +168,28 @@ def sample_images(model, dataset, device, id2label):
 def main(**overrides):
     """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.FP16:
         raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
                                "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
                                "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
-    detector.require_feature_level(cfg.FEATURE_LEVEL)
+    require_feature_level(cfg.FEATURE_LEVEL)
     weights = loss_weights(cfg)
     if not weights:
         raise config.UserError("every loss weight is 0: there is nothing to train on")
     if cfg.demo:
-        demo.ensure_demo()
+        ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     model = build_model(cfg, device)
-    id2label = detector.id2label_of(model.detection_module)
-    detector.require_queries(model.detection_module, cfg.IMAGE_SIZE)
+    id2label = id2label_of(model.detection_module)
+    require_queries(model.detection_module, cfg.IMAGE_SIZE)
     train, val, labelled = build_data(cfg, id2label)
     if not labelled and not cfg.FEATURE_WEIGHT:
         raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth = evaluation.ground_truth(val.annotation_file) if labelled else None
+    truth = ground_truth(val.annotation_file) if labelled else None
     output = Path(cfg.OUTPUT_DIR) / "spdnet_adapted.pt"
 
     result = engine.fit(

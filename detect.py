@@ -18,20 +18,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import (
-    config,
-    demo_clip,
-    detections,
-    detector,
-    evaluation,
-    presets,
-    processes,
-    video,
-    visualize,
-)
+from utils import config, processes, visualize
+from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
+from utils.datasets import presets
+from utils.demo.clip import ensure_clip
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.inference import detections, video
 from utils.integrated_model import load_integrated_model, require_trained_scale
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE = ""                             # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -70,7 +65,7 @@ def build_model(cfg, device):
     """-> MODEL in eval mode: (pixel_values (B, 3, H, W) in [0, 1]) -> transformers' outputs, plus `derained` where it
     has a de-rainer and `rain_stats` where it has a gate."""
     def vanilla():
-        return detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+        return load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
 
     def spdnet():
         require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
@@ -107,12 +102,12 @@ def build_models(cfg, device):
     if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
         raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
     chosen = build_model(cfg, device)
-    detector.require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
+    require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
     # feature-level training may have changed the detector, so the plain one is loaded
-    vanilla = rtdetr_of(chosen) if cfg.MODEL != "feature" else detector.load_rtdetr(cfg.RTDETR_MODEL_NAME,
-                                                                                  device=device)
+    vanilla = rtdetr_of(chosen) if cfg.MODEL != "feature" else load_rtdetr(cfg.RTDETR_MODEL_NAME,
+                                                                           device=device)
     return {"vanilla": vanilla, cfg.MODEL: chosen}
 
 
@@ -145,7 +140,7 @@ def detect_frames(cfg, models, frames, device):
         gate, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
         fallbacks += gate["num_fallback"] if gate else 0
         finite = outputs.logits.isfinite().flatten(1).all(1) & outputs.pred_boxes.isfinite().flatten(1).all(1)
-        found = evaluation.decode(outputs.logits, outputs.pred_boxes, sizes)
+        found = decode(outputs.logits, outputs.pred_boxes, sizes)
         for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
             one = {key: value[one["scores"] >= cfg.THRESHOLD].cpu() for key, value in one.items()}
             one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
@@ -239,7 +234,7 @@ def batches(frames, size, limit):
 
 def run(cfg, models, source, folder, device):
     """Detect in every frame and write the results as they come. -> Tally"""
-    id2label = detector.id2label_of(rtdetr_of(models[cfg.MODEL]))
+    id2label = id2label_of(rtdetr_of(models[cfg.MODEL]))
     tally, begin = Tally(), time.perf_counter()
     total = min(filter(None, (source.total, cfg.MAX_FRAMES)), default=None)
     bar = tqdm(total=total, desc=source.name, unit="image", ascii=True, dynamic_ncols=True, disable=total == 1)
@@ -310,14 +305,14 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.THRESHOLD <= 1:
         raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
-        demo_clip.ensure_clip(cfg.SOURCE)
+        ensure_clip(cfg.SOURCE)
     device = processes.announced_device()
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         models = build_models(cfg, device)

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import atomic, checkpoint, config, detector, feature_derain, onnx_file, processes, report
+from utils import checkpoint, config, feature_derain, processes, report, system
+from utils.networks import onnx_file
+from utils.networks.rtdetr import load_rtdetr, require_queries, require_size
 
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
 MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
@@ -47,14 +49,14 @@ def build_models(cfg):
     """-> {name: Deployable in eval mode, on the CPU}."""
     models = {}
     if cfg.RTDETR_MODEL_NAME:
-        models["vanilla"] = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME)
+        models["vanilla"] = load_rtdetr(cfg.RTDETR_MODEL_NAME)
     if cfg.MODEL_NAME:
         models["feature_derain"] = feature_derain.FeatureDerainRTDETR.from_pretrained(cfg.MODEL_NAME,
                                                                                       constant="MODEL_NAME")
     if not models:
         raise config.UserError("RTDETR_MODEL_NAME and MODEL_NAME are both empty: nothing to export")
     for model in models.values():
-        detector.require_queries(getattr(model, "rtdetr", model), cfg.IMAGE_SIZE)
+        require_queries(getattr(model, "rtdetr", model), cfg.IMAGE_SIZE)
     return {name: Deployable(model).eval() for name, model in models.items()}
 
 
@@ -74,7 +76,7 @@ def export(model, name, cfg):
     found = {}
     for kind in cfg.FORMATS:
         path = Path(cfg.OUTPUT_DIR) / f"{name}{_SUFFIXES[kind]}"
-        with atomic.written(path, path.suffix) as temporary:
+        with system.written(path, path.suffix) as temporary:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 written = (onnx_file.write(program, temporary, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx"
@@ -90,7 +92,7 @@ def export(model, name, cfg):
 def main(**overrides):
     """Export; -> {model: {format: largest difference}}."""
     cfg = config.resolve(globals(), overrides)
-    detector.require_size(cfg.IMAGE_SIZE)
+    require_size(cfg.IMAGE_SIZE)
     if cfg.BATCH_SIZE < 1:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE}: choose 1 or more")
     if not cfg.FORMATS or set(cfg.FORMATS) - _SUFFIXES.keys():

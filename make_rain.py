@@ -7,8 +7,8 @@
 
 Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
 A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete.
-The rain itself is in utils/rain.py (falling streaks) and utils/windshield.py (drops on glass); docs/rain.md and
-docs/windshield.md show and measure it.
+The rain itself is in utils/weather/rain.py (falling streaks) and utils/weather/windshield.py (drops on glass);
+docs/rain.md and docs/windshield.md show and measure it.
 """
 
 import json
@@ -29,7 +29,8 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
-from utils import atomic, config, cores, image_files, rain, windshield
+from utils import config, system
+from utils.weather import rain, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
 COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
@@ -71,7 +72,7 @@ def find_images(source):
     for folder, folders, names in os.walk(source, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".") and (Path(folder) != source or f != "annotations")]
         found += [(Path(folder) / name).relative_to(source) for name in names
-                  if Path(name).suffix.lower() in image_files.SUFFIXES and not name.startswith(".")]
+                  if Path(name).suffix.lower() in system.SUFFIXES and not name.startswith(".")]
     return sorted(found)
 
 
@@ -80,7 +81,7 @@ def load_image(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as picture:
-            image_files.require_eight_bits(picture)
+            system.require_eight_bits(picture)
             return picture, np.asarray(picture.convert("RGB"))
 
 
@@ -96,7 +97,7 @@ def save_like(pixels, picture, target):
                     "subsampling": JpegImagePlugin.get_sampling(picture) if colour else -1}
     elif file_format == "WEBP":
         options["quality"] = 95
-    with atomic.written(target, _TEMPORARY) as temporary:
+    with system.written(target, _TEMPORARY) as temporary:
         Image.fromarray(pixels).save(temporary, format=file_format, **options)
 
 
@@ -108,7 +109,7 @@ def rain_one(task, add=rain.add_rain):
     source, target, seed, intensity = task
     try:
         picture, pixels = load_image(source)
-    except image_files.FAULTS as error:
+    except system.FAULTS as error:
         return f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     save_like(add(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
     return None
@@ -128,7 +129,7 @@ def _end_with_parent():
 def run_tasks(tasks, workers, add=rain.add_rain):
     """Yield rain_one's answers in the order of tasks, over processes (in this one for a single worker)."""
     function = partial(rain_one, add=add)
-    workers = min(workers or cores.available_cores(), 61, -(-len(tasks) // _CHUNK))  # 61: Windows' limit
+    workers = min(workers or system.available_cores(), 61, -(-len(tasks) // _CHUNK))  # 61: Windows' limit
     if workers <= 1:
         yield from map(function, tasks)
         return
@@ -153,7 +154,7 @@ def check_source(source, kind):
                                "images")
     images = find_images(source)
     if not images:
-        raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(image_files.SUFFIXES)}); "
+        raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(system.SUFFIXES)}); "
                                f"{kind.layout}")
     return images, annotations
 
@@ -184,7 +185,7 @@ def prepare_out(source, out, settings, kind):
             raise config.UserError(f"OUT = {out} holds images but no rain.json, so make_rain.py did not write them; "
                                    "set another --out")
         out.mkdir(parents=True, exist_ok=True)
-        with atomic.written(record, _TEMPORARY) as temporary:
+        with system.written(record, _TEMPORARY) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for left in out.rglob(f".*{_TEMPORARY}"):  # of a run that was killed
             left.unlink(missing_ok=True)
@@ -201,7 +202,7 @@ def copy_annotations(files, folder):
             new, old = file.stat(), target.stat()
             if new.st_size == old.st_size and abs(new.st_mtime - old.st_mtime) < 2.0:
                 continue
-        with atomic.written(target, _TEMPORARY) as temporary:
+        with system.written(target, _TEMPORARY) as temporary:
             shutil.copy2(file, temporary)
 
 
@@ -214,9 +215,9 @@ def main(**overrides):
     source = Path(getattr(cfg, kind.source))
     out = Path(cfg.OUT or (kind.demo_out if cfg.demo else kind.out))
     if cfg.demo and source == Path(DEMO[kind.source]):
-        from utils import demo
+        from utils.demo.coco import ensure_demo
         try:
-            demo.ensure_demo()
+            ensure_demo()
         except OSError as error:
             raise config.UserError(str(error)) from None
     try:

@@ -22,8 +22,8 @@ import torch
 from rfdetr import config as rfdetr_config
 from rfdetr import model, run_report, weights
 from utils import checkpoint, config, processes, report
-from utils.annotations import plain_name
 from utils.config import UserError
+from utils.datasets.annotations import plain_name
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
 OUT_CKPT = ""                           # the new file; replaced only where shrink_head.py wrote it itself

@@ -17,7 +17,9 @@ import torch
 
 from rfdetr import criterion, masks, run_report, weights
 from rfdetr import main as training
-from utils import config, demo_dataset, engine, freeze, processes
+from utils import config, freeze, processes
+from utils.demo.roboflow import ensure_dataset
+from utils.training import engine
 
 # --- model --------------------------------------------------------------------------------------------------------
 SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
@@ -81,7 +83,7 @@ def main(**overrides):
     resolution = training.resolution_of(cfg)
     folder = training.folder_of(cfg, f"single_stage_{cfg.SIZE}_{resolution}")
     if cfg.demo:
-        demo_dataset.ensure_dataset(cfg.DATASET_DIR)
+        ensure_dataset(cfg.DATASET_DIR)
     processes.say(run_report.banner("SINGLE STAGE: DETECTOR AND SEGMENTATION HEAD", {
         "Model Size": cfg.SIZE, "Resolution": resolution, "Epochs": cfg.EPOCHS,
         "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),

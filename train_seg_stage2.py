@@ -18,7 +18,9 @@ import torch
 
 from rfdetr import criterion, features, masks, run_report, weights
 from rfdetr import main as training
-from utils import config, demo_dataset, engine, freeze, processes, report
+from utils import config, freeze, processes, report
+from utils.demo.roboflow import ensure_dataset
+from utils.training import engine
 
 # --- model --------------------------------------------------------------------------------------------------------
 SIZE = "nano"                           # as in stage 1
@@ -80,7 +82,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), training.resumed(globals(), overrides, "segmentation"))
     training.check_numbers(cfg)
     if cfg.demo:
-        demo_dataset.ensure_dataset(cfg.DATASET_DIR)
+        ensure_dataset(cfg.DATASET_DIR)
     source = training.stage1_checkpoint(cfg)
     names = training.class_names(cfg.DATASET_DIR)
     engine.seed_everything(cfg.SEED)

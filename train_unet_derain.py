@@ -19,25 +19,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils import (
-    atomic,
-    config,
-    datasets,
-    engine,
-    evaluation,
-    freeze,
-    loaders,
-    losses,
-    pairs,
-    presets,
-    processes,
-    rain_data,
-    report,
-    schedule,
-    visualize,
-)
-from utils.demo_windshield import ensure_windshield_demo
-from utils.unet import new_unet, require_tiles, restore
+from utils import config, datasets, freeze, losses, processes, report, system, visualize
+from utils.datasets import loaders, presets, windshield_pairs
+from utils.datasets.samples import images_below
+from utils.demo.windshield import ensure_windshield_demo
+from utils.evaluation import image_quality
+from utils.networks.unet import new_unet, require_tiles, restore
+from utils.training import engine, schedule
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # clear images, searched recursively
@@ -136,21 +124,21 @@ def check(cfg):
 
 def build_data(cfg):
     """-> {"train", "val", "test": WindshieldPairs}; the test part may be empty."""
-    found, notes = pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    found, notes = windshield_pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
     kept = Path(cfg.CHECKPOINT_DIR) / "splits.json"
     file = cfg.SPLITS_FILE or (kept.as_posix() if cfg.RESUME and kept.is_file() else "")
     if file:
-        names = pairs.read_splits(file, found)
+        names = windshield_pairs.read_splits(file, found)
     else:
-        names, note = pairs.split_names(found, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, cfg.TEST_PAIRS), cfg.SEED,
-                                        cfg.SEQUENCE_SEPARATOR)
+        names, note = windshield_pairs.split_names(found, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, cfg.TEST_PAIRS), cfg.SEED,
+                                                   cfg.SEQUENCE_SEPARATOR)
         notes += [note] if note else []
     for note in notes:
         processes.say(f"note: {note}")
     train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
     still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
-    return {part: pairs.WindshieldPairs(found, names[part], train if part == "train" else still, cfg.SEED)
-            for part in pairs.PARTS}
+    return {part: windshield_pairs.WindshieldPairs(found, names[part], train if part == "train" else still, cfg.SEED)
+            for part in windshield_pairs.PARTS}
 
 
 def build_loaders(cfg, data):
@@ -166,7 +154,7 @@ def real_photographs(cfg, count=6):
     if not Path(cfg.REAL_DIR).is_dir():
         processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' does not exist, so no real rain is looked at during training")
         return []
-    paths = rain_data.images_below([cfg.REAL_DIR], "REAL_DIR")
+    paths = images_below([cfg.REAL_DIR], "REAL_DIR")
     return [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
 
 
@@ -218,10 +206,10 @@ def evaluate(model, loader, device, weights, perceptual=None):
         restored = model(batch["images"])
         terms = losses_of(restored, batch["twins"], weights, perceptual)
         loss = sum(weights[name] * value.item() for name, value in terms.items())
-        quality = evaluation.image_quality(restored, batch["twins"])
+        quality = image_quality.image_quality(restored, batch["twins"])
         found += [{"loss": loss} | {name: values[i].item() for name, values in quality.items()}
                   for i in range(len(restored))]
-    return {f"val/{name}": value for name, value in evaluation.mean_over_ranks(found).items()}
+    return {f"val/{name}": value for name, value in processes.mean_over_ranks(found).items()}
 
 
 def stop_reason(history, cfg):
@@ -307,7 +295,7 @@ def save_page(page, path):
 def copy_file(source, target):
     """Copy a file, complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.written(target) as temporary:
+    with system.written(target) as temporary:
         shutil.copyfile(source, temporary)
 
 

@@ -18,7 +18,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from utils import cache, config, cores
+from utils import config, system
 from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
@@ -65,7 +65,7 @@ class Findings:
 
 def check_python(found):
     """Version and system."""
-    text = f"Python {platform.python_version()} on {platform.system()}, {cores.available_cores()} core(s)"
+    text = f"Python {platform.python_version()} on {platform.system()}, {system.available_cores()} core(s)"
     if sys.version_info < _PYTHON:
         found.fail(f"{text}: {'.'.join(map(str, _PYTHON))} or newer is needed")
     else:
@@ -174,7 +174,8 @@ def check_dataset(found, cfg):
 def check_split(found, root, split, names):
     """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
     from rfdetr.datasets import roboflow
-    from utils import image_check, image_files
+    from utils import system
+    from utils.datasets import image_check
 
     def bad(text):
         if split == "test":
@@ -209,7 +210,7 @@ def check_split(found, root, split, names):
     except UserError as error:
         bad(str(error))
     names_on_disk = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*")
-                     if p.suffix.lower() in image_files.SUFFIXES}
+                     if p.suffix.lower() in system.SUFFIXES}
     if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
         found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
     check_masks(found, bad, split, content)
@@ -259,7 +260,7 @@ def check_weights(found, cfg):
         found.fail(f"nobody has published weights of size {cfg.SIZE}: give --pretrain_weights none or a checkpoint")
         return
     published = PUBLISHED[cfg.SIZE]
-    cached = cache.cache_folder() / published.file
+    cached = system.cache_folder() / published.file
     if cached.is_file():
         if weights.md5(cached) == published.md5:
             found.ok(f"weights: {cached.as_posix()}")
@@ -324,11 +325,11 @@ def next_command(cfg, ready, names, batch):
                       if getattr(cfg, name) != globals()[name])
     if not ready:
         if not names and not Path(cfg.DATASET_DIR).exists():
-            return (f'python tools/make_demo_dataset.py --out "{cfg.DATASET_DIR}"     (a data set to try the scripts '
+            return (f'python -m tools.make_demo_dataset --out "{cfg.DATASET_DIR}"     (a data set to try the scripts '
                     "with)")
         return f"python validate_setup.py --size {cfg.SIZE}{changed}     (when the above is mended)"
     return (f"python train_detector_stage1.py --size {cfg.SIZE} --epochs 1 --batch {batch[0]} --accum {batch[1]} "
-            f"--workers {min(2, cores.available_cores())} --multi_scale 0{changed}")
+            f"--workers {min(2, system.available_cores())} --multi_scale 0{changed}")
 
 
 def main(**overrides):
@@ -343,8 +344,8 @@ def main(**overrides):
             import rfdetr.weights  # noqa: F401  everything that the checks below need
             memory = check_device(found)
             if cfg.demo:
-                from utils import demo_dataset
-                demo_dataset.ensure_dataset(cfg.DATASET_DIR)
+                from utils.demo.roboflow import ensure_dataset
+                ensure_dataset(cfg.DATASET_DIR)
             names = check_dataset(found, cfg)
             check_weights(found, cfg)
             batch = check_batch(found, cfg, memory)

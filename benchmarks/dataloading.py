@@ -1,20 +1,17 @@
 """Claim: the loader delivers at least 60 images/s per core at 640x640 from COCO JPEGs with boxes.
 
-    python benchmarks/dataloading.py --COCO_DIR ./dataset/coco
+    python -m benchmarks.dataloading --COCO_DIR ./dataset/coco
 
 One process without workers is one core; with WORKERS the rate per worker is printed as well. Twins double the work.
 """
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from utils import config, datasets, loaders, presets, report
-from utils.annotations import coco_split, read_annotations
+from utils import config, datasets, report
+from utils.datasets import loaders, presets
+from utils.datasets.annotations import coco_split, read_annotations
 
 COCO_DIR = "./dataset/coco"             # COCO-layout root; its train split is read
 COCO_RAIN_DIR = ""                      # its rainy twin; "" skips the rows with twins

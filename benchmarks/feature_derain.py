@@ -1,20 +1,18 @@
 """What feature-level de-raining adds to RT-DETR's own time: goals 10% (multiscale) and 3% (lightweight) at 640x640.
 
-    python benchmarks/feature_derain.py
-    python benchmarks/feature_derain.py --COMPILE True
+    python -m benchmarks.feature_derain
+    python -m benchmarks.feature_derain --COMPILE True
 
 RT-DETR R18 with random weights: the time does not depend on them. The models share one detector and run in turns, so
 that the ratios survive a noisy machine.
 """
 
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from utils import config, detector, evaluation, feature_derain, freeze, processes, report
+from utils import config, feature_derain, freeze, processes, report
+from utils.evaluation import latency
+from utils.networks.rtdetr import backbone_features, new_rtdetr
 
 ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny
 SIZE = 640                              # height and width of the image
@@ -35,17 +33,17 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     device = processes.device()
     torch.manual_seed(0)
-    rtdetr = detector.new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(cfg.CLASSES)}).to(device).eval()
+    rtdetr = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(cfg.CLASSES)}).to(device).eval()
     models = {"vanilla": rtdetr} | {name: feature_derain.FeatureDerainRTDETR(rtdetr, **settings).to(device).eval()
                                     for name, settings in _VARIANTS.items()}
     if cfg.COMPILE:
         models |= {f"{name}, compiled": torch.compile(models[name]) for name in ("vanilla", "multiscale")}
     images = torch.rand(cfg.BATCH, 3, cfg.SIZE, cfg.SIZE, device=device)
     with torch.no_grad():
-        features = detector.backbone_features(rtdetr, images)
+        features = backbone_features(rtdetr, images)
     calls = {name: (lambda x, model=model: model(pixel_values=x)) for name, model in models.items()}
     calls |= {f"{name}, module": (lambda x, model=models[name]: model.derain_module(features)) for name in _VARIANTS}
-    times = evaluation.latencies(calls, images, repeats=cfg.ROUNDS)
+    times = latency.latencies(calls, images, repeats=cfg.ROUNDS)
     print(f"{device}, {torch.get_num_threads()} threads, RT-DETR {cfg.ARCHITECTURE}, batch {cfg.BATCH}, "
           f"{cfg.SIZE} x {cfg.SIZE}, median of {cfg.ROUNDS}")
     rows = [{"model": name, "ms": f"{times[name]:.1f}"} for name in models]

@@ -1,6 +1,6 @@
 """Speed of the synthetic rain on one core: milliseconds per image and images per second.
 
-    python benchmarks/rain.py
+    python -m benchmarks.rain
 
 Claim: at 640 x 480, one core writes a rainy twin at 25 images/s or more from JPEG to JPEG, for every intensity.
 "add_rain" is the rain alone; "end to end" decodes a JPEG file, adds rain, and encodes it with the same tables.
@@ -11,7 +11,6 @@ load above the number of cores makes the numbers worse.
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_rain
-from utils import config, rain
+from utils import config
+from utils.weather import rain
 
 SIZES = ((640, 480), (1280, 720), (3840, 2160))  # width, height
 REPEATS = 25                                     # images per number; the largest size takes a fifth of them

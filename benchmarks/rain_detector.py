@@ -1,18 +1,17 @@
 """What the rain detector costs: its time per image against RT-DETR's (goal: at most 2% at 640 x 640).
 
-    python benchmarks/rain_detector.py
+    python -m benchmarks.rain_detector
 
 Random weights: they do not change the time. All models take turns in one run.
 """
 
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import config, detector, evaluation, processes, report
-from utils.rain_detector import RainDetector
+from utils import config, processes, report
+from utils.evaluation import latency
+from utils.networks.rain_detector import RainDetector
+from utils.networks.rtdetr import new_rtdetr
 
 IMAGE_SIZE = 640        # side of the square image that both get
 BATCHES = (1, 4)        # batch sizes
@@ -25,14 +24,14 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     device = processes.device()
     rain_detector = RainDetector().eval().to(device)
-    rtdetr = detector.new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(80)}).eval().to(device)
+    rtdetr = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(80)}).eval().to(device)
     results, rows = {}, []
     for batch in cfg.BATCHES:
         images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
         small = torch.rand(batch, 3, 224, 224, device=device)
         models = {"RT-DETR": lambda x: rtdetr(pixel_values=x), "rain detector": rain_detector.predict,
                   "without its resize": lambda x, small=small: rain_detector.predict(small)}
-        found = evaluation.latencies(models, images, repeats=cfg.REPEATS)
+        found = latency.latencies(models, images, repeats=cfg.REPEATS)
         results[batch] = {name: ms / batch for name, ms in found.items()}
         rows += [{"batch": batch, "model": name, "ms": f"{ms:.2f}",
                   "share": f"{100 * ms / results[batch]['RT-DETR']:.2f}%"} for name, ms in results[batch].items()]

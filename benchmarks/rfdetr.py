@@ -1,7 +1,7 @@
 """What RF-DETR costs: forward per size, a step of stage 1 and of stage 2, an epoch with and without cached features.
 
-    python benchmarks/rfdetr.py                     # minutes on two CPU cores
-    python benchmarks/rfdetr.py --demo              # the demo's tiny detector, seconds
+    python -m benchmarks.rfdetr                     # minutes on two CPU cores
+    python -m benchmarks.rfdetr --demo              # the demo's tiny detector, seconds
 
 Goals: a step of stage 2 (nano, 384, batch 1) takes at most 0.40 s and 1.5 GB on two CPU cores; an epoch with cached
 features is at least 8 times as fast as one without. Random weights, which change no time. Every row runs in a process
@@ -12,7 +12,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +20,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_detector_stage1
 import train_seg_stage2

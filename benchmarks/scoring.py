@@ -1,21 +1,20 @@
 """What COCO's scores cost: faster-coco-eval against pycocotools, on as many detections as COCO's validation set has.
 
-    python benchmarks/scoring.py
+    python -m benchmarks.scoring
 
 Made-up objects (7 an image) and 100 detections an image, half of which lie near an object. Each evaluator scores the
 same ones in a process of its own, one after the other; both must give the same numbers.
 """
 
 import multiprocessing
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.peak_memory import PeakMemory
-from utils import config, evaluation, report
+from utils import config, report
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.coco import _indexed, coco_scores, entries
 
 IMAGES = 5000           # as val2017
 CLASSES = 80
@@ -41,9 +40,9 @@ def made_up(cfg):
         scores = np.concatenate([random.uniform(0.2, 1, 50), random.uniform(0, 0.3, 50)])
         classes = np.concatenate([labels[near], random.integers(0, cfg.CLASSES, 50)])
         found[image] = np.concatenate([guesses, scores[:, None], classes[:, None]], 1)
-    truth = evaluation._indexed({"images": [{"id": i, "width": 640, "height": 640} for i in found],
-                                 "annotations": notes,
-                                 "categories": [{"id": i + 1, "name": str(i)} for i in range(cfg.CLASSES)]})
+    truth = _indexed({"images": [{"id": i, "width": 640, "height": 640} for i in found],
+                      "annotations": notes,
+                      "categories": [{"id": i + 1, "name": str(i)} for i in range(cfg.CLASSES)]})
     return truth, found, {i: i + 1 for i in range(cfg.CLASSES)}
 
 
@@ -52,11 +51,11 @@ def measure(job):
     name, settings = job
     cfg = config.resolve(globals(), settings)
     if name == "pycocotools":
-        evaluation.COCOeval_faster = None
+        coco_evaluation.COCOeval_faster = None
     truth, found, category_of = made_up(cfg)
     with PeakMemory() as memory:
         begin = time.perf_counter()
-        scores = evaluation.coco_scores(truth, evaluation.entries(found), category_of, list(found))
+        scores = coco_scores(truth, entries(found), category_of, list(found))
         seconds = time.perf_counter() - begin
     return {"evaluator": name, "seconds": seconds, "GB": memory.gigabytes, "mAP": scores["mAP"],
             "AP_small": scores["AP_small"]}
@@ -65,7 +64,7 @@ def measure(job):
 def main(**overrides):
     """Measure; -> one row per evaluator."""
     cfg = config.resolve(globals(), overrides)
-    if evaluation.COCOeval_faster is None:
+    if coco_evaluation.COCOeval_faster is None:
         raise config.UserError("nothing to compare: pip install faster-coco-eval")
     rows = []
     for name in cfg.EVALUATORS:

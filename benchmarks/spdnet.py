@@ -1,6 +1,6 @@
 """SPDNet's speed and memory: ours against a plain module-by-module NCHW version with the same weights.
 
-    python benchmarks/spdnet.py
+    python -m benchmarks.spdnet
 
 All variants run in turn in one process and their medians are compared, so that the ratios survive a noisy machine.
 "forward, inference" is taken before any backward pass: a process that never trains gives memory back to the system and
@@ -11,19 +11,16 @@ The plain version reproduces the published code's numbers bit by bit (tests/test
 import copy
 import functools
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from utils import config, conv3x3, processes
-from utils.spdnet import SPDNet
-from utils.spdnet_init import init_near_identity
-from utils.spdnet_plain import PlainSPDNet
+from utils import config, processes
+from utils.networks import conv3x3
+from utils.networks.spdnet import SPDNet
+from utils.networks.spdnet_init import init_near_identity
+from utils.networks.spdnet_plain import PlainSPDNet
 
 SIZE = 256                              # height and width of the image
 ROUNDS = 5                              # measurements per variant
@@ -46,7 +43,7 @@ def forward_backward(model, x):
 
 
 def without_own_gradient(model, x):
-    """With PyTorch's weight gradient where utils/conv3x3.py has its own; the forward pass decides which."""
+    """With PyTorch's weight gradient where utils/networks/conv3x3.py has its own; the forward pass decides which."""
     own, conv3x3.slow_weight_gradient = conv3x3.slow_weight_gradient, lambda: False
     try:
         return model(x)

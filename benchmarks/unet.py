@@ -1,7 +1,7 @@
 """Speed of the windshield U-Net: images/s in training and inference, memory format and precision against plain.
 
-    python benchmarks/unet.py                       # both architectures at 256 and 512
-    python benchmarks/unet.py --demo                # a narrow network at 96, a minute on a loaded CPU
+    python -m benchmarks.unet                       # both architectures at 256 and 512
+    python -m benchmarks.unet --demo                # a narrow network at 96, a minute on a loaded CPU
 
 All variants run in turn in one process and their medians are compared, so that the ratios survive a noisy machine.
 A training step is forward, L1 and SSIM, backward and Adam. The last table compares the loader with the training step:
@@ -10,7 +10,6 @@ its share of waiting is what a step would wait for its batch if WORKERS processe
 
 import functools
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,10 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from utils import config, cores, datasets, loaders, losses, pairs, presets, report
-from utils.unet import new_unet
+from utils import config, datasets, losses, report, system
+from utils.datasets import loaders, presets, windshield_pairs
+from utils.networks.unet import new_unet
 
 ARCHITECTURES = ("unet", "resnet34")    # see train_unet_derain.ARCH
 BASE_WIDTH = 64                         # of "unet"
@@ -50,7 +48,7 @@ def variants(cfg, arch, device):
 
 
 def training_step(model, dtype, optimizer, scaler, images, targets):
-    """One step as utils/engine.py makes it."""
+    """One step as utils/training/engine.py makes it."""
     with torch.autocast(images.device.type, dtype or torch.bfloat16, dtype is not None):
         restored = model(images)
     loss = losses.pixel_l1(restored, targets) + 0.2 * losses.ssim_loss(restored, targets)
@@ -110,8 +108,8 @@ def write_pairs(folder, size, count=24):
 
 def loader_rate(cfg, folder, size, least=100):
     """-> pairs/s of the training loader at `size`, after a first pass."""
-    found, _ = pairs.find_pairs(folder / "rainy", folder / "clear")
-    data = pairs.WindshieldPairs(found, found, presets.unet_training(size))
+    found, _ = windshield_pairs.find_pairs(folder / "rainy", folder / "clear")
+    data = windshield_pairs.WindshieldPairs(found, found, presets.unet_training(size))
     loader, seen, begin = loaders.training_loader(data, cfg.BATCH_SIZE, cfg.WORKERS, 0), 0, None
     for epoch in range(10**6):
         loader.batch_sampler.start_at(epoch)
@@ -143,7 +141,7 @@ def main(**overrides):
                 needed = cfg.BATCH_SIZE / row["step"]
                 loading.append({"network": f"{row['arch']}, {row['variant']}", "size": size, "loader": f"{rate:.0f}",
                                 "training": f"{needed:.1f}", "waiting": f"{100 * max(0, 1 - rate / needed):.0f}%"})
-    workers = min(cfg.WORKERS, cores.available_cores())
+    workers = min(cfg.WORKERS, system.available_cores())
     print(f"\nloader: {workers} process(es), JPEG pairs of {cfg.FILE_SIZE[0]}x{cfg.FILE_SIZE[1]}\n" + report.table(
         loading, {"network": "network", "size": "size", "loader": "loader pairs/s", "training": "training pairs/s",
                   "waiting": "waiting for data"}))

@@ -1,6 +1,6 @@
 """Speed of the windshield rain on one core: milliseconds per image and images per second.
 
-    python benchmarks/windshield.py
+    python -m benchmarks.windshield
 
 Claim: at 640 x 360, one core writes a windshield twin at 10 images/s or more from JPEG to JPEG, for every intensity.
 "windshield" is add_windshield_rain alone, "drops" add_drops alone; "end to end" decodes a JPEG file, adds windshield
@@ -10,7 +10,6 @@ warm-up; the work is single-threaded, so a load above the number of cores makes 
 
 import os
 import platform
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_rain
 from benchmarks.rain import median_ms, test_picture
-from utils import config, rain, windshield
+from utils import config
+from utils.weather import rain, windshield
 
 SIZES = ((160, 160), (640, 360), (1280, 720))  # width, height
 REPEATS = 20                                   # images per number; the largest size takes a quarter of them

@@ -22,8 +22,9 @@ from rfdetr import evaluate, masks, weights
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution
 from rfdetr.datasets.roboflow import stretched_image
 from rfdetr.model import RFDETR
-from utils import atomic, checkpoint, datasets, onnx_file, processes
+from utils import checkpoint, datasets, processes, system
 from utils.config import UserError
+from utils.networks import onnx_file
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
 
@@ -310,7 +311,7 @@ def export_onnx(model, path, opset, batch_size):
         deployable = _Deployable(model).cpu().eval()
         expected = deployable(images)
         program = onnx_file.export_program(deployable, example)
-        with atomic.written(path) as temporary:
+        with system.written(path) as temporary:
             written = onnx_file.write(program, temporary, opset, "images", names[:len(expected)])
             found = onnx_file.difference(written(images), expected)
             del written  # Windows: an open file can be neither moved nor deleted

@@ -10,11 +10,13 @@ from accelerate.utils import gather_object
 from pycocotools import mask as rle
 
 from rfdetr.masks import confined, mask_logits
-from utils import evaluation, processes
+from utils import processes
+from utils.boxes import MAX_DETECTIONS, corner_and_extent, decode
+from utils.evaluation.coco import coco_scores, ground_truth
 
 
 @torch.no_grad()
-def predict_batch(model, images, sizes, top=evaluation.MAX_DETECTIONS, masks=True, rows=None):
+def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=None):
     """Detect, in one batch.
 
     Args:
@@ -32,7 +34,7 @@ def predict_batch(model, images, sizes, top=evaluation.MAX_DETECTIONS, masks=Tru
     if rows is not None:
         rows = torch.as_tensor(sorted(rows), device=logits.device)
         logits = logits[..., rows]
-    found = evaluation.decode(logits, outputs["boxes"], sizes, top)
+    found = decode(logits, outputs["boxes"], sizes, top)
     for i, one in enumerate(found):
         if rows is not None:
             one["labels"] = rows[one["labels"]]
@@ -117,7 +119,7 @@ def detect(model, loader, device, masks=False, name="evaluating"):
         images = batch["images"].to(device, non_blocking=True).float().div_(255)
         results = predict_batch(model, images, batch["sizes"], masks=masks, rows=rows)
         for image_id, size, result in zip(batch["image_ids"], batch["sizes"], results, strict=True):
-            boxes = evaluation.corner_and_extent(result["boxes"]).tolist()
+            boxes = corner_and_extent(result["boxes"]).tolist()
             entries = [{"image_id": image_id, "label": label, "bbox": box, "score": score} for label, box, score in
                        zip(result["labels"].tolist(), boxes, result["scores"].tolist(), strict=True)]
             if "mask_logits" in result:
@@ -139,11 +141,11 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
         [{"class": name, "box": AP, with masks "mask": AP}, ...] in the order of the category ids, and the detections.
     """
     data = loader.dataset
-    truth = truth or evaluation.ground_truth(data.annotation_file)
+    truth = truth or ground_truth(data.annotation_file)
     found = detect(model, loader, device, masks, name)
     metrics, table = {}, {}
     for kind, iou_type in (("box", "bbox"), ("mask", "segm"))[:1 + bool(masks)]:
-        scores = evaluation.coco_scores(truth, found, data.category_of, data.image_ids, iou_type)
+        scores = coco_scores(truth, found, data.category_of, data.image_ids, iou_type)
         for category, value in scores.pop("per_class").items():
             table.setdefault(category, {"class": category})[kind] = value
         metrics |= {f"{kind}/{metric}": value for metric, value in scores.items()}

@@ -14,8 +14,9 @@ import torch
 
 from rfdetr import criterion
 from rfdetr.datasets.roboflow import Collate
-from utils import atomic, checkpoint, datasets, freeze, loaders, processes
+from utils import checkpoint, datasets, freeze, processes, system
 from utils.config import UserError
+from utils.datasets import loaders
 
 VERSION = 1  # raise it when the same key would hold something else
 
@@ -131,7 +132,7 @@ def stacked(labels):
 def save_tensors(tensors, path):
     """Write {name: Tensor} to a safetensors file that appears whole or not at all."""
     try:
-        with atomic.written(path) as temporary:
+        with system.written(path) as temporary:
             safetensors.torch.save_file(tensors, temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path.as_posix()}: {error}. Free disk space, give --cache_dir another folder, "

@@ -1,7 +1,7 @@
 """What the RF-DETR training scripts share: run folders, data, models to start from, parameter groups.
 
 The scripts (train_detector_stage1.py, train_seg_stage2.py, train_seg_single_stage.py) hold the constants and the order
-of things; the loop is utils/engine.py, what a run prints and leaves behind rfdetr/run_report.py.
+of things; the loop is utils/training/engine.py, what a run prints and leaves behind rfdetr/run_report.py.
 """
 
 import atexit
@@ -16,9 +16,11 @@ from rfdetr import features, run_report, weights
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, block_size, check_resolution, default_resolution, settings
 from rfdetr.datasets import roboflow
 from rfdetr.model import RFDETR
-from utils import checkpoint, config, evaluation, freeze, loaders, processes
-from utils.annotations import plain_name
+from utils import checkpoint, config, freeze, processes
 from utils.config import UserError
+from utils.datasets import loaders
+from utils.datasets.annotations import plain_name
+from utils.evaluation.coco import ground_truth
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 
@@ -160,7 +162,7 @@ def training_loader(cfg, data, size, resolution):
 def evaluation_splits(cfg, data, resolution):
     """-> {"valid", perhaps "test": (loader in order, always at `resolution`, ground truth)} of `open_splits`' data."""
     return {split: (loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
-                    evaluation.ground_truth(one.annotation_file))
+                    ground_truth(one.annotation_file))
             for split, one in data.items() if split != "train"}
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from rfdetr import evaluate
-from utils import checkpoint, datasets, evaluation, processes, report, visualize
+from utils import checkpoint, datasets, processes, report, visualize
+from utils.boxes import pixel_corners
+from utils.evaluation.coco import METRICS
 
 LINE = "=" * 80
 PICTURES = 4      # images on predictions.png
@@ -45,7 +47,7 @@ def scores(model, loader, truth, with_masks=False):
     """-> {"box/mAP", "box/AP50", "box/AP75", with masks the same of "mask/"} of a model in eval mode, every epoch."""
     device = next(model.parameters()).device
     found = evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation")[0]
-    return {name: value for name, value in found.items() if name.split("/")[1] in evaluation.METRICS[:3]}
+    return {name: value for name, value in found.items() if name.split("/")[1] in METRICS[:3]}
 
 
 def pictures(model, loader, class_rows):
@@ -61,7 +63,7 @@ def pictures(model, loader, class_rows):
     for image, label, one in zip(batch["images"], batch["labels"], found, strict=True):
         keep = one["scores"] >= THRESHOLD
         boxes, labels, confidence = one["boxes"][keep], one["labels"][keep], one["scores"][keep]
-        corners = visualize.pixel_corners(label["boxes"], side, side)
+        corners = pixel_corners(label["boxes"], side, side)
         drawn = visualize.draw_boxes(image, boxes, labels, names, confidence, scale)
         if "mask_logits" in one:
             masks = evaluate.full_masks(one["mask_logits"][keep], (side, side))
@@ -104,7 +106,7 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
         processes.say(report.table([everything, *per_class], columns))
         for kind in kinds:
             processes.say(f"{split} {kind}: " + "  ".join(
-                f"{name} {metrics[f'{kind}/{name}']:.4f}" for name in evaluation.METRICS))
+                f"{name} {metrics[f'{kind}/{name}']:.4f}" for name in METRICS))
     if processes.is_main():
         report.write_results(folder / "results.json", cfg.as_dict(), found)
         with torch.no_grad():

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from rfdetr import names
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
-from utils import atomic, cache, checkpoint, processes
-from utils.annotations import plain_name
+from utils import checkpoint, processes, system
 from utils.config import UserError
+from utils.datasets.annotations import plain_name
 
 TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
 PATIENCE = 3         # connections in a row that bring nothing before a download is given up
@@ -50,7 +50,7 @@ def fetch(size, cache_dir=None):
         raise UserError(f"no weights are published for size {size}: use --pretrain_weights none or a checkpoint of "
                         "your own")
     published = PUBLISHED[size]
-    path = Path(cache_dir or cache.cache_folder()) / published.file
+    path = Path(cache_dir or system.cache_folder()) / published.file
     processes.main_first(lambda: _complete(path, published), f"getting {published.file}")
     return path
 
@@ -71,7 +71,7 @@ def _complete(path, published):
             raise UserError(f"{published.file} from {published.url} is broken (MD5 {found}, expected {published.md5}) "
                             "and was deleted: run again; if that repeats, something on the way changes the file. "
                             f"Put the right one at {path.as_posix()}, or use --pretrain_weights none")
-        atomic.replace(part, path)
+        system.replace(part, path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors, as is a full disk
         reason = (str(getattr(error, "reason", "") or error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot get the pretrained weights {published.file} from {published.url} ({reason}). Put that "

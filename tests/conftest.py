@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import detector
-from utils.spdnet import SPDNet
-from utils.spdnet_init import init_near_identity
+from utils.networks.rtdetr import new_rtdetr
+from utils.networks.spdnet import SPDNet
+from utils.networks.spdnet_init import init_near_identity
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}
@@ -84,7 +84,7 @@ def coco(tmp_path):
 def small_detector():
     """A random two-class RT-DETR of the demo's architecture, in eval mode. Do not train it: copy it."""
     torch.manual_seed(0)
-    return detector.new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
+    return new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
 
 
 def small_spdnet(seed=0):

@@ -11,12 +11,18 @@ from conftest import on_two_processes, small_spdnet, write_coco
 
 import Eval_conditional
 import Training_Conditional
-from utils import conditional_report, datasets, detector, evaluation, integrated_model, loaders, presets
-from utils.annotations import read_annotations
+from utils import datasets, integrated_model
+from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.config import UserError
+from utils.datasets import loaders, presets
+from utils.datasets.annotations import read_annotations
+from utils.evaluation.coco import detect
+from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of, sweep
 from utils.feature_derain import FeatureDerainRTDETR
-from utils.rain_detector import RainDetector, load_rain_detector, save_rain_detector
+from utils.networks import clamp
+from utils.networks.rain_detector import RainDetector, load_rain_detector, save_rain_detector
+from utils.networks.rtdetr import id2label_of, new_rtdetr
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])},
@@ -82,7 +88,7 @@ def test_an_empty_batch(model, images):
     outputs = model(images[:0])
     assert outputs.logits.shape == (0, 40, 2) and outputs.pred_boxes.shape == (0, 40, 4)
     assert outputs.rain_stats["num_rainy"] == outputs.rain_stats["num_clean"] == 0
-    assert evaluation.decode(outputs.logits, outputs.pred_boxes, []) == []
+    assert decode(outputs.logits, outputs.pred_boxes, []) == []
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def test_nan_is_not_hidden_in_training(model, images):
 @pytest.fixture
 def two_detectors(small_detector):
     torch.manual_seed(5)
-    other = detector.new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
+    other = new_rtdetr("tiny", {0: "person", 1: "car"}).eval()
     return ConditionalRainRobustRTDETR(Darkness(), None, copy.deepcopy(small_detector), rainy_detector=other).eval()
 
 
@@ -125,8 +131,8 @@ def test_rainy_images_go_to_the_other_detector(two_detectors, images):
 
 
 def test_detectors_that_do_not_fit_together_are_refused(small_detector):
-    for other, message in ((detector.new_rtdetr("tiny", {0: "person", 1: "bus"}), "other classes"),
-                           (detector.new_rtdetr("r18", {0: "person", 1: "car"}), "300 queries")):
+    for other, message in ((new_rtdetr("tiny", {0: "person", 1: "bus"}), "other classes"),
+                           (new_rtdetr("r18", {0: "person", 1: "car"}), "300 queries")):
         with pytest.raises(UserError, match=message):
             ConditionalRainRobustRTDETR(Darkness(), None, small_detector, rainy_detector=other)
     with pytest.raises(UserError, match="GATE"):
@@ -150,7 +156,7 @@ def test_soft_gate_mixes_and_its_gradient_reaches_the_rain_detector(small_detect
     model = real_gate(small_detector, "soft").train()
     outputs = model(images, labels=LABELS)
     p = outputs.rain_stats["scores"][:, None, None, None]
-    always = integrated_model.clamp_with_return(integrated_model.derain_unclamped(model.derain_module, images))
+    always = clamp.clamp_with_return(integrated_model.derain_unclamped(model.derain_module, images))
     torch.testing.assert_close(outputs.derained, p * always + (1 - p) * images)
     outputs.loss.backward()
     gate = [q.grad for q in model.rain_detector.head.parameters()] + [model.rain_detector.features[0][0].weight.grad]
@@ -218,7 +224,7 @@ def files(coco, weights):
 
 
 def validation(root, domain, small_detector):
-    data = datasets.CocoDetectionDataset(root, "val", detector.id2label_of(small_detector), presets.evaluation(96),
+    data = datasets.CocoDetectionDataset(root, "val", id2label_of(small_detector), presets.evaluation(96),
                                          constant="COCO_DIR", domain=domain)
     return loaders.validation_loader(data, 4, 0)
 
@@ -231,13 +237,13 @@ def test_choosing_per_image_equals_running_the_conditional_model(files, small_de
         model.derain_module.output3.weight.add_(0.02 * torch.randn_like(model.derain_module.output3.weight))
     loader = validation(files / "coco_rain", "rainy", small_detector)
     ids = loader.dataset.image_ids
-    scores = {"rainy": conditional_report.gate_scores(model.rain_detector, loader, "cpu")}
+    scores = {"rainy": gate_scores(model.rain_detector, loader, "cpu")}
     model.rain_threshold = float(np.median(list(scores["rainy"].values())))
     always = integrated_model.RainRobustRTDETR(model.derain_module, small_detector).eval()
-    found = {"rainy": {name: evaluation.detect(lambda x, m=m: m(pixel_values=x), loader, "cpu")
+    found = {"rainy": {name: detect(lambda x, m=m: m(pixel_values=x), loader, "cpu")
                        for name, m in (("vanilla", small_detector), ("adapted", always))}}
-    goes = conditional_report.hard_gate(scores, model.rain_threshold)
-    whole = evaluation.detect(model, loader, "cpu")
+    goes = hard_gate(scores, model.rain_threshold)
+    whole = detect(model, loader, "cpu")
     sent = [goes("rainy", i) for i in ids]
     assert any(sent) and not all(sent)
     for image_id in ids:
@@ -252,7 +258,7 @@ def test_choosing_per_image_equals_running_the_conditional_model(files, small_de
 def test_the_mix_has_the_wanted_share_and_no_scene_twice(files, small_detector, share):
     clean, rainy = (validation(files / root, domain, small_detector).dataset
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
-    part = conditional_report.mixed_part(clean, rainy, share, 0)
+    part = mixed_part(clean, rainy, share, 0)
     assert len(part.images) == 8 and sum(domain == "rainy" for domain, _ in part.images) == round(8 * share)
     assert len({image_id for _, image_id in part.images}) == 8
     assert sorted(part.truth.getImgIds()) == list(range(1, 9))
@@ -269,7 +275,7 @@ def test_the_mix_of_incomplete_twins(files, small_detector):
     path.write_text(json.dumps(content), encoding="utf-8")
     clean, rainy = (validation(files / root, domain, small_detector).dataset
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
-    part = conditional_report.mixed_part(clean, rainy, 0.5, 0)
+    part = mixed_part(clean, rainy, 0.5, 0)
     assert len({image_id for _, image_id in part.images}) == len(part.images) == 8
     assert sum(domain == "rainy" for domain, _ in part.images) == 4
 
@@ -278,26 +284,26 @@ def test_the_mix_of_other_images_keeps_the_share(files, small_detector):
     write_coco(files / "other", ids=range(20, 24), splits=("val",))
     clean = validation(files / "coco", "clean", small_detector).dataset
     other = validation(files / "other", "rainy", small_detector).dataset
-    part = conditional_report.mixed_part(clean, other, 0.5, 0)
+    part = mixed_part(clean, other, 0.5, 0)
     assert sum(domain == "rainy" for domain, _ in part.images) == 4 and len(part.images) == 8
     with pytest.raises(UserError, match="RAIN_SHARE"):
-        conditional_report.mixed_part(clean, other, 1.5, 0)
+        mixed_part(clean, other, 1.5, 0)
 
 
 def test_scores_of_a_mix_by_hand(files, small_detector):
     """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found."""
     clean, rainy = (validation(files / root, domain, small_detector).dataset
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
-    part = conditional_report.mixed_part(clean, rainy, 0.5, 0)
+    part = mixed_part(clean, rainy, 0.5, 0)
     perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
                             for note in read_annotations(rainy.annotation_file)["annotations"]
                             if note["image_id"] == i]) for i in rainy.image_ids}
     nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
     found = {domain: {"vanilla": perfect if domain == "clean" else nothing,
                       "adapted": perfect if domain == "rainy" else nothing} for domain in ("clean", "rainy")}
-    parts = {"clean": conditional_report.part_of(clean), "rainy": conditional_report.part_of(rainy), "mix": part}
-    gate = conditional_report.hard_gate({"clean": dict.fromkeys(clean.image_ids, 0.6),
-                                         "rainy": dict.fromkeys(rainy.image_ids, 0.7)}, 0.65)
+    parts = {"clean": part_of(clean), "rainy": part_of(rainy), "mix": part}
+    gate = hard_gate({"clean": dict.fromkeys(clean.image_ids, 0.6),
+                      "rainy": dict.fromkeys(rainy.image_ids, 0.7)}, 0.65)
     rows = {row["model"]: row for row in Eval_conditional.score(
         Eval_conditional.strategies(found["clean"], {"rain detector": gate}), parts, found)}
     one, none = pytest.approx(1.0), pytest.approx(0.0)
@@ -306,9 +312,9 @@ def test_scores_of_a_mix_by_hand(files, small_detector):
         assert (rows[name]["clean/mAP"], rows[name]["rainy/mAP"]) == (clean_map, rainy_map), name
     assert rows["oracle gate, adapted"]["mix/mAP"] == one and 0 < rows["always adapted"]["mix/mAP"] < 1
     assert (rows["conditional adapted"]["derained_clean"], rows["conditional adapted"]["derained_rainy"]) == (0, 1)
-    rows = conditional_report.sweep(part, found, {"clean": dict.fromkeys(clean.image_ids, 0.6),
-                                                  "rainy": dict.fromkeys(rainy.image_ids, 0.7)}, "vanilla", "adapted",
-                                    {"gate": 1, "plain": 10, "branch": 100}, steps=21)
+    rows = sweep(part, found, {"clean": dict.fromkeys(clean.image_ids, 0.6),
+                               "rainy": dict.fromkeys(rainy.image_ids, 0.7)}, "vanilla", "adapted",
+                 {"gate": 1, "plain": 10, "branch": 100}, steps=21)
     best = [row["threshold"] for row in rows if row["mAP"] == one]
     assert best and min(best) > 0.6 and max(best) <= 0.71
     assert rows[0]["ms"] == 101 and rows[-1]["ms"] == 11
@@ -318,7 +324,7 @@ def test_images_that_spdnet_spoils_are_counted_and_detected_on_as_they_are(files
     spdnet = small_spdnet()
     spdnet.register_forward_hook(lambda module, args, output: tuple(
         torch.cat([o[:1] * float("nan"), o[1:]]) for o in output))
-    always = ConditionalRainRobustRTDETR(conditional_report.AlwaysRainy(), spdnet, small_detector).eval()
+    always = ConditionalRainRobustRTDETR(AlwaysRainy(), spdnet, small_detector).eval()
     loaders_of = {"rainy": validation(files / "coco_rain", "rainy", small_detector)}
     found, fallbacks = Eval_conditional.detect_everything({"vanilla": small_detector, "adapted": always}, loaders_of,
                                                           "cpu")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import comparison, config, processes
+from utils import config, processes
+from utils.evaluation import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = {"RATE": 1e-4, "EPOCHS": 3, "NAME": "a", "FAST": False, "CUTS": (0.5, 0.9), "PLACE": None,

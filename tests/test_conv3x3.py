@@ -1,11 +1,11 @@
-"""utils/conv3x3.py: the own weight gradient against PyTorch's."""
+"""utils/networks/conv3x3.py: the own weight gradient against PyTorch's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from utils import conv3x3
-from utils.spdnet import SPDNet
+from utils.networks import conv3x3
+from utils.networks.spdnet import SPDNet
 
 
 @pytest.fixture

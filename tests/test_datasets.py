@@ -9,9 +9,11 @@ from conftest import write_coco
 from PIL import Image
 from torchvision import tv_tensors
 
-from utils import datasets, loaders, presets
-from utils.annotations import label_table, read_annotations
+from utils import datasets
 from utils.config import UserError
+from utils.datasets import coco as coco_datasets
+from utils.datasets import loaders, presets
+from utils.datasets.annotations import label_table, read_annotations
 
 NAMES = {0: "person", 1: "car"}
 
@@ -206,8 +208,8 @@ def test_polygons_are_only_read_where_they_are_needed(coco):
 
 def test_a_clean_image_is_its_own_twin_without_being_read_twice(coco, monkeypatch):
     data = open_set(coco / "coco", twin_root=coco / "coco", twin_constant="COCO_DIR")
-    reads, plain = [], datasets.read_image
-    monkeypatch.setattr(datasets, "read_image", lambda path: (reads.append(path), plain(path))[1])
+    reads, plain = [], coco_datasets.read_image
+    monkeypatch.setattr(coco_datasets, "read_image", lambda path: (reads.append(path), plain(path))[1])
     sample = data[0]
     assert len(reads) == 1 and torch.equal(sample["image"], sample["twin"])
     assert sample["image"].data_ptr() != sample["twin"].data_ptr()
@@ -251,7 +253,7 @@ def test_a_bbox_that_is_none_is_named(coco, box):
 
 def test_old_spellings_of_coco_classes_match():
     table = label_table([{"id": 4, "name": "motorcycle"}, {"id": 63, "name": "couch"}],
-                                 {3: "motorbike", 57: "sofa"}, "x.json")
+                        {3: "motorbike", 57: "sofa"}, "x.json")
     assert table == {4: 3, 63: 57}
     with pytest.raises(UserError, match="UNKNOWN_CATEGORIES = 'Ignore'"):
         label_table([{"id": 4, "name": "motorcycle"}], {3: "motorbike"}, "x.json", unknown="Ignore")

@@ -11,9 +11,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from utils import demo
 from utils.config import UserError
-from utils.demo_scene import CATEGORIES, render_scene
+from utils.demo import coco as demo
+from utils.demo.scene import CATEGORIES, render_scene
 
 SMALL = {"num_train": 8, "num_val": 4}
 

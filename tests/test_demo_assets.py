@@ -4,10 +4,16 @@ from pathlib import Path
 
 from rfdetr import evaluate, weights
 from rfdetr.datasets import roboflow
-from utils import datasets, demo, demo_dataset, detector, evaluation, loaders, presets, rain_report
-from utils.demo_scene import CATEGORIES
-from utils.rain_detector import load_rain_detector
-from utils.spdnet import load_spdnet
+from utils import datasets
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.demo.roboflow import ensure_dataset
+from utils.demo.scene import CATEGORIES
+from utils.evaluation import rain_report
+from utils.evaluation.coco import detection_scores
+from utils.networks.rain_detector import load_rain_detector
+from utils.networks.rtdetr import id2label_of, load_rtdetr
+from utils.networks.spdnet import load_spdnet
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
@@ -18,12 +24,12 @@ def test_they_are_small_and_load():
         model = load_spdnet(ASSETS / name)
         assert (model.n_feats, model.n_resblocks) == (16, 1)
     for name in ("rtdetr", "rtdetr_rain"):
-        names = detector.id2label_of(detector.load_rtdetr(str(ASSETS / name))).values()
+        names = id2label_of(load_rtdetr(str(ASSETS / name))).values()
         assert list(names) == [category["name"] for category in sorted(CATEGORIES, key=lambda c: c["id"])]
 
 
 def test_the_rain_detector_tells_the_demos_weather(tmp_path):
-    root = demo.ensure_demo(tmp_path / "demo", num_train=1, num_val=60)
+    root = ensure_demo(tmp_path / "demo", num_train=1, num_val=60)
     rain_detector = load_rain_detector(ASSETS / "rain_detector.pt")
     judged = rain_report.judge(rain_detector, rain_report.test_sets(
         [root / "coco" / "val2017"], [root / "coco_rain" / "val2017"], ()), "cpu", 16, 0)
@@ -32,21 +38,21 @@ def test_the_rain_detector_tells_the_demos_weather(tmp_path):
 
 
 def test_rain_costs_the_detector_at_least_a_third(tmp_path):
-    root = demo.ensure_demo(tmp_path / "demo", num_train=1, num_val=60)
-    model = detector.load_rtdetr(str(ASSETS / "rtdetr"))
+    root = ensure_demo(tmp_path / "demo", num_train=1, num_val=60)
+    model = load_rtdetr(str(ASSETS / "rtdetr"))
     found = {}
     for domain, name in (("clean", "coco"), ("rainy", "coco_rain")):
-        data = datasets.CocoDetectionDataset(root / name, "val", detector.id2label_of(model), presets.evaluation(160),
+        data = datasets.CocoDetectionDataset(root / name, "val", id2label_of(model), presets.evaluation(160),
                                              constant="COCO_DIR", domain=domain)
-        scores, _ = evaluation.detection_scores(lambda x: model(pixel_values=x), loaders.validation_loader(data, 8, 0),
-                                                "cpu")
+        scores, _ = detection_scores(lambda x: model(pixel_values=x), loaders.validation_loader(data, 8, 0),
+                                     "cpu")
         found[domain] = scores["mAP"]
     assert found["clean"] > 0.45
     assert found["rainy"] < found["clean"] * 2 / 3
 
 
 def test_rfdetr_finds_the_demos_objects(tmp_path):
-    root = demo_dataset.ensure_dataset(tmp_path / "dataset", tmp_path / "demo", num_train=1, num_valid=40, num_test=1)
+    root = ensure_dataset(tmp_path / "dataset", tmp_path / "demo", num_train=1, num_valid=40, num_test=1)
     model, found = weights.load_detector(ASSETS / "rfdetr_tiny.pth")
     assert found["class_names"] == [category["name"] for category in sorted(CATEGORIES, key=lambda c: c["id"])]
     data = roboflow.RoboflowDataset(root, "valid", found["class_rows"], 160, train=False)

@@ -8,14 +8,15 @@ import pytest
 from test_rfdetr_data import opened, write_dataset
 
 from rfdetr.datasets import roboflow
-from utils import demo, demo_dataset
 from utils.config import UserError
+from utils.demo import roboflow as demo_roboflow
+from utils.demo.coco import MAKER
 
 
 @pytest.fixture(scope="module")
 def demo_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
-    return demo_dataset.ensure_dataset(root / "dataset", root, num_train=6, num_valid=3, num_test=2), root
+    return demo_roboflow.ensure_dataset(root / "dataset", root, num_train=6, num_valid=3, num_test=2), root
 
 
 def test_the_demo_data_set_has_the_layout_and_opens_with_masks(demo_root):
@@ -42,13 +43,13 @@ def test_the_demo_data_set_is_made_once_and_again_after_a_kill(demo_root):
     root, source = demo_root
     numbers = {"num_train": 6, "num_valid": 3, "num_test": 2}
     before = (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns
-    demo_dataset.ensure_dataset(root, source, **numbers)
+    demo_roboflow.ensure_dataset(root, source, **numbers)
     assert (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns == before
-    (root / demo_dataset.MARKER).unlink()  # as a kill between two renames leaves it
+    (root / demo_roboflow.MARKER).unlink()  # as a kill between two renames leaves it
     next((root / "valid").glob("*.jpg")).unlink()
     (root / ".building-leftover").mkdir()
-    demo_dataset.ensure_dataset(root, source, **numbers)
-    assert len(list((root / "valid").glob("*.jpg"))) == 3 and (root / demo_dataset.MARKER).is_file()
+    demo_roboflow.ensure_dataset(root, source, **numbers)
+    assert len(list((root / "valid").glob("*.jpg"))) == 3 and (root / demo_roboflow.MARKER).is_file()
     assert not list(root.glob(".*"))
 
 
@@ -56,9 +57,9 @@ def test_the_demo_never_replaces_a_data_set_of_ones_own(tmp_path, demo_root):
     write_dataset(tmp_path / "mine")
     before = (tmp_path / "mine" / "train" / roboflow.ANNOTATIONS).read_bytes()
     with pytest.raises(UserError, match="mine/train is not demo data"):
-        demo_dataset.ensure_dataset(tmp_path / "mine", demo_root[1], num_train=6, num_valid=3, num_test=2)
+        demo_roboflow.ensure_dataset(tmp_path / "mine", demo_root[1], num_train=6, num_valid=3, num_test=2)
     assert (tmp_path / "mine" / "train" / roboflow.ANNOTATIONS).read_bytes() == before
-    assert demo.MAKER not in before.decode()
+    assert MAKER not in before.decode()
 
 
 def test_the_tool_makes_it_where_the_scripts_look(tmp_path, capsys, monkeypatch):
@@ -67,7 +68,7 @@ def test_the_tool_makes_it_where_the_scripts_look(tmp_path, capsys, monkeypatch)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     asked = []
-    monkeypatch.setattr(demo_dataset, "ensure_dataset", lambda *args: asked.append(args) or Path(args[0]))
+    monkeypatch.setattr(demo_roboflow, "ensure_dataset", lambda *args: asked.append(args) or Path(args[0]))
     tool.main()
     assert capsys.readouterr().out.strip().endswith("Next: python validate_setup.py")
     tool.main(OUT=str(tmp_path))

@@ -19,11 +19,13 @@ from PIL import ExifTags, Image, ImageOps
 from pycocotools.coco import COCO
 
 import detect
-from utils import config, demo_clip, detections, video
+from utils import config
 from utils.conditional_model import load_conditional_model
 from utils.config import UserError
+from utils.demo import clip as demo_clip
 from utils.feature_derain import FeatureDerainRTDETR
-from utils.rain_detector import RainDetector, new_rain_detector, save_rain_detector
+from utils.inference import detections, video
+from utils.networks.rain_detector import RainDetector, new_rain_detector, save_rain_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_IMAGE = 80  # at threshold 0 the small detector's 40 queries times 2 classes

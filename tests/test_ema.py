@@ -9,7 +9,7 @@ from test_engine import compute_losses, run
 from torch import nn
 
 from utils.config import UserError
-from utils.ema import WeightAverage, mixed
+from utils.training.ema import WeightAverage, mixed
 
 
 def test_the_average_follows_its_formula_and_swapping_changes_nothing():

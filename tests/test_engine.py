@@ -9,9 +9,11 @@ import torch
 from conftest import Killed, dies_after, small_spdnet
 from torch import nn
 
-from utils import checkpoint, datasets, engine, freeze, loaders, presets, run_state
+from utils import checkpoint, datasets, freeze
 from utils.config import UserError
-from utils.schedule import schedule_factor
+from utils.datasets import loaders, presets
+from utils.training import engine, plan, run_state
+from utils.training.schedule import schedule_factor
 
 NAMES = {0: "person", 1: "car"}
 
@@ -271,5 +273,5 @@ def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch):
                 "schedule": "cosine", "ema": 0.0, "checkpoint_steps": 1}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(UserError, match="Tesla T4 has no bf16"):
-        engine.require_settings(precision="bf16", **settings)
-    engine.require_settings(precision="float32", **settings)
+        plan.require_settings(precision="bf16", **settings)
+    plan.require_settings(precision="float32", **settings)

@@ -9,7 +9,11 @@ from pycocotools import mask as rle
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import RTDetrImageProcessor
 
-from utils import datasets, evaluation, loaders, presets, report
+from utils import datasets, report
+from utils.boxes import decode
+from utils.datasets import loaders, presets
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation import image_quality
 
 NAMES = {0: "person", 1: "car"}
 
@@ -17,14 +21,14 @@ NAMES = {0: "person", 1: "car"}
 def truth_and_data(coco):
     data = datasets.CocoDetectionDataset(coco / "coco", "val", NAMES, presets.evaluation(96), constant="COCO_DIR",
                                          domain="clean")
-    return evaluation.ground_truth(data.annotation_file), data
+    return coco_evaluation.ground_truth(data.annotation_file), data
 
 
 def test_decoding_equals_transformers(small_detector):
     torch.manual_seed(1)
     outputs = small_detector(pixel_values=torch.rand(2, 3, 96, 96))
     sizes = [(50, 80), (70, 60)]
-    ours = evaluation.decode(outputs.logits, outputs.pred_boxes, sizes, top=40)
+    ours = decode(outputs.logits, outputs.pred_boxes, sizes, top=40)
     theirs = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a["scores"], b["scores"])
@@ -37,13 +41,14 @@ def test_perfect_missing_and_shifted_detections(coco):
     label_of = data.label_of
     perfect = [{"image_id": a["image_id"], "label": label_of[a["category_id"]], "bbox": a["bbox"], "score": 0.9}
                for a in truth.dataset["annotations"]]
-    scores = evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)
+    scores = coco_evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)
     assert scores["mAP"] == pytest.approx(1.0) and scores["per_class"] == {"person": pytest.approx(1.0),
-                                                                         "car": pytest.approx(1.0)}
-    assert evaluation.coco_scores(truth, [], data.category_of, data.image_ids)["mAP"] == 0.0
+                                                                           "car": pytest.approx(1.0)}
+    assert coco_evaluation.coco_scores(truth, [], data.category_of, data.image_ids)["mAP"] == 0.0
     # IoU of a box moved by a tenth of its width is 9/11 = 0.818: found at the 7 thresholds 0.50 .. 0.80
     moved = [d | {"bbox": [d["bbox"][0] + d["bbox"][2] / 10, *d["bbox"][1:]]} for d in perfect]
-    assert evaluation.coco_scores(truth, moved, data.category_of, data.image_ids)["mAP"] == pytest.approx(0.7, abs=1e-3)
+    scores = coco_evaluation.coco_scores(truth, moved, data.category_of, data.image_ids)
+    assert scores["mAP"] == pytest.approx(0.7, abs=1e-3)
 
 
 def test_only_the_named_images_count(coco):
@@ -51,8 +56,8 @@ def test_only_the_named_images_count(coco):
     half = data.image_ids[:4]
     perfect = [{"image_id": a["image_id"], "label": data.label_of[a["category_id"]], "bbox": a["bbox"], "score": 0.9}
                for a in truth.dataset["annotations"] if a["image_id"] in half]
-    assert evaluation.coco_scores(truth, perfect, data.category_of, half)["mAP"] == pytest.approx(1.0)
-    assert evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)["mAP"] < 0.7
+    assert coco_evaluation.coco_scores(truth, perfect, data.category_of, half)["mAP"] == pytest.approx(1.0)
+    assert coco_evaluation.coco_scores(truth, perfect, data.category_of, data.image_ids)["mAP"] < 0.7
 
 
 @pytest.mark.parametrize("image_id", [5, 10**16])
@@ -64,20 +69,21 @@ def test_no_object_is_lost_by_its_id_or_by_null_fields(tmp_path, ids, image_id):
     content = {"images": [{"id": image_id, "file_name": "a.png", "width": 64, "height": 64}], "annotations": notes,
                "categories": [{"id": 1, "name": "car"}]}
     (tmp_path / "zero.json").write_text(json.dumps(content), encoding="utf-8")
-    truth = evaluation.ground_truth(tmp_path / "zero.json")
+    truth = coco_evaluation.ground_truth(tmp_path / "zero.json")
     found = [{"image_id": image_id, "label": 0, "bbox": note["bbox"], "score": 0.9} for note in notes]
-    scores = evaluation.coco_scores(truth, found, {0: 1}, [image_id])
+    scores = coco_evaluation.coco_scores(truth, found, {0: 1}, [image_id])
     assert scores["mAP"] == scores["AP_small"] == pytest.approx(1.0) and scores["AP_large"] == -1
 
 
 def test_detect_uses_original_sizes_and_ids(coco, small_detector):
     _, data = truth_and_data(coco)
-    found = evaluation.detect(lambda x: small_detector(pixel_values=x), loaders.validation_loader(data, 3, 0), "cpu")
+    loader = loaders.validation_loader(data, 3, 0)
+    found = coco_evaluation.detect(lambda x: small_detector(pixel_values=x), loader, "cpu")
     assert list(found) == data.image_ids and all(rows.shape == (80, 6) for rows in found.values())
     sample = datasets.to_device(datasets.collate([data[2]]), "cpu")
     alone = small_detector(pixel_values=sample["images"])
-    expected = evaluation.decode(alone.logits, alone.pred_boxes, [(96, 96)])[0]
-    best = next(evaluation.entries({data.image_ids[2]: found[data.image_ids[2]]}))
+    expected = decode(alone.logits, alone.pred_boxes, [(96, 96)])[0]
+    best = next(coco_evaluation.entries({data.image_ids[2]: found[data.image_ids[2]]}))
     x1, y1, x2, y2 = expected["boxes"][0].tolist()
     assert best == {"image_id": data.image_ids[2], "label": expected["labels"][0].item(),
                     "score": pytest.approx(expected["scores"][0].item(), abs=1e-5),
@@ -103,14 +109,14 @@ def test_the_fast_scores_are_pycocotools_scores(iou_type, monkeypatch):
     for one in found:
         x, y, w, h = one["bbox"]
         one["segmentation"] = rle.frPyObjects([[x, y, x + w, y, x + w, y + h, x, y + h]], 300, 400)[0]
-    truth = evaluation._indexed({"images": images, "annotations": notes,
-                                 "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 5)]})
+    truth = coco_evaluation._indexed({"images": images, "annotations": notes,
+                                      "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 5)]})
     category_of, ids = {0: 1, 1: 2, 2: 3, 3: 4}, [image["id"] for image in images]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "COCOeval", None)  # so that it is not what answers
-        fast = evaluation.coco_scores(truth, found, category_of, ids, iou_type)
-    monkeypatch.setattr(evaluation, "COCOeval_faster", None)
-    reference = evaluation.coco_scores(truth, found, category_of, ids, iou_type)
+        patch.setattr(coco_evaluation, "COCOeval", None)  # so that it is not what answers
+        fast = coco_evaluation.coco_scores(truth, found, category_of, ids, iou_type)
+    monkeypatch.setattr(coco_evaluation, "COCOeval_faster", None)
+    reference = coco_evaluation.coco_scores(truth, found, category_of, ids, iou_type)
     assert 0.05 < fast["mAP"] < 0.9 and fast["AP_small"] > 0 and fast["per_class"]["class 4"] == -1
     assert fast.pop("per_class") == pytest.approx(reference.pop("per_class"), abs=1e-12)
     assert fast == pytest.approx(reference, abs=1e-12)
@@ -120,7 +126,7 @@ def test_image_quality_matches_scikit_image():
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(2, 3, 64, 48, generator=generator)
     noisy = (clean + 0.1 * torch.randn(2, 3, 64, 48, generator=generator)).clamp(0, 1)
-    ours = evaluation.image_quality(noisy, clean)
+    ours = image_quality.image_quality(noisy, clean)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     for i in range(2):
         a, b = (x[i].permute(1, 2, 0).double().numpy() for x in (clean, noisy))
@@ -132,13 +138,13 @@ def test_image_quality_matches_scikit_image():
             structural_similarity(a, b, data_range=1.0, channel_axis=2, **settings), abs=2e-4)
         assert ours["ssim_y"][i].item() == pytest.approx(
             structural_similarity(ya, yb, data_range=255, **settings), abs=2e-4)
-    same = evaluation.image_quality(clean, clean)
+    same = image_quality.image_quality(clean, clean)
     assert same["ssim"].min() == pytest.approx(1.0) and same["psnr"].min() > 100
 
 
 def test_luma_is_matlabs():
     white, black = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
-    assert evaluation.luma(white).item() == pytest.approx(235.0) and evaluation.luma(black).item() == 16.0
+    assert image_quality.luma(white).item() == pytest.approx(235.0) and image_quality.luma(black).item() == 16.0
 
 
 def test_results_hold_constants_and_versions(tmp_path):

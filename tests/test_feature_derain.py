@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import RTDetrImageProcessor
 
-from utils import detector, feature_derain, freeze, losses
+from utils import feature_derain, freeze, losses
 from utils.config import UserError
 from utils.feature_derain import (
     CBAM,
@@ -18,6 +18,7 @@ from utils.feature_derain import (
     SpatialAttention,
     create_feature_derain_rtdetr,
 )
+from utils.networks.rtdetr import new_rtdetr
 
 LABELS = [{"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.2, 0.1, 0.1]])},
           {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
@@ -72,7 +73,7 @@ def test_parameter_counts_are_those_of_the_docs():
 def test_fresh_module_is_the_identity(size, derain_type):
     torch.manual_seed(0)
     images = torch.rand(1, 3, 160, 160)  # 525 places: the published sizes pick 300 of them as queries
-    rtdetr = detector.new_rtdetr(size, {0: "person", 1: "car"}).eval()
+    rtdetr = new_rtdetr(size, {0: "person", 1: "car"}).eval()
     model = FeatureDerainRTDETR(rtdetr, derain_type).eval()
     with torch.no_grad():
         ours, vanilla = model(images, labels=LABELS[:1]), rtdetr(pixel_values=images, labels=LABELS[:1])

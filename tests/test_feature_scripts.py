@@ -14,8 +14,11 @@ from PIL import Image
 import Eval_FeatureDerain
 import export
 import Training_FeatureDerain as Training
-from utils import checkpoint, config, detector, feature_derain, freeze, loaders, mixedrain, onnx_file, presets
+from utils import checkpoint, config, feature_derain, freeze
 from utils.config import UserError
+from utils.datasets import loaders, mixedrain, presets
+from utils.networks import onnx_file
+from utils.networks.rtdetr import FEATURE_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = {label: category["name"] for label, category in enumerate(CATEGORIES)}
@@ -151,7 +154,7 @@ def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
         assert metrics[name] == pytest.approx(one[1]["history"][0][name], rel=1e-3)
 
 
-@pytest.mark.parametrize("level", detector.FEATURE_LEVELS)
+@pytest.mark.parametrize("level", FEATURE_LEVELS)
 def test_without_labels(base, coco, capsys, level):
     for root in ("coco", "coco_rain"):
         for path in (coco / root / "annotations").iterdir():

@@ -7,8 +7,9 @@ import pytest
 from conftest import write_coco
 from PIL import ExifTags, Image
 
-from utils import datasets, image_check, presets
+from utils import datasets
 from utils.config import UserError
+from utils.datasets import image_check, presets
 
 
 @pytest.fixture

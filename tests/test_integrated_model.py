@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import small_spdnet
 
-from utils import detector, freeze, integrated_model, losses
+from utils import freeze, integrated_model, losses
 from utils.config import UserError
 from utils.integrated_model import RainRobustRTDETR, load_integrated_model
-from utils.spdnet import SPDNet
+from utils.networks import clamp
+from utils.networks.rtdetr import FEATURE_LEVELS, new_rtdetr
+from utils.networks.spdnet import SPDNet
 
 LABELS = [{"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.2, 0.1, 0.1]])},
           {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
@@ -27,7 +29,7 @@ def images():
 
 def test_published_size_gives_the_guides_block():
     names = {i: str(i) for i in range(80)}
-    model = RainRobustRTDETR(SPDNet(), detector.new_rtdetr("r18", names, train_backbone_norms=False),
+    model = RainRobustRTDETR(SPDNet(), new_rtdetr("r18", names, train_backbone_norms=False),
                              freeze_detection=True)
     text = freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module})
     assert text.splitlines() == ["SPDNet: 3,318,741 trainable parameters (100%)",
@@ -45,7 +47,7 @@ def test_outputs_are_hugging_faces_plus_the_derained_image(model, images):
     assert torch.equal(model.derain(images), outputs.derained)
 
 
-@pytest.mark.parametrize("level", detector.FEATURE_LEVELS)
+@pytest.mark.parametrize("level", FEATURE_LEVELS)
 def test_asking_for_features_changes_no_output(model, images, level):
     plain, rich = model(images, labels=LABELS), model(images, labels=LABELS, clean=images[:1], feature_level=level)
     assert torch.equal(plain.logits, rich.logits) and torch.equal(plain.loss, rich.loss)
@@ -120,7 +122,7 @@ def test_without_freezing_batch_norms_would_move(small_detector, images):
 
 def test_the_clamp_pulls_stray_values_back():
     x = torch.tensor([-0.5, 0.5, 1.5, -0.5, 1.5], requires_grad=True)
-    y = integrated_model._ClampWithReturn.apply(x)
+    y = clamp._ClampWithReturn.apply(x)
     assert y.tolist() == [0.0, 0.5, 1.0, 0.0, 1.0]
     y.backward(torch.tensor([-1.0, 1.0, 1.0, 1.0, -1.0]))
     assert x.grad.tolist() == [-1.0, 1.0, 1.0, 0.0, 0.0]  # descent moves by -grad: only towards the range

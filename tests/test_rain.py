@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 import make_rain
-from utils import config, rain
+from utils import config
+from utils.weather import rain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +51,7 @@ def make(coco, out, **overrides):
     return make_rain.main(COCO=coco, OUT=out, **{"WORKERS": 1, "INTENSITY": "light", **overrides})
 
 
-# --- utils/rain.py ----------------------------------------------------
+# --- utils/weather/rain.py ----------------------------------------------------
 
 
 @pytest.mark.parametrize("intensity", rain.INTENSITIES + ("random",))

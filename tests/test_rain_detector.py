@@ -11,9 +11,13 @@ from PIL import Image
 from torchvision.models import mobilenet_v3_small
 
 import Training_RainDetector as Training
-from utils import config, rain, rain_data, rain_report
+from utils import config
 from utils.config import UserError
-from utils.rain_detector import RainDetector, load_rain_detector, new_rain_detector, save_rain_detector
+from utils.datasets import rain_or_clean
+from utils.datasets.samples import images_below
+from utils.evaluation import rain_report
+from utils.networks.rain_detector import RainDetector, load_rain_detector, new_rain_detector, save_rain_detector
+from utils.weather import rain
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +110,10 @@ def test_unreachable_imagenet_weights_are_one_clear_line(monkeypatch):
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", [*rain_data.KINDS, None])
+@pytest.mark.parametrize("kind", [*rain_or_clean.KINDS, None])
 def test_weather_changes_the_image_and_is_repeatable(kind):
     image = photo((160, 120))
-    one, two = (rain_data.add_weather(image, rain.rng_for(3, "a"), kind) for _ in range(2))
+    one, two = (rain_or_clean.add_weather(image, rain.rng_for(3, "a"), kind) for _ in range(2))
     assert one.shape == image.shape and one.dtype == np.uint8 and np.array_equal(one, two)
     assert np.abs(one.astype(int) - image).mean() > 0.3
 
@@ -123,17 +127,17 @@ def test_mist_has_no_streaks_and_lowers_contrast():
 def test_a_twin_is_never_on_the_other_side(roots):
     sides = {}
     for name in ("clean", "rainy"):
-        for path in rain_data.images_below([roots / name], "CLEAN_DIRS"):
-            sides.setdefault(path.stem, set()).add(rain_data.in_validation(path, 0.3))
+        for path in images_below([roots / name], "CLEAN_DIRS"):
+            sides.setdefault(path.stem, set()).add(rain_or_clean.in_validation(path, 0.3))
     assert all(len(side) == 1 for side in sides.values())
     assert {next(iter(side)) for side in sides.values()} == {True, False}
 
 
 def test_samples_are_a_function_of_seed_epoch_and_index(roots):
-    paths = [rain_data.images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_data.RainClassificationDataset(*paths, 0.5, True, seed=1)
+    paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1)
     assert len(data) == 32
-    again = rain_data.RainClassificationDataset(*paths, 0.5, True, seed=1)
+    again = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1)
     for key in ((0, 3), (0, 20), (2, 31)):
         a, b = data[key], again[key]
         assert torch.equal(a["image"], b["image"]) and a["image"].shape == (3, 224, 224)
@@ -145,16 +149,16 @@ def test_samples_are_a_function_of_seed_epoch_and_index(roots):
 
 def test_both_classes_are_augmented_alike(roots):
     """Whatever breaks a shortcut must do so on either side: the same draws on a clean and on a rainy image."""
-    paths = [rain_data.images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_data.RainClassificationDataset(*paths, 0.0, True, seed=1)
+    paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1)
     seen = []
     data.augmentation = lambda image: seen.append(image.shape) or image
     for i in range(0, len(data), 5):
         data[0, i]
     assert len(seen) == len(range(0, len(data), 5))
-    plain = rain_data.RainClassificationDataset(*paths, 0.0, False, seed=1)
+    plain = rain_or_clean.RainClassificationDataset(*paths, 0.0, False, seed=1)
     plain.augmentation = None
-    data = rain_data.RainClassificationDataset(*paths, 0.0, True, seed=1)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1)
     changed = [not torch.equal(data[0, i]["image"], plain[0, i]["image"]) for i in range(len(data))]
     assert all(changed)
 
@@ -176,15 +180,15 @@ def test_equal_folder_names_are_told_apart(roots, tmp_path):
 
 def test_data_errors_name_the_constant(roots, tmp_path):
     with pytest.raises(UserError, match="CLEAN_DIRS.*does not exist"):
-        rain_data.images_below([tmp_path / "none"], "CLEAN_DIRS")
+        images_below([tmp_path / "none"], "CLEAN_DIRS")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="RAINY_DIRS.*holds no images"):
-        rain_data.images_below([tmp_path / "empty"], "RAINY_DIRS")
-    paths = rain_data.images_below([roots / "clean"], "X")
+        images_below([tmp_path / "empty"], "RAINY_DIRS")
+    paths = images_below([roots / "clean"], "X")
     with pytest.raises(UserError, match="RENDERED_SHARE"):
-        rain_data.RainClassificationDataset(paths, [], 2.0, True, 0)
+        rain_or_clean.RainClassificationDataset(paths, [], 2.0, True, 0)
     with pytest.raises(UserError, match="there is no rain to learn"):
-        rain_data.RainClassificationDataset(paths, [], 0.0, True, 0)
+        rain_or_clean.RainClassificationDataset(paths, [], 0.0, True, 0)
 
 
 def test_report_splits_by_prefix_and_draws(roots, model, tmp_path):

@@ -12,8 +12,10 @@ from pycocotools import mask as rle
 from torchvision import tv_tensors
 
 from rfdetr.datasets import roboflow, transforms
-from utils import datasets, evaluation, loaders
+from utils import datasets
 from utils.config import UserError
+from utils.datasets import loaders
+from utils.evaluation.coco import coco_scores, ground_truth, with_masks_only
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 ROWS = {"cat": 0, "dog": 1}
@@ -242,7 +244,7 @@ def test_real_data_sets_give_the_masks_that_pycocotools_sees(name):
     assert len(notes) == 1 and "parent" in notes[0]
     for split in ("valid", "test"):
         data = opened(SHARED / name, split, resolution=1000, rows={n: row for row, n in enumerate(names)})
-        truth = evaluation.ground_truth(data.annotation_file)
+        truth = ground_truth(data.annotation_file)
         assert data.notes == [] and len(data.labels) == len(truth.anns)
         for index in range(0, len(data), 2):
             sample, notes = data[index], truth.imgToAnns[data.image_ids[index]]
@@ -377,11 +379,11 @@ def test_words_as_image_ids_train_and_score(tmp_path):
     edit(write_dataset(tmp_path), in_words)
     data = opened(tmp_path)
     assert data[0]["image_id"] == "image 1" and len(data[0]["labels"]) == 2
-    truth = evaluation.ground_truth(data.annotation_file)
+    truth = ground_truth(data.annotation_file)
     found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "bbox": note["bbox"], "score": 0.9,
               "segmentation": truth.annToRLE(note)} for note in truth.dataset["annotations"]]
     for kind in ("bbox", "segm"):
-        assert evaluation.coco_scores(truth, found, data.category_of, data.image_ids, kind)["mAP"] > 0.99
+        assert coco_scores(truth, found, data.category_of, data.image_ids, kind)["mAP"] > 0.99
 
 
 EMPTY_SHAPES = [
@@ -397,19 +399,19 @@ def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_with
     if shape != {"size": [48, 64], "counts": []}:  # that one is refused: it is not as long as the image
         assert roboflow.mask_code(shape, 48, 64) is None
         assert "1 object(s) without a mask were left out" in opened(tmp_path).notes[0]
-    truth = evaluation.ground_truth(tmp_path / "train" / roboflow.ANNOTATIONS)
-    masks = evaluation.with_masks_only(truth)
+    truth = ground_truth(tmp_path / "train" / roboflow.ANNOTATIONS)
+    masks = with_masks_only(truth)
     assert [note["iscrowd"] for note in masks.dataset["annotations"]] == [1, 0, 0]
     found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "score": 0.9,
               "segmentation": truth.annToRLE(note)} for note in truth.dataset["annotations"][1:]]
-    scores = evaluation.coco_scores(truth, found, {0: 1, 1: 2}, [1, 2, 3], "segm")
+    scores = coco_scores(truth, found, {0: 1, 1: 2}, [1, 2, 3], "segm")
     assert scores["mAP"] > 0.99 and scores["per_class"]["cat"] == -1
 
 
 @pytest.mark.parametrize("kind", ["polygon", "rle", "uncompressed"])
 def test_a_truth_with_all_its_masks_is_scored_as_it_is(tmp_path, kind):
-    truth = evaluation.ground_truth(write_dataset(tmp_path, kind) / "train" / roboflow.ANNOTATIONS)
-    assert evaluation.with_masks_only(truth) is truth
+    truth = ground_truth(write_dataset(tmp_path, kind) / "train" / roboflow.ANNOTATIONS)
+    assert with_masks_only(truth) is truth
 
 
 def test_an_unused_class_of_ones_own_stays(tmp_path):

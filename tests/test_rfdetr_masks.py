@@ -13,7 +13,8 @@ from torch import nn
 from rfdetr import evaluate, masks
 from rfdetr.models import segmentation
 from rfdetr.models.segmentation import MaskHead, MaskHeadNano
-from utils import evaluation, visualize
+from utils import visualize
+from utils.evaluation.coco import coco_scores, ground_truth
 
 HEADS = pytest.mark.parametrize("head", [MaskHead, MaskHeadNano])
 
@@ -328,12 +329,12 @@ def test_objects_without_a_mask_count_neither_way(tmp_path):
     path = make_truth(tmp_path, without_mask=(3,))
     metrics, table, found = evaluate.evaluate(Perfect(SCENES), Loader(path), "cpu", masks=True)
     assert metrics["mask/AP75"] == pytest.approx(1.0) and metrics["box/mAP"] == pytest.approx(1.0)
-    truth = evaluation.ground_truth(path)
+    truth = ground_truth(path)
     before = json.dumps(truth.dataset)
     lost = [d for d in found if d["image_id"] != 2]  # not found, and still nothing is missing
-    scores = evaluation.coco_scores(truth, lost, {1: 5, 3: 9}, [0, 1, 2], "segm")
+    scores = coco_scores(truth, lost, {1: 5, 3: 9}, [0, 1, 2], "segm")
     assert scores["AP75"] == pytest.approx(1.0) and json.loads(before)["annotations"][2]["segmentation"] == []
-    assert evaluation.coco_scores(truth, lost, {1: 5, 3: 9}, [0, 1, 2])["mAP"] < 0.9
+    assert coco_scores(truth, lost, {1: 5, 3: 9}, [0, 1, 2])["mAP"] < 0.9
 
 
 def test_sizes_of_masks_go_by_the_masks_own_area(tmp_path):
@@ -350,12 +351,12 @@ def test_sizes_of_masks_go_by_the_masks_own_area(tmp_path):
     content = {"images": [{"id": 0, "file_name": "0.jpg", "height": 120, "width": 120}], "annotations": [note],
                "categories": [{"id": 5, "name": "cell"}]}
     (tmp_path / "thin.json").write_text(json.dumps(content), encoding="utf-8")
-    truth = evaluation.ground_truth(tmp_path / "thin.json")
+    truth = ground_truth(tmp_path / "thin.json")
     elsewhere = rle.encode(np.asfortranarray(thin[::-1]))
     wrong = {"image_id": 0, "label": 0, "bbox": [0, 0, 109, 100], "score": 0.9,
              "segmentation": {"size": list(size), "counts": elsewhere["counts"].decode()}}
     right = wrong | {"score": 0.5, "segmentation": shape}
-    scores = evaluation.coco_scores(truth, [wrong, right], {0: 5}, [0], "segm")
+    scores = coco_scores(truth, [wrong, right], {0: 5}, [0], "segm")
     assert scores["AP_small"] == pytest.approx(0.5) and scores["AP_medium"] == -1
 
 

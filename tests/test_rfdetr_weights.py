@@ -16,7 +16,7 @@ import torch
 from rfdetr import config, names, weights
 from rfdetr.config import COCO_ROWS, Published
 from rfdetr.model import RFDETR
-from utils import cache, checkpoint, processes
+from utils import checkpoint, processes, system
 from utils.config import UserError
 
 CONTENT = bytes(range(256)) * 9000  # 2.2 MB: three chunks
@@ -153,9 +153,9 @@ def test_a_cache_that_cannot_be_written(server, tmp_path):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RAINSIGHT_CACHE", str(tmp_path))
-    assert cache.cache_folder() == tmp_path
+    assert system.cache_folder() == tmp_path
     monkeypatch.delenv("RAINSIGHT_CACHE")
-    assert cache.cache_folder() == Path.home() / ".cache" / "rainsight"
+    assert system.cache_folder() == Path.home() / ".cache" / "rainsight"
 
 
 # ---- two processes -----------------------------------------------------------------------------------------------

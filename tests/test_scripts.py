@@ -15,9 +15,10 @@ import Eval_SPDNet_Adaptation
 import Training_RTDETR
 import Training_SPDNet
 import Training_SPDNet_Adaptation as Adaptation
-from utils import detector, integrated_model
+from utils import integrated_model
 from utils.config import UserError
-from utils.spdnet import load_spdnet
+from utils.networks.rtdetr import id2label_of, load_rtdetr
+from utils.networks.spdnet import load_spdnet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,7 +220,7 @@ def test_detector_training(coco, weights):
         path.write_text(path.read_text(encoding="utf-8").replace('"car"', '"rickshaw"'), encoding="utf-8")
     Training_RTDETR.main(**settings | {"RTDETR_MODEL_NAME": str(coco / "out" / "detector"), "NUM_EPOCHS": 1,
                                        "OUTPUT_DIR": str(coco / "new")})
-    assert detector.id2label_of(detector.load_rtdetr(str(coco / "new" / "detector"))) == {0: "person", 1: "rickshaw"}
+    assert id2label_of(load_rtdetr(str(coco / "new" / "detector"))) == {0: "person", 1: "rickshaw"}
     with pytest.raises(UserError, match="ARCHITECTURE"):
         Training_RTDETR.main(**settings | {"ARCHITECTURE": "r19"})
     with pytest.raises(UserError, match="AUGMENTATION"):

@@ -9,9 +9,9 @@ from spdnet_fill import fill_input, fill_state, reference, shapes
 
 from benchmarks.spdnet import saved_bytes
 from utils import checkpoint
-from utils.spdnet import SPDNet, UpConv, load_spdnet
-from utils.spdnet_init import init_near_identity
-from utils.spdnet_plain import PlainSPDNet
+from utils.networks.spdnet import SPDNet, UpConv, load_spdnet
+from utils.networks.spdnet_init import init_near_identity
+from utils.networks.spdnet_plain import PlainSPDNet
 
 SIZES = ((64, 96), (61, 83))
 

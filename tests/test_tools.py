@@ -1,20 +1,13 @@
 """The ablation tools' bookkeeping: a finished run is not repeated, and its scores do not pass for another's."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
-import ablation_feature_derain
-import ablation_spdnet_adaptation as ablation
-import lite0_detector
-
+from tools import ablation_feature_derain, lite0_detector
+from tools import ablation_spdnet_adaptation as ablation
 from utils.config import UserError
-from utils.detector import backbone_features
+from utils.networks.rtdetr import backbone_features
 
 
 def test_scores_are_made_once_and_refused_under_other_settings(tmp_path):

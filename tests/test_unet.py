@@ -11,8 +11,13 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.models import alexnet, resnet34, vgg16
 
-from utils import evaluation, losses, pairs, presets, rain, schedule, unet, windshield
+from utils import losses
 from utils.config import UserError
+from utils.datasets import presets, windshield_pairs
+from utils.evaluation import image_quality
+from utils.networks import unet
+from utils.training import schedule
+from utils.weather import rain, windshield
 
 
 def trained(arch="unet", width=4, residual=True, seed=0):
@@ -230,8 +235,8 @@ def test_weights_that_cannot_be_reached_are_one_line(monkeypatch, tmp_path):
     for call, message in (
         (losses.PerceptualLoss, "PERCEPTUAL_WEIGHTS = 'imagenet'.*PERCEPTUAL_WEIGHT = 0"),
         (lambda: losses.PerceptualLoss(str(tmp_path / "broken.pt")), "PERCEPTUAL_WEIGHTS = .*broken"),
-        (lambda: evaluation.load_lpips("imagenet"), "LPIPS_WEIGHTS = 'imagenet'.*to leave LPIPS out"),
-        (lambda: evaluation.load_lpips(str(tmp_path / "broken.pt")), "LPIPS_WEIGHTS = .*broken"),
+        (lambda: image_quality.load_lpips("imagenet"), "LPIPS_WEIGHTS = 'imagenet'.*to leave LPIPS out"),
+        (lambda: image_quality.load_lpips(str(tmp_path / "broken.pt")), "LPIPS_WEIGHTS = .*broken"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()
@@ -241,7 +246,7 @@ def test_weights_that_cannot_be_reached_are_one_line(monkeypatch, tmp_path):
 def test_metrics_equal_scikit_image():
     a = torch.cat([picture(48, 60), picture(48, 60, seed=2)])
     b = (a + 0.1 * torch.randn(a.shape)).clamp(0, 1)
-    found = evaluation.full_quality(a, b)
+    found = image_quality.full_quality(a, b)
     assert set(found) == {"psnr", "ssim", "psnr_y", "ssim_y", "mse"}
     for i in range(2):
         x, y = (t[i].permute(1, 2, 0).double().numpy() for t in (a, b))
@@ -256,12 +261,12 @@ def test_lpips_takes_torchvisions_file_and_the_right_range(tmp_path):
     torch.manual_seed(0)
     state = {name: value for name, value in alexnet(weights=None).state_dict().items() if name.startswith("features.")}
     torch.save(state, tmp_path / "alexnet.pt")
-    network = evaluation.load_lpips(str(tmp_path / "alexnet.pt"))
+    network = image_quality.load_lpips(str(tmp_path / "alexnet.pt"))
     assert torch.equal(network.net.state_dict()["slice2.3.weight"], state["features.3.weight"])
     a, b = picture(64, 64), picture(64, 64, seed=1)
-    found = evaluation.full_quality(a, b, network)["lpips"]
+    found = image_quality.full_quality(a, b, network)["lpips"]
     assert found.item() == pytest.approx(network(a * 2 - 1, b * 2 - 1).item(), rel=1e-5) and found.item() > 0
-    assert evaluation.full_quality(a, a, network)["lpips"].item() == 0
+    assert image_quality.full_quality(a, a, network)["lpips"].item() == 0
     assert not any(p.requires_grad for p in network.parameters())
 
 
@@ -293,7 +298,7 @@ def write_pairs(root, count=12, size=(64, 48), name="drive{}_{:03d}", per_sequen
 
 def test_pairs_are_found_by_name_and_oddities_are_told(tmp_path):
     write_pairs(tmp_path)
-    found, notes = pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")
+    found, notes = windshield_pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")
     assert len(found) == 12 and notes == []
     assert all(rainy.stem == clear.stem == name for name, (rainy, clear) in found.items())
     (tmp_path / "clear" / "alone.png").write_bytes((tmp_path / "clear" / "drive0_000.png").read_bytes())
@@ -301,7 +306,7 @@ def test_pairs_are_found_by_name_and_oddities_are_told(tmp_path):
     swapped = a.read_bytes(), b.read_bytes()
     a.write_bytes(swapped[1])
     b.write_bytes(swapped[0])
-    notes = pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")[1]
+    notes = windshield_pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")[1]
     assert "1 image(s) in CLEAR_DIR have no rainy partner" in notes[0]
     assert "2 rainy image(s) look more like another" in notes[1] and "drive0_001, drive3_010" in notes[1]
 
@@ -314,49 +319,50 @@ def test_bad_pairs_are_one_report(tmp_path):
     truncated = tmp_path / "clear" / "drive1_003.png"
     truncated.write_bytes(truncated.read_bytes()[:-200])
     with pytest.raises(UserError, match="4 bad pair") as error:
-        pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")
+        windshield_pairs.find_pairs(tmp_path / "rainy", tmp_path / "clear")
     text = str(error.value)
     assert "\n" not in text and "drive0_000.jpg has no partner" in text and "drive0_001.jpg cannot be read" in text
     assert "drive0_002.jpg is 64x48, its partner" in text and "50x40" in text and "drive1_003.png cannot" in text
     for rainy, clear, constant in (("none", "clear", "RAINY_DIR"), ("rainy", "none", "CLEAR_DIR")):
         with pytest.raises(UserError, match=f"{constant} = .*--kind windshield.*--demo"):
-            pairs.find_pairs(tmp_path / rainy, tmp_path / clear)
+            windshield_pairs.find_pairs(tmp_path / rainy, tmp_path / clear)
 
 
 def test_splits_share_nothing_and_depend_on_names_and_seed_alone():
     names = [f"b/{i:04d}" for i in range(1550)]
-    split, note = pairs.split_names(names, (1200, 150, 200), seed=3)
-    assert [len(split[part]) for part in pairs.PARTS] == [1200, 150, 200] and note is None
+    split, note = windshield_pairs.split_names(names, (1200, 150, 200), seed=3)
+    assert [len(split[part]) for part in windshield_pairs.PARTS] == [1200, 150, 200] and note is None
     assert len(set().union(*split.values())) == 1550
-    assert pairs.split_names(names[::-1], (1200, 150, 200), seed=3)[0] == split
-    assert pairs.split_names(names, (1200, 150, 200), seed=4)[0] != split
-    few, note = pairs.split_names(names[:31], (1200, 150, 200))
-    assert [len(few[part]) for part in pairs.PARTS] == [24, 3, 4] and "31 pairs: 24 to train" in note
-    uneven, _ = pairs.split_names(names[:20], (12, 4, 200))
-    assert [len(uneven[part]) for part in pairs.PARTS] == [1, 1, 18]
-    many, note = pairs.split_names(names, (100, 10, 0))
-    assert [len(many[part]) for part in pairs.PARTS] == [100, 10, 0]
+    assert windshield_pairs.split_names(names[::-1], (1200, 150, 200), seed=3)[0] == split
+    assert windshield_pairs.split_names(names, (1200, 150, 200), seed=4)[0] != split
+    few, note = windshield_pairs.split_names(names[:31], (1200, 150, 200))
+    assert [len(few[part]) for part in windshield_pairs.PARTS] == [24, 3, 4] and "31 pairs: 24 to train" in note
+    uneven, _ = windshield_pairs.split_names(names[:20], (12, 4, 200))
+    assert [len(uneven[part]) for part in windshield_pairs.PARTS] == [1, 1, 18]
+    many, note = windshield_pairs.split_names(names, (100, 10, 0))
+    assert [len(many[part]) for part in windshield_pairs.PARTS] == [100, 10, 0]
 
 
 def test_a_sequence_stays_together():
     names = [f"drive{i // 10}_{i:04d}" for i in range(300)]
-    split, _ = pairs.split_names(names, (200, 50, 50), separator="_")
-    where = {part: {pairs.sequence_of(name, "_") for name in split[part]} for part in pairs.PARTS}
+    split, _ = windshield_pairs.split_names(names, (200, 50, 50), separator="_")
+    where = {part: {windshield_pairs.sequence_of(name, "_") for name in split[part]} for part in windshield_pairs.PARTS}
     assert not (where["train"] & where["val"] | where["train"] & where["test"] | where["val"] & where["test"])
     assert sum(map(len, split.values())) == 300 and len(split["val"]) == 50
-    loose, _ = pairs.split_names(names, (200, 50, 50))
-    assert {pairs.sequence_of(n, "_") for n in loose["val"]} & {pairs.sequence_of(n, "_") for n in loose["train"]}
+    loose, _ = windshield_pairs.split_names(names, (200, 50, 50))
+    in_part = {part: {windshield_pairs.sequence_of(name, "_") for name in loose[part]} for part in ("train", "val")}
+    assert in_part["train"] & in_part["val"]
     with pytest.raises(UserError, match="too few for a split"):
-        pairs.split_names(names[:10], (8, 1, 1), separator="_")
+        windshield_pairs.split_names(names[:10], (8, 1, 1), separator="_")
     with pytest.raises(UserError, match="TRAIN_PAIRS = 0"):
-        pairs.split_names(names, (0, 1, 1))
+        windshield_pairs.split_names(names, (0, 1, 1))
 
 
 def test_sequences_that_leave_nothing_to_train_on_are_refused():
     """Which of two sequences comes first is the seed's choice: b alone is enough for validation, a is not."""
     def outcome(seed):
         try:
-            return len(pairs.split_names(["a_1", "b_1", "b_2", "b_3"], (2, 2, 0), seed, "_")[0]["train"])
+            return len(windshield_pairs.split_names(["a_1", "b_1", "b_2", "b_3"], (2, 2, 0), seed, "_")[0]["train"])
         except UserError as error:
             return str(error)[:32]
     assert {outcome(seed) for seed in range(20)} == {1, "no pair is left for training: th"}
@@ -365,29 +371,29 @@ def test_sequences_that_leave_nothing_to_train_on_are_refused():
 def test_a_splits_file_is_checked(tmp_path):
     file = tmp_path / "splits.json"
     file.write_text(json.dumps({"train": ["a", "b.jpg"], "val": ["c"]}), encoding="utf-8")
-    assert pairs.read_splits(file, ["a", "b", "c", "d"]) == {"train": ["a", "b"], "val": ["c"], "test": []}
+    assert windshield_pairs.read_splits(file, ["a", "b", "c", "d"]) == {"train": ["a", "b"], "val": ["c"], "test": []}
     for content, message in (({"train": ["a"], "val": ["a"]}, "'a' is in train and in val"),
                              ({"train": ["a"], "val": ["e"]}, "'e' of val is no pair"),
                              ({"train": ["a"]}, "expected"), ({"train": [], "val": ["a"]}, "at least one")):
         file.write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(UserError, match=message):
-            pairs.read_splits(file, ["a", "b", "c", "d"])
+            windshield_pairs.read_splits(file, ["a", "b", "c", "d"])
     file.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="SPLITS_FILE.*JSON"):
-        pairs.read_splits(file, ["a"])
+        windshield_pairs.read_splits(file, ["a"])
 
 
 def test_intensities_are_those_that_were_drawn(tmp_path):
     root = write_pairs(tmp_path, count=9)
     (root / "rainy" / "rain.json").write_text(json.dumps(
         {"kind": "windshield", "seed": 5, "intensity": "random", "version": windshield.VERSION}), encoding="utf-8")
-    found, _ = pairs.find_pairs(root / "rainy", root / "clear")
-    drawn = pairs.intensities(root / "rainy", found)
+    found, _ = windshield_pairs.find_pairs(root / "rainy", root / "clear")
+    drawn = windshield_pairs.intensities(root / "rainy", found)
     assert set(drawn) == set(found) and len(set(drawn.values())) > 1
     name, (rainy, _) = next(iter(found.items()))
     assert windshield.sample_parameters(rain.rng_for(5, rainy.name), "random").intensity == drawn[name]
     (root / "rainy" / "rain.json").write_text("{}", encoding="utf-8")
-    assert pairs.intensities(root / "rainy", found) == {}
+    assert windshield_pairs.intensities(root / "rainy", found) == {}
 
 
 @pytest.mark.parametrize("crop", [False, True])

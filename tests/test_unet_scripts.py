@@ -18,8 +18,13 @@ from test_unet import write_pairs
 import Eval_unet_derain
 import sweep_unet_derain
 import train_unet_derain as train
-from utils import demo_windshield, pairs, unet, windshield
 from utils.config import UserError
+from utils.datasets import windshield_pairs
+from utils.demo import windshield as demo_windshield
+from utils.demo.coco import ensure_demo
+from utils.demo.windshield import MARKER
+from utils.networks import unet
+from utils.weather import windshield
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +60,7 @@ def test_training_lowers_its_loss_and_writes_everything(base, capsys):
     best = torch.load(out / "best.pt")
     assert best["metrics"]["val/psnr"] == pytest.approx(result["best_score"])
     split = json.loads((out / "splits.json").read_text(encoding="utf-8"))
-    assert [len(split[part]) for part in pairs.PARTS] == [12, 4, 4]
+    assert [len(split[part]) for part in windshield_pairs.PARTS] == [12, 4, 4]
     shown = capsys.readouterr().out
     assert "rainy input" in shown and "gain: " in shown and shown.isascii()
     train.main(**base | {"EPOCHS": 1})
@@ -208,7 +213,7 @@ def test_evaluation_reports_pairs_and_real_rain(base, tmp_path, weights, coco, c
     assert all(row["count"] == 4 and "lpips" not in row for row in rows.values())
     # by hand, for the images as they are
     split = json.loads((out / "splits.json").read_text(encoding="utf-8"))
-    found, _ = pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
+    found, _ = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
     values = []
     for name in split["test"]:
         a, b = (torch.from_numpy(np.asarray(Image.open(path)).copy()).double() / 255
@@ -278,25 +283,23 @@ def test_sweep_trains_for_real(base, tmp_path):
 
 
 def test_demo_data_is_drawn_once(tmp_path, monkeypatch):
-    from utils import demo
-    plain = demo.ensure_demo
-    monkeypatch.setattr(demo, "ensure_demo", lambda root: plain(root, num_train=6, num_val=3))
+    monkeypatch.setattr(demo_windshield, "ensure_demo", lambda root: ensure_demo(root, num_train=6, num_val=3))
     folder = demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2, intensity="medium")
-    found, _ = pairs.find_pairs(folder / "windshield_rainy_v40", folder / "clear")
+    found, _ = windshield_pairs.find_pairs(folder / "windshield_rainy_v40", folder / "clear")
     assert len(found) == 12 and len(list((folder / "real_rainy").iterdir())) == 2
-    assert set(pairs.intensities(folder / "windshield_rainy_v40", found).values()) == {"medium"}
+    assert set(windshield_pairs.intensities(folder / "windshield_rainy_v40", found).values()) == {"medium"}
     read = {name: [np.asarray(Image.open(path)) for path in found[name]] for name in found}
     (rainy, clear), (other, same) = read["000000000001_0"], read["000000000001_1"]
     assert np.array_equal(clear, same) and not np.array_equal(rainy, other)  # one scene behind two panes
-    parts, _ = pairs.split_names(found, (8, 2, 2), 0, "_")
-    scenes = [{name[:-2] for name in parts[part]} for part in pairs.PARTS]
+    parts, _ = windshield_pairs.split_names(found, (8, 2, 2), 0, "_")
+    scenes = [{name[:-2] for name in parts[part]} for part in windshield_pairs.PARTS]
     assert sum(map(len, scenes)) == len(set().union(*scenes)) == 6  # no scene is in two parts
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2, intensity="medium")
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=5, real=2, intensity="medium")
     assert len(list((folder / "clear").iterdir())) == 10 and not list((tmp_path / "demo").glob(".building-*"))
-    (folder / demo_windshield.MARKER).unlink()
+    (folder / MARKER).unlink()
     with pytest.raises(UserError, match="will not be replaced"):
         demo_windshield.ensure_windshield_demo(tmp_path / "demo", scenes=6, real=2)
 

@@ -12,8 +12,9 @@ from test_rfdetr_data import _set, edit, write_dataset
 
 import validate_setup
 from rfdetr import config as sizes
-from utils import config, demo_dataset
+from utils import config
 from utils.config import UserError
+from utils.demo import roboflow as demo_roboflow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +97,7 @@ def test_corrupt_json_a_wrong_folder_and_no_data_set_at_all(tmp_path, capsys):
     assert code == 1 and having(lines, "[FAIL]", "must be called valid")
     code, lines = checked(capsys, tmp_path / "nowhere", RUNS_DIR=str(tmp_path))
     assert code == 1 and having(lines, "[FAIL]", "nowhere does not exist")
-    assert lines[-1].startswith(f'python tools/make_demo_dataset.py --out "{tmp_path / "nowhere"}"')
+    assert lines[-1].startswith(f'python -m tools.make_demo_dataset --out "{tmp_path / "nowhere"}"')
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_the_demo_needs_no_network_and_points_at_the_demo(tmp_path, capsys, monk
         made.append(root)
         return write_dataset(Path(root))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_dataset, "ensure_dataset", small)
+    monkeypatch.setattr(demo_roboflow, "ensure_dataset", small)
     assert validate_setup.main(demo=True, PRETRAIN_WEIGHTS="none") == 0
     lines = capsys.readouterr().out.splitlines()
     assert made == ["./demo/dataset"] and lines[-1] == "python train_detector_stage1.py --demo"
@@ -249,4 +250,4 @@ def test_without_torch_it_still_speaks_and_exits_with_1(tmp_path):
                           capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "[FAIL] ImportError: DLL load failed" in done.stdout and "[ok]   Python" in done.stdout
-    assert done.stdout.strip().splitlines()[-1].startswith("python tools/make_demo_dataset.py")
+    assert done.stdout.strip().splitlines()[-1].startswith("python -m tools.make_demo_dataset")

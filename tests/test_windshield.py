@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 import make_rain
-from utils import config, glass_drops, rain, windshield
-from utils.glass_drops import EDGE, Wiper
+from utils import config
+from utils.weather import glass_drops, rain, windshield
+from utils.weather.glass_drops import EDGE, Wiper
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,7 @@
 """Which losses and phases should feature de-raining train with? Every variant over several seeds on the demo world.
 
-    python tools/ablation_feature_derain.py
-    python tools/ablation_feature_derain.py --SEEDS "(0,)" --PERCENT_DATASET 5 --EPOCHS 2 --OUTPUT_DIR ./demo/try
+    python -m tools.ablation_feature_derain
+    python -m tools.ablation_feature_derain --SEEDS "(0,)" --PERCENT_DATASET 5 --EPOCHS 2 --OUTPUT_DIR ./demo/try
 
 Runs Training_FeatureDerain.py --demo with the constants of each variant, all with the same images and the same number
 of epochs. Finished runs are kept in OUTPUT_DIR and not repeated; the table covers all that are there.
@@ -9,16 +9,13 @@ of epochs. Finished runs are kept in OUTPUT_DIR and not repeated; the table cove
 
 import os
 import statistics
-import sys
 from pathlib import Path
 
+import Training_FeatureDerain as Training
+from tools.ablation_spdnet_adaptation import demo_constants, once, score, spread
+from utils import config, report
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-from ablation_spdnet_adaptation import demo_constants, once, score, spread  # noqa: E402
-
-import Training_FeatureDerain as Training  # noqa: E402
-from utils import config, report  # noqa: E402
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("both phases", "fine-tuning", "detection", "consistency", "detection+consistency+identity",

@@ -1,6 +1,6 @@
 """Which loss should SPDNet be adapted with? Every variant over several seeds on the demo world, one table.
 
-    python tools/ablation_spdnet_adaptation.py
+    python -m tools.ablation_spdnet_adaptation
 
 Runs Training_SPDNet_Adaptation.py --demo with the loss weights of each variant, then scores the adapted network on
 clean images as well. Finished runs are kept in OUTPUT_DIR and not repeated; the table covers all that are there.
@@ -9,15 +9,15 @@ clean images as well. Finished runs are kept in OUTPUT_DIR and not repeated; the
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import Eval_SPDNet_Adaptation as Eval
+import Training_SPDNet_Adaptation as Adaptation
+from utils import config, integrated_model, processes, report
+from utils.evaluation.coco import detection_scores
+from utils.networks.rtdetr import id2label_of, load_rtdetr
 
-import Eval_SPDNet_Adaptation as Eval  # noqa: E402
-import Training_SPDNet_Adaptation as Adaptation  # noqa: E402
-from utils import config, detector, evaluation, integrated_model, processes, report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
@@ -44,15 +44,15 @@ def score(spdnet_path, **overrides):
     cfg = config.resolve(vars(Eval), {"demo": True} | overrides)
     device = processes.device()
     if spdnet_path is None:
-        model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+        model = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
     else:
         model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
                                                        cfg.DERAIN_SCALE).eval()
-    id2label = detector.id2label_of(getattr(model, "detection_module", model))
+    id2label = id2label_of(getattr(model, "detection_module", model))
     found = {}
     for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"), ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR")):
         loader = Eval.build_loader(cfg, root, constant, domain, id2label)
-        found[domain] = evaluation.detection_scores(lambda x: model(pixel_values=x), loader, device)[0]["mAP"]
+        found[domain] = detection_scores(lambda x: model(pixel_values=x), loader, device)[0]["mAP"]
     return found
 
 

@@ -1,32 +1,24 @@
 """How much could a perfect de-rainer win back? The demo's detector on images that no network has made.
 
-    python tools/derain_bounds.py
+    python -m tools.derain_bounds
 
 Every row replaces a part of the rainy image by that part of its clean twin, and leaves the rest: what the row then wins
 is the most that a de-rainer for this part could win.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import Eval_SPDNet_Adaptation as Eval
+from utils import config, datasets, integrated_model, processes, report
+from utils.demo.coco import ensure_demo
+from utils.evaluation.coco import detection_scores
+from utils.networks.rtdetr import id2label_of, load_rtdetr
 
-import Eval_SPDNet_Adaptation as Eval  # noqa: E402
-from utils import (  # noqa: E402
-    config,
-    datasets,
-    demo,
-    detector,
-    evaluation,
-    integrated_model,
-    processes,
-    report,
-)
+ROOT = Path(__file__).resolve().parent.parent
 
 COARSE = 20                             # pixels a side to which "coarse" shrinks an image
 
@@ -68,10 +60,10 @@ def main(**overrides):
     """Print mAP and the share of the rain gap for every bound."""
     side = config.resolve(globals(), overrides).COARSE
     os.chdir(ROOT)
-    demo.ensure_demo()
+    ensure_demo()
     cfg, device = config.resolve(vars(Eval), {"demo": True}), processes.device()
-    model = detector.load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
-    loader, clean = (Eval.build_loader(cfg, root, constant, domain, detector.id2label_of(model))
+    model = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
+    loader, clean = (Eval.build_loader(cfg, root, constant, domain, id2label_of(model))
                      for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),
                                                     (cfg.COCO_DIR, "COCO_DIR", "clean")))
     twins = [datasets.to_device(batch, device)["images"] for batch in clean]  # both loaders go in the files' order
@@ -82,7 +74,7 @@ def main(**overrides):
         def detect(images, bound=bound, following=following):
             return model(pixel_values=bound(images, next(following)).clamp(0, 1))
 
-        scores[name] = evaluation.detection_scores(detect, loader, device, name=name)[0]["mAP"]
+        scores[name] = detection_scores(detect, loader, device, name=name)[0]["mAP"]
     rainy, best = scores["nothing (rainy)"], scores["everything (clean)"]
     rows = [{"part": name, "mAP": score, "gap": f"{100 * (score - rainy) / (best - rainy):.1f}%"}
             for name, score in scores.items()]

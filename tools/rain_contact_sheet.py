@@ -1,19 +1,18 @@
 """Draw docs/images/rain_contact_sheet.jpg: demo scenes, clean and in the three intensities of rain.
 
-    python tools/rain_contact_sheet.py
+    python -m tools.rain_contact_sheet
 
-The scenes are procedural (utils/demo.py), so the picture can be published.
+The scenes are procedural (utils/demo/coco.py), so the picture can be published.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import config, rain
-from utils.demo_scene import render_scene
+from utils import config
+from utils.demo.scene import render_scene
+from utils.weather import rain
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "rain_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)  # seeds of the scenes, one row each

@@ -1,6 +1,6 @@
 """Make assets/demo/: the small trained weights that every --demo starts from.
 
-    python tools/train_demo_assets.py            # about four hours on two CPU cores, minutes on a GPU
+    python -m tools.train_demo_assets            # about four hours on two CPU cores, minutes on a GPU
 
     rtdetr/            the detector, trained on clean scenes             Training_RTDETR.py
     spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
@@ -9,7 +9,7 @@
     rain_detector.pt   is it raining?                                    Training_RainDetector.py
     rfdetr_tiny.pth    the RF-DETR of the stage-1 and stage-2 demos      train_detector_stage1.py
 
-All come from this repository's own scripts on procedural scenes (utils/demo.py): up to 10,000 training scenes that
+All come from this repository's own scripts on procedural scenes (utils/demo/coco.py): up to 10,000 training scenes that
 contain the demo's own 1,200 (spdnet_adapted, rtdetr_rain and rain_detector see only those), validation on the demo's
 200, which no network is trained on. The detector is trained in two runs, the second at three times the rate of the
 first on twice the scenes: the demos must start from one that has learnt what clean scenes can teach, or any further
@@ -19,21 +19,24 @@ training would look like de-raining. Prints the detectors' scores: RT-DETR must 
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import train_detector_stage1
+import Training_FeatureDerain
+import Training_RainDetector
+import Training_RTDETR
+import Training_SPDNet
+import Training_SPDNet_Adaptation
+from rfdetr import evaluate, weights
+from rfdetr.datasets import roboflow
+from utils import config, datasets, processes
+from utils.datasets import loaders, presets
+from utils.demo.coco import ensure_demo
+from utils.demo.roboflow import ensure_dataset
+from utils.evaluation.coco import detection_scores
+from utils.networks.rtdetr import id2label_of, load_rtdetr
 
-import train_detector_stage1  # noqa: E402
-import Training_FeatureDerain  # noqa: E402
-import Training_RainDetector  # noqa: E402
-import Training_RTDETR  # noqa: E402
-import Training_SPDNet  # noqa: E402
-import Training_SPDNet_Adaptation  # noqa: E402
-from rfdetr import evaluate, weights  # noqa: E402
-from rfdetr.datasets import roboflow  # noqa: E402
-from utils import config, datasets, demo, demo_dataset, detector, evaluation, loaders, presets, processes  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SCENES = 10000                          # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
@@ -59,13 +62,13 @@ _RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRET
 
 def rain_gap(folder, work):
     """-> mAP of the detector in `folder` on the demo's clean and rainy validation scenes."""
-    model = detector.load_rtdetr(folder, device=processes.device())
+    model = load_rtdetr(folder, device=processes.device())
     scores = []
     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")):
-        data = datasets.CocoDetectionDataset(work / root, "val", detector.id2label_of(model),
+        data = datasets.CocoDetectionDataset(work / root, "val", id2label_of(model),
                                              presets.evaluation(160), constant="WORK_DIR", domain=domain)
         loader = loaders.validation_loader(data, 8, 0)
-        found, _ = evaluation.detection_scores(lambda x: model(pixel_values=x), loader, processes.device())
+        found, _ = detection_scores(lambda x: model(pixel_values=x), loader, processes.device())
         scores.append(found["mAP"])
     return scores
 
@@ -73,7 +76,7 @@ def rain_gap(folder, work):
 def rfdetr_score(path):
     """-> box mAP of the RF-DETR in `path` on the demo's validation scenes."""
     model, found = weights.load_detector(path, processes.device())
-    root = demo_dataset.ensure_dataset()
+    root = ensure_dataset()
     data = roboflow.RoboflowDataset(root, "valid", found["class_rows"], 160, train=False, flag="WORK_DIR")
     loader = loaders.validation_loader(data, 8, 0, collate=roboflow.Collate(160))
     return evaluate.evaluate(model, loader, processes.device())[0]["box/mAP"]
@@ -96,7 +99,7 @@ def main(**overrides):
     if unknown := [stage for stage in cfg.STAGES if stage not in STAGES]:
         raise config.UserError(f"STAGES: {', '.join(map(repr, unknown))} is not one of {', '.join(STAGES)}")
     work, assets = Path(cfg.WORK_DIR), Path(cfg.ASSETS_DIR)
-    demo.ensure_demo(work, num_train=cfg.SCENES)
+    ensure_demo(work, num_train=cfg.SCENES)
     clean, rainy = f"{cfg.WORK_DIR}/coco", f"{cfg.WORK_DIR}/coco_rain"
     for stage in cfg.STAGES:
         common = {"demo": True, "RESUME": cfg.RESUME, "OUTPUT_DIR": str(work / stage)}
@@ -121,7 +124,7 @@ def main(**overrides):
             keep(work / stage / "rain_detector_best.pt", assets / "rain_detector.pt")
         else:
             scenes = cfg.SCENES * _HALF // 100
-            demo_dataset.ensure_dataset(work / "dataset", work / "rfdetr_scenes", num_train=scenes)
+            ensure_dataset(work / "dataset", work / "rfdetr_scenes", num_train=scenes)
             going_on = cfg.RESUME and any((work / stage).glob("*/last.pt"))
             result = train_detector_stage1.main(
                 **_RFDETR, DATASET_DIR=str(work / "dataset"), RUNS_DIR=str(work / stage),

@@ -1,20 +1,19 @@
 """Draw docs/images/windshield_contact_sheet.jpg: demo scenes, clean and through three wet windshields.
 
-    python tools/windshield_contact_sheet.py
+    python -m tools.windshield_contact_sheet
 
-The scenes are procedural (utils/demo.py), so the picture can be published. Each row has one seed, so that its panes
-share focus, wipers and wind and differ in how much water there is.
+The scenes are procedural (utils/demo/coco.py), so the picture can be published. Each row has one seed, so that its
+panes share focus, wipers and wind and differ in how much water there is.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import config, rain, windshield
-from utils.demo_scene import render_scene
+from utils import config
+from utils.demo.scene import render_scene
+from utils.weather import rain, windshield
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "windshield_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)   # seeds of the scenes, one row each

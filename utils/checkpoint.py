@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import atomic
+from utils import system
 from utils.config import UserError
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "params")  # keys under which published files keep their weights
@@ -27,7 +27,7 @@ def save(content, path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.written(path, sync=True) as temporary:
+        with system.written(path, sync=True) as temporary:
             torch.save(_on_cpu(content), temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"cannot write {path.as_posix()}: {error}. Free disk space or choose another folder."
@@ -52,12 +52,12 @@ def replace_folder(write, folder):
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
-        atomic.replace(old, folder)
+        system.replace(old, folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         write(fresh)
-        atomic.swap_in(fresh, folder, old)
+        system.swap_in(fresh, folder, old)
     except OSError as error:  # a full disk; on Windows also a file of the old folder that another program has open
         raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "
                               "folder open.") from error

@@ -13,19 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import checkpoint, detector, feature_derain, freeze, report
+from utils import checkpoint, feature_derain, freeze, report
 from utils.config import UserError
 from utils.feature_derain import FeatureDerainRTDETR
-from utils.integrated_model import (
-    RainRobustOutput,
-    clamp_with_return,
-    cut_share,
-    derain_unclamped,
-    detect_with_features,
-    require_scale,
-)
-from utils.rain_detector import load_rain_detector, save_rain_detector
-from utils.spdnet import load_spdnet
+from utils.integrated_model import RainRobustOutput, derain_unclamped, detect_with_features, require_scale
+from utils.networks.clamp import clamp_with_return, cut_share
+from utils.networks.rain_detector import load_rain_detector, save_rain_detector
+from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr
+from utils.networks.spdnet import load_spdnet
 
 GATES = ("hard", "soft")
 
@@ -151,8 +146,8 @@ class ConditionalRainRobustRTDETR(nn.Module):
                 "pred_boxes": images.new_zeros(0, config.num_queries, 4)}
 
     def clean_features(self, images, feature_level):
-        """See utils.detector.clean_features."""
-        return detector.clean_features(self.detection_module, images, feature_level)
+        """See utils.networks.rtdetr.clean_features."""
+        return clean_features(self.detection_module, images, feature_level)
 
     @property
     def model_args(self):
@@ -209,7 +204,7 @@ def threshold_of(rain_detector, rain_threshold):
 def require_same_outputs(one, other, constant="RAINY_BRANCH"):
     """UserError unless two detectors answer with the same classes and the same number of queries."""
     one, other = (getattr(model, "rtdetr", model) for model in (one, other))  # inside a FeatureDerainRTDETR
-    if detector.id2label_of(one) != detector.id2label_of(other):
+    if id2label_of(one) != id2label_of(other):
         raise UserError(f"{constant}: the detector for rainy images has other classes than the one for clean images")
     if one.config.num_queries != other.config.num_queries:
         raise UserError(f"{constant}: the detector for rainy images has {other.config.num_queries} queries, the one "
@@ -220,7 +215,7 @@ def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH"):
     """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, else see detector.load_rtdetr."""
     if (Path(name) / feature_derain.SETTINGS).is_file():
         return freeze.freeze(FeatureDerainRTDETR.from_pretrained(name, device, constant))
-    return freeze.freeze(detector.load_rtdetr(name, device=device, constant=constant))
+    return freeze.freeze(load_rtdetr(name, device=device, constant=constant))
 
 
 def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, rainy_detector_name=None, device="cpu",
@@ -233,7 +228,7 @@ def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, ra
         UserError: naming the constant whose file is missing or does not fit.
     """
     rain_detector = load_rain_detector(rain_detector_path)
-    rtdetr = freeze.freeze(detector.load_rtdetr(rtdetr_name))
+    rtdetr = freeze.freeze(load_rtdetr(rtdetr_name))
     spdnet = None if spdnet_path is None else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH")
     rainy = None if rainy_detector_name is None else load_rainy_detector(rainy_detector_name)
     return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, rain_threshold, gate, derain_scale,

@@ -15,8 +15,16 @@ from torch import nn
 from transformers import RTDetrImageProcessor
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
-from utils import checkpoint, detector, freeze, report
+from utils import checkpoint, freeze, report
 from utils.config import UserError
+from utils.networks.rtdetr import (
+    backbone_features,
+    clean_features,
+    detect_from_features,
+    encode,
+    load_rtdetr,
+    select_features,
+)
 
 DERAIN_TYPES = ("multiscale", "lightweight", "none")
 WIDTH = 0.375  # of the corrections: 1.46M parameters on R18; 0.125 brings them to 0.34M
@@ -245,16 +253,16 @@ class FeatureDerainRTDETR(nn.Module):
             FeatureDerainOutput: transformers' `loss`, `loss_dict`, `logits` (B, Q, K), `pred_boxes` (B, Q, 4)
             normalised cxcywh, ..., plus `features` and, where asked for, `masks`.
         """
-        raw = detector.backbone_features(self.rtdetr, pixel_values)
+        raw = backbone_features(self.rtdetr, pixel_values)
         levels = tuple(self.derain_module(raw))
-        outputs = detector.detect_from_features(self.rtdetr, levels, labels) if detect else {}
+        outputs = detect_from_features(self.rtdetr, levels, labels) if detect else {}
         if feature_level == "backbone":
             encoded = ()
         elif detect:
             encoded = outputs.encoder_last_hidden_state
         else:
-            encoded = detector.encode(self.rtdetr, levels)[1].last_hidden_state
-        return FeatureDerainOutput(**outputs, features=detector.select_features(levels, encoded, feature_level),
+            encoded = encode(self.rtdetr, levels)[1].last_hidden_state
+        return FeatureDerainOutput(**outputs, features=select_features(levels, encoded, feature_level),
                                    masks=tuple(self.derain_module.rain_masks(raw)) if masks else None)
 
     @torch.no_grad()
@@ -262,12 +270,12 @@ class FeatureDerainRTDETR(nn.Module):
         """Images (B, 3, H, W) in [0, 1] -> [(B, 1, h, w) in (0, 1), ...] per scale; [] without a module."""
         if isinstance(self.derain_module, nn.Identity):
             return []
-        return self.derain_module.rain_masks(detector.backbone_features(self.rtdetr, pixel_values))
+        return self.derain_module.rain_masks(backbone_features(self.rtdetr, pixel_values))
 
     @torch.no_grad()
     def clean_features(self, images, feature_level):
-        """See utils.detector.clean_features; the de-raining module is left out."""
-        return detector.clean_features(self.rtdetr, images, feature_level)
+        """See utils.networks.rtdetr.clean_features; the de-raining module is left out."""
+        return clean_features(self.rtdetr, images, feature_level)
 
     def save_pretrained(self, folder, image_size=640):
         """Write folder/rtdetr/ (Hugging Face layout, with its image processor), folder/derain.pt and settings."""
@@ -294,7 +302,7 @@ class FeatureDerainRTDETR(nn.Module):
         if derain_type not in (None, settings["derain_type"]):
             raise UserError(f"{constant} = '{folder.as_posix()}' holds DERAIN_TYPE = '{settings['derain_type']}', "
                             f"not '{derain_type}'")
-        model = cls(detector.load_rtdetr(str(folder / "rtdetr"), constant=constant), **settings)
+        model = cls(load_rtdetr(str(folder / "rtdetr"), constant=constant), **settings)
         state = checkpoint.load(folder / "derain.pt")
         checkpoint.load_into(model.derain_module, state, (folder / "derain.pt").as_posix())
         return model.to(device).eval()
@@ -317,7 +325,7 @@ def create_feature_derain_rtdetr(model_name="PekingU/rtdetr_r18vd", derain_type=
         num_residual_blocks, width: see MultiScaleFeatureDerain.
         freeze_backbone: keep the backbone as it is for good (see utils.freeze).
     """
-    model = FeatureDerainRTDETR(detector.load_rtdetr(model_name), derain_type, num_residual_blocks, width)
+    model = FeatureDerainRTDETR(load_rtdetr(model_name), derain_type, num_residual_blocks, width)
     if freeze_backbone:
         freeze.freeze(model.rtdetr.model.backbone)
     return model.to(device).eval()

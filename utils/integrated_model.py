@@ -8,31 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
-from utils import checkpoint, detector, freeze, report
+from utils import checkpoint, freeze, report
 from utils.config import UserError
-from utils.spdnet import SPDNet, load_spdnet
-from utils.spdnet_init import init_near_identity
+from utils.networks.clamp import clamp_with_return, cut_share
+from utils.networks.rtdetr import backbone_features, clean_features, detect_from_features, load_rtdetr, select_features
+from utils.networks.spdnet import SPDNet, load_spdnet
+from utils.networks.spdnet_init import init_near_identity
 
 PIXELS_AT_ONCE = 4 * 640 * 640  # that SPDNet sees at a time without gradients: about 1 GB for 640 x 640
-
-
-class _ClampWithReturn(torch.autograd.Function):
-    """clamp(x, 0, 1) whose gradient still pulls values back that have left the range.
-
-    A plain clamp has no gradient outside [0, 1]: a pixel that SPDNet pushed out would stay there for ever. Here the
-    gradient passes where a descent step moves the value towards the range, and is zero where it would push it further.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        outwards = ((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0))
-        return gradient.masked_fill(outwards, 0)
 
 
 @dataclass
@@ -108,23 +91,13 @@ def derain_unclamped(spdnet, pixel_values, scale=1.0):
     return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def clamp_with_return(images):
-    """clamp(images, 0, 1) with the gradient of `_ClampWithReturn`."""
-    return _ClampWithReturn.apply(images)
-
-
-def cut_share(images):
-    """Share of values that a clamp to [0, 1] cuts: scalar Tensor without gradient; 0 for no images at all."""
-    return ((images < 0) | (images > 1)).float().sum().detach() / max(images.numel(), 1)
-
-
 def detect_with_features(rtdetr, images, labels=None, feature_level=None):
     """-> (transformers' output, the features of `feature_level` or None); images: (B, 3, H, W) in [0, 1]."""
     if feature_level is None:
         return rtdetr(pixel_values=images, labels=labels), None
-    levels = detector.backbone_features(rtdetr, images)
-    outputs = detector.detect_from_features(rtdetr, levels, labels)
-    return outputs, detector.select_features(levels, outputs.encoder_last_hidden_state, feature_level)
+    levels = backbone_features(rtdetr, images)
+    outputs = detect_from_features(rtdetr, levels, labels)
+    return outputs, select_features(levels, outputs.encoder_last_hidden_state, feature_level)
 
 
 class RainRobustRTDETR(nn.Module):
@@ -183,8 +156,8 @@ class RainRobustRTDETR(nn.Module):
                                 derained_clean=None if clean is None else images[batch:])
 
     def clean_features(self, images, feature_level):
-        """See utils.detector.clean_features."""
-        return detector.clean_features(self.detection_module, images, feature_level)
+        """See utils.networks.rtdetr.clean_features."""
+        return clean_features(self.detection_module, images, feature_level)
 
     def save_pretrained(self, folder):
         """Write folder/spdnet.pt (a plain SPDNet state dict), folder/rtdetr/ (Hugging Face layout) and settings."""
@@ -201,7 +174,7 @@ class RainRobustRTDETR(nn.Module):
         settings = checkpoint.load_settings(folder / "integrated.json", ("derain_scale",), "folder",
                                             "not a folder of RainRobustRTDETR")
         spdnet = load_spdnet(folder / "spdnet.pt", device=device)
-        rtdetr = detector.load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
+        rtdetr = load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
         return cls(spdnet, rtdetr, freeze_derain, freeze_detection, **settings).to(device)
 
 
@@ -218,5 +191,5 @@ def load_integrated_model(spdnet_path, rtdetr_name, num_labels=80, device="cpu",
     """
     spdnet = (init_near_identity(SPDNet()) if spdnet_path is None
               else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH"))
-    rtdetr = detector.load_rtdetr(rtdetr_name, num_labels, device)
+    rtdetr = load_rtdetr(rtdetr_name, num_labels, device)
     return RainRobustRTDETR(spdnet, rtdetr, freeze_derain, freeze_detection, derain_scale).to(device)

@@ -4,9 +4,10 @@ import os
 import sys
 from datetime import timedelta
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 
 from utils.config import UserError
@@ -116,3 +117,9 @@ def any_of(flag):
     value = torch.tensor(int(flag), device=device())
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return bool(value.item())
+
+
+def mean_over_ranks(records):
+    """[{name: number}, ...] of this rank's images -> {name: mean over every rank's images}."""
+    everyone = gather_object(records)
+    return {name: float(np.mean([record[name] for record in everyone])) for name in everyone[0]}

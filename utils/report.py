@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils import atomic
+from utils import system
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "faster-coco-eval", "numpy",
              "pillow")
@@ -19,7 +19,7 @@ def write_json(path, content):
     """Write JSON in UTF-8, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.written(path) as temporary:
+    with system.written(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from utils import evaluation
+from utils.boxes import decode, pixel_corners
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 INK, PAPER = "#202020", "#ffffff"
@@ -81,7 +81,7 @@ def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
     """
     size = tuple(images.shape[-2:])
     pictures = []
-    for image, found in zip(images, evaluation.decode(outputs.logits, outputs.pred_boxes, [size] * len(images)),
+    for image, found in zip(images, decode(outputs.logits, outputs.pred_boxes, [size] * len(images)),
                             strict=True):
         keep = found["scores"] >= threshold
         pictures.append(draw_boxes(image, found["boxes"][keep], found["labels"][keep], id2label, found["scores"][keep],
@@ -92,12 +92,6 @@ def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
 def draw_truth(image, sample, id2label, scale=1):
     """Draw the annotated boxes of a data set's sample (normalised cxcywh) on an image (3, H, W). -> PIL image"""
     return draw_boxes(image, pixel_corners(sample["boxes"], *image.shape[-2:]), sample["labels"], id2label, scale=scale)
-
-
-def pixel_corners(boxes, height, width):
-    """Boxes (N, 4) normalised cxcywh -> (N, 4) xyxy pixels."""
-    boxes = boxes * boxes.new_tensor([width, height, width, height])
-    return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
 
 
 def grid(rows, headings, path=None):

@@ -19,9 +19,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from rfdetr.datasets import transforms
-from utils import datasets, image_check, processes
-from utils.annotations import read_annotations, require_own_ids
+from utils import datasets, processes
+from utils.boxes import normalised_boxes
 from utils.config import UserError
+from utils.datasets import image_check
+from utils.datasets.annotations import read_annotations, require_own_ids
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
@@ -38,7 +40,7 @@ def annotation_path(root, split, flag="--dataset_dir"):
     missing = next(p for p in (Path(root), Path(root) / split, path) if not p.exists() or p == path)
     raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} does not exist; expected train/, valid/ and "
                     f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
-                    f"(Segmentation), draw a data set with 'python tools/make_demo_dataset.py', or try --demo.")
+                    f"(Segmentation), draw a data set with 'python -m tools.make_demo_dataset', or try --demo.")
 
 
 def read_split(root, split, flag="--dataset_dir"):
@@ -229,8 +231,8 @@ class RoboflowDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.annotation_file.as_posix()} has no object to train on")
         if check:
             image_check.check_images([self.folder / name for name in self.files],
-                                  f"{flag} {Path(root).as_posix()} ({split})",
-                                  [(image["width"], image["height"]) for image in content["images"]])
+                                     f"{flag} {Path(root).as_posix()} ({split})",
+                                     [(image["width"], image["height"]) for image in content["images"]])
 
     def _index_objects(self, images, annotations, row_of, masks):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about what was mended or left out."""
@@ -310,7 +312,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
             sample["masks"] = tv_tensors.Mask(self._masks(span, size, working))
         with datasets.sample_randomness(self.seed, epoch, index):
             sample = self.transform(sample)
-        sample["boxes"] = datasets.normalised_boxes(sample["boxes"])
+        sample["boxes"] = normalised_boxes(sample["boxes"])
         plain = {name: sample[name].as_subclass(torch.Tensor) for name in ("image", "masks") if name in sample}
         return sample | plain | {"image_id": self.image_ids[index], "size": size, "domain": "clean",
                                  "path": path.as_posix(), "key": (epoch, index)}

@@ -1,0 +1,183 @@
+"""COCO-layout detection data, clean images and their rainy twins, checked when they are opened."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from utils.boxes import normalised_boxes
+from utils.config import UserError
+from utils.datasets import image_check
+from utils.datasets.annotations import coco_split, label_table, one_category_each, read_annotations
+from utils.datasets.samples import read_image, sample_randomness, seeded_subset
+
+
+class CocoDetectionDataset(torch.utils.data.Dataset):
+    """Images and boxes of one split of a COCO-layout root, optionally with each image's twin from another root.
+
+    Keys are `index` or `(epoch, index)`. A sample is {"image": (3, H, W) uint8, "twin": the same or absent, "boxes":
+    (N, 4) float32 normalised cxcywh, "labels": (N,) int64, "image_id": int, "size": original (H, W), "domain": str,
+    "path": str}. Images without boxes are samples with (0, 4) boxes; crowd regions are not trained on.
+
+    Args:
+        root, split: see `coco_split`; constant: the script's constant that holds `root`, for error messages.
+        id2label: the model's classes; see `label_table`, also for `unknown`.
+        transform: one of utils.datasets.presets.
+        domain: "clean" or "rainy"; what this root is, whatever its path looks like.
+        twin_root: COCO-layout root with the same file names (and `twin_constant`), or None.
+        percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
+    Raises:
+        UserError: missing files or folders, broken JSON or images, boxes of unknown categories.
+    """
+
+    def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
+                 part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True):
+        self.folder, self.annotation_file = coco_split(root, split, constant)
+        self.transform, self.domain, self.seed = transform, domain, seed
+        content = read_annotations(self.annotation_file, masks=False)
+        self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
+        self.category_of = one_category_each(self.label_of, content["annotations"], self.annotation_file.as_posix())
+        chosen = [content["images"][i] for i in
+                  seeded_subset([im["file_name"] for im in content["images"]], percent, seed, part)]
+        if not chosen:
+            raise UserError(f"{self.annotation_file.as_posix()} lists too few images ({len(content['images'])})")
+        self.files = [image["file_name"] for image in chosen]
+        self.image_ids = [image["id"] for image in chosen]
+        self.twin_folder = coco_split(twin_root, split, twin_constant)[0] if twin_root else None
+        self.notes = self._index_boxes(chosen, content["annotations"])
+        if split == "val" and not len(self.labels):
+            raise UserError(f"{self.annotation_file.as_posix()} has no object of the detector's classes in the "
+                            f"{len(chosen)} chosen image(s): there is nothing to score")
+        if check:
+            folders = [self.folder] + ([self.twin_folder] if self.twin_folder not in (None, self.folder) else [])
+            sizes = [(image["width"], image["height"]) for image in chosen]
+            paths = [[folder / name for name in self.files] for folder in folders]
+            image_check.check_images(
+                sum(paths, []), f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders),
+                [*paths[1], *[None] * len(chosen)] if len(folders) == 2 else None)
+
+    def _index_boxes(self, images, annotations):
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""
+        extent = {image["id"]: (image["width"], image["height"]) for image in images}
+        boxes, labels = {i: [] for i in extent}, {i: [] for i in extent}
+        clipped = dropped = 0
+        for note in annotations:
+            owner = note["image_id"]
+            if owner not in extent or note.get("iscrowd", 0) or note["category_id"] not in self.label_of:
+                continue
+            x, y, w, h = note["bbox"]
+            width, height = extent[owner]
+            box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
+            if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+                dropped += 1
+                continue
+            clipped += max(abs(a - b) for a, b in zip(box, [x, y, x + w, y + h], strict=True)) > 1
+            boxes[owner].append(box)
+            labels[owner].append(self.label_of[note["category_id"]])
+        counts = [len(boxes[i]) for i in self.image_ids]
+        self.ends = np.cumsum([0, *counts])
+        self.boxes = np.array([b for i in self.image_ids for b in boxes[i]], np.float32).reshape(-1, 4)  # xyxy pixels
+        self.labels = np.array([v for i in self.image_ids for v in labels[i]], np.int64)
+        notes, kept = [], len(self.labels)
+        if dropped >= 5 and not kept:
+            raise UserError(f"{self.annotation_file.as_posix()}: all {dropped} box(es) are thinner than one pixel: "
+                            "bbox must be [x, y, width, height] in pixels, not in shares of the image")
+        if clipped >= 10 and clipped > kept / 2:
+            raise UserError(f"{self.annotation_file.as_posix()}: {clipped} of {kept} boxes reach out of their image: "
+                            "bbox must be [x, y, width, height], not [x1, y1, x2, y2]")
+        if clipped:
+            notes.append(f"{clipped} box(es) reached out of their image by more than a pixel and were clipped")
+        if dropped:
+            notes.append(f"{dropped} box(es) thinner than one pixel were left out")
+        return [f"{self.annotation_file.as_posix()}: {note}" for note in notes]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path = self.folder / self.files[index]
+        image = read_image(path)
+        size = tuple(image.shape[-2:])
+        span = slice(self.ends[index], self.ends[index + 1])
+        sample = {
+            "image": tv_tensors.Image(image),
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(self.boxes[span]), format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(self.labels[span]),
+        }
+        if self.twin_folder:
+            own = self.twin_folder == self.folder  # a clean image is its own twin
+            twin = image.clone() if own else read_image(self.twin_folder / self.files[index])
+            if twin.shape != image.shape:
+                raise UserError(f"{path.as_posix()} is {size[1]}x{size[0]}, its twin in "
+                                f"{self.twin_folder.as_posix()} is {twin.shape[2]}x{twin.shape[1]}")
+            sample["twin"] = tv_tensors.Image(twin)
+        with sample_randomness(self.seed, epoch, index):
+            sample = self.transform(sample)
+        sample["boxes"] = normalised_boxes(sample["boxes"])
+        return sample | {"image_id": self.image_ids[index], "size": size, "domain": self.domain,
+                         "path": path.as_posix()}
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Several data sets end to end; keys and samples as theirs."""
+
+    def __init__(self, parts):
+        self.parts = list(parts)
+        self.notes = [note for part in self.parts for note in part.notes]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        which = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[which][(epoch, index - (int(self.ends[which - 1]) if which else 0))]
+
+
+def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, rain_ratio, percent, seed,
+                        split="train", twins=False, unknown="error"):
+    """The guides' training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
+
+    Args:
+        coco_dir, rain_dir: COCO-layout roots with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).
+        coco_ratio, rain_ratio: shares that add up to 1.
+        twins: give every sample its clean image as "twin" (a clean sample is its own twin).
+    """
+    if min(coco_ratio, rain_ratio) < 0 or abs(coco_ratio + rain_ratio - 1) > 1e-6:
+        raise UserError(f"COCO_RATIO = {coco_ratio} and RAIN_RATIO = {rain_ratio} must be shares that add up to 1")
+    common = {"split": split, "id2label": id2label, "transform": transform, "percent": percent, "seed": seed,
+              "unknown": unknown}
+    if twins:
+        common |= {"twin_root": coco_dir, "twin_constant": "COCO_DIR"}
+    if rain_ratio > 0:
+        require_clean_and_rainy(coco_dir, rain_dir)
+    parts = []
+    if coco_ratio > 0:
+        parts.append(CocoDetectionDataset(coco_dir, constant="COCO_DIR", domain="clean", part=(0.0, coco_ratio),
+                                          **common))
+    if rain_ratio > 0:
+        parts.append(CocoDetectionDataset(rain_dir, constant="COCO_RAIN_DIR", domain="rainy", part=(coco_ratio, 1.0),
+                                          **common))
+    if not any(len(part.labels) for part in parts):
+        raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
+                        "images: there is nothing to learn from")
+    return Mixture(parts)
+
+
+def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR")):
+    """UserError that names the two constants where their folders are one, or the clean one holds make_rain.py's rain.
+
+    Swapped folders would train a network to make rain, and nothing else would tell.
+    """
+    clean, rainy = Path(clean), Path(rainy)
+    if clean.resolve() == rainy.resolve():
+        raise UserError(f"{constants[0]} and {constants[1]} are the same folder ('{clean.as_posix()}'): give the clean "
+                        "images and their rainy twins, which make_rain.py writes")
+    if any((folder / "rain.json").is_file() for folder in (clean, clean.parent)):
+        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote (rain.json), not "
+                        f"clean images: are {constants[0]} and {constants[1]} swapped?")
+
+

@@ -1,0 +1,143 @@
+"""Every image file is decoded once before a run starts, and not again while it stays as it is; and do pairs show one
+scene?"""
+
+import hashlib
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from utils import processes, system
+from utils.config import UserError
+
+RULES = 1         # raise it when a check finds more than it did: what was found good before is then looked at again
+REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
+STRANGERS = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
+THUMBNAIL = 24    # pixels
+_COMPARED = 2000  # other partners that an image is compared with, at most
+_SAMPLED = 200    # pairs that are looked at where thousands may be given
+_ODD = 0.05       # share of odd ones from which on it is no longer the rain: of the demo's pairs 0.5% are odd
+
+
+def check_images(paths, what, sizes=None, partners=None):
+    """Decode every file once, at low resolution. Under torchrun the main process does it, so every process must call.
+
+    A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped. That
+    a large set was found good is remembered in the cache folder, by its files' paths, sizes and times.
+
+    Args:
+        paths: files; what: where they come from, for the message.
+        sizes: the (width, height) that each must have, one per path, None for any.
+        partners: images of the same scenes, one per path, None for none: their sizes must be equal, and pairs that seem
+            to show two scenes are noted.
+    Raises:
+        UserError: names the broken, missing and misshapen ones.
+    """
+    processes.main_first(lambda: _check(paths, what, sizes or [None] * len(paths), partners or [None] * len(paths)),
+                         f"checking {what}")
+
+
+def _check(paths, what, sizes, partners):
+    large, seal = len(paths) >= REMEMBERED, None
+    if large:
+        with suppress(OSError, RuntimeError):  # no home folder, or one that this user may not look into
+            seal = system.cache_folder() / "checked_images" / _fingerprint(paths, sizes, partners)
+            if seal.exists():
+                return
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, system.available_cores())) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        answers = pool.map(_problem, paths, sizes, partners)
+        found = list(processes.progress(answers, f"checking {what}", total=len(paths), unit="image",
+                                        shown=large))
+    broken = [text for text in found if text]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
+                        "Replace them or remove them from the data set.")
+    pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
+    sample = pairs[::max(1, len(pairs) // _SAMPLED)]
+    if len(odd := _strangers(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
+        processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
+                      f"like their own: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}; a wrong partner "
+                      "teaches nonsense")
+    elif seal is not None:
+        with suppress(OSError):  # not remembered, then
+            seal.parent.mkdir(parents=True, exist_ok=True)
+            seal.touch()
+
+
+def _problem(path, expected, partner):
+    """-> what is wrong with a file, None if nothing is."""
+    name = Path(path).as_posix()
+    try:
+        with Image.open(path) as image:
+            if expected and image.size != expected:
+                return f"{name} (is {image.width}x{image.height}, its annotation says {_extent(image, expected)})"
+            if partner is not None:
+                with Image.open(partner) as other:
+                    if image.size != other.size:
+                        return (f"{name} (is {image.width}x{image.height}, its partner {Path(partner).as_posix()} "
+                                f"{_extent(image, other.size)})")
+            system.require_eight_bits(image)
+            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.load()
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or path).as_posix()} (missing)"
+    except system.FAULTS as error:
+        return f"{name} ({error})"
+    return None
+
+
+def _extent(image, size):
+    """-> (width, height) in words, and where the two differ by a camera's note alone, what to do."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) and image.size == size[::-1]
+    return f"{size[0]}x{size[1]}" + (": it lies on its side, as its EXIF orientation says; save it upright, for "
+                                     "instance with PIL.ImageOps.exif_transpose" if turned else "")
+
+
+def _fingerprint(paths, sizes, partners):
+    """-> name for the state of these files and of what is asked of them."""
+    digest = hashlib.sha256(f"{RULES}\n".encode())
+    for path, *asked in zip(paths, sizes, partners, strict=True):
+        try:
+            state = os.stat(path)
+        except OSError:
+            state = None  # will be reported as missing
+        digest.update(f"{os.path.abspath(path)}|{state and (state.st_size, state.st_mtime_ns)}|{asked}\n".encode(
+            errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _strangers(pairs):
+    """[(path, its partner), ...] -> the paths that look like another one's partner."""
+    def look(pair):
+        small = []
+        for path in pair:
+            with Image.open(path) as image:
+                small.append(thumbnail(image))
+        return small
+    with ThreadPoolExecutor(min(8, system.available_cores())) as pool:
+        thumbnails = np.array(list(pool.map(look, pairs)))
+    return [Path(pair[0]).as_posix() for pair, odd in zip(pairs, more_like_another(thumbnails), strict=True) if odd]
+
+
+def thumbnail(image):
+    """Open PIL image -> (n,) float32 of mean 0 and norm 1, whose products are correlations."""
+    image.draft("RGB", (image.width // 8, image.height // 8))
+    grey = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    grey = grey - grey.mean()
+    return grey / max(float(np.linalg.norm(grey)), 1e-6)
+
+
+def more_like_another(thumbnails):
+    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see STRANGERS."""
+    if not len(thumbnails):
+        return []
+    images, partners = thumbnails[:, 0], thumbnails[:, 1]
+    own = (images * partners).sum(1)
+    others = partners[::-(-len(partners) // _COMPARED)]
+    return (images @ others.T).max(1) > own + STRANGERS

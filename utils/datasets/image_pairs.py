@@ -1,0 +1,63 @@
+"""Pairs of one scene in rain and without, as plain folders of images."""
+
+from pathlib import Path
+
+import torch
+from torchvision import tv_tensors
+
+from utils.config import UserError
+from utils.datasets import image_check
+from utils.datasets.coco import require_clean_and_rainy
+from utils.datasets.samples import images_by_name, read_image, sample_randomness, seeded_subset
+
+
+class PairedRainDataset(torch.utils.data.Dataset):
+    """Rainy images and their clean partners of the same relative name (the extension may differ), without boxes.
+
+    Sample: {"image": rainy (3, H, W) uint8, "twin": clean, "boxes": (0, 4), "labels": (0,), "image_id": index, "size",
+    "domain": "rainy", "path"}, so that everything that takes CocoDetectionDataset's samples takes these.
+
+    Args:
+        rainy_dir, clean_dir: folders, searched recursively; `constants` are their names for error messages.
+        transform: one of utils.datasets.presets.
+        percent, part, seed: see `seeded_subset`; two data sets with parts (0, 0.9) and (0.9, 1) never share a pair.
+        limit: at most so many pairs (a seeded choice), None for all.
+    """
+
+    def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
+                 part=(0.0, 1.0), limit=None, check=True):
+        rainy, clean = (images_by_name(Path(folder), name)
+                        for folder, name in zip((rainy_dir, clean_dir), constants, strict=True))
+        require_clean_and_rainy(clean_dir, rainy_dir, constants[::-1])
+        alone = sorted(rainy.keys() - clean.keys())
+        if alone:
+            more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
+            raise UserError(f"{constants[1]} = '{Path(clean_dir).as_posix()}' has no clean partner for "
+                            f"{', '.join(alone[:5])}{more} of {constants[0]} = '{Path(rainy_dir).as_posix()}'")
+        names = sorted(rainy)
+        if limit is not None:
+            percent = min(percent, 100 * limit / len(names))
+        names = [names[i] for i in seeded_subset(names, percent, seed, part)]
+        if not names:
+            raise UserError(f"{constants[0]} = '{Path(rainy_dir).as_posix()}' has too few images for a split")
+        self.pairs = [(rainy[name], clean[name]) for name in names]
+        self.transform, self.seed = transform, seed
+        if check:
+            rainy, clean = zip(*self.pairs, strict=True)
+            image_check.check_images(rainy + clean, " and ".join(constants),
+                                     partners=clean + (None,) * len(clean))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rainy, clean = (read_image(path) for path in self.pairs[index])
+        if rainy.shape != clean.shape:
+            raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "
+                            f"partner is {clean.shape[2]}x{clean.shape[1]}")
+        size = tuple(rainy.shape[-2:])
+        with sample_randomness(self.seed, epoch, index):
+            sample = self.transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
+        return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
+                         "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}

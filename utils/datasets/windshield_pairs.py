@@ -1,0 +1,193 @@
+"""Pairs for the U-Net: which clear and rainy files belong together, the part that each is in, how hard it rains.
+
+    data/clear/, data/windshield_rainy_v40/     equal names (the extension may differ)
+    data/real_rainy/                            photographs without ground truth
+
+A split never cuts through a pair, and with SEQUENCE_SEPARATOR not through the frames of one sequence either. Frames
+that lie a second apart are nearly one picture: a split through a sequence would measure memory.
+"""
+
+import hashlib
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import system
+from utils.config import UserError
+from utils.datasets import image_check, image_pairs
+from utils.datasets.samples import images_by_name
+from utils.weather import rain, windshield
+
+PARTS = ("train", "val", "test")
+
+
+class WindshieldPairs(image_pairs.PairedRainDataset):
+    """Chosen pairs; samples as PairedRainDataset's.
+
+    Args:
+        pairs: {name: (rainy path, clear path)} from `find_pairs`; names: the chosen ones, in this order.
+        transform: one of utils.datasets.presets; seed: of its randomness.
+    """
+
+    def __init__(self, pairs, names, transform, seed=0):
+        self.names, self.pairs = list(names), [pairs[name] for name in names]
+        self.transform, self.seed = transform, seed
+
+
+def find_pairs(rainy_dir, clear_dir):
+    """Look at every pair once, before anything is trained.
+
+    Returns:
+        {name: (rainy path, clear path)}, lines about what is odd but can be used.
+    Raises:
+        UserError: a rainy image without its partner, unequal sizes, unreadable files, all in one report; names
+        RAINY_DIR and CLEAR_DIR.
+    """
+    rainy, clear = (_images(folder, constant) for folder, constant in ((rainy_dir, "RAINY_DIR"),
+                                                                       (clear_dir, "CLEAR_DIR")))
+    pairs = {name: (rainy[name], clear[name]) for name in sorted(rainy.keys() & clear.keys())}
+    faults = [f"{path.as_posix()} has no partner in CLEAR_DIR" for name, path in sorted(rainy.items())
+              if name not in clear]
+    notes, thumbnails = [], []
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, system.available_cores())) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        for fault, small in pool.map(_look_at, pairs.values()):
+            faults += [fault] if fault else []
+            thumbnails.append(small)
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"RAINY_DIR = '{Path(rainy_dir).as_posix()}', CLEAR_DIR = '{Path(clear_dir).as_posix()}': "
+                        f"{len(faults)} bad pair(s): {'; '.join(faults[:5])}{more}. Mend or remove these files.")
+    if unused := len(clear.keys() - rainy.keys()):
+        notes.append(f"{unused} image(s) in CLEAR_DIR have no rainy partner and are not used")
+    odd = image_check.more_like_another(np.array(thumbnails))
+    strangers = [name for name, is_odd in zip(pairs, odd, strict=True) if is_odd]
+    if strangers:
+        notes.append(f"{len(strangers)} rainy image(s) look more like another clear image than like their partner: "
+                     f"{', '.join(strangers[:5])}{', ...' if len(strangers) > 5 else ''}; a wrong partner teaches "
+                     "nonsense")
+    return pairs, notes
+
+
+def _images(folder, constant):
+    """-> {relative name without extension: path}; the folder rule and its errors are PairedRainDataset's."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. Rainy partners of clear images come from "
+                        "python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40; "
+                        "set the constant to your data, or try --demo.")
+    return images_by_name(folder, constant)
+
+
+def _look_at(pair):
+    """-> (what is wrong with it or None, thumbnails of the rainy and the clear image (2, n), of mean 0 and norm 1)."""
+    sizes, small = [], np.zeros((2, image_check.THUMBNAIL**2), np.float32)
+    for path, row in zip(pair, small, strict=True):
+        try:
+            with Image.open(path) as image:
+                sizes.append(image.size)
+                row[:] = image_check.thumbnail(image)
+        except system.FAULTS as error:
+            return f"{path.as_posix()} cannot be read ({error})", small
+    if sizes[0] != sizes[1]:
+        return (f"{pair[0].as_posix()} is {sizes[0][0]}x{sizes[0][1]}, its partner {pair[1].as_posix()} "
+                f"{sizes[1][0]}x{sizes[1][1]}"), small
+    return None, small
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------
+
+def sequence_of(name, separator):
+    """-> what names the sequence of a frame: the name up to its last separator, all of it where there is none.
+
+    "drive07_0012" with "_" is "drive07"; with separator "" every image is its own sequence.
+    """
+    return name.rsplit(separator, 1)[0] if separator else name
+
+
+def split_names(names, counts, seed=0, separator=""):
+    """Share names out: a function of seed and the names alone, whole sequences to one part.
+
+    Args:
+        names: all pairs; counts: how many for train, val and test. Fewer names than their sum are shared out in the
+            same proportion, of more some are not used. Whole sequences make the counts approximate.
+    Returns:
+        {"train", "val", "test": sorted names}, a line where the counts were not met, else None.
+    """
+    if min(counts) < 0 or counts[0] < 1 or counts[1] < 1:
+        raise UserError(f"TRAIN_PAIRS = {counts[0]}, VAL_PAIRS = {counts[1]}, TEST_PAIRS = {counts[2]}: choose at "
+                        "least 1 for training and validation, and no negative number")
+    sequences = {}
+    for name in sorted(names):
+        sequences.setdefault(sequence_of(name, separator), []).append(name)
+    if len(sequences) < sum(count > 0 for count in counts):
+        raise UserError(f"{len(names)} pair(s) in {len(sequences)} sequence(s) are too few for a split: add images, or "
+                        f"choose another SEQUENCE_SEPARATOR than {separator!r}")
+    order = sorted(sequences, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
+    scale = min(1.0, len(names) / sum(counts))
+    wanted = {part: max(1, round(count * scale)) for part, count in zip(PARTS, counts, strict=True)}
+    if scale < 1:  # rounding must not take the last pair from training
+        wanted["test"] = max(0, len(names) - wanted["val"] - wanted["train"])
+        wanted["train"] = len(names)  # all that is left
+    wanted["test"] = wanted["test"] if counts[2] else 0
+    parts, left = {part: [] for part in PARTS}, list(order)
+    for part in ("val", "test", "train"):  # the small ones first: a sequence too many does not matter to training
+        while left and len(parts[part]) < wanted[part]:
+            parts[part] += sequences[left.pop(0)]
+    if not parts["train"]:
+        raise UserError(f"no pair is left for training: the {len(sequences)} sequence(s) that SEQUENCE_SEPARATOR = "
+                        f"{separator!r} makes are too large for VAL_PAIRS = {counts[1]} and TEST_PAIRS = {counts[2]}")
+    parts = {part: sorted(found) for part, found in parts.items()}
+    met = all(len(parts[part]) == count for part, count in zip(PARTS, counts, strict=True))
+    note = None if met else "{} pairs: {} to train, {} to validate, {} to test".format(
+        len(names), *(len(parts[part]) for part in PARTS))
+    return parts, note
+
+
+def read_splits(path, names):
+    """-> {"train", "val", "test": sorted names} of a splits.json of that form (with or without file extensions).
+
+    Raises:
+        UserError: no such file, unknown names, a name in two parts; names SPLITS_FILE.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"SPLITS_FILE = '{path}' is not readable JSON: {error}") from error
+    if not isinstance(content, dict) or not {"train", "val"} <= set(content):
+        raise UserError(f"SPLITS_FILE = '{path}': expected {{\"train\": [names], \"val\": [names], \"test\": [names]}}")
+    known, parts, seen = set(names), {part: [] for part in PARTS}, {}
+    for part in PARTS:
+        for entry in content.get(part, []):
+            name = entry if entry in known else Path(entry).with_suffix("").as_posix()
+            if name not in known:
+                raise UserError(f"SPLITS_FILE = '{path}': '{entry}' of {part} is no pair of RAINY_DIR and CLEAR_DIR")
+            if name in seen:
+                raise UserError(f"SPLITS_FILE = '{path}': '{entry}' is in {seen[name]} and in {part}")
+            seen[name] = part
+            parts[part].append(name)
+    if not parts["train"] or not parts["val"]:
+        raise UserError(f"SPLITS_FILE = '{path}': train and val need at least one name each")
+    return {part: sorted(found) for part, found in parts.items()}
+
+
+# ---- what is known of the rain -----------------------------------------------------------------------------------
+
+def intensities(rainy_dir, pairs):
+    """-> {name: "light", "medium" or "heavy"} of a folder that make_rain.py --kind windshield wrote, else {}.
+
+    The rain of a file is a function of the seed and of its name, so its intensity can be drawn again.
+    """
+    try:
+        settings = json.loads((Path(rainy_dir) / "rain.json").read_text(encoding="utf-8"))
+        if settings["kind"] != "windshield" or settings["version"] != windshield.VERSION:
+            return {}
+        seed, intensity = settings["seed"], settings["intensity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: windshield.sample_parameters(rain.rng_for(seed, rainy.name), intensity).intensity
+            for name, (rainy, _) in pairs.items()}

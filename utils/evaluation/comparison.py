@@ -1,0 +1,98 @@
+"""What the evaluation scripts share when they set several detectors against each other."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from utils import processes
+from utils.config import UserError
+from utils.evaluation import latency
+from utils.evaluation.coco import coco_scores, detection_scores, entries, ground_truth
+
+
+def evaluate_models(models, loader, device, parts):
+    """COCO scores of several detectors on one validation set.
+
+    Args:
+        models: {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes.
+        parts: {part's name: [image id, ...]} of images that are also scored apart.
+    Returns:
+        [{"model", "images": the data set's domain or a part's name, "count", "mAP", "AP50", ...}, ...]: a row per
+        model, then one per part and model.
+    """
+    data = loader.dataset
+    truth = ground_truth(data.annotation_file)
+    rows, by_part = [], {part: [] for part in parts}
+    for name, model in models.items():
+        scores, found = detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
+        rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
+        for part, ids in parts.items():
+            chosen = entries({image_id: found[image_id] for image_id in ids})
+            by_part[part].append({"model": name, "images": part, "count": len(ids)}
+                                 | coco_scores(truth, chosen, data.category_of, ids))
+    return rows + [row for part in by_part.values() for row in part]
+
+
+def require_compiler(device):
+    """UserError where torch.compile has nothing to compile with, known before anything is loaded."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("COMPILE = True needs Triton: pip install triton-windows (on Linux it comes with torch), or "
+                        "COMPILE = False")
+    if device.type == "cpu" and sys.platform == "win32" and not shutil.which("cl"):
+        raise UserError("COMPILE = True needs Microsoft's C++ compiler (cl) on a CPU: start from its developer prompt, "
+                        "or COMPILE = False")
+
+
+def note_other_sizes(trained, image_size):
+    """Say which models know images of another size; trained: {the script's constant: side, None where unknown}."""
+    for constant, size in trained.items():
+        if size not in (None, image_size):
+            processes.say(f"note: {constant} was trained at IMAGE_SIZE = {size}, not {image_size}: its scores suffer")
+
+
+def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):
+    """-> {"rain_*": [image id, ...], ...} of the files whose names begin so; UserError where none does."""
+    if isinstance(prefixes, str):
+        raise UserError(f"{constant} = '{prefixes}' is one text, not several: write ('{prefixes}',) with the comma")
+    found = {f"{prefix}*": [i for i, file in zip(dataset.image_ids, dataset.files, strict=True)
+                            if Path(file).name.startswith(prefix)] for prefix in prefixes}
+    for part, ids in found.items():
+        if not ids:
+            raise UserError(f"{constant}: no image in {dataset.folder.as_posix()} starts with {part[:-1]!r}")
+    return found
+
+
+def gap_won_back(rows, name, baseline, twins):
+    """Share of the baseline's loss in rain that a model wins back.
+
+    Args:
+        rows: [{"model", "images": "rainy" or "clean", "mAP", ...}, ...]; name, baseline: models in them.
+        twins: whether the clean images are the rainy ones' twins; otherwise there is no such gap.
+    Returns:
+        float, or None where there is no gap (other images, or rain costs the baseline nothing).
+    """
+    if not twins:
+        return None
+    score = {(row["model"], row["images"]): row["mAP"] for row in rows}
+    gap = score[baseline, "clean"] - score[baseline, "rainy"]
+    return (score[name, "rainy"] - score[baseline, "rainy"]) / gap if gap > 0 else None
+
+
+def milliseconds_per_image(models, image_size, batches, device):
+    """Latencies of several models, measured in turns on random images.
+
+    Args:
+        models: {name: model}, called as model(pixel_values=(B, 3, S, S)); batches: batch sizes.
+    Returns:
+        {name: {"batch 1": ms per image, ...}}.
+    """
+    calls = {name: (lambda x, model=model: model(pixel_values=x)) for name, model in models.items()}
+    result = {name: {} for name in models}
+    for batch in sorted(set(batches)):
+        images = torch.rand(batch, 3, image_size, image_size, device=device)
+        for name, milliseconds in latency.latencies(calls, images).items():
+            result[name][f"batch {batch}"] = milliseconds / batch
+    return result

@@ -1,0 +1,133 @@
+"""What gates and rainy branches are worth: detections of every branch are computed once, then combined per image.
+
+`found` is {domain: {branch: evaluation.detect's result}} with domains "clean" and "rainy"; `scores` is {domain:
+{image_id: probability of rain}}. Whether an image takes one branch or the other changes nothing in the branch itself,
+so a gate is a choice per image; tests hold the choice against the conditional model's own output.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from utils import datasets, processes
+from utils.config import UserError
+from utils.evaluation.coco import coco_scores, entries, ground_truth, merged_ground_truth
+
+COLUMNS = ("mAP", "AP50", "AP75")
+
+
+class AlwaysRainy(torch.nn.Module):
+    """Stands in for a rain detector where every image is to be de-rained."""
+
+    def logit(self, images):
+        """(B, 3, H, W) -> (B,) infinity."""
+        return images.new_full((len(images),), torch.inf)
+
+
+@torch.no_grad()
+def gate_scores(rain_detector, loader, device):
+    """-> {image_id: probability of rain} over a validation loader, of all ranks."""
+    found = []
+    for batch in loader:
+        images = batch["images"].to(device, non_blocking=True).float().div_(255)
+        found += list(zip(batch["image_ids"], rain_detector.probability(images).tolist(), strict=True))
+    return dict(gather_object(found))
+
+
+@dataclass
+class Part:
+    """A set of images to score on: [(domain, image_id), ...], their ground truth, and the ids they have in it."""
+
+    images: list
+    truth: object  # pycocotools COCO
+    new_ids: dict  # {(domain, image_id): id in truth}
+    category_of: dict  # {label: category id}
+    known: dict = field(default_factory=dict)  # scores by what was chosen: many gates choose alike
+
+    def scores(self, found, plain, branch, goes):
+        """COCO scores where an image takes `branch` if goes(domain, image_id), else `plain`; see the module."""
+        taken = tuple(branch if goes(*key) else plain for key in self.images)
+        if taken not in self.known:
+            chosen = {self.new_ids[key]: found[key[0]][name][key[1]]
+                      for key, name in zip(self.images, taken, strict=True)}
+            self.known[taken] = coco_scores(self.truth, entries(chosen), self.category_of,
+                                            list(self.new_ids.values()))
+        return self.known[taken]
+
+
+def part_of(data):
+    """-> Part of all images of one CocoDetectionDataset."""
+    keys = [(data.domain, image_id) for image_id in data.image_ids]
+    return Part(keys, ground_truth(data.annotation_file), {key: key[1] for key in keys}, data.category_of)
+
+
+def mixed_part(clean, rainy, rain_share, seed):
+    """-> Part of clean and rainy images, `rain_share` of them rainy: a seeded choice in which no scene is seen twice.
+
+    Args:
+        clean, rainy: CocoDetectionDataset; a file name that both hold (a twin) is taken once, and as many images as the
+            share allows.
+    """
+    if not 0 <= rain_share <= 1:
+        raise UserError(f"RAIN_SHARE = {rain_share}: choose a share in [0, 1]")
+    twins = {*clean.files} & {*rainy.files}
+    if twins:
+        wet = _seeded(rainy, min(round(rain_share * len({*clean.files, *rainy.files})), len(rainy)), seed)
+        taken = {rainy.files[i] for i in wet}
+        dry = [i for i, name in enumerate(clean.files) if name not in taken]
+        if len(twins) < max(len(clean), len(rainy)):  # some twins are missing: there may be too many of one kind
+            total = min(len(wet) / rain_share if rain_share else np.inf,
+                        len(dry) / (1 - rain_share) if rain_share < 1 else np.inf)
+            wet, dry = wet[:round(rain_share * total)], dry[:round((1 - rain_share) * total)]
+    else:
+        total = min(len(rainy) / rain_share if rain_share else np.inf,
+                    len(clean) / (1 - rain_share) if rain_share < 1 else np.inf)
+        wet = _seeded(rainy, round(rain_share * total), seed)
+        dry = _seeded(clean, round((1 - rain_share) * total), seed)
+    keys = [("clean", clean.image_ids[i]) for i in dry] + [("rainy", rainy.image_ids[i]) for i in wet]
+    new_ids = {key: number for number, key in enumerate(keys, 1)}
+    category_of = _same_categories(clean, rainy)
+    truth = merged_ground_truth({"clean": clean.annotation_file, "rainy": rainy.annotation_file}, new_ids)
+    return Part(keys, truth, new_ids, category_of)
+
+
+def _seeded(data, count, seed):
+    """-> indices of `count` images, a seeded choice."""
+    return datasets.seeded_subset(data.files, 100 * count / len(data.files), seed) if count else []
+
+
+def _same_categories(clean, rainy):
+    """-> {label: category id} of both annotation files, which must agree: one id for a class, one class for an id."""
+    both = clean.category_of | rainy.category_of
+    agree = all(both[label] == category for label, category in clean.category_of.items())
+    if not agree or len(set(both.values())) < len(both):
+        raise UserError(f"{clean.annotation_file.as_posix()} and {rainy.annotation_file.as_posix()} number their "
+                        "categories differently: they cannot be mixed")
+    return both
+
+
+def hard_gate(scores, threshold):
+    """-> goes(domain, image_id) of a gate: rainy from `threshold` on."""
+    return lambda domain, image_id: scores[domain][image_id] >= threshold
+
+
+def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
+    """The gate at many thresholds.
+
+    Args:
+        part: Part; found, scores: see the module; plain, branch: names in `found`.
+        milliseconds: {"gate", "plain", "branch": ms per image}, to work out the mean cost.
+    Returns:
+        [{"threshold", "derained": share, "mAP", "ms": per image}, ...], rising thresholds; 0 sends every image to the
+        branch, the last one (above 1) none.
+    """
+    rows = []
+    for threshold in processes.progress([*np.linspace(0, 1, steps), 1.01], "thresholds"):
+        goes = hard_gate(scores, threshold)
+        share = float(np.mean([goes(*key) for key in part.images]))
+        cost = milliseconds["gate"] + share * milliseconds["branch"] + (1 - share) * milliseconds["plain"]
+        rows.append({"threshold": float(threshold), "derained": share, "ms": cost,
+                     "mAP": part.scores(found, plain, branch, goes)["mAP"]})
+    return rows

@@ -1,0 +1,74 @@
+"""Image quality: PSNR, SSIM and LPIPS of restored images against their clean twins."""
+
+import warnings
+
+import lpips
+import torch
+from pytorch_msssim import ssim
+from torchvision.models import AlexNet_Weights
+
+from utils import checkpoint, freeze
+
+
+def luma(images):
+    """Y of MATLAB's rgb2ycbcr: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) float64 in [16, 235].
+
+    The de-raining literature measures on this channel; scores on RGB read about 1 to 2 dB lower.
+    """
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
+    return (images.double() * weights).sum(1, keepdim=True) + 16
+
+
+def psnr(images, targets, peak):
+    """Peak signal-to-noise ratio per image in dB: (B, C, H, W) twice, values in [0, peak] -> (B,) float64."""
+    error = (images.double() - targets.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(peak**2 / error.clamp(min=1e-12))
+
+
+def image_quality(images, targets):
+    """-> {"psnr", "ssim", "psnr_y", "ssim_y"}: (B,) each, on RGB in [0, 1] and on MATLAB's Y (peak 255).
+
+    SSIM after Wang et al. 2004 (11x11 Gaussian, sigma 1.5).
+    """
+    images, targets = images.double().clamp(0, 1), targets.double()
+    y, y_target = luma(images), luma(targets)
+    return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0, size_average=False),
+            "psnr_y": psnr(y, y_target, 255.0),
+            "ssim_y": ssim(y, y_target, data_range=255.0, size_average=False)}
+
+
+def full_quality(images, targets, lpips_model=None):
+    """`image_quality`, the mean squared error on RGB in [0, 1], and LPIPS where its network is given.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1]; lpips_model: from `load_lpips`, or None.
+    Returns:
+        {"psnr", "ssim", "psnr_y", "ssim_y", "mse" and perhaps "lpips": (B,)}.
+    """
+    found = image_quality(images, targets)
+    found["mse"] = (images.double().clamp(0, 1) - targets.double()).square().flatten(1).mean(1)
+    if lpips_model is not None:
+        with torch.no_grad():
+            found["lpips"] = lpips_model(images.float().clamp(0, 1), targets.float(), normalize=True).flatten()
+    return found
+
+
+def load_lpips(weights, device="cpu"):
+    """LPIPS 0.1 on AlexNet (Zhang et al. 2018), lower is better; its linear weights come with the package `lpips`.
+
+    Args:
+        weights: "imagenet" (torchvision downloads AlexNet, 233 MB, once), or a local file with torchvision's alexnet
+            state dict.
+    Raises:
+        UserError: not reachable, or a file that does not fit; names LPIPS_WEIGHTS.
+    """
+    state = checkpoint.torchvision_state(weights, AlexNet_Weights.IMAGENET1K_V1, "LPIPS_WEIGHTS",
+                                         "to \"\" to leave LPIPS out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips asks torchvision for AlexNet by a parameter of old
+        model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    # lpips cuts AlexNet into slice1..slice5 and keeps the layers' numbers: slice2.3.weight is features.3.weight
+    own = {name: f"features.{name.split('.', 1)[1]}" for name in model.net.state_dict()}
+    checkpoint.load_into(model.net, {name: state[theirs] for name, theirs in own.items() if theirs in state},
+                         f"LPIPS_WEIGHTS = '{weights}'")
+    return freeze.freeze(model).to(device)

@@ -1,0 +1,270 @@
+"""Images, folders, videos and cameras as one stream of frames, and a writer of videos.
+
+A stream decodes one frame when it is asked for one, so memory does not grow with a video's length. Videos and cameras
+need OpenCV (Apache-2.0), which is imported on first use; images do not.
+
+What OpenCV tells about damage (tried with 4.14 and 5.0): a packet that cannot be decoded makes one grab() fail, and the
+next one goes on; lost packets show as a jump of the time stamps, and frames are missing at the end. A picture that
+FFmpeg has patched up cannot be told from a sound one.
+"""
+
+import os
+import re
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+from utils import datasets, system
+from utils.config import UserError
+
+FALLBACK_FPS = 30.0   # where a camera does not tell
+LONGEST_GAP = 300     # frames in a row that may be missing; then the video counts as ended
+TOLERANCE = 0.02      # many files announce a few frames more than they hold: their number is duration times rate
+
+
+@dataclass
+class Frame:
+    """One image of a stream, or the place of one that is not there."""
+
+    name: str                          # file name; of a video "clip.mp4 frame 12"
+    image: torch.Tensor | None = None  # (3, H, W) uint8 RGB
+    number: int | None = None          # in a video, from 0
+    seconds: float | None = None       # since its start
+    problem: str | None = None         # why there is no image; neither image nor problem: a pause, hold the last one
+
+
+class ImageFiles:
+    """A stream of image files. A broken one becomes a Frame with its `problem`."""
+
+    fps, live, cut_short = None, False, None
+
+    def __init__(self, paths):
+        self.paths = list(paths)
+        self.total = len(self.paths)
+        self.name = self.paths[0].name
+
+    def __iter__(self):
+        for path in self.paths:
+            try:
+                yield Frame(path.name, upright(datasets.read_image(path), path))
+            except UserError as error:
+                yield Frame(path.name, problem=str(error))
+
+    def writer(self, folder):
+        """-> a writer of one picture per image; see PictureWriter."""
+        return PictureWriter(folder)
+
+    def close(self):
+        """Nothing is open between two images."""
+
+
+class Video:
+    """A stream of a video's or a camera's frames.
+
+    Every frame keeps its place in time: one that cannot be decoded comes as a Frame with a `problem`, and where the
+    time stamps jump (lost packets, a variable frame rate, a camera that is faster than the model) Frames without image
+    and problem fill the gap. After the last frame `cut_short` says in words if there were fewer than announced.
+
+    Args:
+        address: path, URL, or number of a camera; name: for files and messages; constant: for the error.
+    """
+
+    def __init__(self, address, name, constant="SOURCE"):
+        cv2 = opencv(f"{constant} = '{address}'")
+        self.name = name
+        self.capture = cv2.VideoCapture(address if isinstance(address, int) else str(address))
+        if not self.capture.isOpened():
+            advice = ("no camera of that number, or another program uses it" if isinstance(address, int) else
+                      f"not a video that OpenCV can read, and no image ({' '.join(system.SUFFIXES)})")
+            raise UserError(f"{constant} = '{address}' cannot be opened: {advice}")
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps <= 1000 else FALLBACK_FPS
+        announced = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.total = int(announced) if 0 < announced < 2**31 else None
+        self.live = isinstance(address, int) or ("://" in str(address) and self.total is None)
+        if self.live:
+            self.capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest picture, not a queue of old ones
+        self.cut_short = None
+        self._milliseconds = cv2.CAP_PROP_POS_MSEC
+
+    def __iter__(self):
+        number, failed, known, begin = 0, 0, 0, None  # known: frames that were read or reported one by one
+        while True:
+            if not self.capture.grab():
+                failed += 1
+                if failed > min(LONGEST_GAP, (self.total or 0) - number):
+                    break
+                continue
+            for _ in range(failed):
+                yield self._frame(number, problem="cannot be decoded")
+                number += 1
+            known, failed = known + failed + 1, 0
+            seconds = time.perf_counter() if self.live else self.capture.get(self._milliseconds) / 1000
+            begin = seconds - number / self.fps if begin is None else begin
+            late = round((seconds - begin) * self.fps) - number
+            if late >= 2:  # one frame is rounding
+                for _ in range(min(late, LONGEST_GAP)):
+                    yield self._frame(number)
+                    number += 1
+                begin += max(0, late - LONGEST_GAP) / self.fps  # the rest of a longer gap is forgotten
+            good, pixels = self.capture.retrieve()
+            if good:
+                yield self._frame(number, torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).permute(2, 0, 1))
+            else:
+                yield self._frame(number, problem="cannot be decoded")
+            number += 1
+        if self.live:
+            self.cut_short = f"{self.name} gives no more pictures"
+        elif self.total and self.total - known > max(1, TOLERANCE * self.total):
+            self.cut_short = (f"{self.name} announces {self.total} frames, but only {known} are there: it is damaged "
+                              "or was cut off")
+
+    def _frame(self, number, image=None, problem=None):
+        name = f"{self.name} frame {number}"
+        return Frame(name, image, number, number / self.fps, problem and f"{name} {problem}")
+
+    def writer(self, folder):
+        """-> a writer of a video with the same rate and number of frames; see VideoWriter."""
+        stem = re.sub(r'[<>:"|?*]', "_", Path(self.name).stem) or "stream"  # what Windows refuses in a file name
+        return VideoWriter(Path(folder) / f"{stem}.mp4", self.fps)
+
+    def close(self):
+        """Let the file or the camera go."""
+        self.capture.release()
+
+
+class PictureWriter:
+    """Write pictures into a folder under the names of their sources, in the same file format."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Nothing is open between two pictures."""
+
+    def write(self, picture, name):
+        """Save a PIL image. -> None, or what the file format has against it (WebP ends at 16383 pixels)."""
+        try:
+            picture.save(self.folder / name, quality=92)
+        except ValueError as error:
+            return f"{name} cannot be written: {error}"
+        return None
+
+    def hold(self):
+        """No picture for a broken image."""
+
+
+class VideoWriter:
+    """Write pictures into an .mp4 file (MPEG-4 part 2) that appears when it is complete.
+
+    The first picture sets the size; an odd side loses its last row or column, which the format does not know.
+
+    Args:
+        path: the file; fps: its frame rate.
+    """
+
+    def __init__(self, path, fps):
+        self.path, self.fps = Path(path), fps
+        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        self.writer, self.last, self.owed = None, None, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Close the file also after an error or Ctrl+C: what was written until then stays."""
+        if self.writer is not None:
+            self.writer.release()
+            if not self.temporary.is_file() or not self.temporary.stat().st_size:
+                raise UserError(f"cannot write the video {self.path.as_posix()}: is the disk full?")
+            system.replace(self.temporary, self.path)
+
+    def write(self, picture, name=""):
+        """Append a PIL image, RGB; its `name` has no place in a video."""
+        pixels = np.ascontiguousarray(np.asarray(picture)[..., ::-1])
+        if self.writer is None:
+            self._open(pixels)
+        if pixels.shape != self.last.shape:  # OpenCV would drop it without a word
+            pixels = opencv("a video").resize(pixels, self.last.shape[1::-1])
+        self.last = pixels
+        self.writer.write(pixels)
+
+    def hold(self):
+        """Append the last picture once more (black before the first one), so that the time line stays right."""
+        if self.writer is None:
+            self.owed += 1
+        else:
+            self.writer.write(self.last)
+
+    def _open(self, pixels):
+        cv2 = opencv(f"writing {self.path.name}")
+        height, width = pixels.shape[:2]
+        self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height))
+        if not self.writer.isOpened():
+            self.writer = None
+            raise UserError(f"cannot write the video {self.path.as_posix()} ({width}x{height}, {self.fps:g} frames/s): "
+                            "this OpenCV has no mp4v encoder, or the folder is not writable")
+        self.last = np.zeros_like(pixels)
+        for _ in range(self.owed):
+            self.writer.write(self.last)
+
+
+def upright(image, path):
+    """(3, H, W) as it is stored -> turned and mirrored as the file's EXIF orientation says (telephones write it)."""
+    try:
+        with Image.open(path) as file:
+            orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):  # damaged EXIF data: the pixels are sound
+        return image
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    return image.flip({2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())).contiguous()
+
+
+def opencv(what):
+    """-> the module cv2; UserError that says how to get it, naming `what` needs it."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # damage is reported by us, once per frame
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(f"{what}: videos and cameras need OpenCV ({error}); pip install opencv-python-headless"
+                        ) from None
+    return cv2
+
+
+def open_source(source, constant="SOURCE"):
+    """An image, a folder of images, a video file, a camera's number ("0") or a stream's URL as a stream of frames.
+
+    Returns:
+        ImageFiles or Video: iterate over it for Frames; `name`, `total` (frames, None where nobody knows), `fps` (None
+        for images), `live` (a camera or URL), `cut_short` (None, or what was missing at the end), `close()`.
+    Raises:
+        UserError: empty, missing, unreadable, or a folder without images.
+    """
+    if not source:
+        raise UserError(f"{constant} is empty: give an image, a folder, a video or a camera's number, or try --demo")
+    if source.isdecimal() and not Path(source).exists():
+        return Video(int(source), f"camera{int(source)}", constant)
+    if "://" in source:
+        return Video(source, source.rstrip("/").rsplit("/", 1)[-1] or "stream", constant)
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir()
+                       if file.suffix.lower() in system.SUFFIXES and not file.name.startswith("."))
+        if not found:
+            raise UserError(f"{constant} = '{path.as_posix()}' is a folder without images "
+                            f"({' '.join(system.SUFFIXES)}); videos are given one by one")
+        return ImageFiles(found)
+    if not path.is_file():
+        raise UserError(f"{constant} = '{path.as_posix()}' does not exist; give an image, a folder, a video or a "
+                        "camera's number, or try --demo")
+    return ImageFiles([path]) if path.suffix.lower() in system.SUFFIXES else Video(path, path.name, constant)

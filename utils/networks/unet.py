@@ -1,0 +1,257 @@
+"""U-Net that takes rain off a windshield, and how it is run on images of any size.
+
+Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, in the form of the
+plan: five levels of two Conv-BN-ReLU, max-pooling down, transposed convolutions up, concatenated skips, tanh. Different
+from the paper: padded convolutions (the output is as large as the input), BatchNorm, optional dropout at the two
+deepest levels, and by default the network predicts the correction of its input, starting from none at all.
+`arch` may also name an encoder of segmentation_models_pytorch, whose U-Net then takes the plain one's place.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import checkpoint
+from utils.config import UserError
+from utils.networks.clamp import clamp_with_return
+
+LEVELS = 4  # halvings of the plain U-Net: 64-128-256-512 and a bottleneck of 1024 for width 64
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def double_conv(inputs, outputs, dropout=0.0):
+    """Two 3x3 Conv-BN-ReLU: (B, inputs, h, w) -> (B, outputs, h, w)."""
+    layers = []
+    for channels in (inputs, outputs):
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs),
+                   nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *([nn.Dropout2d(dropout)] if dropout else []))
+
+
+class UNet(nn.Module):
+    """The plan's encoder-decoder: (B, 3, H, W) -> (B, 3, H, W) before the tanh; H and W multiples of 16."""
+
+    def __init__(self, width=64, dropout=0.0):
+        super().__init__()
+        widths = [width * 2**level for level in range(LEVELS + 1)]  # 64, 128, 256, 512, 1024
+        drops = [0.0] * (LEVELS - 1) + [dropout] * 2
+        self.down = nn.ModuleList(double_conv(inputs, outputs, drop) for inputs, outputs, drop in
+                                  zip([3, *widths[:-1]], widths, drops, strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
+        self.merge = nn.ModuleList(double_conv(2 * w, w, drop) for w, drop in
+                                   zip(widths[:-1], drops[:-1], strict=True))
+        self.head = nn.Conv2d(width, 3, 1)
+
+    def forward(self, x):
+        skips = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else F.max_pool2d(x, 2))  # (B, width * 2^level, H / 2^level, W / 2^level)
+            skips.append(x)
+        for level in reversed(range(LEVELS)):
+            x = self.merge[level](torch.cat([skips[level], self.up[level](x)], 1))
+        return self.head(x)
+
+
+class EncoderUNet(nn.Module):
+    """U-Net around an encoder of segmentation_models_pytorch (Iakubovskii 2019); H and W multiples of 32."""
+
+    def __init__(self, encoder, dropout=0.0):
+        super().__init__()
+        self.net = _smp().Unet(encoder, encoder_weights=None, in_channels=3, classes=3)
+        self.dropout = nn.Dropout2d(dropout)
+
+    @property
+    def head(self):
+        """The convolution to RGB."""
+        return self.net.segmentation_head[0]
+
+    def forward(self, x):
+        *skips, deepest = self.net.encoder(x)
+        return self.net.segmentation_head(self.net.decoder([*skips, self.dropout(deepest)]))
+
+
+class UNetDerainer(nn.Module):
+    """Rainy image in, clean image out, in this project's unit: the one place that knows the network's own.
+
+    Args:
+        arch: "unet", or an encoder's name such as "resnet34".
+        width: channels of the plain U-Net's first level (64 in the plan); encoders have their own.
+        dropout: share of channels that training drops at the deepest levels; 0.2 to 0.3 against overfitting.
+        residual: True predicts the correction (output = input + tanh), False the image (output = tanh as [-1, 1]).
+    """
+
+    def __init__(self, arch="resnet34", width=64, dropout=0.0, residual=True):
+        super().__init__()
+        if width < 1:
+            raise UserError(f"BASE_WIDTH = {width}: choose 1 or more, such as 64")
+        if not 0 <= dropout < 1:
+            raise UserError(f"DROPOUT = {dropout}: choose a share in [0, 1), such as 0.2")
+        self.model_args = {"arch": arch, "width": width, "dropout": dropout, "residual": residual}
+        self.residual, plain = residual, arch == "unet"
+        self.net = UNet(width, dropout) if plain else EncoderUNet(arch, dropout)
+        self.multiple = 2**LEVELS if plain else 32
+        # the network's unit: [-1, 1], or what a pretrained encoder is used to
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if plain else (IMAGENET_MEAN, IMAGENET_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if residual:  # no correction at the start: the first step already has the input's PSNR
+            nn.init.zeros_(self.net.head.weight)
+            nn.init.zeros_(self.net.head.bias)
+
+    def forward(self, images):
+        """Restore a batch; reflected at the border up to the next multiple of 16 or 32 and cut back.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1], any size.
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+        """
+        height, width = images.shape[-2:]
+        right, below = -width % self.multiple, -height % self.multiple
+        padded = reflected(images, right, below)
+        value = torch.tanh(self.net((padded - self.mean) / self.std)[..., :height, :width].float())
+        return clamp_with_return(images.float() + value) if self.residual else (value + 1) / 2
+
+
+def reflected(images, right, below):
+    """(B, 3, H, W) -> (B, 3, H + below, W + right), mirrored at the border as often as it takes."""
+    for dim, amount in ((-1, right), (-2, below)):
+        if amount:
+            size = images.shape[dim]
+            at = torch.arange(size + amount, device=images.device) % max(2 * size - 2, 1)
+            images = images.index_select(dim, torch.where(at < size, at, 2 * size - 2 - at))
+    return images
+
+
+def _smp():
+    """The optional package, or one line that says how to get it."""
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError:
+        raise UserError("ARCH: encoders need the package segmentation-models-pytorch: pip install "
+                        "segmentation-models-pytorch, or choose ARCH = 'unet'") from None
+    return smp
+
+
+def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weights=""):
+    """A U-Net that is still to be trained.
+
+    Args:
+        arch, width, dropout, residual: see `UNetDerainer`.
+        encoder_weights: for encoders, "imagenet" (downloaded from the Hugging Face hub once), "" for random ones, or a
+            local file with torchvision's state dict of the same network.
+    Raises:
+        UserError: unknown architecture, weights that cannot be reached or do not fit; names the constant.
+    """
+    if arch != "unet" and arch not in _smp().encoders.encoders:
+        raise UserError(f"ARCH = {arch!r}: choose 'unet', or an encoder of segmentation_models_pytorch such as "
+                        "'resnet34', 'resnet50' or 'efficientnet-b0'")
+    model = UNetDerainer(arch, width, dropout, residual)
+    if arch == "unet" or not encoder_weights:
+        return model
+    encoder = model.net.net.encoder
+    if encoder_weights == "imagenet":
+        try:
+            state = _smp().encoders.get_encoder(arch, weights="imagenet").state_dict()
+        except (OSError, RuntimeError, KeyError) as error:  # KeyError: there are none of this name for the encoder
+            raise UserError(
+                f"ENCODER_WEIGHTS = 'imagenet': cannot download the weights of {arch} ({_first_line(error)}). Set "
+                f"ENCODER_WEIGHTS to a local file with torchvision's weights of {arch}, or to \"\" for random ones."
+            ) from error
+    else:
+        state = checkpoint.load_state(encoder_weights)
+        state = {name: value for name, value in state.items() if not name.startswith(("fc.", "classifier."))}
+        # files from before BatchNorm counted its batches
+        state |= {name: value for name, value in encoder.state_dict().items()
+                  if name.endswith("num_batches_tracked") and name not in state}
+    checkpoint.load_into(encoder, state, f"ENCODER_WEIGHTS = '{encoder_weights}'")
+    return model
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def load_unet(path, device="cpu", constant="UNET_PATH"):
+    """-> the UNetDerainer of a best.pt, last.pt or epoch_*.pt of train_unet_derain.py, in eval mode.
+
+    Raises:
+        UserError: the file is missing or holds something else; names `constant`.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{constant} = '{path}' does not exist: train one with train_unet_derain.py")
+    content = checkpoint.load(path)
+    args = content.get("model_args") if isinstance(content, dict) else None
+    if not args or set(args) != {"arch", "width", "dropout", "residual"}:
+        raise UserError(f"{constant} = '{path}' is not a checkpoint of train_unet_derain.py (no model_args in it)")
+    model = UNetDerainer(**args)
+    checkpoint.load_into(model, content["model"], f"{constant} = '{path}'")
+    return model.to(device).eval()
+
+
+# ---- whole images ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def restore(model, images, tile=0, overlap=128):
+    """Restore images at their own resolution, in tiles where they are larger than one.
+
+    Neighbouring tiles overlap. The outer quarter of the overlap is context alone, over its middle half one tile fades
+    into the next, so that no seam shows; tiles start at multiples of 32, where the network's grids agree.
+
+    Args:
+        model: UNetDerainer in eval mode, or any (1, 3, h, w) -> (1, 3, h, w) in [0, 1].
+        images: (B, 3, H, W) in [0, 1], on any device; tiles travel to the model's one by one.
+        tile: side of a tile in pixels, 0 for none; overlap: pixels that two neighbours share.
+    Returns:
+        (B, 3, H, W) float32 on the device of `images`.
+    Raises:
+        UserError: sides that are no multiples of 32, or an overlap of more than half a tile; names TILE.
+    """
+    require_tiles(tile, overlap)
+    device = next(model.parameters(), images).device if isinstance(model, nn.Module) else images.device
+    height, width = images.shape[-2:]
+    if not tile or max(height, width) <= tile:
+        return model(images.to(device)).float().to(images.device)
+    rows, columns = (_starts(side, tile, overlap) for side in (height, width))
+    total = images.new_zeros(images.shape, dtype=torch.float32)
+    weight = images.new_zeros(1, 1, height, width, dtype=torch.float32)
+    for top in rows:
+        for left in columns:
+            part = images[..., top:top + tile, left:left + tile]
+            h, w = part.shape[-2:]
+            share = (_fade(top, h, height, overlap)[:, None] * _fade(left, w, width, overlap)).to(images.device)
+            for i in range(len(images)):  # one by one: the memory is that of a single tile
+                found = model(part[i:i + 1].to(device)).float().to(images.device)
+                total[i:i + 1, :, top:top + h, left:left + w] += found * share
+            weight[..., top:top + h, left:left + w] += share
+    return total / weight
+
+
+def require_tiles(tile, overlap):
+    """UserError unless TILE and OVERLAP go together; see `restore`."""
+    if tile < 0 or tile % 32 or overlap < 0 or overlap % 32 or tile and 2 * overlap > tile:
+        raise UserError(f"TILE = {tile}, OVERLAP = {overlap}: choose multiples of 32 with an overlap of at most half a "
+                        "tile, such as 512 and 128, or TILE = 0 for whole images")
+
+
+def _starts(side, tile, overlap):
+    """-> first pixels of the tiles along a side, multiples of 32; the last tile may be smaller."""
+    step = tile - overlap
+    count = max(1, math.ceil((side - overlap) / step))
+    return [i * step for i in range(count)]
+
+
+def _fade(start, length, side, overlap):
+    """-> (length,) weights of a tile along one side: 0 in the outer quarter of the overlap, a ramp over its middle
+    half, then 1; where the tile ends with the image there is nothing to fade into."""
+    position = torch.arange(length, dtype=torch.float32) + 0.5
+    ramp = max(overlap / 2, 1e-6)
+    weight = torch.ones(length)
+    if start > 0:
+        weight = weight * ((position - overlap / 4) / ramp).clamp(0, 1)
+    if start + length < side:
+        weight = weight * ((length - position - overlap / 4) / ramp).clamp(0, 1)
+    return weight

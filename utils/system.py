@@ -1,0 +1,70 @@
+"""Files that appear whole, the cache folder, processor cores, image files.
+
+Without torch, which worker processes need not load.
+"""
+
+import os
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+
+
+@contextmanager
+def written(path, ending=".tmp", sync=False):
+    """Yield a path beside `path` to write to; afterwards the file takes the place of `path`, after an error it goes.
+
+    A kill leaves a hidden file that ends in `ending`. sync: wait until it is on the disk, so that not even a blackout
+    leaves an empty file where the old one was; too slow for many small files.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
+    try:
+        yield temporary
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # still open on Windows: the first error is the one to tell
+            temporary.unlink()
+        raise
+
+
+def replace(temporary, path):
+    """os.replace of a file or folder, tried for two seconds: on Windows a virus scanner or an open reader can hold the
+    target, or a file in the folder, that long."""
+    for patience in (0.1, 0.3, 0.6, 1.0, None):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if patience is None:
+                raise
+            time.sleep(patience)
+
+
+def swap_in(fresh, folder, aside):
+    """The folder `fresh` takes the place of `folder`, which moves to `aside` where it exists."""
+    if folder.exists():
+        replace(folder, aside)
+    replace(fresh, folder)
+
+
+def cache_folder():
+    """-> Path of the folder for downloaded weights and the like: RAINSIGHT_CACHE, else ~/.cache/rainsight."""
+    return Path(os.environ.get("RAINSIGHT_CACHE") or Path.home() / ".cache" / "rainsight")
+
+
+def available_cores():
+    """-> number of cores that this process may use (a container or taskset may allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_eight_bits(image):
+    """ValueError where an open PIL image has more than 8 bits per channel: as 8 bits it would be all white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel")

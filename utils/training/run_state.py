@@ -1,0 +1,253 @@
+"""The state of one `engine.fit`: what it counts, what last.pt holds so that a killed run goes on, what it writes."""
+
+import math
+import shutil
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import checkpoint, freeze, processes, report, visualize
+from utils.config import UserError
+from utils.training.clock import Clock
+from utils.training.ema import WeightAverage
+from utils.training.schedule import plateau_factor, schedule_factor
+
+OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
+
+
+class Run:
+    """Model, optimizer, counters and scores of one training; `Settings` says how it is done."""
+
+    def __init__(self, model, loader, parameters, optimizer, settings):
+        self.accelerator = processes.accelerator()
+        self.main = self.accelerator.is_main_process
+        self.model, self.loader, self.settings = model, loader, settings
+        self.folder, self.last = settings.folder, settings.folder / "last.pt"
+        self.trainable = [p for group in parameters for p in group["params"]]
+        if not self.trainable or not any(p.requires_grad for p in self.trainable):
+            raise UserError("nothing to train: every parameter is frozen")
+        self.optimizer = optimizer(parameters, weight_decay=0.0)  # AdamW is Adam then, unless a group says otherwise
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
+        self.best_score, self.history, self.sums = None, [], {}
+        self.clock = Clock(self.accelerator.device)
+        self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=settings.precision == "fp16")
+
+    @property
+    def total_steps(self):
+        return self.settings.epochs * math.ceil(len(self.loader.batch_sampler) / self.settings.accumulate)
+
+    def prepare(self, resume):
+        """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
+        if self.main:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
+            # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
+            checkpoint.require_writable(self.folder, megabytes=(11 if self.settings.ema else 8) * size + 50)
+            if not resume:
+                set_aside(self.folder, (*OWN_FILES, *self.settings.own_files), self.settings.resume_hint)
+            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.accelerator.wait_for_everyone()
+        self.frozen = {name: (module, freeze.fingerprint(module))
+                       for name, module in freeze.frozen_modules(self.model).items()}
+        content = None
+        if resume and self.last.is_file():
+            content = checkpoint.load(self.last)
+            if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
+                raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
+                                f"without {self.settings.resume_hint}")
+            if content.get("score", self.settings.score) != self.settings.score:
+                raise UserError(f"{self.last.as_posix()} was judged by {content['score']}, now it would be by "
+                                f"{self.settings.score}: resume with that run's constants, or start anew without "
+                                f"{self.settings.resume_hint}")
+            checkpoint.load_into(self.model, content["model"], self.last.as_posix())
+            for name, (module, before) in self.frozen.items():
+                if freeze.fingerprint(module) != before:
+                    raise UserError(f"{self.last.as_posix()} was trained with another frozen {name}: resume with the "
+                                    f"weights of that run, or start anew without {self.settings.resume_hint}")
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.average = None
+        if self.settings.ema:
+            weights = [p for p in self.trainable if p.requires_grad]
+            self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.settings.ema)
+        if content:
+            self._restore(content)
+        elif resume and self.main:
+            print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
+        self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
+
+    def state(self):
+        """-> what last.pt holds: numbers, strings and tensors only."""
+        plain = self.accelerator.unwrap_model(self.model)
+        return self.settings.extras | {
+            "model": plain.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values if self.average else [],
+            "model_args": getattr(plain, "model_args", {}), "constants": self.settings.constants,
+            "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
+            "step": self.step, "bad_epochs": self.bad_epochs,
+            "score": self.settings.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "history": self.history,
+            "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def _restore(self, content):
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{self.last.as_posix()} was trained with other trainable parts ({error}): resume with "
+                            f"that run's constants, or start anew without {self.settings.resume_hint}") from error
+        for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
+            setattr(self, name, content[name])
+        if self.average:
+            self.average.load(content.get("average") or self.average.tensors)
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["torch_rng"].cpu())
+        if content["cuda_rng"] and torch.cuda.device_count() == len(content["cuda_rng"]):
+            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
+        if not self.main:
+            self.sums = {}  # the saved sums are those of all ranks
+        group_is_open = self.batch % self.settings.accumulate and self.batch != content["batches"]
+        if self.batch and (content["batches"] != len(self.loader.batch_sampler) or group_is_open):
+            processes.say("note: batch size, accumulation, data or number of processes have changed: "
+                          f"epoch {self.epoch + 1} starts again")
+            self.batch, self.sums = 0, {}
+        if self.main:
+            print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
+            earlier = content["constants"]
+            for name, value in self.settings.constants.items():
+                if name != "RESUME" and earlier.get(name, "unknown") != value:
+                    print(f"  note: {name} was {earlier.get(name, 'unknown')!r}, is now {value!r}")
+
+    def save_last(self):
+        """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes."""
+        state = self.state() | {"sums": self.sums_of_all()}
+        if self.main:
+            checkpoint.save(state, self.last)
+
+    def sums_of_all(self):
+        """-> {name: sum over images}, "images": of every rank; every rank calls it."""
+        sums = {}
+        for part in gather_object([self.sums]):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def set_learning_rates(self):
+        plan = self.settings
+        factor = schedule_factor(plan.schedule, self.step, self.total_steps, plan.warmup_steps, plan.milestones)
+        if plan.schedule == "plateau":
+            name, patience, cut = plan.plateau
+            factor *= plateau_factor([record[name] for record in self.history], patience, cut)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        return self.base_rates[0] * factor
+
+    def add_up(self, losses, total, images):
+        values = {name: value.detach().float().item() for name, value in losses.items()} | {"loss": total.item()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+        self.sums["images"] = self.sums.get("images", 0) + images
+        self.clock.images += images
+        self.latest = values
+
+    def log_step(self, bar, rate):
+        if not self.main:
+            return
+        shown = {name: f"{value:.3g}" for name, value in self.latest.items()} | {"lr": f"{rate:.1e}"}
+        if self.accelerator.device.type == "cuda":
+            shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        shown["images/s"] = f"{self.clock.rate():.1f}"
+        bar.set_postfix(shown, refresh=False)
+        for name, value in self.latest.items():
+            self.writer.add_scalar(f"train/{name}", value, self.step)
+        self.writer.add_scalar("train/learning_rate", rate, self.step)
+
+    def epoch_record(self):
+        """-> {"epoch", "step", mean of every loss over images and ranks, "images_per_s", "time": shares}."""
+        sums = self.sums_of_all()
+        images = sums.pop("images")
+        record = {"epoch": self.epoch + 1, "step": self.step} | {name: v / images for name, v in sums.items()}
+        seconds, shares = self.clock.summary()
+        record["images_per_s"] = self.clock.images * self.accelerator.num_processes / max(seconds, 1e-9)
+        return record | {"time": shares}
+
+    def count_epoch(self, record, plain, on_best):
+        """Compare with the best epoch so far; keep this one as best.pt where it is better. -> whether it is."""
+        value = record.get(self.settings.score) if self.settings.score else None
+        better = value is None or self.best_score is None or value > self.best_score
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self.history.append(record)
+        if better:
+            self.best_score, self.best_epoch, self.bad_epochs = value, self.epoch, 0
+        else:
+            self.bad_epochs += 1
+        if self.main and better:
+            content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
+                       "constants": self.settings.constants, "epoch": self.epoch, "metrics": record}
+            checkpoint.save(self.settings.extras | content, self.folder / "best.pt")
+            if on_best:
+                on_best(plain)
+        return better
+
+    def report_epoch(self, record, better, pictures):
+        """metrics.json, curves, TensorBoard and one line on the console, once last.pt holds the epoch."""
+        if not self.main:
+            return
+        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.settings.score}
+        try:
+            report.write_json(self.folder / "metrics.json", best | {"history": self.history})
+            visualize.curves(self.history, self.folder / "curves.png")
+        except OSError as error:  # open in another program on Windows: no reason to end a training
+            print(f"note: {error}: written again after the next epoch")
+        for name, number in record.items():
+            if isinstance(number, (int, float)):
+                self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
+        for tag, picture in pictures.items():
+            self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
+        self.writer.flush()
+        print(self._line(record, better), flush=True)
+
+    def _line(self, record, better):
+        hidden = {"epoch", "step", "loss", "images_per_s", "time"}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in hidden)
+        best = ""
+        if self.settings.score:
+            best = "  [best]" if better else f"  [best {self.best_score:.4f} in epoch {self.best_epoch}]"
+        times = " ".join(f"{name} {100 * share:.0f}%" for name, share in record["time"].items())
+        return (f"epoch {record['epoch']}/{self.settings.epochs}  {numbers}{best}  "
+                f"{record['images_per_s']:.1f} images/s  ({times})")
+
+    def close(self, stopped):
+        for name, (module, before) in self.frozen.items():
+            if freeze.fingerprint(module) != before:
+                raise RuntimeError(f"the frozen module '{name or type(module).__name__}' changed during training")
+        if self.main:
+            self.writer.close()
+            if stopped == "interrupted":
+                print(f"interrupted: saved {self.last.as_posix()}; {self.settings.resume_hint} goes on from there")
+            else:
+                best = "" if self.best_score is None else (
+                    f", best {self.settings.score} {self.best_score:.4f} in epoch {self.best_epoch}")
+                print(f"training ended: {stopped}{best}")
+
+
+def set_aside(folder, names, resume_hint="RESUME = True"):
+    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
+    earlier = [folder / name for name in names if (folder / name).exists()]
+    if not earlier:
+        return
+    number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
+    target = folder / f"previous_{number}"
+    try:
+        target.mkdir()
+        for path in earlier:
+            shutil.move(str(path), target / path.name)
+    except OSError as error:  # Windows: TensorBoard or another program still has a file open
+        raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
+                        "or choose another OUTPUT_DIR") from error
+    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (with {resume_hint} it would have "
+          "gone on; for that, move these files back)")

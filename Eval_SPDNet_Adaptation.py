@@ -22,7 +22,7 @@ from utils.networks.spdnet import load_spdnet
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
-PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
+PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 IMAGE_SIZE = 640                        # side of the square input, as in training
 PREFIXES = ()                           # also score rainy images by file-name prefix, e.g. ("rain_", "mist_", "fog_")
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know

@@ -30,7 +30,7 @@ from utils.networks.spdnet import load_spdnet
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
-PERCENT_DATASET = 100                   # seeded subset of the validation images, in percent
+PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 RAIN_SHARE = 0.5                        # share of rainy images in the mix
 IMAGE_SIZE = 640                        # side of the square input, as in training
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
@@ -38,7 +38,7 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that th
 # --- models -------------------------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
-RAIN_THRESHOLD = 0.5                    # an image is rainy from this probability on; None: the rain detector's own
+RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
 ORIGINAL_SPDNET_PATH = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
@@ -66,7 +66,6 @@ DEMO = {
     "HARD_PIPELINE_DIR": "./demo/outputs_conditional_hard/pipeline",
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
 }
-_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 _DOMAINS = ("clean", "rainy")
 _OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "soft-trained": "SOFT_PIPELINE_DIR",
              "hard-trained": "HARD_PIPELINE_DIR"}

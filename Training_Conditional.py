@@ -26,7 +26,7 @@ from utils.training import engine
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
-PERCENT_DATASET = 10                    # seeded subset in percent
+PERCENT_DATASET: float = 10             # seeded subset in percent
 COCO_RATIO = 0.5                        # share of clean images: the gate has to see both
 RAIN_RATIO = 0.5                        # share of rainy images
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
@@ -38,7 +38,7 @@ RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # start
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder; stays frozen
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
 ACTIVATION_CHECKPOINTING = True         # SPDNet keeps 1.7 GB per image; False: 12, for 1.4 times the speed
-RAIN_THRESHOLD = 0.5                    # of the hard gate, in validation and afterwards; None: the rain detector's own
+RAIN_THRESHOLD: float | None = 0.5      # of the hard gate, in validation and afterwards; None: the rain detector's own
 GATE = "soft"                           # soft: the loss trains the gate as well; hard: the gate stays as it is
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,6 @@ DEMO = {
     "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 1,
     "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
-_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 
 
 def build_model(cfg, device):

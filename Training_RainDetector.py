@@ -28,7 +28,7 @@ from utils.training import engine
 CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
 RAINY_DIRS = ("./dataset/coco_rain/train2017",)  # rainy images, twins of the clean ones or not; () renders all rain
 RENDERED_SHARE = 0.5                    # share of the rainy samples that are rendered anew, the others come from disk
-PERCENT_DATASET = 10                    # seeded subset of both in percent
+PERCENT_DATASET: float = 10             # seeded subset of both in percent
 VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
 TEST_CLEAN_DIRS = ()                    # folders that are only judged at the end, best real photographs: dry ...
 TEST_RAINY_DIRS = ()                    # ... and wet

@@ -27,7 +27,7 @@ from utils.training import engine
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
-PERCENT_DATASET = 10                    # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
+PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
 RAIN_RATIO = 1.0                        # share of rainy images
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32

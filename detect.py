@@ -29,7 +29,7 @@ from utils.integrated_model import load_integrated_model, require_trained_scale
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
 
 # --- what to look at ----------------------------------------------------------------------------------------------
-SOURCE = ""                             # image, folder of images, video, camera number ("0"), or a stream's URL
+SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
 MAX_FRAMES = 0                          # stop after so many frames or images; 0: at the end (a camera: Ctrl+C)
 OUTPUT = "./runs/detect"                # folder of the results; detect2, detect3, ... where it is there already
 THRESHOLD = 0.5                         # score from which on a box is drawn and written; COCO scores want 0.001
@@ -43,7 +43,7 @@ RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
 FEATURE_MODEL_DIR = "./outputs_feature_derain/model"  # of feature, from Training_FeatureDerain.py
-RAIN_THRESHOLD = 0.5                    # an image is rainy from this probability on; None: the rain detector's own
+RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; as in its training
 PIPELINE_DIR = ""                       # folder of save_pretrained: replaces the constants above for conditional
 IMAGE_SIZE = 640                        # side of the square that the models see, as in training
@@ -54,8 +54,6 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
 }
-_TEXT = ("SOURCE",)  # "0" is a camera
-_NONE_ALLOWED = ("RAIN_THRESHOLD",)
 _SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
 
 

@@ -2,10 +2,12 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -61,12 +63,72 @@ def test_an_unknown_flag_is_one_line_with_a_suggestion(capsys):
                                                   "--BATCH_SIZE?")
 
 
-def test_numbers_in_quotes_are_refused_and_percents_may_be_fractions():
+def test_numbers_in_quotes_are_refused():
     for name, value in (("BATCH_SIZE", "4"), ("RATE", "1e-4"), ("FAST", "False")):
         with pytest.raises(config.UserError, match=f"{name} = '{value}' is text: write it without the quotes"):
             config.resolve({name: value}, {})
-    script = {"SOURCE": "0", "_TEXT": ("SOURCE",), "PLACE": "./1", "PERCENT_DATASET": 10}
-    assert config.resolve(script, {"PERCENT_DATASET": 0.5}).PERCENT_DATASET == 0.5
+    assert config.resolve({"PLACE": "./1"}, {}).PLACE == "./1"
+
+
+def annotated(**annotations):
+    """SCRIPT with annotations, as a module's `globals()` hold them."""
+    return SCRIPT | {"__annotations__": annotations}
+
+
+def test_an_annotation_says_what_a_constant_takes():
+    script = annotated(EPOCHS=float, RATE=float | None, NAME=str, PLACE=Optional[str])  # noqa: UP045
+    cfg = config.resolve(script, {"RATE": None, "NAME": "4", "PLACE": "a"})
+    assert (cfg.RATE, cfg.NAME, cfg.PLACE) == (None, "4", "a")
+    for name, wrong in (("EPOCHS", "2"), ("EPOCHS", None), ("EPOCHS", True), ("RATE", True), ("RATE", (1,)),
+                        ("NAME", 4), ("PLACE", 4)):
+        with pytest.raises(config.UserError, match=f"{name} = .* must be a (float|str)|{name} = '2' is text"):
+            config.resolve(script, {name: wrong})
+    with pytest.raises(config.UserError, match="RATE = '0.5' is text"):
+        config.resolve(script | {"RATE": "0.5"}, {})
+    with pytest.raises(config.UserError, match="EPOCHS = None"):  # a default that a person has edited
+        config.resolve(script | {"EPOCHS": None}, {})
+
+
+def test_a_float_constant_keeps_the_whole_number_of_its_default():
+    script = annotated(EPOCHS=float, RATE=float | None)
+    for overrides, wanted in (({}, 3), ({"EPOCHS": 7}, 7), ({"EPOCHS": 0.5}, 0.5), ({"demo": True}, 1)):
+        value = config.resolve(script, overrides).EPOCHS
+        assert value == wanted and type(value) is type(wanted)
+    assert type(config.resolve(script, {"RATE": 1}).RATE) is float
+
+
+def test_the_command_line_and_its_help_follow_the_annotation(capsys):
+    script = annotated(EPOCHS=float, RATE=float | None, PLACE=str | None, FAST=bool | None, CUTS=tuple | None)
+    parse = lambda *argv: config.from_command_line(script, argv)  # noqa: E731
+    assert parse("--epochs", "0.5", "--rate", "None", "--place", "3", "--fast", "--cuts", "0.1", "0.2") == {
+        "EPOCHS": 0.5, "RATE": None, "PLACE": "3", "FAST": True, "CUTS": [0.1, 0.2]}
+    assert parse("--place", "None", "--fast", "None", "--cuts", "None") == {"PLACE": None, "FAST": None, "CUTS": None}
+    with pytest.raises(config.UserError, match="--RATE much: not a float or None"):
+        parse("--rate", "much")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(float or None; default: 0.0001)" in shown and "(default: 'a')" in shown
+
+
+def test_annotations_are_read_without_being_evaluated():
+    for hint in ("float | None", tuple[str, ...], list[int] | None, int | Path):
+        with pytest.raises(TypeError, match="RATE"):
+            config.resolve(annotated(RATE=hint), {})
+    assert config.annotated_types(annotated(helper="print(1)", _RATE=Path, unset=int)) == {}
+    on_demand = SCRIPT | {"__annotate__": lambda form: {"RATE": float | None}}  # as from Python 3.14 on
+    assert config.resolve(on_demand, {"RATE": None}).RATE is None
+
+
+def test_a_constant_has_the_same_annotation_in_every_script():
+    found = {}
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"([A-Z][A-Z_0-9]*)(: [^=]+)? = ", line):
+                found.setdefault(match[1], {}).setdefault(match[2], []).append(path.name)
+    annotated_somewhere = {name: uses for name, uses in found.items() if set(uses) != {None}}
+    assert annotated_somewhere.keys() >= {"PERCENT_DATASET", "RAIN_THRESHOLD", "SOURCE"}
+    assert {name: uses for name, uses in annotated_somewhere.items() if len(uses) > 1} == {}
 
 
 def test_bare_flags_and_dashes():
@@ -91,7 +153,7 @@ def test_help_lists_every_constant_with_its_comment(script, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert end.value.code == 0 and shown.isascii()
     source = (ROOT / script).read_text(encoding="utf-8")
-    names = [line.split(" =")[0] for line in source.splitlines() if "  # " in line and line[0].isupper()]
+    names = [re.split(":| =", line)[0] for line in source.splitlines() if "  # " in line and line[0].isupper()]
     names = [name for name in names if name.isupper()]
     assert names
     for name in names:
@@ -131,8 +193,8 @@ def test_errors_from_loader_processes_and_full_gpus_are_one_line_too(capsys):
     assert "Lower the batch size" in capsys.readouterr().err
 
 
-def test_none_only_where_the_script_allows_it():
-    namespace = {"RATE": 0.5, "THRESHOLD": 0.5, "_NONE_ALLOWED": ("THRESHOLD",)}
+def test_none_only_where_the_annotation_allows_it():
+    namespace = {"RATE": 0.5, "THRESHOLD": 0.5, "__annotations__": {"THRESHOLD": float | None}}
     assert config.resolve(namespace, {"THRESHOLD": None}).THRESHOLD is None
     assert config.from_command_line(namespace, ["--threshold", "None"]) == {"THRESHOLD": None}
     with pytest.raises(config.UserError, match="RATE = None"):

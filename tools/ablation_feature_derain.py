@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("both phases", "fine-tuning", "detection", "consistency", "detection+consistency+identity",
             "joint from the start", "both phases, detection", "lightweight")  # names of _VARIANTS below
 EPOCHS = 6                              # of every run; "both phases" spends the first on phase 1
-PERCENT_DATASET = 100                   # of the demo's 1,200 training images
+PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
 OUTPUT_DIR = "./demo/ablation_feature_derain"  # a folder per run, and results.json
 
 _DETECTION = {"DETECTION_WEIGHT": 1.0, "CONSISTENCY_WEIGHT": 0.0, "IDENTITY_WEIGHT": 0.0, "MASK_WEIGHT": 0.0}

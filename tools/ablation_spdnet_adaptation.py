@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
             "detection+features+identity", "detection+features+reconstruction")  # names of _LOSSES below
-PERCENT_DATASET = 50                    # of the demo's 1,200 training images
+PERCENT_DATASET: float = 50             # of the demo's 1,200 training images
 OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
 
 _LOSSES = {

@@ -4,6 +4,12 @@ A script keeps its UPPER_CASE constants at module level, each with its reason in
 dict with the values that differ for `--demo`. `resolve` turns them, plus overrides, into one object; nothing is
 registered anywhere and nothing happens on import.
 
+A constant takes values of its default's type. Where that says too little, an annotation says what it takes:
+
+    RAIN_THRESHOLD: float | None = 0.5  # a number, or None
+    PERCENT_DATASET: float = 10         # fractions as well; a whole number stays one
+    SOURCE: str = "0"                   # text even where it looks like a number, else refused as a slip
+
     cfg = config.resolve(globals(), {"BATCH_SIZE": 4})         # from Python: main(BATCH_SIZE=4)
     main(**config.from_command_line(globals()))                # from the shell: --BATCH_SIZE 4, --demo, --help
 """
@@ -15,10 +21,13 @@ import difflib
 import io
 import sys
 import tokenize
+import types
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
 CONSTANT_TYPES = (bool, int, float, str, tuple, list, dict, type(None))
+ANYTHING = (object,)  # what a constant without annotation takes whose default is None
 
 
 class UserError(Exception):
@@ -42,31 +51,65 @@ def constants_of(namespace):
     }
 
 
+def annotated_types(namespace):
+    """-> {name: types, a tuple of classes} of the constants that have an annotation.
+
+    Raises:
+        TypeError: an annotation that is no class of CONSTANT_TYPES and no union of them, such as `tuple[str, ...]`, or
+            text (`from __future__ import annotations`), which is not evaluated.
+    """
+    annotations = namespace.get("__annotations__")
+    if annotations is None and "__annotate__" in namespace:  # from Python 3.14 on they are computed on demand
+        annotations = namespace["__annotate__"](1)           # annotationlib.Format.VALUE
+    found = {}
+    for name in constants_of(namespace).keys() & (annotations or {}).keys():
+        hint = annotations[name]
+        union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        members = tuple(type(None) if member is None else member for member in (typing.get_args(hint) or (hint,)))
+        if (typing.get_origin(hint) and not union) or not set(members) <= set(CONSTANT_TYPES):
+            raise TypeError(f"the annotation of {name} must be a class such as int, or a union such as float | None, "
+                            f"not {hint!r}")
+        found[name] = members
+    return found
+
+
+def _taken_types(defaults, annotated):
+    """-> {name: types, a tuple of classes} of every constant: its annotation's, else its default's."""
+    return {name: ANYTHING if default is None else (type(default),) for name, default in defaults.items()} | annotated
+
+
+def _words(kinds):
+    """-> types for a message: "float or None"."""
+    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+
+
 def resolve(namespace, overrides):
     """Merge a script's constants, its DEMO dict and overrides.
 
     Args:
-        namespace: the script's `globals()`; constants that it names in a tuple _NONE_ALLOWED take None as well.
+        namespace: the script's `globals()`.
         overrides: {name: value}; the key `demo` (bool) applies the script's DEMO dict before the other overrides.
     Returns:
         Config with every constant as an attribute, and `demo`.
     Raises:
-        UserError: an unknown name, or a value whose type does not fit the constant's.
+        UserError: an unknown name, or a value whose type does not fit the constant's annotation or default.
     """
     overrides = dict(overrides)
     use_demo = bool(overrides.pop("demo", False))
-    values = constants_of(namespace)
+    defaults, annotated = constants_of(namespace), annotated_types(namespace)
+    kinds = _taken_types(defaults, annotated)
     if use_demo and "DEMO" not in namespace:
         raise UserError("this script has no demo")
+    values = dict(defaults)
     for source in (namespace["DEMO"] if use_demo else {}, overrides):
         for name, value in source.items():
-            if value is None and name in namespace.get("_NONE_ALLOWED", ()):
-                values[name] = None
-            else:
-                values[name] = _checked(_known(name, values), value, constants_of(namespace)[name])
+            name = _known(name, values)
+            values[name] = _checked(name, value, kinds[name], defaults[name])
     for name, value in values.items():
-        if isinstance(value, str) and name not in namespace.get("_TEXT", ()) and _is_number(value):
+        if isinstance(value, str) and str not in annotated.get(name, ()) and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
+        if name in annotated:
+            _checked(name, value, kinds[name], defaults[name])  # the default, where a person has edited it
     return Config(demo=use_demo, **values)
 
 
@@ -85,22 +128,21 @@ def _known(name, names):
     raise UserError(f"unknown constant {name}{hint} (--help lists them all)")
 
 
-def _checked(name, value, default):
-    """-> value, converted where nothing is lost (int -> float, Path -> str, list <-> tuple)."""
+def _checked(name, value, kinds, default):
+    """-> value, converted where nothing is lost (int -> float, Path -> str, list <-> tuple).
+
+    A whole number stays an int where the default of a float constant is one: checkpoints keep 10, not 10.0.
+    """
     if isinstance(value, Path):
         value = str(value)
-    if name.startswith("PERCENT_") and type(value) is float:
-        return value  # half a percent of COCO is 600 images
-    if default is None or (isinstance(value, type(default)) and not isinstance(value, bool)):
+    if kinds == ANYTHING or (bool in kinds if isinstance(value, bool) else isinstance(value, kinds)):
         return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        if type(value) is type(default):
-            return value
-    elif isinstance(default, float) and isinstance(value, int):
-        return float(value)
-    elif isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
-        return type(default)(value)
-    raise UserError(f"{name} = {value!r} is a {type(value).__name__}, but {name} must be a {type(default).__name__} "
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if isinstance(default, float) else value
+    for sequence in (tuple, list):
+        if sequence in kinds and isinstance(value, (tuple, list)):
+            return sequence(value)
+    raise UserError(f"{name} = {value!r} is a {type(value).__name__}, but {name} must be a {_words(kinds)} "
                     f"(default {default!r})")
 
 
@@ -108,7 +150,8 @@ def from_command_line(namespace, argv=None):
     """Parse `--NAME value` flags and `--demo` into overrides for `resolve`.
 
     Also `--name`, and `--na-me` for NA_ME; a boolean constant's bare flag means true, and it takes 0 and 1; a tuple
-    constant takes several words (`--KEEP car "traffic light"`) or one Python literal.
+    constant takes several words (`--KEEP car "traffic light"`) or one Python literal. `--help` names the type of an
+    annotated constant.
 
     Also makes the running program show a UserError as one line instead of a traceback, with exit code 1, and print
     what the console's code page lacks (in class names and paths) as "?" instead of dying of it.
@@ -117,7 +160,8 @@ def from_command_line(namespace, argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not without a console, nor in a notebook
             stream.reconfigure(errors="replace")
-    constants = constants_of(namespace)
+    constants, annotated = constants_of(namespace), annotated_types(namespace)
+    kinds = _taken_types(constants, annotated)
     comments = _comments(namespace.get("__file__"))
     summary = (namespace.get("__doc__") or "").strip()
     parser = argparse.ArgumentParser(
@@ -128,10 +172,11 @@ def from_command_line(namespace, argv=None):
         parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
                             help="small built-in data and weights, no network, a few minutes on a CPU")
     for name, default in constants.items():
-        text = f"{comments.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
+        taken = f"{_words(annotated[name])}; " if name in annotated else ""
+        text = f"{comments.get(name, '')} ({taken}default: {default!r})".strip().replace("%", "%%")
         small = [name.lower(), name.lower().replace("_", "-")] if name.lower() != "demo" else []
-        words = ({"nargs": "?", "const": "true"} if isinstance(default, bool) else
-                 {"nargs": "+"} if isinstance(default, (tuple, list)) else {})
+        words = ({"nargs": "?", "const": "true"} if bool in kinds[name] else
+                 {"nargs": "+"} if tuple in kinds[name] or list in kinds[name] else {})
         parser.add_argument(*[f"--{spelling}" for spelling in dict.fromkeys([name, *small])], dest=name,
                             metavar="VALUE", default=argparse.SUPPRESS, help=text, **words)
     found, unknown = parser.parse_known_args(argv)
@@ -140,34 +185,40 @@ def from_command_line(namespace, argv=None):
         close = difflib.get_close_matches(word.lstrip("-").replace("-", "_").upper(), constants, n=1)
         parser.exit(2, f"Error: unknown argument {word}{f'; did you mean --{close[0]}?' if close else ''} "
                        "(--help lists them all)\n")
-    overrides = vars(found)
     return {name: value if name == "demo" else
-            _several(name, value, constants[name]) if isinstance(value, list) else _parsed(name, value, constants[name])
-            for name, value in overrides.items()}
+            _several(name, value, kinds[name], constants[name]) if isinstance(value, list) else
+            _parsed(name, value, kinds[name])
+            for name, value in vars(found).items()}
 
 
-def _several(name, words, default):
-    """-> the words of a tuple constant's flag: one Python literal of a sequence, or one element each."""
+def _several(name, words, kinds, default):
+    """-> the words of a tuple constant's flag: one Python literal of a sequence, None, or one element each."""
     if len(words) == 1:
+        if words[0] == "None" and type(None) in kinds:
+            return None
         with contextlib.suppress(ValueError, SyntaxError):
             if isinstance(literal := ast.literal_eval(words[0]), (tuple, list)):
                 return literal
-    of = default[0] if default and isinstance(default[0], (int, float)) else ""
-    return [_parsed(name, word, of) for word in words]
+    of = type(default[0]) if default and isinstance(default[0], (int, float)) else str
+    return [_parsed(name, word, (of,)) for word in words]
 
 
-def _parsed(name, text, default):
-    """-> the flag's text as a value: strings stay as they are, everything else is a Python literal."""
-    if isinstance(default, str) or (default is None and text != "None" and not text[:1].isdigit()):
+def _parsed(name, text, kinds):
+    """-> the flag's text as a value: text where the constant takes text, everything else is a Python literal."""
+    if kinds == ANYTHING and text != "None" and not text[:1].isdigit():
         return text
-    if isinstance(default, bool) and text.lower() in ("true", "false", "1", "0"):
+    if type(None) in kinds and text == "None":
+        return None
+    if str in kinds:
+        return text
+    if bool in kinds and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        if default is None:
+        if kinds == ANYTHING:
             return text
-        raise UserError(f"--{name} {text}: not a {type(default).__name__} (default {default!r})") from None
+        raise UserError(f"--{name} {text}: not a {_words(kinds)}") from None
 
 
 def _comments(file):

@@ -49,8 +49,8 @@ def ensure_demo(root="./demo", num_train=1200, num_val=200, size=(160, 160), see
     settings = {"format_version": FORMAT_VERSION, "rain_version": rain.VERSION, "num_train": int(num_train),
                 "num_val": int(num_val), "size": [int(s) for s in size], "seed": int(seed)}
 
-    def make(build, refresh):
-        draw_all(build, settings, refresh)
+    def make(build):
+        draw_all(build, settings)
         put_in_place(build, root, PARTS, "demo.json", settings)
 
     build_once(root, lambda: is_complete(root, settings), lambda: refuse_foreign(root), make)
@@ -78,7 +78,7 @@ def scene_seed(seed, split, index):
     return (seed * 8 + list(SPLITS).index(split)) * 2 ** 32 + index
 
 
-def draw_all(build, settings, refresh):
+def draw_all(build, settings):
     """Draw every scene into build/coco and build/coco_rain, and write their annotation files."""
     for part in PARTS:
         for split in SPLITS:
@@ -86,7 +86,7 @@ def draw_all(build, settings, refresh):
         (build / part / "annotations").mkdir()
     jobs = [(split, index) for split in SPLITS for index in range(settings[f"num_{split}"])]
     images, annotations = {s: [] for s in SPLITS}, {s: [] for s in SPLITS}
-    found = results(partial(draw_one, build, settings), jobs, refresh)
+    found = results(partial(draw_one, build, settings), jobs)
     for (split, _), (image, entries) in zip(jobs, found, strict=True):
         images[split].append(image)
         annotations[split] += entries
@@ -100,28 +100,20 @@ def draw_all(build, settings, refresh):
             annotation_file(build / part, split).write_text(json.dumps(content), encoding="utf-8")
 
 
-def results(function, jobs, refresh):
-    """function(job) for every job, in order; over all cores when there are many. refresh() is called now and then."""
+def results(function, jobs):
+    """-> [function(job)] of every job, in order; over all cores when there are many."""
     workers = min(available_cores(), 8)
     if len(jobs) > PARALLEL_FROM and workers > 1 and not multiprocessing.current_process().daemon:
-        found = []
         try:
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 try:
-                    for result in progress(pool.map(function, jobs, chunksize=16), len(jobs)):
-                        found.append(result)
-                        refresh()
+                    return list(progress(pool.map(function, jobs, chunksize=16), len(jobs)))
                 except BaseException:                    # Ctrl+C need not wait for the rest
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-            return found
         except BrokenProcessPool:                        # a main module that cannot be imported, as from stdin
             print("demo: no worker processes here, drawing in this one")
-    found = []
-    for job in progress(jobs, len(jobs)):
-        found.append(function(job))
-        refresh()
-    return found
+    return [function(job) for job in progress(jobs, len(jobs))]
 
 
 def progress(items, total):

@@ -41,13 +41,13 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
                 "valid": int(num_valid), "test": int(num_test), "seed": int(seed)}
     if _is_complete(root, settings):
         return root
-    _refuse_foreign(root)  # here already: drawing the scenes takes a while, and is not done while the lock is held
+    _refuse_foreign(root)  # before the scenes are drawn, which takes a while
     scenes = ensure_demo(demo_root, num_train=num_train, num_val=num_valid + num_test, seed=seed) / "coco"
 
-    def make(build, refresh):
+    def make(build):
         for split, source, part in (("train", "train", slice(0, num_train)), ("valid", "val", slice(0, num_valid)),
                                     ("test", "val", slice(num_valid, num_valid + num_test))):
-            _copy_split(scenes, source, part, build / split, refresh)
+            _copy_split(scenes, source, part, build / split)
         put_in_place(build, root, SPLITS, MARKER, settings)
 
     build_once(root, lambda: _is_complete(root, settings), lambda: _refuse_foreign(root), make)
@@ -78,7 +78,7 @@ def _refuse_foreign(root):
                             "away, or choose another folder.")
 
 
-def _copy_split(scenes, source, part, folder, refresh):
+def _copy_split(scenes, source, part, folder):
     """Images `part` (a slice) of the COCO-layout split `source`, with their annotations, into `folder`."""
     folder.mkdir(parents=True)
     content = json.loads(annotation_file(scenes, source).read_text(encoding="utf-8"))
@@ -86,7 +86,6 @@ def _copy_split(scenes, source, part, folder, refresh):
     ids = {image["id"] for image in images}
     for image in images:
         shutil.copyfile(scenes / f"{source}2017" / image["file_name"], folder / image["file_name"])
-        refresh()
     categories = [PARENT] + [category | {"supercategory": PARENT["name"]} for category in content["categories"]]
     chosen = [note for note in content["annotations"] if note["image_id"] in ids]
     content |= {"images": images, "annotations": chosen, "categories": categories}

@@ -47,8 +47,8 @@ def ensure_windshield_demo(root="./demo", scenes=1200, panes=2, real=12, intensi
                 "demo": json.loads((root / "demo.json").read_text(encoding="utf-8")), "scenes": scenes,
                 "panes": panes, "real": real, "intensity": intensity, "seed": seed}
 
-    def make(build, refresh):
-        _draw(root, build, settings, refresh)
+    def make(build):
+        _draw(root, build, settings)
         system.swap_in(build / "windshield", folder, build / "old")
 
     build_once(root, lambda: _is_complete(folder, settings), lambda: _refuse_foreign(folder), make)
@@ -68,7 +68,7 @@ def _is_complete(folder, settings):
         return False
 
 
-def _draw(root, build, settings, refresh):
+def _draw(root, build, settings):
     """Every picture into build/windshield, the marker last."""
     target = build / "windshield"
     for name in (CLEAR, RAINY, REAL):
@@ -83,7 +83,7 @@ def _draw(root, build, settings, refresh):
     jobs = [(path, target / RAINY / name, seed, intensity, windshield.add_windshield_rain)
             for path in scenes for name in names[path]]
     jobs += [(path, target / REAL / path.name, seed + 1, "random", windshield.add_drops) for path in wet]
-    results(_draw_one, jobs, refresh)
+    results(_draw_one, jobs)
     record = {"kind": "windshield", "source": CLEAR, "seed": seed, "intensity": intensity,
               "version": windshield.VERSION}
     (target / RAINY / "rain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -10,9 +10,10 @@ import math
 import numpy as np
 from PIL import Image, ImageFilter
 
-from utils.demo.objects import bus, car, person, stop_sign, traffic_light
+from utils.demo.objects import person, stop_sign, traffic_light
 from utils.demo.stage import SUPERSAMPLE, Stage, pick
 from utils.demo.street import CLUTTER, deep, draw_street
+from utils.demo.vehicles import bus, car
 
 CATEGORIES = [                                             # with the ids of COCO
     {"id": 1, "name": "person", "supercategory": "person"},

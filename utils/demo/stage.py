@@ -14,7 +14,7 @@ SUPERSAMPLE = 3    # odd, so that no pixel is shared half and half between two o
 
 
 class Stage:
-    """Canvas and pinhole camera. `light` is a dict of `demo_scene.LIGHTS`; size is (width, height) in pixels."""
+    """Canvas and pinhole camera. `light` is a dict of `scene.LIGHTS`; size is (width, height) in pixels."""
 
     def __init__(self, size, rng, light):
         self.rng, self.light = rng, light

@@ -310,7 +310,7 @@ def main(**overrides):
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
-        ensure_clip(cfg.SOURCE)
+        ensure_clip(cfg.SOURCE, video.VideoWriter)
     device = processes.announced_device()
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         models = build_models(cfg, device)

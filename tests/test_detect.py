@@ -425,9 +425,9 @@ def test_bare_flags_reach_the_constants():
 # --- the demo -----------------------------------------------------------------------------------------------------
 
 def test_the_demo_clip_is_dry_then_rainy_and_drawn_once(tmp_path, monkeypatch):
-    path = demo_clip.ensure_clip(tmp_path / "demo" / "clip.mp4")
+    path = demo_clip.ensure_clip(tmp_path / "demo" / "clip.mp4", video.VideoWriter)
     stamp = path.stat().st_mtime_ns
-    assert demo_clip.ensure_clip(path).stat().st_mtime_ns == stamp
+    assert demo_clip.ensure_clip(path, video.VideoWriter).stat().st_mtime_ns == stamp
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
     pictures, fps = read(path)
     begin = demo_clip.RAIN_BEGINS
@@ -440,7 +440,7 @@ def test_the_demo_clip_is_dry_then_rainy_and_drawn_once(tmp_path, monkeypatch):
 
 
 def test_the_demo_runs_on_the_committed_weights(tmp_path):
-    clip = demo_clip.ensure_clip(tmp_path / "clip.mp4")
+    clip = demo_clip.ensure_clip(tmp_path / "clip.mp4", video.VideoWriter)
     found = detect.main(demo=True, SOURCE=str(clip), OUTPUT=str(tmp_path / "out"), MODEL="spdnet", MAX_FRAMES=4)
     assert found["images"] == 4 and found["objects"] >= 8  # stop signs, a car, a person
     names = {1: "person", 3: "car", 13: "stop sign"}

@@ -8,7 +8,6 @@ from PIL import Image
 
 from utils import system
 from utils.demo.scene import render_scene
-from utils.inference.video import VideoWriter
 from utils.weather import rain
 
 SEED = 11               # of the street and of the rain
@@ -19,12 +18,15 @@ RAIN_BEGINS = 24        # frame
 RAMP = 8                # frames until the rain is at full strength
 
 
-def ensure_clip(path):
-    """Draw the clip into `path` unless it is there. -> Path"""
+def ensure_clip(path, video_writer):
+    """Draw the clip into `path` unless it is there. -> Path
+
+    video_writer: (path, frames per second) -> context manager with write(PIL image): inference.video.VideoWriter.
+    """
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with system.written(path, ".mp4") as whole, VideoWriter(whole, FPS) as writer:
+        with system.written(path, ".mp4") as whole, video_writer(whole, FPS) as writer:
             for pixels in frames():
                 writer.write(Image.fromarray(pixels))
     return path

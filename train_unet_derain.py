@@ -12,6 +12,7 @@ of one as last.pt), samples/ and real_rain/ (pictures), splits.json, metrics.jso
 train_unet_derain.ipynb calls the same functions, for Colab. docs/unet_derain.md has the details.
 """
 
+import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -112,10 +113,10 @@ def check(cfg):
 
 def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
-    return Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
+    plan = Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
                    loss_weights={"l1": "L1_WEIGHT", "perceptual": "PERCEPTUAL_WEIGHT", "ssim_loss": "SSIM_WEIGHT"},
-                   given={"plateau_metric": "val/loss", "precisions": PRECISIONS,
-                          "patience": 0})  # EARLY_STOPPING_PATIENCE goes by the loss instead, see stop_reason
+                   given={"plateau_metric": "val/loss", "precisions": PRECISIONS})
+    return dataclasses.replace(plan, patience=0)  # of the score; here the loss stops a run early, see stop_reason
 
 
 # ---- data ------------------------------------------------------------------------------------------------------

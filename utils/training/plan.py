@@ -16,7 +16,7 @@ from utils.training.schedule import SCHEDULES
 PRECISIONS = ("float32", "bf16", "fp16")  # all that the engine knows
 
 
-# ---- checks: (name as the user knows it, value, Plan) -> nothing, or UserError -------------------------------------
+# ---- checks: (name as the user knows it, value, Plan) -> None, or UserError ------------------------------------------
 
 def refused(name, value, advice):
     """-> UserError for a constant ("NUM_EPOCHS") or a flag ("--epochs") with a value that cannot be."""
@@ -35,7 +35,7 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def not_negative(name, value, plan):
+def not_negative(name, value, plan=None):
     """A finite number, 0 or above."""
     if not _is_number(value) or not 0 <= value < math.inf:
         raise refused(name, value, "choose a number that is not negative")
@@ -68,7 +68,7 @@ def text(name, value, plan):
 def rates_per_group(names, values, plan):
     """{constant: rate}, none negative, not all 0."""
     for name, rate in values.items():
-        not_negative(name, rate, plan)
+        not_negative(name, rate)
     if not any(values.values()):
         raise UserError(f"every learning rate ({', '.join(values)}) is 0: nothing would train")
 
@@ -76,7 +76,7 @@ def rates_per_group(names, values, plan):
 def weights_of_losses(names, values, plan):
     """{name of the loss: weight}, none negative, not all 0."""
     for loss, weight in values.items():
-        not_negative(names.get(loss, f"the weight of the loss '{loss}'"), weight, plan)
+        not_negative(names.get(loss, f"the weight of the loss '{loss}'"), weight)
     if not any(values.values()):
         which = f" ({', '.join(names.values())})" if names else ""
         raise UserError(f"every loss weight is 0{which}: there is nothing to train on")

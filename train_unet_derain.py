@@ -214,7 +214,7 @@ def stop_reason(history, cfg):
                                                  and last["val/ssim"] > cfg.TARGET_SSIM):
         return f"target reached: PSNR {last['val/psnr']:.2f} dB, SSIM {last['val/ssim']:.4f}"
     values = [record["val/loss"] for record in history]
-    if len(values) - 1 - values.index(min(values)) >= cfg.EARLY_STOPPING_PATIENCE:
+    if cfg.EARLY_STOPPING_PATIENCE and len(values) - 1 - values.index(min(values)) >= cfg.EARLY_STOPPING_PATIENCE:
         return f"no lower val/loss in {cfg.EARLY_STOPPING_PATIENCE} epochs"
     return None
 

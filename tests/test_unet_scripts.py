@@ -144,6 +144,8 @@ def test_reasons_to_stop_and_the_warning():
     assert train.stop_reason(falling, cfg) is None
     assert train.stop_reason(falling + [epoch(1, 0.9)] * 2, cfg) is None
     assert "no lower val/loss in 3 epochs" in train.stop_reason(falling + [epoch(1, 0.9)] * 3, cfg)
+    never = train.config.resolve(vars(train), {"EARLY_STOPPING_PATIENCE": 0})
+    assert train.stop_reason(falling + [epoch(1, 0.9)] * 3, never) is None
     apart = [epoch(1 - i / 20, 0.5 + i / 20) for i in range(10)]
     assert train.is_overfitting(apart) and not train.is_overfitting(apart[:9])
     assert not train.is_overfitting([epoch(1 - i / 20, 1 - i / 20) for i in range(10)])
@@ -163,6 +165,7 @@ def test_the_targets_end_a_run(base, capsys):
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100: choose a multiple of 32"),
     ({"EPOCHS": 0}, "^EPOCHS = 0"),
     ({"L1_WEIGHT": -1.0}, "L1_WEIGHT = -1.0"),
+    ({"EARLY_STOPPING_PATIENCE": -1}, "EARLY_STOPPING_PATIENCE = -1"),
     ({"PLATEAU_PATIENCE": -1}, "PLATEAU_PATIENCE = -1"),
     ({"SCHEDULER": "linear"}, "SCHEDULER = 'linear'"),
     ({"OPTIMIZER": "lion"}, "OPTIMIZER"),

@@ -11,6 +11,7 @@ Start from the results of Training_RainDetector.py and Training_SPDNet_Adaptatio
 best epoch, everything that detect.py and Eval_conditional.py need), last.pt, best.pt, metrics.json, curves.png, tb/.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
 from utils.training import engine
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -106,11 +108,12 @@ def build_loaders(cfg, id2label):
              for domain, data in val.items()})
 
 
-def loss_weights(cfg):
-    """-> {name: weight} of the terms that are switched on."""
-    weights = {"detection": cfg.DETECTION_WEIGHT, "features": cfg.FEATURE_WEIGHT,
-               "gate": cfg.GATE_WEIGHT if cfg.GATE == "soft" else 0.0}
-    return {name: weight for name, weight in weights.items() if weight}
+def build_plan(cfg):
+    """-> Plan; UserError for settings that cannot be. A hard gate has neither a loss nor a learning rate."""
+    rates, losses_of = ("LEARNING_RATE",), {"detection": "DETECTION_WEIGHT", "features": "FEATURE_WEIGHT"}
+    if cfg.GATE == "soft":
+        rates, losses_of = (*rates, "RAIN_DETECTOR_LEARNING_RATE"), losses_of | {"gate": "GATE_WEIGHT"}
+    return Plan.of(cfg, learning_rates=rates, loss_weights=losses_of)
 
 
 def compute_losses(model, batch, weights, clean_features):
@@ -152,15 +155,18 @@ def evaluate(model, val_loaders, truths, device, rain_weight):
     return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
 
 
+def save_pipeline(model, folder):
+    """Write the three networks and their settings."""
+    checkpoint.replace_folder(model.save_pretrained, folder)
+
+
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.RAIN_SCORE_WEIGHT <= 1:
         raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT}: choose a share in [0, 1]")
-    weights = loss_weights(cfg)
-    if not weights:
-        raise config.UserError("every loss weight is 0: there is nothing to train on")
+    plan = build_plan(cfg)
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -175,21 +181,16 @@ def main(**overrides):
     if cfg.GATE == "soft":
         groups.append({"params": list(model.rain_detector.parameters()), "lr": cfg.RAIN_DETECTOR_LEARNING_RATE})
     pipeline = Path(cfg.OUTPUT_DIR) / "pipeline"
-
-    def evaluate_now(plain):
-        return evaluate(plain, val_loaders, truths, device, cfg.RAIN_SCORE_WEIGHT)
-
+    validate = partial(evaluate, val_loaders=val_loaders, truths=truths, device=device,
+                       rain_weight=cfg.RAIN_SCORE_WEIGHT)
     with torch.no_grad():
-        start = evaluate_now(model.eval())
+        start = validate(model.eval())
     processes.say("before: " + "  ".join(f"{name} {value:.4f}" for name, value in start.items()))
     result = engine.fit(
-        model, train_loader, lambda wrapped, batch: compute_losses(wrapped, batch, weights, model.clean_features),
-        output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS, parameters=groups, loss_weights=weights,
-        evaluate=evaluate_now, score="score",
-        on_best=lambda plain: checkpoint.replace_folder(plain.save_pretrained, pipeline),
-        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS, own_files=("pipeline",))
+        model, train_loader,
+        partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features),
+        plan, output_dir=cfg.OUTPUT_DIR, parameters=groups, evaluate=validate, score="score",
+        on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), own_files=(pipeline.name,))
     if result["history"]:
         processes.say(f"pipeline: {pipeline.as_posix()}\n"
                       f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")

@@ -14,6 +14,7 @@ best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_FeatureDerain
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
-from utils.training import ema, engine, plan, run_state
+from utils.training import ema, engine, run_state
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -96,14 +98,19 @@ def build_model(cfg, device):
     return model
 
 
+def is_unlabelled(cfg):
+    """Whether to train on plain folders of images: both are there without annotations, which no loss asks for."""
+    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
+    return not cfg.DETECTION_WEIGHT and all(f.is_dir() and not (f / "annotations").exists() for f in folders)
+
+
 def build_data(cfg, id2label, weights):
     """-> training data (with clean twins where a loss needs them), {domain: validation data}; the latter is {"rainy"}
     alone, without labels, where both folders are plain folders of images."""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
-    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
-    if "detection" not in weights and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
+    if is_unlabelled(cfg):
         processes.say("no annotations: training by features and masks alone, 10% of the pairs kept for validation")
-        if weights.pop("identity", None):
+        if cfg.COCO_RATIO and cfg.IDENTITY_WEIGHT:
             processes.say("note: IDENTITY_WEIGHT is left out, as pairs hold no clean samples")
         train, val = (datasets.PairedRainDataset(
             cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
@@ -123,12 +130,14 @@ def build_data(cfg, id2label, weights):
     return train, val
 
 
-def loss_weights(cfg):
-    """-> {name: weight} of the terms that are switched on and have images (identity: clean ones)."""
-    weights = {"detection": cfg.DETECTION_WEIGHT, "consistency": cfg.CONSISTENCY_WEIGHT,
-               "identity": cfg.IDENTITY_WEIGHT if cfg.COCO_RATIO else 0,
-               "mask": cfg.MASK_WEIGHT if cfg.DERAIN_TYPE != "none" else 0}
-    return {name: weight for name, weight in weights.items() if weight}
+def loss_constants(cfg):
+    """-> {term: constant of its weight} of the terms that have images (identity: clean ones) and a part to train."""
+    terms = {"detection": "DETECTION_WEIGHT", "consistency": "CONSISTENCY_WEIGHT"}
+    if cfg.COCO_RATIO and not is_unlabelled(cfg):
+        terms["identity"] = "IDENTITY_WEIGHT"
+    if cfg.DERAIN_TYPE != "none":
+        terms["mask"] = "MASK_WEIGHT"
+    return terms
 
 
 def needs_twins(weights):
@@ -201,22 +210,26 @@ def sample_images(model, dataset, device, id2label):
     return {"detections above, rain mask below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
 
 
-def planned_phases(cfg, weights):
-    """-> [(phase, epochs), ...] to run; UserError where the constants leave nothing, or what cannot be done."""
-    for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS", "NUM_WORKERS"):
+def build_plans(cfg):
+    """-> {phase: Plan} of the phases to run; UserError where the constants leave nothing, or what cannot be done."""
+    for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS"):
         if getattr(cfg, name) < 0:
-            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 0 or more")
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 0 (leaves the phase out) or more")
+    terms = loss_constants(cfg)
+    rates = {1: ("PHASE1_LR",), 2: ("PHASE2_DERAIN_LR", "PHASE2_DETECTOR_LR")}
     phases = {1: cfg.PHASE1_EPOCHS, 2: cfg.PHASE2_EPOCHS}
     if phases[1] and cfg.DERAIN_TYPE == "none":
         processes.say("note: DERAIN_TYPE = 'none' has no module to train: phase 1 is left out")
         phases[1] = 0
-    if phases[2] and "detection" not in weights:
+    if phases[2] and not cfg.DETECTION_WEIGHT:
         processes.say("note: DETECTION_WEIGHT = 0: phase 2 needs the detection loss and is left out")
         phases[2] = 0
     if not any(phases.values()):
         raise config.UserError("nothing to train: PHASE1_EPOCHS and PHASE2_EPOCHS leave no epoch (with DERAIN_TYPE = "
                                "'none' only phase 2 exists, with DETECTION_WEIGHT = 0 only phase 1)")
-    return [(phase, epochs) for phase, epochs in phases.items() if epochs]
+    return {phase: Plan.of(cfg, epochs=f"PHASE{phase}_EPOCHS", learning_rates=rates[phase], loss_weights=terms,
+                           workers="NUM_WORKERS")
+            for phase, epochs in phases.items() if epochs}
 
 
 def parameter_groups(model, phase, cfg):
@@ -234,28 +247,91 @@ def parameter_groups(model, phase, cfg):
     return [group for group in groups if group["params"]]  # "none" has no parameters
 
 
-def main(**overrides):
-    """Train; -> {phase number: {"history", "best_epoch", "best_score", "stopped"} of engine.fit}."""
-    cfg = config.resolve(globals(), overrides)
+class BestModel:
+    """Validates, and keeps OUTPUT_DIR/model: the best epoch of all phases.
+
+    What is validated and written is the trained model with PRETRAINED_SHARE of the detector's pretrained weights.
+
+    Args:
+        model: FeatureDerainRTDETR that trains; pretrained: its frozen copy from before the training.
+        val_loaders, truths, device, cfg: of `evaluate`.
+    """
+
+    def __init__(self, model, pretrained, val_loaders, truths, device, cfg):
+        self.own, self.others = (
+            [*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
+            for part in (model, pretrained))
+        self.val_loaders, self.truths, self.device, self.cfg = val_loaders, truths, device, cfg
+        self.score = -math.inf  # the best one of the phases that are over
+        self.latest = {}
+
+    def _mixed(self):
+        return ema.mixed(self.own, self.others, self.cfg.PRETRAINED_SHARE)
+
+    def validate(self, model):
+        """-> metrics, see `evaluate`."""
+        with self._mixed():
+            self.latest = evaluate(model, self.val_loaders, self.truths, self.device, self.cfg)
+        return self.latest
+
+    def keep(self, model):
+        """Write the phase's best epoch so far, where it is better than those of the phases before."""
+        if self.latest["score"] > self.score:
+            with self._mixed():
+                checkpoint.replace_folder(partial(model.save_pretrained, image_size=self.cfg.IMAGE_SIZE),
+                                          Path(self.cfg.OUTPUT_DIR) / "model")
+
+
+def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
+    """One phase; the model comes out with its best epoch's weights, from which the next one starts.
+
+    Args:
+        phase: 1 or 2; plan: its Plan; teacher: of `compute_losses`; best: BestModel.
+    Returns:
+        the result of engine.fit.
+    """
+    groups = parameter_groups(model, phase, cfg)
+    engine.seed_everything(cfg.SEED + phase)  # of the denoising queries, wherever the run was resumed
+    folder = Path(cfg.OUTPUT_DIR) / f"phase{phase}"
+    rainy = best.val_loaders["rainy"].dataset
+    result = engine.fit(
+        model, train_loader,
+        partial(compute_losses, weights=plan.loss_weights, teacher=teacher, feature_level=cfg.FEATURE_LEVEL),
+        plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
+        sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
+        constants=cfg.as_dict())
+    if result["stopped"] != "interrupted":
+        best.score = max(best.score, result["best_score"])
+        checkpoint.load_into(model, checkpoint.load_state(folder / "best.pt"), (folder / "best.pt").as_posix())
+    return result
+
+
+def check(cfg):
+    """UserError for constants that do not go together; Plan and the networks check the others."""
     require_size(cfg.IMAGE_SIZE)
     require_feature_level(cfg.FEATURE_LEVEL)
-    weights = loss_weights(cfg)
-    if "detection" not in weights and "consistency" not in weights:
+    if not cfg.DETECTION_WEIGHT and not cfg.CONSISTENCY_WEIGHT:
         raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
     if min(cfg.RAIN_SCORE_WEIGHT, cfg.CLEAN_SCORE_WEIGHT) < 0 or cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
         raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT} and CLEAN_SCORE_WEIGHT = "
                                f"{cfg.CLEAN_SCORE_WEIGHT}: neither may be negative, nor both 0")
     if not 0 <= cfg.PRETRAINED_SHARE < 1:
         raise config.UserError(f"PRETRAINED_SHARE = {cfg.PRETRAINED_SHARE}: choose 0 (off) or a number below 1")
-    phases = planned_phases(cfg, weights)
+
+
+def main(**overrides):
+    """Train; -> {phase number: {"history", "best_epoch", "best_score", "stopped"} of engine.fit}."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    plans = build_plans(cfg)
+    weights = next(iter(plans.values())).loss_weights  # the same in both phases
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     model = build_model(cfg, device)
-    id2label = id2label_of(model.rtdetr)
     require_queries(model.rtdetr, cfg.IMAGE_SIZE)
-    train, val = build_data(cfg, id2label, weights)
+    train, val = build_data(cfg, id2label_of(model.rtdetr), weights)
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
     val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
                    for domain, data in val.items()}
@@ -263,55 +339,25 @@ def main(**overrides):
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
-    own, others = ([*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
-                   for part in (model, pretrained))
-    folder = Path(cfg.OUTPUT_DIR)
-    common = {"accumulate": cfg.GRADIENT_ACCUMULATION_STEPS, "clip_norm": cfg.CLIP_NORM, "schedule": cfg.SCHEDULE,
-              "warmup_steps": cfg.WARMUP_STEPS, "precision": cfg.PRECISION, "ema": cfg.EMA_DECAY,
-              "checkpoint_steps": cfg.CHECKPOINT_STEPS, "loss_weights": weights,
-              "patience": cfg.EARLY_STOPPING_PATIENCE}
-    plan.require_settings(epochs=1, rates=[cfg.PHASE1_LR, cfg.PHASE2_DERAIN_LR, cfg.PHASE2_DETECTOR_LR], **common)
+    best = BestModel(model, pretrained, val_loaders, truths, device, cfg)
     if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
-        run_state.set_aside(folder, ("phase1", "phase2", "model"))
-
-    results, best_score, latest = {}, -math.inf, {}
-
-    def validate(plain):
-        with ema.mixed(own, others, cfg.PRETRAINED_SHARE):
-            latest.update(evaluate(plain, val_loaders, truths, device, cfg))
-        return dict(latest)
-
-    def keep_best(plain):
-        if latest["score"] > best_score:  # better than every epoch of the phases before
-            with ema.mixed(own, others, cfg.PRETRAINED_SHARE):
-                checkpoint.replace_folder(lambda path: plain.save_pretrained(path, cfg.IMAGE_SIZE), folder / "model")
-
-    for phase, epochs in phases:
-        groups = parameter_groups(model, phase, cfg)
-        engine.seed_everything(cfg.SEED + phase)  # of the denoising queries, wherever the run was resumed
-        results[phase] = result = engine.fit(
-            model, train_loader,
-            lambda wrapped, batch: compute_losses(wrapped, batch, weights, teacher, cfg.FEATURE_LEVEL),
-            output_dir=folder / f"phase{phase}", epochs=epochs, parameters=groups,
-            evaluate=validate, score="score", on_best=keep_best,
-            sample_images=lambda plain: sample_images(plain, val["rainy"], device, id2label),
-            constants=cfg.as_dict(), resume=cfg.RESUME, **common)
-        if result["stopped"] == "interrupted":
+        run_state.set_aside(Path(cfg.OUTPUT_DIR), ("phase1", "phase2", "model"))
+    results = {}
+    for phase, plan in plans.items():
+        results[phase] = train_phase(phase, plan, model, train_loader, teacher, best, cfg)
+        if results[phase]["stopped"] == "interrupted":
             return results
-        best_score = max(best_score, result["best_score"])
-        best = folder / f"phase{phase}" / "best.pt"  # the next phase starts there, not at the last epoch
-        checkpoint.load_into(model, checkpoint.load_state(best), best.as_posix())
-    print_summary(results, folder, cfg)
+    print_summary(results, cfg)
     return results
 
 
-def print_summary(results, folder, cfg):
+def print_summary(results, cfg):
     """The best epoch of each phase, and what to do next."""
     rows = [{"phase": f"phase {phase}"} | result["history"][result["best_epoch"] - 1]
             for phase, result in results.items()]
     names = [name for name in ("epoch", "score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50") if name in rows[0]]
     processes.say("\nbest epochs\n" + report.table(rows, {"phase": ""} | {name: name for name in names}))
-    model = (folder / "model").as_posix()
+    model = (Path(cfg.OUTPUT_DIR) / "model").as_posix()
     row = {"multiscale": f"MULTISCALE_MODEL_NAME {model}", "lightweight": f"LIGHTWEIGHT_MODEL_NAME {model}",
            "none": f"FINETUNED_MODEL_NAME {model}/rtdetr"}[cfg.DERAIN_TYPE]
     processes.say(f"model: {model}\nnext: python Eval_FeatureDerain.py{' --demo' if cfg.demo else ''} --{row}")

@@ -10,6 +10,7 @@ Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout: set RTDETR_MODEL_N
 metrics.json, curves.png and tb/.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size
 from utils.training import engine
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -149,10 +151,22 @@ def sample_images(model, loader, id2label):
     return {"detections": visualize.as_tensor(visualize.grid([row], [""] * len(row)))}
 
 
+def save_detector(model, folder, image_size):
+    """Write detector and image processor, Hugging Face layout."""
+    checkpoint.replace_folder(partial(_write_detector, model, image_size), folder)
+
+
+def _write_detector(model, image_size, folder):
+    model.save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
+
+
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
+    plan = Plan.of(cfg, learning_rates=("LEARNING_RATE", "BACKBONE_LEARNING_RATE"), loss_weights={"detection": 1.0})
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -165,27 +179,17 @@ def main(**overrides):
               for domain, loader in val_loaders.items()}
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))
-
-    def save_detector(model, folder):
-        model.save_pretrained(folder)
-        size = {"height": cfg.IMAGE_SIZE, "width": cfg.IMAGE_SIZE}
-        RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
-
+    folder = Path(cfg.OUTPUT_DIR) / "detector"
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
-        parameters=parameter_groups(model, cfg), loss_weights={"detection": 1.0},
-        evaluate=lambda model: evaluate(model, val_loaders, truths, shares), score="val/mAP", 
-        on_best=lambda model: checkpoint.replace_folder(lambda folder: save_detector(model, folder),
-                                                        Path(cfg.OUTPUT_DIR) / "detector"),
-        sample_images=lambda model: sample_images(model, list(val_loaders.values())[-1], id2label),
-        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE, ema=cfg.EMA_DECAY,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
-        own_files=("detector",))
+        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
+        evaluate=partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares), score="val/mAP",
+        on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE),
+        sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
+        constants=cfg.as_dict(), own_files=(folder.name,))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
         processes.say(report.table([best], {f"val/{name}": name for name in coco_evaluation.METRICS}))
-        processes.say(f"detector: {(Path(cfg.OUTPUT_DIR) / 'detector').as_posix()}")
+        processes.say(f"detector: {folder.as_posix()}")
     return result
 
 

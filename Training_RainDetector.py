@@ -11,6 +11,7 @@ Writes OUTPUT_DIR/rain_detector_best.pt (best epoch by likelihood on the validat
 for FALSE_ALARM_RATE), test.json, rain_roc.png, rain_mistakes.png, last.pt, best.pt, metrics.json, curves.png and tb/.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import classification, rain_report
 from utils.networks.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
 from utils.training import engine
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
@@ -152,6 +154,7 @@ def main(**overrides):
     classification.require_rate(cfg.FALSE_ALARM_RATE)
     if bool(cfg.TEST_CLEAN_DIRS) != bool(cfg.TEST_RAINY_DIRS):
         raise config.UserError("TEST_CLEAN_DIRS and TEST_RAINY_DIRS belong together: set both or neither")
+    plan = Plan.of(cfg, loss_weights={"bce": 1.0})
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -166,14 +169,11 @@ def main(**overrides):
     output = Path(cfg.OUTPUT_DIR) / "rain_detector_best.pt"
 
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
-        parameters=parameter_groups(model, cfg), loss_weights={"bce": 1.0},
-        evaluate=lambda plain: evaluate(plain, val_loader, device, cfg.FALSE_ALARM_RATE), score="val/likelihood",
-        on_best=lambda plain: save_rain_detector(plain, output),
-        sample_images=lambda plain: sample_images(plain, val, device),
-        clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS, schedule=cfg.SCHEDULE, precision=cfg.PRECISION,
-        patience=cfg.EARLY_STOPPING_PATIENCE, constants=cfg.as_dict(), resume=cfg.RESUME,
-        checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
+        evaluate=partial(evaluate, loader=val_loader, device=device, false_alarm_rate=cfg.FALSE_ALARM_RATE),
+        score="val/likelihood",
+        on_best=partial(save_rain_detector, path=output),
+        sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
         own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
     if not output.is_file():
         return result

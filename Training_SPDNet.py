@@ -12,6 +12,7 @@ Writes OUTPUT_DIR/spdnet_best.pt (a plain state dict that the published code loa
 metrics.json, curves.png and tb/.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from utils.evaluation import image_quality
 from utils.networks.spdnet import SPDNet, load_spdnet
 from utils.networks.spdnet_init import init_near_identity
 from utils.training import engine
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 RAINY_DIR = "./dataset/coco_rain/train2017"  # rainy images, searched recursively
@@ -141,6 +143,11 @@ def sample_images(model, dataset, device):
     return {"rainy, de-rained, clean": visualize.as_tensor(visualize.grid(rows, ["rainy", "de-rained", "clean"]))}
 
 
+def save_spdnet(model, path):
+    """Write SPDNet as a plain state dict."""
+    checkpoint.save(model.spdnet.state_dict(), path)
+
+
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
@@ -152,6 +159,7 @@ def main(**overrides):
                                f"SPDNET_N_RESBLOCKS = {cfg.SPDNET_N_RESBLOCKS} 1 or more")
     if not 0 < cfg.IMAGE_SCALE <= 1:
         raise config.UserError(f"IMAGE_SCALE = {cfg.IMAGE_SCALE}: choose a number in (0, 1], such as 1.0 or 0.5")
+    plan = Plan.of(cfg, loss_weights={"mse": 1.0})
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -163,15 +171,12 @@ def main(**overrides):
     processes.say(f"rainy input: {untouched['val/psnr_y']:.2f} dB, SSIM {untouched['val/ssim_y']:.4f} on Y; "
                   f"{untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} on RGB")
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
-        parameters=[{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE}], loss_weights={"mse": 1.0},
-        evaluate=lambda plain: evaluate(plain, val_loader, device), score="val/psnr_y",
-        on_best=lambda plain: checkpoint.save(plain.spdnet.state_dict(), output),
-        sample_images=lambda plain: sample_images(plain, val_loader.dataset, device),
-        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, milestones=cfg.DECAY_AT, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
-        own_files=(output.name,))
+        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR,
+        parameters=[{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE}],
+        evaluate=partial(evaluate, loader=val_loader, device=device), score="val/psnr_y",
+        on_best=partial(save_spdnet, path=output),
+        sample_images=partial(sample_images, dataset=val_loader.dataset, device=device),
+        constants=cfg.as_dict(), own_files=(output.name,))
     if result["history"]:
         rows = [{"images": "rainy input"} | untouched,
                 {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]

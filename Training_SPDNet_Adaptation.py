@@ -12,6 +12,7 @@ Writes OUTPUT_DIR/spdnet_adapted.pt (a plain SPDNet state dict, the best epoch b
 resume), best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_SPDNet_Adaptation.py
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import engine
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -112,11 +114,10 @@ def build_data(cfg, id2label):
     return train, val, True
 
 
-def loss_weights(cfg):
-    """-> {name: weight} of the terms that are switched on."""
-    weights = {"detection": cfg.DETECTION_WEIGHT, "features": cfg.FEATURE_WEIGHT,
-               "reconstruction": cfg.RECONSTRUCTION_WEIGHT, "identity": cfg.IDENTITY_WEIGHT}
-    return {name: weight for name, weight in weights.items() if weight}
+def build_plan(cfg):
+    """-> Plan; UserError for settings that cannot be."""
+    return Plan.of(cfg, loss_weights={"detection": "DETECTION_WEIGHT", "features": "FEATURE_WEIGHT",
+                                      "reconstruction": "RECONSTRUCTION_WEIGHT", "identity": "IDENTITY_WEIGHT"})
 
 
 def compute_losses(model, batch, weights, clean_features, feature_level):
@@ -165,6 +166,11 @@ def sample_images(model, dataset, device, id2label):
     return {"rainy above, de-rained below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
 
 
+def save_spdnet(model, path):
+    """Write the adapted SPDNet as a plain state dict."""
+    checkpoint.save(model.derain_module.state_dict(), path)
+
+
 def main(**overrides):
     """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
@@ -174,9 +180,7 @@ def main(**overrides):
                                "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
                                "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
     require_feature_level(cfg.FEATURE_LEVEL)
-    weights = loss_weights(cfg)
-    if not weights:
-        raise config.UserError("every loss weight is 0: there is nothing to train on")
+    plan = build_plan(cfg)
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -194,18 +198,15 @@ def main(**overrides):
 
     result = engine.fit(
         model, train_loader,
-        lambda wrapped, batch: compute_losses(wrapped, batch, weights, model.clean_features, cfg.FEATURE_LEVEL),
-        output_dir=cfg.OUTPUT_DIR, epochs=cfg.NUM_EPOCHS,
+        partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features,
+                feature_level=cfg.FEATURE_LEVEL),
+        plan, output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}],
-        loss_weights=weights,
-        evaluate=lambda plain: evaluate(plain, val_loader, device, truth, weights, cfg),
+        evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth, weights=plan.loss_weights, cfg=cfg),
         score="rain/mAP" if labelled else "rain/consistency",
-        on_best=lambda plain: checkpoint.save(plain.derain_module.state_dict(), output),
-        sample_images=lambda plain: sample_images(plain, val, device, id2label),
-        accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        schedule=cfg.SCHEDULE, precision=cfg.PRECISION, patience=cfg.EARLY_STOPPING_PATIENCE,
-        ema=cfg.EMA_DECAY, constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
-        own_files=(output.name,))
+        on_best=partial(save_spdnet, path=output),
+        sample_images=partial(sample_images, dataset=val, device=device, id2label=id2label),
+        constants=cfg.as_dict(), own_files=(output.name,))
     if result["history"]:
         processes.say(f"adapted SPDNet: {output.as_posix()}\n"
                       f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} --ADAPTED_MODEL_PATH "

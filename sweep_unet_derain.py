@@ -59,7 +59,9 @@ def check(cfg):
 def train_settings(cfg, changes):
     """-> the overrides of a trial, with names and types checked by the training script's own rules."""
     settings = {"demo": cfg.demo} | cfg.BASE | changes | {"TARGET_PSNR": 0.0, "TARGET_SSIM": 0.0}
-    train_unet_derain.check(config.resolve(vars(train_unet_derain), settings))
+    constants = config.resolve(vars(train_unet_derain), settings)
+    train_unet_derain.check(constants)
+    train_unet_derain.build_plan(constants)
     return settings
 
 

@@ -12,6 +12,8 @@ best.pt, last.pt (--resume goes on from it), checkpoint.pt (latest epoch), metri
 predictions.png and tb/.
 """
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +79,7 @@ def compute_losses(model, batch):
 def main(**overrides):
     """Train. -> {"run_dir", "checkpoint", "history", "best_epoch", "best_score", "stopped", "test"}"""
     cfg = config.resolve(globals(), training.resumed(globals(), overrides, "detector"))
-    training.check_numbers(cfg)
+    plan = training.build_plan(cfg, ("--lr", "--backbone_lr"), criterion.SUMMED_WEIGHTS)
     resolution = training.resolution_of(cfg)
     folder = training.folder_of(cfg, f"detector_{cfg.SIZE}_{resolution}")
     if cfg.demo:
@@ -95,19 +97,17 @@ def main(**overrides):
     processes.say(freeze.describe({"RF-DETR": model}))
     extras = weights.description(model, names, class_rows)
 
+    loader, truth = splits["valid"]
+    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
+        model, train_loader, compute_losses, plan, output_dir=folder,
         parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
-        loss_weights=criterion.SUMMED_WEIGHTS,
-        evaluate=lambda model: run_report.scores(model, *splits["valid"]), score="box/mAP",
-        on_best=lambda model: training.save_weights(model, extras, folder / "checkpoint_best_regular.pth"),
-        on_epoch=lambda model, history: training.save_weights(model, extras, folder / "checkpoint.pt"),
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
-        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        ema=cfg.EMA_DECAY if cfg.EMA else 0.0, constants=cfg.as_dict(), extras=extras,
-        resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
-        checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        evaluate=partial(run_report.scores, loader=loader, truth=truth),
+        score="box/mAP",
+        on_best=partial(training.save_weights, extras=extras, path=folder / "checkpoint_best_regular.pth"),
+        on_epoch=partial(training.save_latest, extras=extras, path=folder / "checkpoint.pt"),
+        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
+        constants=cfg.as_dict(), extras=extras)
     result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)
     result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")
     if result["valid"]:

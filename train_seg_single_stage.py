@@ -11,6 +11,8 @@ Writes runs/single_stage_<size>_<resolution>_<n>/: best.pt, last.pt, metrics.jso
 predictions.png and tb/.
 """
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +81,8 @@ def compute_losses(model, batch):
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
     cfg = config.resolve(globals(), training.resumed(globals(), overrides, "single_stage"))
-    training.check_numbers(cfg)
+    plan = training.build_plan(cfg, ("--lr", "--backbone_lr", "--seg_lr"), criterion.SUMMED_WEIGHTS | {
+        "loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
     resolution = training.resolution_of(cfg)
     folder = training.folder_of(cfg, f"single_stage_{cfg.SIZE}_{resolution}")
     if cfg.demo:
@@ -98,19 +101,16 @@ def main(**overrides):
     processes.say(freeze.describe({"RF-DETR": model.detector, "Mask head": model.mask_head}))
     extras = weights.description(model, names, class_rows)
 
+    loader, truth = splits["valid"]
+    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
+        model, train_loader, compute_losses, plan, output_dir=folder,
         parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY,
                                              mask_head_lr=cfg.SEG_LR),
-        loss_weights=criterion.SUMMED_WEIGHTS | {
-            "loss_mask": cfg.MASK_LOSS_COEF, "loss_dice": cfg.DICE_LOSS_COEF},
-        evaluate=lambda model: run_report.scores(model, *splits["valid"], with_masks=True), score="mask/mAP",
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
-        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        ema=cfg.EMA_DECAY if cfg.EMA else 0.0, constants=cfg.as_dict(), extras=extras,
-        resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
-        checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        evaluate=partial(run_report.scores, loader=loader, truth=truth, with_masks=True),
+        score="mask/mAP",
+        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
+        constants=cfg.as_dict(), extras=extras)
     return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
 
 

@@ -12,6 +12,8 @@ Writes runs/segmentation_<size>_<resolution>_<n>/: best.pt (detector and mask he
 stage2_config.json, metrics.json, results.json, curves.png, predictions.png and tb/.
 """
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +82,8 @@ def compute_losses(model, batch):
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
     cfg = config.resolve(globals(), training.resumed(globals(), overrides, "segmentation"))
-    training.check_numbers(cfg)
+    plan = training.build_plan(cfg, ("--seg_lr",), {
+        "loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
     source = training.stage1_checkpoint(cfg)
@@ -108,16 +111,15 @@ def main(**overrides):
         report.write_json(folder / "stage2_config.json", cfg.as_dict() | {
             "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": names})
 
+    loader, truth = splits["valid"]
+    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
     result = engine.fit(
-        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
+        model, train_loader, compute_losses, plan, output_dir=folder,
         parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
-        loss_weights={"loss_mask": cfg.MASK_LOSS_COEF, "loss_dice": cfg.DICE_LOSS_COEF},
-        evaluate=lambda model: run_report.scores(model, *splits["valid"], with_masks=True), score="mask/mAP",
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
-        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
-        checkpoint_steps=cfg.CHECKPOINT_STEPS)
+        evaluate=partial(run_report.scores, loader=loader, truth=truth, with_masks=True),
+        score="mask/mAP",
+        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
+        constants=cfg.as_dict(), extras=extras)
     return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
 
 

@@ -12,6 +12,7 @@ of one as last.pt), samples/ and real_rain/ (pictures), splits.json, metrics.jso
 train_unet_derain.ipynb calls the same functions, for Colab. docs/unet_derain.md has the details.
 """
 
+import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from utils.datasets.samples import images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
 from utils.networks.unet import new_unet, require_tiles, restore
-from utils.training import engine, schedule
+from utils.training import engine
+from utils.training.plan import PRECISIONS, Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # clear images, searched recursively
@@ -91,7 +93,6 @@ DEMO = {
     "SSIM_WEIGHT": 0.1, "EPOCHS": 10, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
     "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
 }
-_PRECISIONS = ("float32", "bf16", "fp16")
 _OPTIMIZERS = {"adam": (torch.optim.AdamW, 0.0), "adamw": (torch.optim.AdamW, 0.01),
                "sgd": (partial(torch.optim.SGD, momentum=0.9), 0.0)}
 _OVERFITTING_WINDOW = 5  # epochs that are compared with as many before
@@ -100,24 +101,22 @@ _MULTIPLE = 32  # IMAGE_SIZE: nothing is padded in training
 
 
 def check(cfg):
-    """UserError for constants that do not go together; the engine and the network check their own."""
-    for name in ("EPOCHS", "IMAGE_SIZE"):
-        if getattr(cfg, name) < 1:
-            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 1 or more")
-    if cfg.IMAGE_SIZE % _MULTIPLE:
+    """UserError for constants that do not go together; Plan and the network check the others."""
+    if cfg.IMAGE_SIZE < 1 or cfg.IMAGE_SIZE % _MULTIPLE:
         raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of {_MULTIPLE}, such as 256 or 512")
-    for name, known in (("SCHEDULER", schedule.SCHEDULES), ("OPTIMIZER", _OPTIMIZERS), ("PRECISION", _PRECISIONS)):
-        if getattr(cfg, name) not in known:
-            raise config.UserError(f"{name} = {getattr(cfg, name)!r}: choose one of {', '.join(known)}")
-    if min(cfg.L1_WEIGHT, cfg.PERCEPTUAL_WEIGHT, cfg.SSIM_WEIGHT) < 0 or not any(loss_weights(cfg).values()):
-        raise config.UserError("L1_WEIGHT, PERCEPTUAL_WEIGHT and SSIM_WEIGHT: none may be negative, at least one must "
-                               "be above 0")
+    if cfg.OPTIMIZER not in _OPTIMIZERS:
+        raise config.UserError(f"OPTIMIZER = {cfg.OPTIMIZER!r}: choose one of {', '.join(_OPTIMIZERS)}")
     if not (0 <= cfg.FLIP <= 1 and cfg.COLOR_JITTER >= 0):
         raise config.UserError(f"FLIP = {cfg.FLIP} must be in [0, 1], COLOR_JITTER = {cfg.COLOR_JITTER} at least 0")
-    if not 0 < cfg.PLATEAU_FACTOR < 1 or cfg.PLATEAU_PATIENCE < 0:
-        raise config.UserError(f"PLATEAU_FACTOR = {cfg.PLATEAU_FACTOR} must be in (0, 1), PLATEAU_PATIENCE = "
-                               f"{cfg.PLATEAU_PATIENCE} at least 0")
     require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
+
+
+def build_plan(cfg):
+    """-> Plan; UserError for settings that cannot be."""
+    plan = Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
+                   loss_weights={"l1": "L1_WEIGHT", "perceptual": "PERCEPTUAL_WEIGHT", "ssim_loss": "SSIM_WEIGHT"},
+                   given={"plateau_metric": "val/loss", "precisions": PRECISIONS})
+    return dataclasses.replace(plan, patience=0)  # of the score; here the loss stops a run early, see stop_reason
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -172,16 +171,11 @@ def build_perceptual(cfg, device):
     return losses.PerceptualLoss(cfg.PERCEPTUAL_WEIGHTS).to(device) if cfg.PERCEPTUAL_WEIGHT else None
 
 
-def loss_weights(cfg):
-    """-> {name of the loss: its weight}."""
-    return {"l1": cfg.L1_WEIGHT, "perceptual": cfg.PERCEPTUAL_WEIGHT, "ssim_loss": cfg.SSIM_WEIGHT}
-
-
 def losses_of(restored, targets, weights, perceptual=None):
-    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: {"l1", "perceptual", "ssim_loss": ()}
-    for the weights that are not 0."""
+    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: of {"l1", "perceptual",
+    "ssim_loss": ()} those in `weights`."""
     terms = {"l1": losses.pixel_l1, "perceptual": perceptual, "ssim_loss": losses.ssim_loss}
-    return {name: terms[name](restored, targets) for name, weight in weights.items() if weight}
+    return {name: terms[name](restored, targets) for name in weights}
 
 
 def compute_losses(model, batch, weights, perceptual=None):
@@ -220,7 +214,7 @@ def stop_reason(history, cfg):
                                                  and last["val/ssim"] > cfg.TARGET_SSIM):
         return f"target reached: PSNR {last['val/psnr']:.2f} dB, SSIM {last['val/ssim']:.4f}"
     values = [record["val/loss"] for record in history]
-    if len(values) - 1 - values.index(min(values)) >= cfg.EARLY_STOPPING_PATIENCE:
+    if cfg.EARLY_STOPPING_PATIENCE and len(values) - 1 - values.index(min(values)) >= cfg.EARLY_STOPPING_PATIENCE:
         return f"no lower val/loss in {cfg.EARLY_STOPPING_PATIENCE} epochs"
     return None
 
@@ -251,6 +245,11 @@ def pair_sheet(model, dataset, device, count=4):
         rows.append([cell.resize((cell.width * scale, cell.height * scale), Image.Resampling.BICUBIC)
                      for cell in cells])
     return visualize.grid(rows, ["rainy", "derained", "ground truth"])
+
+
+def sample_images(model, dataset, device):
+    """-> {tag: picture} for TensorBoard, see `pair_sheet`."""
+    return {"rainy, derained, truth": visualize.as_tensor(pair_sheet(model, dataset, device))}
 
 
 def real_sheet(model, paths, tile):
@@ -306,6 +305,7 @@ def main(**overrides):
     metrics of the images as they are}."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
+    plan = build_plan(cfg)
     if cfg.demo:
         ensure_windshield_demo()
     engine.seed_everything(cfg.SEED)
@@ -315,23 +315,18 @@ def main(**overrides):
     data = build_data(cfg)
     train_loader, val_loader = build_loaders(cfg, data)
     photographs = real_photographs(cfg)
-    weights = loss_weights(cfg)
+    weights = plan.loss_weights
     untouched = evaluate(lambda images: images, val_loader, device, weights, perceptual)
     processes.say(f"rainy input: {untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} (validation pairs)")
     optimizer, groups = build_optimizer(cfg, model)
 
     result = engine.fit(
-        model, train_loader, partial(compute_losses, weights=weights, perceptual=perceptual),
-        output_dir=cfg.CHECKPOINT_DIR, epochs=cfg.EPOCHS, parameters=groups, optimizer=optimizer,
-        loss_weights={name: weight for name, weight in weights.items() if weight},
-        evaluate=lambda plain: evaluate(plain, val_loader, device, weights, perceptual), score="val/psnr",
-        sample_images=lambda plain: {"rainy, derained, truth": visualize.as_tensor(
-            pair_sheet(plain, data["val"], device))},
-        on_epoch=lambda plain, history: after_epoch(plain, history, cfg, data, photographs, device),
-        stop=partial(stop_reason, cfg=cfg), accumulate=cfg.GRADIENT_ACCUMULATION_STEPS, clip_norm=cfg.CLIP_NORM,
-        warmup_steps=cfg.WARMUP_STEPS, schedule=cfg.SCHEDULER, milestones=cfg.DECAY_AT,
-        plateau=("val/loss", cfg.PLATEAU_PATIENCE, cfg.PLATEAU_FACTOR), precision=cfg.PRECISION, precisions=_PRECISIONS,
-        constants=cfg.as_dict(), resume=cfg.RESUME, checkpoint_steps=cfg.CHECKPOINT_STEPS,
+        model, train_loader, partial(compute_losses, weights=weights, perceptual=perceptual), plan,
+        output_dir=cfg.CHECKPOINT_DIR, parameters=groups, optimizer=optimizer,
+        evaluate=partial(evaluate, loader=val_loader, device=device, weights=weights, perceptual=perceptual),
+        score="val/psnr", sample_images=partial(sample_images, dataset=data["val"], device=device),
+        on_epoch=partial(after_epoch, cfg=cfg, data=data, photographs=photographs, device=device),
+        stop=partial(stop_reason, cfg=cfg), constants=cfg.as_dict(),
         own_files=("checkpoints", "samples", "real_rain", "splits.json"))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]

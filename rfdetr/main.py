@@ -21,6 +21,7 @@ from utils.config import UserError
 from utils.datasets import loaders
 from utils.datasets.annotations import plain_name
 from utils.evaluation.coco import ground_truth
+from utils.training.plan import PRECISIONS, Plan, not_negative
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 
@@ -97,12 +98,17 @@ def resumed(namespace, overrides, name):
     return constants | overrides | {"RESUME": str(folder)}
 
 
-def check_numbers(cfg):
-    """UserError, by the flags' names, for numbers that no training can have."""
-    for flag, value, least in (("--epochs", cfg.EPOCHS, 1), ("--batch", cfg.BATCH, 1), ("--accum", cfg.ACCUM, 1),
-                               ("--workers", cfg.WORKERS, 0), ("--patience", cfg.PATIENCE, 1)):
-        if value < least:
-            raise UserError(f"{flag} {value}: choose {least} or more")
+def build_plan(cfg, learning_rates, loss_weights):
+    """-> Plan of a script's constants, see Plan.of; UserError, by the flags' names, for settings that cannot be."""
+    flags = {"epochs": "--epochs", "batch_size": "--batch", "accumulate": "--accum", "workers": "--workers",
+             "patience": "--patience", "weight_decay": "--weight_decay", "clip_norm": "--clip_norm",
+             "warmup_steps": "--warmup_steps", "checkpoint_steps": "--checkpoint_steps"}
+    given = {"precision": amp_precision(cfg.NO_AMP), "precisions": PRECISIONS, "resume": bool(cfg.RESUME)}
+    if hasattr(cfg, "EMA"):
+        flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
+    if hasattr(cfg, "LAYER_DECAY"):
+        not_negative("--layer_decay", cfg.LAYER_DECAY)
+    return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
 
 
 def device_name():
@@ -275,6 +281,11 @@ def shrinkable(source):
     """-> the checkpoint beside `source` that shrink_head.py should read: stage 1's best weights."""
     best = source.parent / "checkpoint_best_regular.pth"
     return best if best.is_file() else source
+
+
+def save_latest(model, history, extras, path):
+    """`save_weights` after every epoch, see engine.fit's on_epoch."""
+    save_weights(model, extras, path)
 
 
 def save_weights(model, extras, path):

@@ -386,9 +386,10 @@ def test_two_processes_also_where_a_rank_de_rains_nothing(base, files):
     ({"DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 0.0, "GATE_WEIGHT": 0.0}, "every loss weight is 0"),
     ({"RAIN_SCORE_WEIGHT": 2.0}, "RAIN_SCORE_WEIGHT"),
     ({"DERAIN_SCALE": 0.0}, "DERAIN_SCALE"),
-    ({"LEARNING_RATE": -1.0}, "a learning rate .* is -1.0"),
-    ({"GATE_WEIGHT": -5.0}, "the weight of the loss 'gate' is -5.0"),
-    ({"WARMUP_STEPS": -3}, "WARMUP_STEPS is -3"),
+    ({"RAIN_DETECTOR_LEARNING_RATE": -1.0}, "RAIN_DETECTOR_LEARNING_RATE = -1.0"),
+    ({"LEARNING_RATE": -1.0}, "LEARNING_RATE = -1.0"),
+    ({"GATE_WEIGHT": -5.0}, "GATE_WEIGHT = -5.0"),
+    ({"WARMUP_STEPS": -3}, "WARMUP_STEPS = -3"),
 ])
 def test_training_refuses_with_one_clear_line(base, change, message):
     with pytest.raises(UserError, match=message) as error:

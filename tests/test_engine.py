@@ -1,6 +1,8 @@
 """The training loop: resume is bit-identical, groups are whole, frozen parts are checked, Ctrl+C saves."""
 
 import copy
+import dataclasses
+import math
 import signal
 import threading
 
@@ -9,10 +11,11 @@ import torch
 from conftest import Killed, dies_after, small_spdnet
 from torch import nn
 
-from utils import checkpoint, datasets, freeze
+from utils import checkpoint, config, datasets, freeze
 from utils.config import UserError
 from utils.datasets import loaders, presets
-from utils.training import engine, plan, run_state
+from utils.training import engine, run_state
+from utils.training.plan import Plan
 from utils.training.schedule import schedule_factor
 
 NAMES = {0: "person", 1: "car"}
@@ -35,15 +38,19 @@ def compute_losses(model, batch):
 
 
 def run(coco, out, epochs=3, model=None, losses=compute_losses, batch=2, accumulate=2, **kwargs):
+    """kwargs: fields of Plan and arguments of engine.fit."""
     engine.seed_everything(1)
     model = model or Net()
     data = datasets.CocoDetectionDataset(coco / "coco", "train", NAMES, presets.detection(64), constant="COCO_DIR",
                                          domain="clean", seed=1)
     loader = loaders.training_loader(data, batch, 0, seed=1)
-    settings = {"output_dir": out, "epochs": epochs, "accumulate": accumulate, "checkpoint_steps": 1,
-                "parameters": [{"params": list(model.head.parameters()), "lr": 1e-2}], "loss_weights": {"mse": 1.0},
-                "warmup_steps": 2, "clip_norm": 1.0}
-    return model, engine.fit(model, loader, losses, **(settings | kwargs))
+    settings = {"epochs": epochs, "learning_rates": {"LEARNING_RATE": 1e-2}, "loss_weights": {"mse": 1.0},
+                "accumulate": accumulate, "checkpoint_steps": 1, "warmup_steps": 2, "clip_norm": 1.0}
+    functions = {"output_dir": out, "parameters": [{"params": list(model.head.parameters()), "lr": 1e-2}]}
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    plan = Plan(**settings | {name: value for name, value in kwargs.items() if name in fields})
+    functions |= {name: value for name, value in kwargs.items() if name not in fields}
+    return model, engine.fit(model, loader, losses, plan, **functions)
 
 
 @pytest.mark.parametrize("batches_before", [1, 3, 4, 5, 9])
@@ -79,8 +86,8 @@ def test_a_new_start_sets_the_earlier_run_aside(coco, tmp_path):
 
 
 def test_a_clip_norm_of_0_clips_nothing(coco, tmp_path):
-    free, none = (run(coco, tmp_path / str(norm), epochs=1, clip_norm=norm)[0].head[0].weight for norm in (0.0, None))
-    assert torch.equal(free, none)
+    free, huge = (run(coco, tmp_path / str(norm), epochs=1, clip_norm=norm)[0].head[0].weight for norm in (0.0, 1e9))
+    assert torch.equal(free, huge)
     assert not torch.equal(free, run(coco, tmp_path / "small", epochs=1, clip_norm=1e-12)[0].head[0].weight)
 
 
@@ -142,7 +149,7 @@ def test_the_last_smaller_group_is_a_step_with_its_own_mean(coco, tmp_path):
         return {"mse": model.head(batch["images"]).mean()}
 
     hook = model.head.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
-    run(coco, tmp_path / "out", epochs=1, model=model, losses=losses, batch=3, clip_norm=None)
+    run(coco, tmp_path / "out", epochs=1, model=model, losses=losses, batch=3, clip_norm=0.0)
     hook.remove()
     assert len(gradients) == 3
     last = torch.load(tmp_path / "out" / "last.pt")
@@ -203,7 +210,7 @@ def test_nothing_to_train_and_bad_settings_are_refused(coco, tmp_path):
         run(coco, tmp_path / "out", precision="fp16")
     with pytest.raises(UserError, match="SCHEDULE"):
         run(coco, tmp_path / "out", schedule="linear")
-    with pytest.raises(UserError, match="every learning rate .* is 0"):
+    with pytest.raises(UserError, match="nothing to train: .* learning rate of 0"):
         run(coco, tmp_path / "out", model=model, parameters=[{"params": list(model.head.parameters()), "lr": 0.0}])
     for seed in (-1, 2**64):
         with pytest.raises(UserError, match="SEED = "):
@@ -269,9 +276,68 @@ def test_spdnet_trains_although_some_tensors_are_never_used():
 def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch):
     for name, answer in (("is_available", True), ("get_device_name", "Tesla T4")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    settings = {"epochs": 1, "rates": [1e-3], "loss_weights": {}, "accumulate": 1, "clip_norm": 1.0, "warmup_steps": 0,
-                "schedule": "cosine", "ema": 0.0, "checkpoint_steps": 1}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    settings = {"epochs": 1, "learning_rates": {"LEARNING_RATE": 1e-3}, "loss_weights": {"mse": 1.0}}
     with pytest.raises(UserError, match="Tesla T4 has no bf16"):
-        plan.require_settings(precision="bf16", **settings)
-    plan.require_settings(precision="float32", **settings)
+        Plan(precision="bf16", **settings)
+    Plan(precision="float32", **settings)
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+WRONG = {  # a field of Plan: values that it refuses
+    "epochs": (0, 1.5, True), "learning_rates": ({"PHASE1_LR": -1.0}, {"PHASE1_LR": math.nan}, {"PHASE1_LR": 0.0}, {}),
+    "loss_weights": ({"mse": -1.0}, {"mse": "1"}, {"mse": 0.0}, {}), "weight_decay": (-1e-4, math.inf),
+    "batch_size": (0, 2.0), "eval_batch_size": (0,), "workers": (-1,), "accumulate": (0,), "clip_norm": (-1.0, None),
+    "warmup_steps": (-1,), "schedule": ("linear", "plateau"), "milestones": ((), (2.0,), 0.5, ("1/2",)),
+    "plateau_metric": (None,), "plateau_patience": (-1,), "plateau_factor": (1.0, 0.0), "precision": ("fp16", "int8"),
+    "precisions": ((), ("int8",)), "ema": (1.0, -0.1), "patience": (-1, None), "checkpoint_steps": (0,),
+    "resume": ("last", 1), "resume_hint": (None,),
+}
+
+
+def test_every_setting_of_a_plan_has_a_wrong_value_here():
+    assert list(WRONG) == [field.name for field in dataclasses.fields(Plan) if field.name != "names"]
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_plan_refuses_wrong_values(field, value):
+    valid = {"epochs": 1, "learning_rates": {"LEARNING_RATE": 1e-3}, "loss_weights": {"mse": 1.0}, "schedule": "step"}
+    changed = dataclasses.replace(Plan(**valid), epochs=2)
+    assert changed.epochs == 2 and changed.schedule == "step"
+    with pytest.raises(UserError) as error:
+        Plan(**valid | {field: value})
+    assert "\n" not in str(error.value)
+
+
+CONSTANTS = {"NUM_EPOCHS": 7, "PASSES": 3, "LEARNING_RATE": 1e-3, "GATE_LR": 1e-4, "A_WEIGHT": 2.0, "B_WEIGHT": 0.0,
+             "EMA_DECAY": 0.9, "NUM_WORKERS": 1, "DATALOADER_WORKERS": 4}
+
+
+def test_a_plan_of_constants_takes_the_usual_ones_and_those_that_are_named():
+    cfg = config.Config(**CONSTANTS)
+    usual = Plan.of(cfg, loss_weights={"a": "A_WEIGHT", "b": "B_WEIGHT", "c": 0.5})
+    assert (usual.epochs, usual.ema, usual.workers, usual.batch_size) == (7, 0.9, 4, 1)
+    assert usual.learning_rates == {"LEARNING_RATE": 1e-3} and usual.loss_weights == {"a": 2.0, "c": 0.5}
+    named = Plan.of(cfg, epochs="PASSES", workers="--num_workers", learning_rates=("LEARNING_RATE", "GATE_LR"),
+                    loss_weights={"a": "A_WEIGHT"}, given={"ema": 0.0, "precisions": ("float32",)})
+    assert (named.epochs, named.ema, named.workers, named.precisions) == (3, 0.0, 1, ("float32",))
+    assert (named.name_of("epochs"), named.name_of("warmup_steps")) == ("PASSES", "WARMUP_STEPS")
+    for mistake in ({"epochs": "EPOCH"}, {"epoch": "NUM_EPOCHS"}, {"given": {"score": "val/x"}}):
+        with pytest.raises((AttributeError, TypeError)):
+            Plan.of(cfg, loss_weights={"a": "A_WEIGHT"}, **mistake)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"PASSES": 0}, "PASSES = 0: choose 1 or more"),
+    ({"GATE_LR": -1.0}, "GATE_LR = -1.0"),
+    ({"LEARNING_RATE": 0.0, "GATE_LR": 0.0}, r"LEARNING_RATE, GATE_LR\) is 0"),
+    ({"A_WEIGHT": -2.0}, "A_WEIGHT = -2.0"),
+    ({"A_WEIGHT": 0.0}, r"every loss weight is 0 \(A_WEIGHT, B_WEIGHT\)"),
+    ({"NUM_WORKERS": -1}, "^--num_workers -1: choose 0 or more"),
+    ({"EMA_DECAY": 2.0}, "EMA_DECAY = 2.0"),
+])
+def test_an_error_names_the_scripts_own_constant(change, message):
+    with pytest.raises(UserError, match=message):
+        Plan.of(config.Config(**CONSTANTS | change), epochs="PASSES", workers="--num_workers",
+                learning_rates=("LEARNING_RATE", "GATE_LR"), loss_weights={"a": "A_WEIGHT", "b": "B_WEIGHT"})

@@ -149,8 +149,12 @@ def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
     ({"DATASET_DIR": "nowhere"}, "nowhere does not exist"),
     ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file not found: missing.pth"),
     ({"RESUME": "nowhere"}, "there is no last.pt in it"),
-    ({"LR": -1.0}, "not negative"),
+    ({"LR": -1.0}, "^--lr -1.0: .* not negative"),
     ({"EPOCHS": 0}, "--epochs 0: choose 1 or more"),
+    ({"BATCH": 0}, "--batch 0: choose 1 or more"),
+    ({"WORKERS": -1}, "--workers -1: choose 0 or more"),
+    ({"EMA_DECAY": 1.0}, "--ema_decay 1.0"),
+    ({"LAYER_DECAY": -1.0}, "--layer_decay -1.0"),
     ({"AUGMENTATION": "strong"}, "--augmentation strong: choose full or mirror"),
 ])
 def test_stage1_errors_are_one_line(dataset, tmp_path, changes, message):

@@ -60,10 +60,10 @@ def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
     script = ("import sys, json; sys.path.insert(0, '.'); import Training_SPDNet_Adaptation as A\n"
               "cfg, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
               "import os, signal; plain, calls = A.compute_losses, [0]\n"
-              "def counted(*args):\n"
+              "def counted(*args, **kwargs):\n"
               "    calls[0] += 1\n"
               "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-              "    return plain(*args)\n"
+              "    return plain(*args, **kwargs)\n"
               "A.compute_losses = counted\n"
               "A.main(**cfg)\n")
 
@@ -128,6 +128,8 @@ def test_adaptation_without_labels(base, coco):
     ({"NUM_EPOCHS": 0}, "NUM_EPOCHS"),
     ({"CHECKPOINT_STEPS": 0}, "CHECKPOINT_STEPS"),
     ({"DATALOADER_WORKERS": -1}, "DATALOADER_WORKERS"),
+    ({"LEARNING_RATE": -1.0}, "LEARNING_RATE = -1.0"),
+    ({"FEATURE_WEIGHT": -1.0}, "FEATURE_WEIGHT = -1.0"),
 ])
 def test_adaptation_refuses_with_one_clear_line(base, change, message):
     with pytest.raises(UserError, match=message) as error:

@@ -101,7 +101,7 @@ def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):
     content = torch.load(out / "best.pt")
     cfg = train.config.resolve(vars(train), settings | {"RESUME": True})  # the split of that run
     _, loader = train.build_loaders(cfg, train.build_data(cfg))
-    measured = train.evaluate(unet.load_unet(out / "best.pt"), loader, "cpu", train.loss_weights(cfg))
+    measured = train.evaluate(unet.load_unet(out / "best.pt"), loader, "cpu", train.build_plan(cfg).loss_weights)
     assert len(loader.dataset) == 5  # odd: the processes hold 3 and 2
     for name in ("val/psnr", "val/ssim", "val/psnr_y", "val/ssim_y"):
         assert content["metrics"][name] == pytest.approx(measured[name], rel=1e-5), name
@@ -144,6 +144,8 @@ def test_reasons_to_stop_and_the_warning():
     assert train.stop_reason(falling, cfg) is None
     assert train.stop_reason(falling + [epoch(1, 0.9)] * 2, cfg) is None
     assert "no lower val/loss in 3 epochs" in train.stop_reason(falling + [epoch(1, 0.9)] * 3, cfg)
+    never = train.config.resolve(vars(train), {"EARLY_STOPPING_PATIENCE": 0})
+    assert train.stop_reason(falling + [epoch(1, 0.9)] * 3, never) is None
     apart = [epoch(1 - i / 20, 0.5 + i / 20) for i in range(10)]
     assert train.is_overfitting(apart) and not train.is_overfitting(apart[:9])
     assert not train.is_overfitting([epoch(1 - i / 20, 1 - i / 20) for i in range(10)])
@@ -161,12 +163,15 @@ def test_the_targets_end_a_run(base, capsys):
     ({"RAINY_DIR": "./none"}, "RAINY_DIR.*make_rain.py --kind windshield"),
     ({"CLEAR_DIR": "./none"}, "CLEAR_DIR.*--demo"),
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100: choose a multiple of 32"),
-    ({"EPOCHS": 0}, "EPOCHS"),
+    ({"EPOCHS": 0}, "^EPOCHS = 0"),
+    ({"L1_WEIGHT": -1.0}, "L1_WEIGHT = -1.0"),
+    ({"EARLY_STOPPING_PATIENCE": -1}, "EARLY_STOPPING_PATIENCE = -1"),
+    ({"PLATEAU_PATIENCE": -1}, "PLATEAU_PATIENCE = -1"),
     ({"SCHEDULER": "linear"}, "SCHEDULER = 'linear'"),
     ({"OPTIMIZER": "lion"}, "OPTIMIZER"),
     ({"PRECISION": "int8"}, "PRECISION"),
     ({"ARCH": "resnet35"}, "ARCH"),
-    ({"L1_WEIGHT": 0.0, "SSIM_WEIGHT": 0.0}, "at least one must"),
+    ({"L1_WEIGHT": 0.0, "SSIM_WEIGHT": 0.0}, "every loss weight is 0 .L1_WEIGHT, PERCEPTUAL_WEIGHT, SSIM_WEIGHT"),
     ({"PLATEAU_FACTOR": 1.0}, "PLATEAU_FACTOR"),
     ({"FLIP": 2.0}, "FLIP"),
     ({"TILE": 100}, "TILE"),

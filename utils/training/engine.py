@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from utils import datasets, processes
 from utils.config import UserError
-from utils.training.plan import DECAY_AT, PRECISIONS, Settings, require_settings
 from utils.training.run_state import Run
 
 _AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
@@ -33,41 +32,29 @@ def seed_everything(seed):
 
 # ---- the loop --------------------------------------------------------------------------------------------------
 
-def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_weights, evaluate=None, score=None,
-        on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
-        milestones=DECAY_AT, plateau=None, precision="float32", precisions=PRECISIONS,
-        optimizer=torch.optim.AdamW, patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None,
-        resume=False, resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
+def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimizer=torch.optim.AdamW, evaluate=None,
+        score=None, on_best=None, on_epoch=None, stop=None, sample_images=None, constants=None, extras=None,
+        own_files=()):
     """Train `model` and keep the best epoch.
+
+    Scripts hand over their own functions with `functools.partial`, which binds what else these need.
 
     Args:
         model: nn.Module; frozen parts went through `freeze.freeze` and are checked to come out bit-identical.
         loader: from `loaders.training_loader`.
-        compute_losses: (model, batch) -> {name: scalar Tensor}. Names in `loss_weights` are weighted and summed, the
-            others are only reported. Under torchrun `model` is the distributed wrapper: call it, do not reach inside
-            for a trainable part.
+        compute_losses: (model, batch) -> {name: scalar Tensor}, see Plan.loss_weights. Under torchrun `model` is the
+            distributed wrapper: call it, do not reach inside for a trainable part.
+        plan: Plan, the settings.
         parameters: groups for the optimizer, [{"params": [...], "lr": float, "weight_decay": float}, ...].
-        loss_weights: {name: float}.
+        optimizer: (groups, weight_decay=0.0) -> torch optimizer.
         evaluate: (plain model in eval mode) -> {name: float}; called after every epoch on every rank.
         score: the metric that "best" and early stopping go by (higher is better); None keeps the last epoch.
         on_best: (plain model) -> None, writes the script's own output; main process only.
-        sample_images: (plain model) -> {tag: (3, H, W) float image in [0, 1]} for TensorBoard.
-        accumulate: batches per optimizer step; the last, smaller group of an epoch counts as well.
-        clip_norm: limit of the gradient's norm, 0 or None for none.
-        warmup_steps, schedule, milestones: see `schedule_factor`, in optimizer steps.
-        plateau: for schedule "plateau", (name of a metric that should fall, patience, factor): see `plateau_factor`.
-        precision: one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with
-            a scaled loss.
-        optimizer: (groups, weight_decay=0.0) -> torch optimizer.
-        patience: epochs without a better score before the run stops, 0 or None for never.
-        stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
         on_epoch: (plain model in eval mode, history) -> None, called when the epoch is saved; every rank.
-        ema: decay of a moving average of the trained weights (see `WeightAverage`), which is then what is evaluated,
-            handed to `on_best` and kept as best.pt; 0: without. last.pt holds both.
+        stop: (history) -> why the run should end, or None; asked before every epoch, after a resume as well.
+        sample_images: (plain model) -> {tag: (3, H, W) float image in [0, 1]} for TensorBoard.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
-        resume: go on from output_dir/last.pt (from the start where there is none); resume_hint: how a user says that.
-        checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
@@ -75,63 +62,68 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         UserError: nothing to train, a loss that is not finite, an unwritable folder.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
-    require_settings(epochs=epochs, rates=[group["lr"] for group in parameters], loss_weights=loss_weights,
-                     accumulate=accumulate, clip_norm=clip_norm, warmup_steps=warmup_steps, schedule=schedule,
-                     plateau=plateau, precision=precision, precisions=precisions, ema=ema,
-                     checkpoint_steps=checkpoint_steps, patience=patience, milestones=milestones,
-                     decays=[group.get("weight_decay", 0.0) for group in parameters])
-    run = Run(model, loader, parameters, optimizer, Settings(
-        folder=Path(output_dir), epochs=epochs, loss_weights=loss_weights, score=score, accumulate=accumulate,
-        clip_norm=clip_norm, schedule=schedule, warmup_steps=warmup_steps, milestones=milestones, plateau=plateau,
-        precision=precision, ema=ema, constants=constants or {}, extras=extras or {}, resume_hint=resume_hint,
-        checkpoint_steps=checkpoint_steps, own_files=own_files))
-    if precision == "bf16" and processes.bf16_is_emulated(run.accelerator.device):
-        processes.say("note: PRECISION = 'bf16': this CPU has no instructions for it and will be about ten times "
-                      "slower than with float32")
-    if warmup_steps > run.total_steps / 3:
-        processes.say(f"note: WARMUP_STEPS = {warmup_steps} of {run.total_steps} steps in all: the learning rate "
-                      "reaches its full height late or never")
-    run.prepare(resume)
-    stopped = "all epochs done"
+    run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
+              own_files)
+    say_notes(run)
+    run.prepare()
     with _Interrupts() as run.interrupts:
-        while run.epoch < epochs:
-            if patience and run.bad_epochs >= patience:
-                stopped = f"no better {score} in {patience} epochs"
-                break
-            if stop and run.history and (reason := stop(run.history)):
-                stopped = reason
-                break
+        while not (stopped := reason_to_stop(run, stop)):
             record = train_one_epoch(run, compute_losses)
             if record is None:
                 stopped = "interrupted"
                 break
-            plain = run.accelerator.unwrap_model(run.model)
-            plain.eval()
-            processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
-            with run.average.applied() if run.average else nullcontext():
-                if run.average:
-                    processes.same_buffers(plain)  # now the average's
-                with torch.no_grad():
-                    record.update(evaluate(plain) if evaluate else {})
-                    pictures = sample_images(plain) if sample_images and run.main else {}
-                better = run.count_epoch(record, plain, on_best)
-            run.save_last()
-            run.report_epoch(record, better, pictures)
-            run.accelerator.wait_for_everyone()
-            if on_epoch:
-                with torch.no_grad():
-                    on_epoch(plain, run.history)
+            finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
     run.close(stopped)
     return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
 
 
+def say_notes(run):
+    """Settings that are allowed and yet hardly meant."""
+    plan = run.plan
+    if plan.precision == "bf16" and processes.bf16_is_emulated(run.accelerator.device):
+        processes.say(f"note: {plan.name_of('precision')} = 'bf16': this CPU has no instructions for it and will be "
+                      "about ten times slower than with float32")
+    if plan.warmup_steps > run.total_steps / 3:
+        processes.say(f"note: {plan.name_of('warmup_steps')} = {plan.warmup_steps} of {run.total_steps} steps in all: "
+                      "the learning rate reaches its full height late or never")
+
+
+def reason_to_stop(run, stop):
+    """-> why no further epoch should begin, in words, or None. stop: of `fit`."""
+    if run.epoch >= run.plan.epochs:
+        return "all epochs done"
+    if run.plan.patience and run.bad_epochs >= run.plan.patience:
+        return f"no better {run.score} in {run.plan.patience} epochs"
+    return stop(run.history) if stop and run.history else None
+
+
+def finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch):
+    """Evaluate, save and report a trained epoch. record: of `train_one_epoch`; the functions: of `fit`."""
+    plain = run.accelerator.unwrap_model(run.model)
+    plain.eval()
+    processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
+    with run.average.applied() if run.average else nullcontext():
+        if run.average:
+            processes.same_buffers(plain)  # now the average's
+        with torch.no_grad():
+            record.update(evaluate(plain) if evaluate else {})
+            pictures = sample_images(plain) if sample_images and run.main else {}
+        better = run.count_epoch(record, plain, on_best)
+    run.save_last()
+    run.report_epoch(record, better, pictures)
+    run.accelerator.wait_for_everyone()
+    if on_epoch:
+        with torch.no_grad():
+            on_epoch(plain, run.history)
+
+
 def train_one_epoch(run, compute_losses):
     """One pass over the loader, or the rest of one after a resume. -> the epoch's record, None after Ctrl+C."""
-    model, accelerator, clock, settings = run.model, run.accelerator, run.clock, run.settings
-    low_precision = settings.precision != "float32"
+    model, accelerator, clock, plan = run.model, run.accelerator, run.clock, run.plan
+    low_precision = plan.precision != "float32"
     model.train()
     run.loader.batch_sampler.start_at(run.epoch, run.batch)
-    bar = tqdm(total=len(run.loader.batch_sampler), initial=run.batch, desc=f"epoch {run.epoch + 1}/{settings.epochs}",
+    bar = tqdm(total=len(run.loader.batch_sampler), initial=run.batch, desc=f"epoch {run.epoch + 1}/{plan.epochs}",
                ascii=True, dynamic_ncols=True, disable=None if run.main else True, leave=False)
     clock.start()
     for batch in run.loader:
@@ -139,14 +131,14 @@ def train_one_epoch(run, compute_losses):
             torch.manual_seed(run.seed + (accelerator.process_index << 40) + (run.epoch << 24) + run.batch)
         batch = datasets.to_device(batch, accelerator.device)
         clock.lap("data")
-        first = run.batch - run.batch % settings.accumulate
-        group = min(settings.accumulate, len(run.loader.batch_sampler) - first)  # the last group may be smaller
+        first = run.batch - run.batch % plan.accumulate
+        group = min(plan.accumulate, len(run.loader.batch_sampler) - first)  # the last group may be smaller
         last_of_group = run.batch + 1 == first + group
 
         with nullcontext() if last_of_group else accelerator.no_sync(model):
-            with torch.autocast(accelerator.device.type, _AUTOCAST[settings.precision], enabled=low_precision):
+            with torch.autocast(accelerator.device.type, _AUTOCAST[plan.precision], enabled=low_precision):
                 losses = compute_losses(model, batch)
-            total = sum(weight * losses[name].float() for name, weight in settings.loss_weights.items())
+            total = sum(weight * losses[name].float() for name, weight in plan.loss_weights.items())
             require_finite(total, losses, run, batch)
             clock.lap("forward")
             accelerator.backward(run.scaler.scale(total / group))
@@ -154,8 +146,8 @@ def train_one_epoch(run, compute_losses):
 
         if last_of_group:
             run.scaler.unscale_(run.optimizer)
-            if settings.clip_norm:
-                accelerator.clip_grad_norm_(run.trainable, settings.clip_norm)
+            if plan.clip_norm:
+                accelerator.clip_grad_norm_(run.trainable, plan.clip_norm)
             rate = run.set_learning_rates()
             run.scaler.step(run.optimizer)
             run.scaler.update()
@@ -170,7 +162,7 @@ def train_one_epoch(run, compute_losses):
         if last_of_group:
             run.log_step(bar, rate)
             interrupted = processes.any_of(run.interrupts.asked)  # all ranks stop at the same step
-            if interrupted or run.step % settings.checkpoint_steps == 0:
+            if interrupted or run.step % plan.checkpoint_steps == 0:
                 run.save_last()
                 clock.lap("save")
             if interrupted:
@@ -187,8 +179,8 @@ def require_finite(total, losses, run, batch):
         return
     values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
     raise UserError(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
-                    f"{', '.join(batch['paths'][:4])}). Lower the learning rate, raise WARMUP_STEPS, or train in "
-                    "float32 where this was fp16; "
+                    f"{', '.join(batch['paths'][:4])}). Lower the learning rate, raise "
+                    f"{run.plan.name_of('warmup_steps')}, or train in float32 where this was fp16; "
                     f"{run.last.as_posix()} holds the last good weights.")
 
 

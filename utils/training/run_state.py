@@ -17,77 +17,82 @@ OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a
 
 
 class Run:
-    """Model, optimizer, counters and scores of one training; `Settings` says how it is done."""
+    """Model, optimizer, counters and scores of one training.
 
-    def __init__(self, model, loader, parameters, optimizer, settings):
+    Args:
+        plan: Plan, how it is done; folder: Path of what it writes; the others are explained at `engine.fit`.
+    """
+
+    def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
-        self.model, self.loader, self.settings = model, loader, settings
-        self.folder, self.last = settings.folder, settings.folder / "last.pt"
+        self.model, self.loader, self.plan = model, loader, plan
+        self.folder, self.last = folder, folder / "last.pt"
+        self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
         self.trainable = [p for group in parameters for p in group["params"]]
-        if not self.trainable or not any(p.requires_grad for p in self.trainable):
-            raise UserError("nothing to train: every parameter is frozen")
+        if not any(p.requires_grad for group in parameters if group["lr"] for p in group["params"]):
+            raise UserError("nothing to train: every parameter is frozen or has a learning rate of 0")
         self.optimizer = optimizer(parameters, weight_decay=0.0)  # AdamW is Adam then, unless a group says otherwise
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
         self.clock = Clock(self.accelerator.device)
         self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=settings.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=plan.precision == "fp16")
 
     @property
     def total_steps(self):
-        return self.settings.epochs * math.ceil(len(self.loader.batch_sampler) / self.settings.accumulate)
+        return self.plan.epochs * math.ceil(len(self.loader.batch_sampler) / self.plan.accumulate)
 
-    def prepare(self, resume):
+    def prepare(self):
         """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
         if self.main:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
-            checkpoint.require_writable(self.folder, megabytes=(11 if self.settings.ema else 8) * size + 50)
-            if not resume:
-                set_aside(self.folder, (*OWN_FILES, *self.settings.own_files), self.settings.resume_hint)
+            checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
+            if not self.plan.resume:
+                set_aside(self.folder, (*OWN_FILES, *self.own_files), self.plan.resume_hint)
             for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
         content = None
-        if resume and self.last.is_file():
+        if self.plan.resume and self.last.is_file():
             content = checkpoint.load(self.last)
             if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
                 raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
-                                f"without {self.settings.resume_hint}")
-            if content.get("score", self.settings.score) != self.settings.score:
+                                f"without {self.plan.resume_hint}")
+            if content.get("score", self.score) != self.score:
                 raise UserError(f"{self.last.as_posix()} was judged by {content['score']}, now it would be by "
-                                f"{self.settings.score}: resume with that run's constants, or start anew without "
-                                f"{self.settings.resume_hint}")
+                                f"{self.score}: resume with that run's constants, or start anew without "
+                                f"{self.plan.resume_hint}")
             checkpoint.load_into(self.model, content["model"], self.last.as_posix())
             for name, (module, before) in self.frozen.items():
                 if freeze.fingerprint(module) != before:
                     raise UserError(f"{self.last.as_posix()} was trained with another frozen {name}: resume with the "
-                                    f"weights of that run, or start anew without {self.settings.resume_hint}")
+                                    f"weights of that run, or start anew without {self.plan.resume_hint}")
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.average = None
-        if self.settings.ema:
+        if self.plan.ema:
             weights = [p for p in self.trainable if p.requires_grad]
-            self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.settings.ema)
+            self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.plan.ema)
         if content:
             self._restore(content)
-        elif resume and self.main:
+        elif self.plan.resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
 
     def state(self):
         """-> what last.pt holds: numbers, strings and tensors only."""
         plain = self.accelerator.unwrap_model(self.model)
-        return self.settings.extras | {
+        return self.extras | {
             "model": plain.state_dict(), "optimizer": self.optimizer.state_dict(),
             "average": self.average.values if self.average else [],
-            "model_args": getattr(plain, "model_args", {}), "constants": self.settings.constants,
+            "model_args": getattr(plain, "model_args", {}), "constants": self.constants,
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
-            "score": self.settings.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "score": self.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
             "history": self.history,
             "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -98,7 +103,7 @@ class Run:
             self.optimizer.load_state_dict(content["optimizer"])
         except ValueError as error:
             raise UserError(f"{self.last.as_posix()} was trained with other trainable parts ({error}): resume with "
-                            f"that run's constants, or start anew without {self.settings.resume_hint}") from error
+                            f"that run's constants, or start anew without {self.plan.resume_hint}") from error
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
         if self.average:
@@ -110,7 +115,7 @@ class Run:
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
         if not self.main:
             self.sums = {}  # the saved sums are those of all ranks
-        group_is_open = self.batch % self.settings.accumulate and self.batch != content["batches"]
+        group_is_open = self.batch % self.plan.accumulate and self.batch != content["batches"]
         if self.batch and (content["batches"] != len(self.loader.batch_sampler) or group_is_open):
             processes.say("note: batch size, accumulation, data or number of processes have changed: "
                           f"epoch {self.epoch + 1} starts again")
@@ -118,7 +123,7 @@ class Run:
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
             earlier = content["constants"]
-            for name, value in self.settings.constants.items():
+            for name, value in self.constants.items():
                 if name != "RESUME" and earlier.get(name, "unknown") != value:
                     print(f"  note: {name} was {earlier.get(name, 'unknown')!r}, is now {value!r}")
 
@@ -137,11 +142,11 @@ class Run:
         return sums
 
     def set_learning_rates(self):
-        plan = self.settings
+        plan = self.plan
         factor = schedule_factor(plan.schedule, self.step, self.total_steps, plan.warmup_steps, plan.milestones)
         if plan.schedule == "plateau":
-            name, patience, cut = plan.plateau
-            factor *= plateau_factor([record[name] for record in self.history], patience, cut)
+            metric = [record[plan.plateau_metric] for record in self.history]
+            factor *= plateau_factor(metric, plan.plateau_patience, plan.plateau_factor)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         return self.base_rates[0] * factor
@@ -177,7 +182,7 @@ class Run:
 
     def count_epoch(self, record, plain, on_best):
         """Compare with the best epoch so far; keep this one as best.pt where it is better. -> whether it is."""
-        value = record.get(self.settings.score) if self.settings.score else None
+        value = record.get(self.score) if self.score else None
         better = value is None or self.best_score is None or value > self.best_score
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.history.append(record)
@@ -187,8 +192,8 @@ class Run:
             self.bad_epochs += 1
         if self.main and better:
             content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
-                       "constants": self.settings.constants, "epoch": self.epoch, "metrics": record}
-            checkpoint.save(self.settings.extras | content, self.folder / "best.pt")
+                       "constants": self.constants, "epoch": self.epoch, "metrics": record}
+            checkpoint.save(self.extras | content, self.folder / "best.pt")
             if on_best:
                 on_best(plain)
         return better
@@ -197,7 +202,7 @@ class Run:
         """metrics.json, curves, TensorBoard and one line on the console, once last.pt holds the epoch."""
         if not self.main:
             return
-        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.settings.score}
+        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
             visualize.curves(self.history, self.folder / "curves.png")
@@ -215,10 +220,10 @@ class Run:
         hidden = {"epoch", "step", "loss", "images_per_s", "time"}
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in hidden)
         best = ""
-        if self.settings.score:
+        if self.score:
             best = "  [best]" if better else f"  [best {self.best_score:.4f} in epoch {self.best_epoch}]"
         times = " ".join(f"{name} {100 * share:.0f}%" for name, share in record["time"].items())
-        return (f"epoch {record['epoch']}/{self.settings.epochs}  {numbers}{best}  "
+        return (f"epoch {record['epoch']}/{self.plan.epochs}  {numbers}{best}  "
                 f"{record['images_per_s']:.1f} images/s  ({times})")
 
     def close(self, stopped):
@@ -228,10 +233,10 @@ class Run:
         if self.main:
             self.writer.close()
             if stopped == "interrupted":
-                print(f"interrupted: saved {self.last.as_posix()}; {self.settings.resume_hint} goes on from there")
+                print(f"interrupted: saved {self.last.as_posix()}; {self.plan.resume_hint} goes on from there")
             else:
                 best = "" if self.best_score is None else (
-                    f", best {self.settings.score} {self.best_score:.4f} in epoch {self.best_epoch}")
+                    f", best {self.score} {self.best_score:.4f} in epoch {self.best_epoch}")
                 print(f"training ended: {stopped}{best}")
 
 

@@ -12,12 +12,11 @@ best.pt, last.pt (--resume goes on from it), checkpoint.pt (latest epoch), metri
 predictions.png and tb/.
 """
 
-from pathlib import Path
-
 import torch
 
-from rfdetr import criterion, run_report, weights
+from rfdetr import criterion, run_report
 from rfdetr import main as training
+from rfdetr.start import new_detector
 from utils import config, freeze, processes
 from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
@@ -76,42 +75,24 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "checkpoint", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "detector"))
-    training.check_numbers(cfg)
+    cfg, last = training.resolve(globals(), overrides, "detector")
     resolution = training.resolution_of(cfg)
-    folder = training.folder_of(cfg, f"detector_{cfg.SIZE}_{resolution}")
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
-    processes.say(run_report.banner("STAGE 1: DETECTOR TRAINING", {
-        "Model Size": cfg.SIZE, "Resolution": resolution, "Epochs": cfg.EPOCHS,
-        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
-        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    folder = training.begin(cfg, "STAGE 1: DETECTOR TRAINING", "detector", resolution)
     engine.seed_everything(cfg.SEED)
-    names = training.class_names(cfg.DATASET_DIR)
-    model, class_rows = training.new_detector(cfg, names, resolution)
-    data = training.open_splits(cfg, class_rows, resolution)
-    train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = training.evaluation_splits(cfg, data, resolution)
-    processes.say(freeze.describe({"RF-DETR": model}))
-    extras = weights.description(model, names, class_rows)
-
-    result = engine.fit(
-        model, train_loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS,
-        parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
-        loss_weights=criterion.SUMMED_WEIGHTS,
-        evaluate=lambda model: run_report.scores(model, *splits["valid"]), score="box/mAP",
-        on_best=lambda model: training.save_weights(model, extras, folder / "checkpoint_best_regular.pth"),
-        on_epoch=lambda model, history: training.save_weights(model, extras, folder / "checkpoint.pt"),
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], class_rows),
-        accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
-        precision=training.amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE,
-        ema=cfg.EMA_DECAY if cfg.EMA else 0.0, constants=cfg.as_dict(), extras=extras,
-        resume=bool(cfg.RESUME), resume_hint=f"--resume {folder.as_posix()}",
-        checkpoint_steps=cfg.CHECKPOINT_STEPS)
-    result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)
+    start = new_detector(cfg, last, training.class_names(cfg.DATASET_DIR), resolution)
+    data = training.open_splits(cfg, start.class_rows, resolution)
+    processes.say(freeze.describe({"RF-DETR": start.model}))
+    result = training.train(
+        cfg, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution), compute_losses,
+        parameters=training.parameter_groups(
+            start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
+        loss_weights=criterion.SUMMED_WEIGHTS, ema=cfg.EMA_DECAY if cfg.EMA else 0.0,
+        best_file="checkpoint_best_regular.pth", epoch_file="checkpoint.pt")
     result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")
     if result["valid"]:
-        processes.say(run_report.next_command(cfg, folder, names, model.model_args["num_rows"]))
+        processes.say(run_report.next_command(cfg, folder, start.class_names, start.model.model_args["num_rows"]))
     return result
 
 

@@ -66,7 +66,9 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             handed to `on_best` and kept as best.pt; 0: without. last.pt holds both.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
-        resume: go on from output_dir/last.pt (from the start where there is none); resume_hint: how a user says that.
+        resume: go on from output_dir/last.pt (from the start where there is none); instead of True also the content of
+            that file, where it has been read already (a dict, emptied once it is restored); resume_hint: how a user
+            says that.
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:

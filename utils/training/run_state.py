@@ -52,9 +52,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
-        content = None
-        if resume and self.last.is_file():
-            content = checkpoint.load(self.last)
+        content = resume if isinstance(resume, dict) else None
+        if resume and (content or self.last.is_file()):
+            content = content or checkpoint.load(self.last)
             if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
                 raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
                                 f"without {self.settings.resume_hint}")
@@ -74,6 +74,7 @@ class Run:
             self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.settings.ema)
         if content:
             self._restore(content)
+            content.clear()  # the caller may hold it as well, and the training needs the memory
         elif resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None

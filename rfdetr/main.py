@@ -8,10 +8,13 @@ leaves behind in rfdetr/run_report.py.
 import atexit
 import contextlib
 import re
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from pycocotools.coco import COCO
 
 from rfdetr import features, run_report, weights
 from rfdetr.config import block_size, check_resolution, default_resolution, settings
@@ -123,23 +126,24 @@ def train(cfg, start, folder, data, loader, compute_losses, *, parameters, loss_
     extras = weights.description(model, start.class_names, start.class_rows)
     splits = evaluation_splits(cfg, data, start.resolution)
 
-    def saving(name):
-        return (lambda model, *_: save_weights(model, extras, folder / name)) if name else None
-
+    to_file = partial(save_weights, extras=extras)
     result = engine.fit(
         model, loader, compute_losses, output_dir=folder, epochs=cfg.EPOCHS, parameters=parameters,
-        loss_weights=loss_weights, evaluate=lambda model: run_report.scores(model, *splits["valid"], with_masks),
-        score="mask/mAP" if with_masks else "box/mAP", on_best=saving(best_file), on_epoch=saving(epoch_file),
-        sample_images=lambda model: run_report.sample_images(model, splits["valid"][0], start.class_rows),
+        loss_weights=loss_weights, score="mask/mAP" if with_masks else "box/mAP",
+        evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
+                         with_masks=with_masks),
+        on_best=partial(to_file, path=folder / best_file) if best_file else None,
+        on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
+        sample_images=partial(run_report.sample_images, loader=splits["valid"].loader, class_rows=start.class_rows),
         accumulate=cfg.ACCUM, clip_norm=cfg.CLIP_NORM, warmup_steps=cfg.WARMUP_STEPS,
         precision=amp_precision(cfg.NO_AMP), precisions=("float32", "bf16", "fp16"), patience=cfg.PATIENCE, ema=ema,
-        constants=cfg.as_dict(), extras=extras, resume=start.last or False,
+        constants=cfg.as_dict(), extras=extras, resume=bool(cfg.RESUME), last=start.last,
         resume_hint=f"--resume {folder.as_posix()}", checkpoint_steps=cfg.CHECKPOINT_STEPS)
     return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
 
 
-def save_weights(model, extras, path):
-    """A checkpoint without the optimizer; extras: of weights.description."""
+def save_weights(model, history=None, *, extras, path):
+    """A checkpoint without the optimizer; extras: of weights.description. engine.fit hands over the history as well."""
     if processes.is_main():
         checkpoint.save(extras | {"model": model.state_dict()}, path)
 
@@ -231,10 +235,18 @@ def training_loader(cfg, data, size, resolution):
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
 
 
+class Evaluated(NamedTuple):
+    """A split that is scored."""
+
+    loader: torch.utils.data.DataLoader  # in order, always at one resolution
+    truth: COCO
+
+
 def evaluation_splits(cfg, data, resolution):
-    """-> {"valid", perhaps "test": (loader in order, always at `resolution`, ground truth)} of `open_splits`' data."""
-    return {split: (loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
-                    ground_truth(one.annotation_file))
+    """-> {"valid", perhaps "test": Evaluated} of `open_splits`' data."""
+    return {split: Evaluated(
+                loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
+                ground_truth(one.annotation_file))
             for split, one in data.items() if split != "train"}
 
 

@@ -111,7 +111,7 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
     if processes.is_main():
         report.write_results(folder / "results.json", cfg.as_dict(), found)
         with torch.no_grad():
-            visualize.grid(pictures(model, splits["valid"][0], class_rows), ["prediction", "ground truth"],
+            visualize.grid(pictures(model, splits["valid"].loader, class_rows), ["prediction", "ground truth"],
                            folder / "predictions.png")
         processes.say(f"results: {(folder / 'results.json').as_posix()}, {(folder / 'predictions.png').as_posix()}")
     return {"run_dir": str(folder), "valid": found.get("valid"), "test": found.get("test")}

@@ -37,7 +37,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
         on_best=None, sample_images=None, accumulate=1, clip_norm=None, warmup_steps=0, schedule="cosine",
         milestones=DECAY_AT, plateau=None, precision="float32", precisions=PRECISIONS,
         optimizer=torch.optim.AdamW, patience=None, stop=None, on_epoch=None, ema=0.0, constants=None, extras=None,
-        resume=False, resume_hint="RESUME = True", checkpoint_steps=200, own_files=()):
+        resume=False, resume_hint="RESUME = True", checkpoint_steps=200, own_files=(), last=None):
     """Train `model` and keep the best epoch.
 
     Args:
@@ -66,9 +66,9 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
             handed to `on_best` and kept as best.pt; 0: without. last.pt holds both.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
-        resume: go on from output_dir/last.pt (from the start where there is none); instead of True also the content of
-            that file, where it has been read already (a dict, emptied once it is restored); resume_hint: how a user
-            says that.
+        resume: go on from output_dir/last.pt (from the start where there is none); resume_hint: how a user says that.
+        last: content of output_dir/last.pt where the script has read it already; emptied once it is restored, so that
+            the caller's reference does not keep the optimizer's state in memory a second time.
         checkpoint_steps: optimizer steps between two writes of last.pt within an epoch.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:
@@ -93,7 +93,7 @@ def fit(model, loader, compute_losses, *, output_dir, epochs, parameters, loss_w
     if warmup_steps > run.total_steps / 3:
         processes.say(f"note: WARMUP_STEPS = {warmup_steps} of {run.total_steps} steps in all: the learning rate "
                       "reaches its full height late or never")
-    run.prepare(resume)
+    run.prepare(resume, last)
     stopped = "all epochs done"
     with _Interrupts() as run.interrupts:
         while run.epoch < epochs:

@@ -39,7 +39,7 @@ class Run:
     def total_steps(self):
         return self.settings.epochs * math.ceil(len(self.loader.batch_sampler) / self.settings.accumulate)
 
-    def prepare(self, resume):
+    def prepare(self, resume, last=None):
         """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
         if self.main:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
@@ -52,9 +52,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
-        content = resume if isinstance(resume, dict) else None
-        if resume and (content or self.last.is_file()):
-            content = content or checkpoint.load(self.last)
+        content = None
+        if resume and (last or self.last.is_file()):
+            content = last or checkpoint.load(self.last)
             if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
                 raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
                                 f"without {self.settings.resume_hint}")

@@ -225,9 +225,9 @@ class RoboflowDataset(torch.utils.data.Dataset):
         self.transform = transforms.AUGMENTATIONS[augmentation]() if train else transforms.evaluation()
         self.class_names = list(class_rows)
         row_of = {c["id"]: class_rows[c["name"]] for c in content["categories"] if c["name"] in class_rows}
-        unknown = {note["category_id"] for note in content["annotations"]} - row_of.keys()
-        if unknown:
-            names = sorted(c["name"] for c in content["categories"] if c["id"] in unknown)
+        strangers = {note["category_id"] for note in content["annotations"]} - row_of.keys()
+        if strangers:
+            names = sorted(c["name"] for c in content["categories"] if c["id"] in strangers)
             raise UserError(f"{self.annotation_file.as_posix()} annotates {', '.join(map(repr, names[:5]))}, which is "
                             f"not among the classes to train: {', '.join(list(class_rows)[:8])}. Give all splits the "
                             "same classes.")

@@ -87,8 +87,8 @@ def choose_rows(keep, known, rows, init_missing, source):
     missing = [name for name, row in zip(keep, chosen, strict=True) if row is None]
     if missing and not init_missing:
         raise UserError(f"{source} does not know {', '.join(repr(name) for name in missing)}. It knows: "
-                        f"{', '.join(sorted(known, key=known.get))}. Mend the spelling, or add --init_missing for new "
-                        "rows (they must be trained before they are of use)")
+                        f"{', '.join(sorted(known, key=known.get))}. Correct the spelling, or add --init_missing for "
+                        "new rows (they must be trained before they are of use)")
     return [*chosen, background_row(known, rows)]
 
 

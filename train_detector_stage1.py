@@ -12,14 +12,11 @@ best.pt, last.pt (--resume goes on from it), checkpoint.pt (latest epoch), metri
 predictions.png and tb/.
 """
 
-import dataclasses
-from functools import partial
-from pathlib import Path
-
 import torch
 
-from rfdetr import criterion, run_report, weights
+from rfdetr import criterion, run_report
 from rfdetr import main as training
+from rfdetr.start import new_detector
 from utils import config, freeze, processes
 from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
@@ -78,40 +75,24 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "checkpoint", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "detector"))
+    cfg, last = training.resolve(globals(), overrides, "detector")
     plan = training.build_plan(cfg, ("--lr", "--backbone_lr"), criterion.SUMMED_WEIGHTS)
     resolution = training.resolution_of(cfg)
-    folder = training.folder_of(cfg, f"detector_{cfg.SIZE}_{resolution}")
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
-    processes.say(run_report.banner("STAGE 1: DETECTOR TRAINING", {
-        "Model Size": cfg.SIZE, "Resolution": resolution, "Epochs": cfg.EPOCHS,
-        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
-        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    folder = training.begin(cfg, "STAGE 1: DETECTOR TRAINING", "detector", resolution)
     engine.seed_everything(cfg.SEED)
-    names = training.class_names(cfg.DATASET_DIR)
-    model, class_rows = training.new_detector(cfg, names, resolution)
-    data = training.open_splits(cfg, class_rows, resolution)
-    train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = training.evaluation_splits(cfg, data, resolution)
-    processes.say(freeze.describe({"RF-DETR": model}))
-    extras = weights.description(model, names, class_rows)
-
-    loader, truth = splits["valid"]
-    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
-    result = engine.fit(
-        model, train_loader, compute_losses, plan, output_dir=folder,
-        parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
-        evaluate=partial(run_report.scores, loader=loader, truth=truth),
-        score="box/mAP",
-        on_best=partial(training.save_weights, extras=extras, path=folder / "checkpoint_best_regular.pth"),
-        on_epoch=partial(training.save_latest, extras=extras, path=folder / "checkpoint.pt"),
-        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
-        constants=cfg.as_dict(), extras=extras)
-    result |= run_report.final(model, cfg, folder, splits, class_rows, with_masks=False)
+    start = new_detector(cfg, last, training.class_names(cfg.DATASET_DIR), resolution)
+    data = training.open_splits(cfg, start.class_rows, resolution)
+    processes.say(freeze.describe({"RF-DETR": start.model}))
+    result = training.train(
+        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution), compute_losses,
+        parameters=training.parameter_groups(
+            start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
+        best_file="checkpoint_best_regular.pth", epoch_file="checkpoint.pt")
     result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")
     if result["valid"]:
-        processes.say(run_report.next_command(cfg, folder, names, model.model_args["num_rows"]))
+        processes.say(run_report.next_command(cfg, folder, start.class_names, start.model.model_args["num_rows"]))
     return result
 
 

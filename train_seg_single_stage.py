@@ -11,14 +11,11 @@ Writes runs/single_stage_<size>_<resolution>_<n>/: best.pt, last.pt, metrics.jso
 predictions.png and tb/.
 """
 
-import dataclasses
-from functools import partial
-from pathlib import Path
-
 import torch
 
-from rfdetr import criterion, masks, run_report, weights
+from rfdetr import criterion, masks, run_report
 from rfdetr import main as training
+from rfdetr.start import new_detector
 from utils import config, freeze, processes
 from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
@@ -80,38 +77,22 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "single_stage"))
+    cfg, last = training.resolve(globals(), overrides, "single_stage")
     plan = training.build_plan(cfg, ("--lr", "--backbone_lr", "--seg_lr"), criterion.SUMMED_WEIGHTS | {
         "loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
     resolution = training.resolution_of(cfg)
-    folder = training.folder_of(cfg, f"single_stage_{cfg.SIZE}_{resolution}")
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
-    processes.say(run_report.banner("SINGLE STAGE: DETECTOR AND SEGMENTATION HEAD", {
-        "Model Size": cfg.SIZE, "Resolution": resolution, "Epochs": cfg.EPOCHS,
-        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
-        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    folder = training.begin(cfg, "SINGLE STAGE: DETECTOR AND SEGMENTATION HEAD", "single_stage", resolution)
     engine.seed_everything(cfg.SEED)
-    names = training.class_names(cfg.DATASET_DIR)
-    model, class_rows = training.new_detector(cfg, names, resolution, with_masks=True)
-    data = training.open_splits(cfg, class_rows, resolution, with_masks=True)
+    start = new_detector(cfg, last, training.class_names(cfg.DATASET_DIR), resolution, with_masks=True)
+    data = training.open_splits(cfg, start.class_rows, resolution, with_masks=True)
     processes.say(run_report.masks_seen(data["train"]))
-    train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = training.evaluation_splits(cfg, data, resolution)
-    processes.say(freeze.describe({"RF-DETR": model.detector, "Mask head": model.mask_head}))
-    extras = weights.description(model, names, class_rows)
-
-    loader, truth = splits["valid"]
-    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
-    result = engine.fit(
-        model, train_loader, compute_losses, plan, output_dir=folder,
-        parameters=training.parameter_groups(model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY,
-                                             mask_head_lr=cfg.SEG_LR),
-        evaluate=partial(run_report.scores, loader=loader, truth=truth, with_masks=True),
-        score="mask/mAP",
-        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
-        constants=cfg.as_dict(), extras=extras)
-    return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
+    processes.say(freeze.describe({"RF-DETR": start.model.detector, "Mask head": start.model.mask_head}))
+    return training.train(
+        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution), compute_losses,
+        parameters=training.parameter_groups(
+            start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY, mask_head_lr=cfg.SEG_LR))
 
 
 if __name__ == "__main__":

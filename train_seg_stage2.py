@@ -12,14 +12,11 @@ Writes runs/segmentation_<size>_<resolution>_<n>/: best.pt (detector and mask he
 stage2_config.json, metrics.json, results.json, curves.png, predictions.png and tb/.
 """
 
-import dataclasses
-from functools import partial
-from pathlib import Path
-
 import torch
 
-from rfdetr import criterion, features, masks, run_report, weights
+from rfdetr import criterion, features, masks, run_report
 from rfdetr import main as training
+from rfdetr.start import frozen_detector_with_masks, stage1_checkpoint
 from utils import config, freeze, processes, report
 from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
@@ -81,46 +78,33 @@ def compute_losses(model, batch):
 
 def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
-    cfg = config.resolve(globals(), training.resumed(globals(), overrides, "segmentation"))
-    plan = training.build_plan(cfg, ("--seg_lr",), {
-        "loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
+    cfg, last = training.resolve(globals(), overrides, "segmentation")
+    plan = training.build_plan(cfg, ("--seg_lr",), {"loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
-    source = training.stage1_checkpoint(cfg)
-    names = training.class_names(cfg.DATASET_DIR)
+    source = stage1_checkpoint(cfg)
+    class_names = training.class_names(cfg.DATASET_DIR)
     engine.seed_everything(cfg.SEED)
-    model, class_rows, resolution = training.frozen_detector_with_masks(cfg, source, names)
-    folder = training.folder_of(cfg, f"segmentation_{cfg.SIZE}_{resolution}")
-    processes.say(run_report.banner("STAGE 2: SEGMENTATION HEAD TRAINING", {
-        "Model Size": cfg.SIZE, "Resolution": resolution, "Stage-1 Checkpoint": source, "Epochs": cfg.EPOCHS,
-        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": training.device_name(),
-        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    start = frozen_detector_with_masks(cfg, last, source, class_names)
+    model, resolution = start.model, start.resolution
+    folder = training.begin(cfg, "STAGE 2: SEGMENTATION HEAD TRAINING", "segmentation", resolution,
+                            {"Stage-1 Checkpoint": source})
     processes.say(f"[ok] Found Stage-1 checkpoint: {source}")
-    data = training.open_splits(cfg, class_rows, resolution, with_masks=True, augment=not cfg.CACHE_FEATURES)
+    data = training.open_splits(cfg, start.class_rows, resolution, with_masks=True, augment=not cfg.CACHE_FEATURES)
     processes.say(run_report.masks_seen(data["train"]))
-    frozen, trainable = freeze.count_parameters(model.detector)[0], freeze.count_parameters(model.mask_head)[1]
-    processes.say(f"[ok] Detector frozen: {frozen:,} parameters\n"
-                  f"[ok] Segmentation head trainable: {trainable:,} parameters ({type(model.mask_head).__name__})")
+    processes.say(f"[ok] Detector frozen: {freeze.count_parameters(model.detector)[0]:,} parameters\n"
+                  f"[ok] Segmentation head trainable: {freeze.count_parameters(model.mask_head)[1]:,} parameters "
+                  f"({type(model.mask_head).__name__})")
     if cfg.CACHE_FEATURES:
-        train_loader = training.cached_loader(cfg, model, data["train"], resolution)
+        loader = training.cached_loader(cfg, model, data["train"], resolution)
     else:
-        train_loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
-    splits = training.evaluation_splits(cfg, data, resolution)
-    extras = weights.description(model, names, class_rows)
+        loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
     if processes.is_main():
         report.write_json(folder / "stage2_config.json", cfg.as_dict() | {
-            "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": names})
-
-    loader, truth = splits["valid"]
-    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
-    result = engine.fit(
-        model, train_loader, compute_losses, plan, output_dir=folder,
-        parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
-        evaluate=partial(run_report.scores, loader=loader, truth=truth, with_masks=True),
-        score="mask/mAP",
-        sample_images=partial(run_report.sample_images, loader=loader, class_rows=class_rows),
-        constants=cfg.as_dict(), extras=extras)
-    return result | run_report.final(model, cfg, folder, splits, class_rows, with_masks=True)
+            "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": class_names})
+    return training.train(
+        cfg, plan, start, folder, data, loader, compute_losses,
+        parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import train_seg_stage2
 from benchmarks.peak_memory import PeakMemory
 from rfdetr import criterion
 from rfdetr import main as training
-from rfdetr.config import default_resolution
+from rfdetr.config import default_resolution, mask_head_of
 from rfdetr.datasets.roboflow import RoboflowDataset
 from rfdetr.model import RFDETR
 from utils import config, datasets, freeze, processes, report
@@ -103,7 +103,7 @@ def stage1_row(cfg, size, batch):
 
 def segmentation_model(size):
     """-> RFDETR with a mask head and its detector frozen, as stage 2 has it."""
-    model = RFDETR(size, _ROWS, default_resolution(size), mask_head=training.mask_head_of(size))
+    model = RFDETR(size, _ROWS, default_resolution(size), mask_head=mask_head_of(size))
     freeze.freeze(model.detector)
     return model.train().to(processes.device())
 

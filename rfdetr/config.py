@@ -85,6 +85,11 @@ def default_resolution(size):
     return settings(size)["resolution"]
 
 
+def mask_head_of(size):
+    """-> the kind of mask head that goes with a size: the light one for the smallest detectors."""
+    return "nano" if size in ("nano", "tiny") else "full"
+
+
 def block_size(size):
     """-> patch size * windows: the step between resolutions that the backbone's windows divide evenly."""
     return settings(size)["patch"] * settings(size)["windows"]

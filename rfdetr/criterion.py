@@ -7,6 +7,8 @@ every decoder layer and for the encoder's proposals. Written from the papers; th
 Everything here runs in float32, whatever autocast says, and an image without objects is an image like any other.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -85,18 +87,22 @@ def _costs(logits, boxes, label):
     return costs.nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
 
 
-def flat_indices(indices, labels, device):
-    """Pairs of `match` -> where they lie in a batch.
+class Matches(NamedTuple):
+    """The matched pairs of a whole batch, (n,) int64 each."""
 
-    Returns:
-        image, query and target, (n,) int64 each; target counts on through the objects of all images.
-    """
+    image: torch.Tensor   # index of the image in the batch
+    query: torch.Tensor   # index of the query in its image
+    target: torch.Tensor  # index of the object, counted on through the objects of all images
+
+
+def flat_indices(indices, labels, device):
+    """Pairs of `match`, image by image -> Matches of the batch on `device`."""
     counts = [len(label["class_labels"]) for label in labels]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(indices)])
     query = torch.cat([query for query, _ in indices])
     target = torch.cat([target + start for (_, target), start in zip(indices, starts, strict=True)])
-    return image.to(device), query.to(device), target.to(device)
+    return Matches(image.to(device), query.to(device), target.to(device))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ def detection_losses(outputs, labels, groups):
 
 def _stage_losses(logits, boxes, labels, groups, num_boxes):
     """Terms of one decoder layer: logits (B, Q, K), boxes (B, Q, 4)."""
-    image, query, target = flat_indices(match(logits, boxes, labels, groups), labels, logits.device)
+    image, query, target = flat_indices(match(logits, boxes, labels, groups), labels, logits.device)  # (n,) each
     classes = torch.cat([label["class_labels"] for label in labels])[target]  # (n,)
     wanted = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
     found = boxes[image, query]  # (n, 4)

@@ -99,32 +99,32 @@ class Detector:
         """-> (RFDETR, {class name: row})."""
         if num_classes is not None and num_classes < 1:
             raise UserError(f"num_classes = {num_classes}: choose 1 or more, or None")
-        content, args = self._content()
-        rows = COCO_HEAD_ROWS if content is None else weights.rows_of(content)[0]
+        given, args = self._given()
+        rows = COCO_HEAD_ROWS if given is None else weights.rows_of(given)[0]
         rows = num_classes + 1 if num_classes else rows
         size = self.size or args["size"]
         side = resolution or args.get("resolution") or default_resolution(size)
         model = RFDETR(size, rows, side, mask_head=args.get("mask_head"))
-        known = weights.load_pretrained(model, content)["class_rows"] if content else {}
+        known = weights.load_pretrained(model, given)["class_rows"] if given else {}
         if not known:  # new class heads
             known = {f"class {row}": row for row in range(num_classes)} if num_classes else dict(COCO_ROWS)
         return model, known
 
-    def _content(self):
-        """-> (content of the weights to begin with or None, its model arguments; {} of a published file)."""
+    def _given(self):
+        """-> (weights.Checkpoint to begin with or None, its model arguments; {} of a published file)."""
         if self.start is None:
             if not self.size:
                 raise UserError("Detector needs a checkpoint; take RFDETRNano, RFDETRSmall, ... for a new one")
             return None, {}
-        content, name = weights.content_of(self.start)
-        args = content.get("args")
+        given = weights.read(self.start)
+        args = given.rest.get("args")
         if not (isinstance(args, dict) and "size" in args):
             if not self.size:
-                raise UserError(f"{name} does not say its size: load it with RFDETRNano, RFDETRSmall, ...")
-            return content, {}
+                raise UserError(f"{given.name} does not say its size: load it with RFDETRNano, RFDETRSmall, ...")
+            return given, {}
         if self.size and args["size"] != self.size:
-            raise UserError(f"{name} holds a detector of size {args['size']}, not {self.size}")
-        return content, args
+            raise UserError(f"{given.name} holds a detector of size {args['size']}, not {self.size}")
+        return given, args
 
     @property
     def class_names(self):
@@ -262,7 +262,7 @@ def as_tensor(image):
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        image = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        image = torch.from_numpy(image.copy()).permute(2, 0, 1)  # (3, H, W)
     if torch.is_tensor(image) and image.ndim == 3 and image.shape[0] == 3 and image.numel():
         if image.dtype == torch.uint8:
             return image
@@ -291,11 +291,11 @@ class _Deployable(nn.Module):
         if self.model.mask_head is None:
             return found
         batch, queries = outputs["logits"].shape[:2]
-        image = torch.arange(batch).repeat_interleave(queries)
-        query = torch.arange(queries).repeat(batch)
+        image = torch.arange(batch).repeat_interleave(queries)  # (B * Q,): 0 0 0 ... 1 1 1 ...
+        query = torch.arange(queries).repeat(batch)  # (B * Q,): 0 1 2 ... 0 1 2 ...
         logits = masks.mask_logits(outputs, image, query)  # (B * Q, S / 4, S / 4)
         logits = masks.confined(logits, outputs["boxes"].flatten(0, 1))
-        return *found, logits.unflatten(0, (batch, queries))
+        return *found, logits.unflatten(0, (batch, queries))  # (B, Q, S / 4, S / 4)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ Masks are computed for the chosen detections only, stretched one at a time and o
 lengths: a hundred masks of a photograph of twelve megapixels never exist at once.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -46,44 +48,62 @@ def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=Non
 
 # ---- masks at the original size --------------------------------------------------------------------------------
 
+class Part(NamedTuple):
+    """A mask (bool) of the part of an image that holds its object; outside of it the mask is empty."""
+
+    rows: slice
+    columns: slice
+    inside: torch.Tensor  # (len of rows, len of columns)
+
+
 def full_mask(logits, size):
     """Where logits (h, w), stretched bilinearly to size (H, W), are above 0.
 
     Equal to F.interpolate(..., mode="bilinear") > 0, but only the part around the object is computed.
 
     Returns:
-        (rows, columns, part): slices of the (H, W) image and the mask (bool) inside of them; it is empty outside.
+        Part of the (H, W) image.
     """
     positive = logits > 0
     spans = []
     for axis, length in ((1, size[0]), (0, size[1])):
         hit = positive.any(axis).nonzero()
         if not len(hit):
-            return slice(0, 0), slice(0, 0), positive[:0, :0]
+            return Part(slice(0, 0), slice(0, 0), positive[:0, :0])
         step = length / logits.shape[1 - axis]
         # a neighbour of a positive value can be above 0 up to one step away from that value's centre
         spans.append((max(0, int((hit[0].item() - 0.5) * step) - 1),
                       min(length, int((hit[-1].item() + 1.5) * step) + 2)))
     (top, bottom), (left, right) = spans
-    low, high, share = _taps(top, bottom, size[0], logits.shape[0], logits.device)
-    rows = torch.lerp(logits[low], logits[high], share[:, None])
-    low, high, share = _taps(left, right, size[1], logits.shape[1], logits.device)
-    return slice(top, bottom), slice(left, right), torch.lerp(rows[:, low], rows[:, high], share) > 0
+    y = _taps(top, bottom, size[0], logits.shape[0], logits.device)
+    x = _taps(left, right, size[1], logits.shape[1], logits.device)
+    rows = torch.lerp(logits[y.low], logits[y.high], y.share[:, None])  # (bottom - top, w)
+    inside = torch.lerp(rows[:, x.low], rows[:, x.high], x.share) > 0  # (bottom - top, right - left)
+    return Part(slice(top, bottom), slice(left, right), inside)
+
+
+class _Taps(NamedTuple):
+    """Linear interpolation along one axis: every pixel is (1 - share) of the cell `low` and share of the cell `high`,
+    (n,) each."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    share: torch.Tensor
 
 
 def _taps(first, last, length, cells, device):
-    """Pixels first .. last - 1 of `length` -> the two cells each lies between, and the second one's share."""
+    """Pixels first .. last - 1 of an axis of `length` pixels, stretched from `cells` cells -> _Taps."""
     centre = ((torch.arange(first, last, device=device) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
     low = centre.floor().long()
-    return low, (low + 1).clamp(max=cells - 1), centre - low
+    return _Taps(low, (low + 1).clamp(max=cells - 1), centre - low)
 
 
 def full_masks(logits, size):
     """Mask logits (n, h, w) -> (n, H, W) bool on the CPU, stretched to size (H, W)."""
     masks = torch.zeros(len(logits), *size, dtype=torch.bool)
     for mask, one in zip(masks, logits, strict=True):
-        rows, columns, part = full_mask(one, size)
-        mask[rows, columns] = part.cpu()
+        part = full_mask(one, size)
+        mask[part.rows, part.columns] = part.inside.cpu()
     return masks
 
 
@@ -95,9 +115,9 @@ def run_lengths(found, size):
     done = {}
     for query, logits in zip(found["queries"].tolist(), found["mask_logits"], strict=True):
         if query not in done:
-            rows, columns, part = full_mask(logits, size)
+            part = full_mask(logits, size)
             pixels = np.zeros(size, np.uint8, order="F")
-            pixels[rows, columns] = part.cpu().numpy()
+            pixels[part.rows, part.columns] = part.inside.cpu().numpy()
             code = rle.encode(pixels)
             done[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
     return [done[query] for query in found["queries"].tolist()]
@@ -129,6 +149,14 @@ def detect(model, loader, device, masks=False, name="evaluating"):
     return gather_object(found)
 
 
+class Evaluation(NamedTuple):
+    """COCO's scores of a data set, AP in [0, 1], -1 where there is no such object."""
+
+    metrics: dict     # {"box/mAP", "box/AP50", "box/AP75", "box/AP_small", ..., with masks the same of "mask/"}
+    per_class: list   # [{"class": name, "box": AP, with masks "mask": AP}, ...] in the order of the category ids
+    detections: list  # of `detect`
+
+
 def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
     """COCO's scores of boxes and masks at the original image size.
 
@@ -136,9 +164,7 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
         model, loader: see `detect`; masks: score masks as well (the model has a mask head).
         truth: evaluation.ground_truth of the loader's annotation file, None to read it.
     Returns:
-        {"box/mAP", "box/AP50", "box/AP75", "box/AP_small", "box/AP_medium", "box/AP_large", with masks the same of
-        "mask/": float in [0, 1], -1 where there is no such object},
-        [{"class": name, "box": AP, with masks "mask": AP}, ...] in the order of the category ids, and the detections.
+        Evaluation.
     """
     data = loader.dataset
     truth = truth or ground_truth(data.annotation_file)
@@ -149,4 +175,4 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
         for category, value in scores.pop("per_class").items():
             table.setdefault(category, {"class": category})[kind] = value
         metrics |= {f"{kind}/{metric}": value for metric, value in scores.items()}
-    return metrics, list(table.values()), found
+    return Evaluation(metrics, list(table.values()), found)

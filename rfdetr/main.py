@@ -1,32 +1,154 @@
-"""What the RF-DETR training scripts share: run folders, data, models to start from, parameter groups.
+"""What the RF-DETR training scripts share: constants and folder of a run, data, the training, parameter groups.
 
 The scripts (train_detector_stage1.py, train_seg_stage2.py, train_seg_single_stage.py) hold the constants and the order
-of things; the loop is utils/training/engine.py, what a run prints and leaves behind rfdetr/run_report.py.
+of things. The models to start from are in rfdetr/start.py, the loop in utils/training/engine.py, what a run prints and
+leaves behind in rfdetr/run_report.py.
 """
 
 import atexit
 import contextlib
+import dataclasses
 import re
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from pycocotools.coco import COCO
 
 from rfdetr import features, run_report, weights
-from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, block_size, check_resolution, default_resolution, settings
+from rfdetr.config import block_size, check_resolution, default_resolution, settings
 from rfdetr.datasets import roboflow
-from rfdetr.model import RFDETR
-from utils import checkpoint, config, freeze, processes
+from utils import checkpoint, config, processes
 from utils.config import UserError
 from utils.datasets import loaders
-from utils.datasets.annotations import plain_name
 from utils.evaluation.coco import ground_truth
+from utils.training import engine
 from utils.training.plan import PRECISIONS, Plan, not_negative
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 
 
-# ---- the run's folder, banner, precision ---------------------------------------------------------------------------
+# ---- the constants of a run ----------------------------------------------------------------------------------------
+
+def resolve(namespace, overrides, name):
+    """A run's constants: the script's or the earlier run's, under those that were given.
+
+    Args:
+        namespace: the script's globals(); overrides: of `main`; its RESUME is an earlier run's folder, or "last" for
+        the newest one of that kind. name: what the folders begin with ("detector", "segmentation", "single_stage").
+    Returns:
+        Config, its RESUME a folder, and the content of that folder's last.pt; None without RESUME.
+    Raises:
+        UserError: no such run, a run of another script.
+    """
+    last = None
+    if overrides.get("RESUME", ""):
+        folder = earlier_run(namespace, overrides, name)
+        last = checkpoint.load(folder / "last.pt")
+        constants = last.get("constants", {})
+        unknown = constants.keys() - config.constants_of(namespace).keys()
+        if unknown or not {"args", "class_rows"} <= last.keys():
+            raise UserError(f"--resume {folder.as_posix()} is a run of another script"
+                            + (f": it has {', '.join(sorted(unknown))}" if unknown else ""))
+        overrides = constants | overrides | {"RESUME": str(folder)}
+    return config.resolve(namespace, overrides), last
+
+
+def earlier_run(namespace, overrides, name):
+    """-> Path of the run's folder that RESUME names; the arguments are those of `resolve`."""
+    wanted = overrides["RESUME"]
+    folder = Path(wanted)
+    if wanted == "last":
+        usual = namespace["DEMO"] if overrides.get("demo") else namespace
+        runs_dir = Path(overrides.get("RUNS_DIR", usual["RUNS_DIR"]))
+        found = list(runs_dir.glob(f"{name}_*/last.pt"))
+        if not found:
+            raise UserError(f"--resume last: no {name}_*/last.pt in {runs_dir.as_posix()}")
+        folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"--resume {folder.as_posix()}: there is no last.pt in it; give the folder of an earlier run, "
+                        "or 'last' for the newest one")
+    return folder
+
+
+def build_plan(cfg, learning_rates, loss_weights):
+    """-> Plan of a script's constants, see Plan.of; UserError, by the flags' names, for settings that cannot be."""
+    flags = {"epochs": "--epochs", "batch_size": "--batch", "accumulate": "--accum", "workers": "--workers",
+             "patience": "--patience", "weight_decay": "--weight_decay", "clip_norm": "--clip_norm",
+             "warmup_steps": "--warmup_steps", "checkpoint_steps": "--checkpoint_steps"}
+    given = {"precision": amp_precision(cfg.NO_AMP), "precisions": PRECISIONS, "resume": bool(cfg.RESUME)}
+    if hasattr(cfg, "EMA"):
+        flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
+    if hasattr(cfg, "LAYER_DECAY"):
+        not_negative("--layer_decay", cfg.LAYER_DECAY)
+    return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
+
+
+def resolution_of(cfg):
+    """-> the side of the square input; checked."""
+    resolution = cfg.RESOLUTION or default_resolution(cfg.SIZE)
+    check_resolution(cfg.SIZE, resolution)
+    return resolution
+
+
+# ---- a run, from its banner to its results ---------------------------------------------------------------------------
+
+def begin(cfg, title, name, resolution, more=None):
+    """Choose the run's folder and print the banner.
+
+    Args:
+        title: of the banner; name: what the folder begins with; resolution: side of the square input.
+        more: {label: value}, further lines of the banner.
+    Returns:
+        Path of the folder: the earlier run's, or a new RUNS_DIR/<name>_<size>_<resolution>_<n>.
+    """
+    folder = Path(cfg.RESUME) if cfg.RESUME else run_folder(cfg.RUNS_DIR, f"{name}_{cfg.SIZE}_{resolution}")
+    processes.say(run_report.banner(title, {
+        "Model Size": cfg.SIZE, "Resolution": resolution, **(more or {}), "Epochs": cfg.EPOCHS,
+        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": device_name(),
+        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+    return folder
+
+
+def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None):
+    """Train, then evaluate the best epoch and write results.json and predictions.png.
+
+    The best epoch is that of the highest mask mAP where the model has a mask head, else of the highest box mAP.
+
+    Args:
+        cfg: constants of one of the scripts; plan: of `build_plan`; start: of rfdetr.start; folder: of `begin`.
+        data: of `open_splits`; loader: of data["train"].
+        compute_losses, parameters: see engine.fit.
+        best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch.
+    Returns:
+        {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same
+        or None}, see engine.fit and run_report.final.
+    """
+    model, with_masks = start.model, start.model.mask_head is not None
+    extras = weights.description(model, start.class_names, start.class_rows)
+    splits = evaluation_splits(cfg, data, start.resolution)
+
+    to_file = partial(save_weights, extras=extras)
+    plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
+    result = engine.fit(
+        model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
+        score="mask/mAP" if with_masks else "box/mAP",
+        evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
+                         with_masks=with_masks),
+        on_best=partial(to_file, path=folder / best_file) if best_file else None,
+        on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
+        sample_images=partial(run_report.sample_images, loader=splits["valid"].loader, class_rows=start.class_rows),
+        constants=cfg.as_dict(), extras=extras, last=start.last)
+    return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
+
+
+def save_weights(model, history=None, *, extras, path):
+    """A checkpoint without the optimizer; extras: of weights.description. engine.fit hands over the history as well."""
+    if processes.is_main():
+        checkpoint.save(extras | {"model": model.state_dict()}, path)
+
 
 def run_folder(runs_dir, name):
     """Make runs_dir/<name>_<n> with the first free number above all others; the same on every rank.
@@ -59,56 +181,6 @@ def run_folder(runs_dir, name):
 def _remove_if_empty(folder):
     with contextlib.suppress(OSError):
         Path(folder).rmdir()
-
-
-def folder_of(cfg, name):
-    """-> Path of this run's folder: the one to go on in, or a new one."""
-    return Path(cfg.RESUME) if cfg.RESUME else run_folder(cfg.RUNS_DIR, name)
-
-
-def resumed(namespace, overrides, name):
-    """The constants of the run to go on with, under those that were given.
-
-    Args:
-        namespace: the script's globals(); overrides: of `main`; its RESUME is a run's folder, or "last" for the newest
-        one of that kind. name: what its folders begin with ("detector", "segmentation").
-    Returns:
-        overrides for config.resolve, with RESUME made a folder.
-    Raises:
-        UserError: no such run, or a run of another script.
-    """
-    wanted = overrides.get("RESUME", "")
-    if not wanted:
-        return overrides
-    folder = Path(wanted)
-    if wanted == "last":
-        usual = namespace["DEMO"] if overrides.get("demo") else namespace
-        runs_dir = Path(overrides.get("RUNS_DIR", usual["RUNS_DIR"]))
-        found = list(runs_dir.glob(f"{name}_*/last.pt"))
-        if not found:
-            raise UserError(f"--resume last: no {name}_*/last.pt in {runs_dir.as_posix()}")
-        folder = max(found, key=lambda path: path.stat().st_mtime).parent
-    if not (folder / "last.pt").is_file():
-        raise UserError(f"--resume {folder.as_posix()}: there is no last.pt in it; give the folder of an earlier run, "
-                        "or 'last' for the newest one")
-    constants = checkpoint.load(folder / "last.pt").get("constants", {})
-    if strangers := constants.keys() - config.constants_of(namespace).keys():
-        raise UserError(f"--resume {folder.as_posix()} is a run of another script: it has "
-                        f"{', '.join(sorted(strangers))}")
-    return constants | overrides | {"RESUME": str(folder)}
-
-
-def build_plan(cfg, learning_rates, loss_weights):
-    """-> Plan of a script's constants, see Plan.of; UserError, by the flags' names, for settings that cannot be."""
-    flags = {"epochs": "--epochs", "batch_size": "--batch", "accumulate": "--accum", "workers": "--workers",
-             "patience": "--patience", "weight_decay": "--weight_decay", "clip_norm": "--clip_norm",
-             "warmup_steps": "--warmup_steps", "checkpoint_steps": "--checkpoint_steps"}
-    given = {"precision": amp_precision(cfg.NO_AMP), "precisions": PRECISIONS, "resume": bool(cfg.RESUME)}
-    if hasattr(cfg, "EMA"):
-        flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
-    if hasattr(cfg, "LAYER_DECAY"):
-        not_negative("--layer_decay", cfg.LAYER_DECAY)
-    return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
 
 
 def device_name():
@@ -165,10 +237,18 @@ def training_loader(cfg, data, size, resolution):
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
 
 
+class Evaluated(NamedTuple):
+    """A split that is scored."""
+
+    loader: torch.utils.data.DataLoader  # in order, always at one resolution
+    truth: COCO
+
+
 def evaluation_splits(cfg, data, resolution):
-    """-> {"valid", perhaps "test": (loader in order, always at `resolution`, ground truth)} of `open_splits`' data."""
-    return {split: (loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
-                    ground_truth(one.annotation_file))
+    """-> {"valid", perhaps "test": Evaluated} of `open_splits`' data."""
+    return {split: Evaluated(
+                loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
+                ground_truth(one.annotation_file))
             for split, one in data.items() if split != "train"}
 
 
@@ -181,118 +261,7 @@ def cached_loader(cfg, model, data, resolution):
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=features.collate)
 
 
-# ---- the model -----------------------------------------------------------------------------------------------------
-
-def resolution_of(cfg):
-    """-> the side of the square input; checked."""
-    resolution = cfg.RESOLUTION or default_resolution(cfg.SIZE)
-    check_resolution(cfg.SIZE, resolution)
-    return resolution
-
-
-def new_detector(cfg, names, resolution, with_masks=False):
-    """The model to train: with published or earlier weights, or new.
-
-    Returns:
-        RFDETR, {class name: row of its head}. Rows: 91 with COCO weights, as many as an earlier checkpoint has, and
-        one per class plus one for the background from scratch.
-    Raises:
-        UserError: weights that are not there, not reachable, or of another network.
-    """
-    if cfg.RESUME:  # the run's own weights come with last.pt
-        content = checkpoint.load(Path(cfg.RESUME) / "last.pt")
-        return RFDETR(**content["args"]), content["class_rows"]
-    head = mask_head_of(cfg.SIZE) if with_masks else None
-    if cfg.PRETRAIN_WEIGHTS.lower() == "none":
-        rows, known, source = len(names) + 1, {}, None
-    elif cfg.PRETRAIN_WEIGHTS.lower() == "coco":
-        rows, known, source = COCO_HEAD_ROWS, COCO_ROWS, weights.fetch(cfg.SIZE)
-    else:
-        source = cfg.PRETRAIN_WEIGHTS
-        rows, known = weights.rows_of(source)
-    class_rows = weights.assign_rows(names, rows, known)
-    model = RFDETR(cfg.SIZE, rows, resolution, mask_head=head)
-    if source:
-        found = weights.load_pretrained(model, source, exclude=cfg.PRETRAIN_EXCLUDE_KEYS)
-        processes.say(f"weights: {Path(source).as_posix()} ({found['loaded']} tensors)")
-        if found["left_out"]:
-            processes.say(f"note: {len(found['left_out'])} tensors start anew: {', '.join(found['left_out'][:4])}"
-                          f"{', ...' if len(found['left_out']) > 4 else ''}")
-    row_of = {plain_name(name): row for name, row in known.items()}
-    new = [name for name in names if row_of.get(plain_name(name)) != class_rows[name]]
-    processes.say("class head: " + ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
-                  + (", ..." if len(names) > 12 else "") + f" of {rows}"
-                  + (f"; not known to the weights: {', '.join(new[:5])}" if source and new else ""))
-    return model, class_rows
-
-
-def mask_head_of(size):
-    """-> the kind of mask head that goes with a size: the light one for the smallest detectors."""
-    return "nano" if size in ("nano", "tiny") else "full"
-
-
-def stage1_checkpoint(cfg):
-    """-> Path of the detector to freeze: CHECKPOINT, else STAGE1_RUN's best.pt or last.pt; with RESUME its own."""
-    if cfg.RESUME:
-        return Path(cfg.RESUME) / "last.pt"
-    if cfg.CHECKPOINT:
-        if not Path(cfg.CHECKPOINT).is_file():
-            raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} does not exist: give the file that "
-                            "shrink_head.py wrote, or leave it out to take --stage1_run's best.pt")
-        return Path(cfg.CHECKPOINT)
-    if not cfg.STAGE1_RUN:
-        raise UserError("which detector? Give --stage1_run runs/detector_<size>_<resolution>_<n> (and the shrunken "
-                        "file as --checkpoint), or try --demo")
-    for name in ("best.pt", "last.pt"):
-        if (Path(cfg.STAGE1_RUN) / name).is_file():
-            return Path(cfg.STAGE1_RUN) / name
-    raise UserError(f"No checkpoint found in Stage-1 directory {Path(cfg.STAGE1_RUN).as_posix()}: there is neither "
-                    "best.pt nor last.pt. Did train_detector_stage1.py finish an epoch?")
-
-
-def frozen_detector_with_masks(cfg, source, names):
-    """-> RFDETR of the checkpoint with its detector frozen and a new mask head, {class name: row}, resolution.
-
-    Raises:
-        UserError: another size, a head that was not shrunk to the data set's classes, other classes.
-    """
-    model, found = weights.load_detector(source)
-    args = found["args"]
-    if cfg.RESUME:
-        freeze.freeze(model.detector)
-        return model, found["class_rows"], args["resolution"]
-    if args["size"] != cfg.SIZE:
-        raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
-    shrink = run_report.shrink_command(shrinkable(source), names)
-    if args["num_rows"] != len(names) + 1:
-        raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(names) + 1}): cut the "
-                        f"head to the data set's classes first, then give the new file as --checkpoint:\n  {shrink}")
-    if strangers := [name for name in names if name not in found["class_rows"]]:
-        raise UserError(f"{source.as_posix()} knows {', '.join(found['class_rows'])}, but not {', '.join(strangers)} "
-                        f"of the data set. Cut the head of the stage-1 checkpoint to these classes:\n  {shrink}")
-    resolution = cfg.RESOLUTION or args["resolution"]
-    model = RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
-    weights.load_pretrained(model, source)
-    freeze.freeze(model.detector)
-    return model, {name: found["class_rows"][name] for name in names}, resolution
-
-
-def shrinkable(source):
-    """-> the checkpoint beside `source` that shrink_head.py should read: stage 1's best weights."""
-    best = source.parent / "checkpoint_best_regular.pth"
-    return best if best.is_file() else source
-
-
-def save_latest(model, history, extras, path):
-    """`save_weights` after every epoch, see engine.fit's on_epoch."""
-    save_weights(model, extras, path)
-
-
-def save_weights(model, extras, path):
-    """A checkpoint without the optimizer; extras: of weights.description."""
-    if processes.is_main():
-        checkpoint.save(extras | {"model": model.state_dict()}, path)
-
+# ---- parameters ----------------------------------------------------------------------------------------------------
 
 def parameter_groups(model, lr, backbone_lr, layer_decay, weight_decay, mask_head_lr=None):
     """Groups for the optimizer: the ViT's layers at their own rates, the mask head at its own, the rest at `lr`.

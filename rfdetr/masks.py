@@ -38,8 +38,9 @@ def mask_logits(outputs, batch_index, query_index):
         order = batch_index.argsort(stable=True)
         chosen = queries[batch_index[order], query_index[order]]  # (n, C), image after image
         counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
+        # per image: its chosen queries (., C) times its pixels (C, h * w)
         found = torch.cat([part @ pixel.flatten(1) for part, pixel in zip(chosen.split(counts), pixels, strict=True)])
-        return found.unflatten(1, (height, width))[order.argsort()]
+        return found.unflatten(1, (height, width))[order.argsort()]  # (n, h, w), as they were asked for
 
 
 def confined(logits, boxes):
@@ -74,14 +75,14 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
     """
     pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
     with float32(pixels.device.type):
-        image, query, target = flat_indices(indices, labels, pixels.device)
-        masks = count_over_ranks(len(image), pixels.device)  # every rank, also one without objects, takes part
-        if len(image) == 0:
+        matches = flat_indices(indices, labels, pixels.device)
+        masks = count_over_ranks(len(matches.image), pixels.device)  # every rank, also one without objects, takes part
+        if len(matches.image) == 0:
             nothing = (pixels.float().sum() + queries.float().sum()) * 0
             return {"loss_mask": nothing, "loss_dice": nothing}
-        logits = mask_logits(outputs, image, query)  # (n, h, w)
-        wanted = torch.cat([label["masks"] for label in labels])[target]  # (n, S, S) bool
-        boxes = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
+        logits = mask_logits(outputs, matches.image, matches.query)  # (n, h, w)
+        wanted = torch.cat([label["masks"] for label in labels])[matches.target]  # (n, S, S) bool
+        boxes = torch.cat([label["boxes"] for label in labels]).float()[matches.target]  # (n, 4)
         points = points or max(logits[0].numel() // 4, 1)
         with torch.no_grad():
             where = choose_points(logits, boxes, points, generator)  # (n, P, 2)
@@ -105,8 +106,8 @@ def choose_points(logits, boxes, points, generator=None):
     uncertain = int(UNCERTAIN * points)
     candidates = random_points(boxes, CANDIDATES * points, generator)
     doubt = -sample(logits, candidates).abs()  # (n, CANDIDATES * points)
-    best = doubt.topk(uncertain, dim=1).indices
-    chosen = candidates.gather(1, best[..., None].expand(count, uncertain, 2))
+    best = doubt.topk(uncertain, dim=1).indices  # (n, uncertain)
+    chosen = candidates.gather(1, best[..., None].expand(count, uncertain, 2))  # (n, uncertain, 2)
     return torch.cat([chosen, random_points(boxes, points - uncertain, generator)], 1)
 
 
@@ -131,4 +132,4 @@ def values_at(masks, where):
     height, width = masks.shape[-2:]
     x = (where[..., 0] * width).long().clamp(0, width - 1)
     y = (where[..., 1] * height).long().clamp(0, height - 1)
-    return masks.flatten(1).gather(1, y * width + x).float()
+    return masks.flatten(1).gather(1, y * width + x).float()  # of (n, H * W)

@@ -181,8 +181,8 @@ def _initialise_sampling(attention):
     angles = torch.arange(attention.n_heads) * (2 * math.pi / attention.n_heads)
     direction = torch.stack([angles.cos(), angles.sin()], -1)
     direction = direction / direction.abs().max(-1, keepdim=True)[0]  # (heads, 2), on the unit square's border
-    steps = torch.arange(1, attention.n_points + 1).view(1, 1, -1, 1)
-    offsets = (direction[:, None, None] * steps).expand(-1, attention.n_levels, -1, -1)
+    steps = torch.arange(1, attention.n_points + 1).view(1, 1, -1, 1)  # (1, 1, points, 1)
+    offsets = (direction[:, None, None] * steps).expand(-1, attention.n_levels, -1, -1)  # (heads, levels, points, 2)
     nn.init.zeros_(attention.sampling_offsets.weight)
     attention.sampling_offsets.bias.copy_(offsets.flatten())
     nn.init.zeros_(attention.attention_weights.weight)

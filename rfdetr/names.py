@@ -1,7 +1,7 @@
 """Parameter names: transformers' inside the program, the published checkpoints' in every file.
 
 The published names are those of Roboflow's COCO checkpoints (their decoder keeps query, key and value weights in one
-tensor, in_proj), except that the class head is "class_embed.0.", as the training guide's own check reads it;
+tensor, in_proj), except that the class head is "class_embed.0.": "class_embed.0.weight" has one row per class.
 `published_file` gives it Roboflow's name. Only names change and q, k, v are joined: no value is touched.
 """
 

@@ -67,7 +67,7 @@ class TwoLevelModel(RfDetrModel):
         encoder_queries, detached, encoder_boxes = (torch.cat(parts, 1) for parts in zip(*chosen, strict=True))
 
         used = groups * self.num_queries
-        reference = refine_bboxes(detached, self.reference_point_embed.weight[:used].expand(batch, -1, -1))
+        reference = refine_bboxes(detached, self.reference_point_embed.weight[:used].expand(batch, -1, -1))  # (B, Q, 4)
         decoded = self.decoder(
             inputs_embeds=self.query_feat.weight[:used].expand(batch, -1, -1), reference_points=reference,
             spatial_shapes=spatial_shapes, spatial_shapes_list=shapes, level_start_index=starts,

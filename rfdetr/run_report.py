@@ -16,7 +16,7 @@ THRESHOLD = 0.4   # score from which a detection is drawn
 
 
 def banner(title, rows):
-    """The block at the start of a run: a title and {label: value}, in the guide's form."""
+    """The block at the start of a run: a title and {label: value}."""
     width = max(len(label) for label in rows) + 2
     body = [f"{label + ':':<{width}} {value}" for label, value in rows.items()]
     return "\n".join([LINE, title, LINE, *body, LINE])
@@ -39,15 +39,15 @@ def _in_quotes(text):
 
 
 def masks_seen(data):
-    """-> the guide's line on the first annotations' masks; data: RoboflowDataset with masks."""
+    """-> the line on how many of the first annotations have masks; data: RoboflowDataset with masks."""
     return "[ok] Validated: {}/{} sample annotations contain segmentation masks".format(*data.sample_with_masks)
 
 
 def scores(model, loader, truth, with_masks=False):
     """-> {"box/mAP", "box/AP50", "box/AP75", with masks the same of "mask/"} of a model in eval mode, every epoch."""
     device = next(model.parameters()).device
-    found = evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation")[0]
-    return {name: value for name, value in found.items() if name.split("/")[1] in METRICS[:3]}
+    metrics = evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation").metrics
+    return {name: value for name, value in metrics.items() if name.split("/")[1] in METRICS[:3]}
 
 
 def pictures(model, loader, class_rows):
@@ -98,19 +98,20 @@ def final(model, cfg, folder, splits, class_rows, with_masks):
     model.to(device).eval()
     found = {}
     for split, (loader, truth) in splits.items():
-        metrics, per_class, _ = evaluate.evaluate(model, loader, device, with_masks, truth, split)
-        found[split] = metrics | {"per_class": per_class}
+        scored = evaluate.evaluate(model, loader, device, with_masks, truth, split)
+        metrics = scored.metrics
+        found[split] = metrics | {"per_class": scored.per_class}
         kinds = ["box", "mask"] if with_masks else ["box"]
         columns = {"class": f"{split}: AP per class"} | {kind: kind for kind in kinds}
         everything = {"class": "all"} | {kind: metrics[f"{kind}/mAP"] for kind in kinds}
-        processes.say(report.table([everything, *per_class], columns))
+        processes.say(report.table([everything, *scored.per_class], columns))
         for kind in kinds:
             processes.say(f"{split} {kind}: " + "  ".join(
                 f"{name} {metrics[f'{kind}/{name}']:.4f}" for name in METRICS))
     if processes.is_main():
         report.write_results(folder / "results.json", cfg.as_dict(), found)
         with torch.no_grad():
-            visualize.grid(pictures(model, splits["valid"][0], class_rows), ["prediction", "ground truth"],
+            visualize.grid(pictures(model, splits["valid"].loader, class_rows), ["prediction", "ground truth"],
                            folder / "predictions.png")
         processes.say(f"results: {(folder / 'results.json').as_posix()}, {(folder / 'predictions.png').as_posix()}")
     return {"run_dir": str(folder), "valid": found.get("valid"), "test": found.get("test")}

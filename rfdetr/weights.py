@@ -13,6 +13,7 @@ import re
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -168,13 +169,27 @@ def content_of(source):
     return content, what
 
 
-def _content(source):
-    """-> ({published name: Tensor}, the checkpoint's other entries, its name for messages)."""
-    content, what = content_of(source)
+class Checkpoint(NamedTuple):
+    """A detector's checkpoint that was read."""
+
+    state: dict  # {published name: Tensor}
+    rest: dict   # the other entries: "args", "class_names", "class_rows", ...
+    name: str    # what messages call it
+
+
+def read(source):
+    """-> Checkpoint of a path or of a file's content; a Checkpoint is given back, so that nothing is read twice.
+
+    Raises:
+        UserError: no such file, broken, or not a detector.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    content, name = content_of(source)
     state = names.with_our_class_head(content["model"])
     if "class_embed.0.weight" not in state:
-        raise checkpoint.CheckpointError(f"{what} is not an RF-DETR detector: it has no class_embed")
-    return state, {key: value for key, value in content.items() if key != "model"}, what
+        raise checkpoint.CheckpointError(f"{name} is not an RF-DETR detector: it has no class_embed")
+    return Checkpoint(state, {key: value for key, value in content.items() if key != "model"}, name)
 
 
 def _known_rows(state, rest):
@@ -189,28 +204,42 @@ def rows_of(source):
     """-> (rows of a checkpoint's class head, {class name: row} that it knows).
 
     Args:
-        source: path or content. A file without "class_rows" but with COCO's 91 rows knows COCO's classes.
+        source: path, content or Checkpoint. A file without "class_rows" but with COCO's 91 rows knows COCO's classes.
     """
-    state, rest, _ = _content(source)
+    state, rest, _ = read(source)
     return _known_rows(state, rest)
+
+
+def model_args_of(source):
+    """-> what one of our checkpoints says of its model: {"size", "num_rows", perhaps "resolution", "mask_head"}.
+
+    Args:
+        source: path, content or Checkpoint.
+    Raises:
+        UserError: no such file, broken, or a published file (which does not say its size).
+    """
+    _, rest, what = read(source)
+    args = rest.get("args")
+    if not (isinstance(args, dict) and {"size", "num_rows"} <= set(args)):
+        raise checkpoint.CheckpointError(
+            f"{what} does not say which model it is: 'args' has no size and num_rows. It is not a checkpoint of ours; "
+            "a published COCO file goes into train_detector_stage1.py or shrink_head.py first")
+    return args
 
 
 def load_detector(source, device="cpu"):
     """A model from one of our checkpoints, mask head included.
 
     Args:
-        source: path or content of a checkpoint.
+        source: path, content or Checkpoint.
     Returns:
         RFDETR in eval mode on `device`, and {"args", "class_names", "class_rows"}.
     Raises:
-        UserError: no such file, broken, or a published file (which does not say its size).
+        UserError: of `model_args_of`.
     """
-    state, rest, what = _content(source)
-    args = rest.get("args")
-    if not (isinstance(args, dict) and {"size", "num_rows"} <= set(args)):
-        raise checkpoint.CheckpointError(
-            f"{what} does not say which model it is: 'args' has no size and num_rows. It is not a checkpoint of ours; "
-            "a published COCO file goes into train_detector_stage1.py or shrink_head.py first")
+    source = read(source)
+    state, rest, what = source
+    args = model_args_of(source)
     model = RFDETR(**{key: args[key] for key in MODEL_ARGS if key in args})
     _refuse(_misfits(model.state_dict(), state), what, args["size"])
     model.load_state_dict(state)
@@ -248,7 +277,7 @@ def load_pretrained(model, source, exclude=()):
 
     Args:
         model: RFDETR; changed in place.
-        source: path or content of a published COCO file or of our checkpoint.
+        source: path, content or Checkpoint, of a published COCO file or of ours.
         exclude: patterns (fnmatch) of published names that start anew, e.g. ("backbone.0.projector.*",).
     Returns:
         {"class_rows": {name: row} that the loaded head knows ({} where it starts anew), "loaded": number of tensors,
@@ -256,7 +285,7 @@ def load_pretrained(model, source, exclude=()):
     Raises:
         UserError: names or shapes that do not fit (all kinds are named), a pattern that matches nothing.
     """
-    state, rest, what = _content(source)
+    state, rest, what = read(source)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     own = model.state_dict()
     for pattern in exclude:
@@ -299,7 +328,7 @@ def resize_positions(positions, tokens):
         return positions  # no square grids: left for the comparison of shapes to name
     grid = positions[:, 1:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = torch.nn.functional.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], 1)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], 1)  # (1, 1 + m*m, D)
 
 
 def export_roboflow(path_in, path_out):
@@ -311,7 +340,7 @@ def export_roboflow(path_in, path_out):
     Returns:
         Path of the new file: {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
     """
-    state, rest, what = _content(path_in)
+    state, rest, what = read(path_in)
     path_out = Path(path_out)
     if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
         raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")

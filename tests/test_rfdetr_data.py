@@ -254,7 +254,7 @@ def test_real_data_sets_give_the_masks_that_pycocotools_sees(name):
     assert len(pickle.dumps(data)) < 600 * len(data.labels)  # compact: no dicts, no lists of coordinates
 
 
-# ---- what is mended, left out, refused -----------------------------------------------------------------------------
+# ---- what is clipped, left out, refused -----------------------------------------------------------------------------
 
 def test_boxes_are_clipped_and_dropped_and_crowds_left_out_with_a_note(tmp_path):
     def change(content):
@@ -327,7 +327,7 @@ def test_corrupt_json_and_a_truncated_image_are_named(tmp_path):
     lambda content: [note.update(segmentation=[]) for note in content["annotations"]],
     lambda content: [note.update(segmentation=[[1, 1, 1, 1, 1, 1]]) for note in content["annotations"]],
 ])
-def test_no_masks_at_all_is_the_guides_error(tmp_path, change):
+def test_no_masks_at_all_is_an_error(tmp_path, change):
     edit(write_dataset(tmp_path), change)
     with pytest.raises(UserError, match="No segmentation masks found in COCO annotations"):
         opened(tmp_path)

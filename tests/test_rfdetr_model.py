@@ -302,8 +302,8 @@ def test_state_dict_through_distributed_data_parallel(tmp_path):
 
 def test_missing_unexpected_and_misshapen_names_are_refused(tiny):
     state = tiny.state_dict()
-    with pytest.raises(RuntimeError, match="Unexpected.*stranger"):
-        tiny.load_state_dict(state | {"stranger": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Unexpected.*unknown"):
+        tiny.load_state_dict(state | {"unknown": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="Missing.*query_feat"):
         tiny.load_state_dict({name: value for name, value in state.items() if name != "query_feat.weight"})
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -419,7 +419,7 @@ def test_one_level_through_the_two_level_forward_equals_transformers(tiny):
         assert torch.allclose(ours["intermediate_hidden_states"], theirs["intermediate_hidden_states"], atol=1e-5)
 
 
-# ---- what is worked around: a failure here means that transformers has mended it and the work-around can go ------
+# ---- what is worked around: a failure here means that transformers has fixed it and the work-around can go -------
 
 def upstream(**changes):
     """transformers' own detector of the tiny size."""

@@ -1,6 +1,7 @@
 """The RF-DETR scripts end to end on eight images: stage 1, shrink, stage 2, cache, single stage, resume, two ranks."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import shrink_head
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
-from rfdetr import criterion, features, weights
+from rfdetr import criterion, features, start, weights
 from rfdetr import main as training
 from utils import checkpoint, config, datasets, freeze
 from utils.config import UserError
@@ -35,13 +36,34 @@ def stage1(dataset, tmp_path_factory):
                                       RUNS_DIR=str(tmp_path_factory.mktemp("runs")))
 
 
+class Counted:
+    """How often each file is read through checkpoint.load, and how many RFDETRs are built."""
+
+    def __init__(self, monkeypatch):
+        self.read, self.contents, self.built = Counter(), {}, 0
+        load, init = checkpoint.load, weights.RFDETR.__init__
+
+        def counted_load(path, *args):
+            name = Path(path).name
+            self.read[name] += 1
+            self.contents[name] = load(path, *args)
+            return self.contents[name]
+
+        def counted_init(model, *args, **kwargs):
+            self.built += 1
+            init(model, *args, **kwargs)
+
+        monkeypatch.setattr(checkpoint, "load", counted_load)
+        monkeypatch.setattr(weights.RFDETR, "__init__", counted_init)
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- stage 1 ---------------------------------------------------------------------------------------------------
 
-def test_stage1_writes_the_guides_files(stage1):
+def test_stage1_writes_its_files(stage1):
     folder = Path(stage1["run_dir"])
     assert folder.name == "detector_tiny_64_1"
     names = {path.name for path in folder.iterdir()}
@@ -89,7 +111,7 @@ def test_training_lowers_the_loss(dataset):
     """The script's loss and parameter groups on one batch."""
     torch.manual_seed(0)
     cfg = config.resolve(vars(train_detector_stage1), STAGE1 | {"DATASET_DIR": dataset})
-    model, rows = training.new_detector(cfg, list(CLASSES), 64)
+    model, _, rows, *_ = start.new_detector(cfg, None, list(CLASSES), 64)
     loader = training.training_loader(cfg, training.open_dataset(cfg, "train", rows, 64), "tiny", 64)
     batch = datasets.to_device(next(iter(loader)), "cpu")
     optimizer = torch.optim.AdamW(training.parameter_groups(model.train(), 5e-4, 5e-4, 1.0, 0.0))
@@ -205,7 +227,8 @@ def test_stage2_resumes_bit_for_bit(stage1, dataset, tmp_path, monkeypatch):
 def test_cached_features_give_the_losses_of_the_detector(stage1, dataset, tmp_path):
     cfg = config.resolve(vars(train_seg_stage2), SMALL | {
         "DATASET_DIR": dataset, "CHECKPOINT": stage1["checkpoint"], "CACHE_DIR": str(tmp_path)})
-    model, rows, resolution = training.frozen_detector_with_masks(cfg, Path(stage1["checkpoint"]), list(CLASSES))
+    model, _, rows, resolution, _ = start.frozen_detector_with_masks(
+        cfg, None, Path(stage1["checkpoint"]), list(CLASSES))
     data = training.open_dataset(cfg, "train", rows, resolution, with_masks=True)
     loader = training.cached_loader(cfg, model, data, resolution)
     files = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
@@ -257,6 +280,95 @@ def test_stage2_errors(stage1, dataset, tmp_path):
     boxes_only = write_dataset(tmp_path / "boxes", masks=False)
     with pytest.raises(UserError, match="No segmentation masks found in COCO annotations"):
         train_seg_stage2.main(**common | {"DATASET_DIR": str(boxes_only)}, CHECKPOINT=stage1["checkpoint"])
+
+
+# ---- nothing is read or built twice ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("script", "source"), [
+    (train_detector_stage1, "PRETRAIN_WEIGHTS"), (train_seg_stage2, "CHECKPOINT"),
+    (train_seg_single_stage, "PRETRAIN_WEIGHTS")])
+def test_a_run_reads_every_checkpoint_and_builds_its_model_once(stage1, dataset, tmp_path, monkeypatch, script, source):
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        first = script.main(**SMALL | {source: stage1["checkpoint"]}, DATASET_DIR=dataset, RUNS_DIR=str(tmp_path))
+    # best.pt is the run's own, read for the final evaluation
+    assert counted.read == {"checkpoint_best_regular.pth": 1, "best.pt": 1} and counted.built == 1
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        second = script.main(RESUME=first["run_dir"], EPOCHS=2)
+    assert counted.read == {"last.pt": 1, "best.pt": 1} and counted.built == 1
+    assert counted.contents["last.pt"] == {}  # not kept in memory while the run goes on
+    assert [record["epoch"] for record in second["history"]] == [1, 2]
+
+
+# ---- files of earlier releases -----------------------------------------------------------------------------------
+
+# What train_detector_stage1.py of the first release wrote beside its tensors.
+CONSTANTS = {
+    "SIZE": "tiny", "RESOLUTION": 64, "PRETRAIN_WEIGHTS": "none", "PRETRAIN_EXCLUDE_KEYS": (), "MULTI_SCALE": False,
+    "EXPANDED_SCALES": False, "AUGMENTATION": "full", "WORKERS": 0, "EPOCHS": 2, "BATCH": 4, "ACCUM": 1, "LR": 1e-4,
+    "BACKBONE_LR": 1.5e-4, "LAYER_DECAY": 0.8, "WEIGHT_DECAY": 1e-4, "CLIP_NORM": 0.1, "WARMUP_STEPS": 1, "EMA": True,
+    "EMA_DECAY": 0.993, "NO_AMP": False, "PATIENCE": 10, "SEED": 0, "RUN_TEST": False, "RESUME": "",
+    "CHECKPOINT_STEPS": 200}
+
+
+@pytest.fixture
+def earlier(dataset, tmp_path):
+    """-> folder with last.pt and best.pt of a run after its first epoch, written by hand, and its model."""
+    torch.manual_seed(3)
+    model = weights.RFDETR("tiny", 4, 64)
+    args = {"size": "tiny", "num_rows": 4, "mask_head": None, "resolution": 64}
+    groups = training.parameter_groups(model, 1e-4, 1.5e-4, 0.8, 1e-4)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for parameter in trained:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    record = {"epoch": 1, "step": 2, "loss_ce": 1.0, "loss_bbox": 1.0, "loss_giou": 1.0, "loss_aux": 1.0,
+              "class_error": 90.0, "loss": 9.0, "images_per_s": 1.0, "time": {"data": 1.0}, "box/mAP": 0.0}
+    common = {
+        "args": args, "class_names": list(CLASSES), "class_rows": {name: i for i, name in enumerate(CLASSES)},
+        "model": {name: value.clone() for name, value in model.state_dict().items()}, "model_args": args,
+        "constants": CONSTANTS | {"DATASET_DIR": dataset, "RUNS_DIR": str(tmp_path)}, "epoch": 1}
+    folder = tmp_path / "detector_tiny_64_1"
+    folder.mkdir()
+    torch.save(common | {"metrics": record}, folder / "best.pt")
+    torch.save(common | {
+        "optimizer": optimizer.state_dict(), "average": [value.detach().clone() for value in trained], "batch": 0,
+        "batches": 2, "step": 2, "bad_epochs": 0, "score": "box/mAP", "best_score": 0.0, "best_epoch": 1,
+        "history": [record], "scaler": {}, "torch_rng": torch.get_rng_state(), "cuda_rng": [], "sums": {}},
+        folder / "last.pt")
+    return folder, model
+
+
+def test_a_checkpoint_of_an_earlier_release_loads(earlier, dataset):
+    folder, model = earlier
+    for name in ("best.pt", "last.pt"):
+        loaded, info = weights.load_detector(folder / name)
+        assert same(loaded.state_dict(), model.state_dict())
+        assert info["class_names"] == list(CLASSES) and weights.rows_of(folder / name)[0] == 4
+    result = train_seg_stage2.main(**SMALL, DATASET_DIR=dataset, STAGE1_RUN=str(folder), RUNS_DIR=str(folder.parent))
+    content = torch.load(Path(result["run_dir"]) / "last.pt")
+    assert all(torch.equal(content["model"][name], value) for name, value in model.state_dict().items())
+
+
+def test_a_run_of_an_earlier_release_resumes(earlier):
+    folder, _ = earlier
+    saved = torch.load(folder / "last.pt")
+    result = train_detector_stage1.main(RESUME=str(folder))
+    assert [record["epoch"] for record in result["history"]] == [1, 2] and result["history"][0] == saved["history"][0]
+    content = torch.load(folder / "last.pt")
+    assert content["step"] == 4 and content.keys() == saved.keys()
+    changed = [name for name, value in saved["model"].items() if not torch.equal(value, content["model"][name])]
+    assert "class_embed.0.weight" in changed
+    first = next(iter(content["optimizer"]["state"]))
+    assert content["optimizer"]["state"][first]["step"] == saved["optimizer"]["state"][first]["step"] + 2
+
+
+def test_a_last_pt_of_another_program_is_refused(tmp_path):
+    checkpoint.save({"model": {}, "constants": {}}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="run of another script"):
+        train_detector_stage1.main(RESUME=str(tmp_path))
 
 
 # ---- single stage, batches without objects, two processes --------------------------------------------------------

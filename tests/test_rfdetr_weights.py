@@ -246,7 +246,7 @@ def test_load_detector_gives_the_same_model_again(ours):
     assert same(model, weights.load_detector(checkpoint.load(path))[0])  # from the content as well
 
 
-def test_our_checkpoint_passes_the_guides_check_with_a_plain_load(ours):
+def test_our_checkpoint_is_read_by_a_plain_load(ours):
     content = torch.load(ours[0])
     assert content["model"]["class_embed.0.weight"].shape[0] == 4
     assert isinstance(content["args"], dict)
@@ -321,11 +321,11 @@ def test_a_pattern_that_matches_nothing_is_refused(ours):
 
 def test_mismatches_are_named(ours):
     content = checkpoint.load(ours[0])
-    content["model"]["stranger"] = content["model"].pop("query_feat.weight")
+    content["model"]["unknown"] = content["model"].pop("query_feat.weight")
     content["model"]["bbox_embed.layers.0.weight"] = torch.zeros(3, 3)
     with pytest.raises(UserError) as error:
         weights.load_pretrained(new(), content)
-    for part in ("1 missing (query_feat.weight)", "1 unexpected (stranger)", "does not fit RF-DETR tiny",
+    for part in ("1 missing (query_feat.weight)", "1 unexpected (unknown)", "does not fit RF-DETR tiny",
                  "bbox_embed.layers.0.weight (3, 3) instead of (128, 128)", "--pretrain_exclude_keys"):
         assert part in str(error.value)
 

@@ -59,7 +59,7 @@ def rows_of(state, head):
 
 def test_rows_follow_class_rows_in_the_order_of_keep_in_every_head(stage1, tmp_path):
     result = run(stage1, tmp_path / "out.pth", "blood_vessel", "cells", "car")
-    loaded = torch.load(tmp_path / "out.pth")  # plain, as the guide's check does
+    loaded = torch.load(tmp_path / "out.pth")  # with a plain torch.load
     assert loaded["model"]["class_embed.0.weight"].shape[0] == 4
     heads = ["class_embed.0", *(f"transformer.enc_out_class_embed.{g}" for g in range(GROUPS))]
     for number, head in enumerate(heads):
@@ -181,7 +181,7 @@ def test_missing_flags_and_files(stage1, tmp_path):
         run(stage1, tmp_path, "car")
 
 
-def test_the_guides_command(stage1, tmp_path):
+def test_the_command_line(stage1, tmp_path):
     command = [sys.executable, "shrink_head.py", "--in_ckpt", stage1, "--out_ckpt", tmp_path / "mydata.pth", "--keep",
                "cells", "blood_vessel", "kidney stone", "--init_missing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

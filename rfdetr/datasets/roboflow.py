@@ -57,13 +57,13 @@ def _problem(content):
     """-> what is wrong with a file that has all its keys, or None."""
     for part in ("images", "categories"):
         ids = [entry["id"] for entry in content[part]]
-        if strange := [value for value in ids if not _usable_id(value)]:
-            return f"'{part}' has the id {str(strange[0])[:60]!r}; ids are whole numbers, or short words"
+        if unusable := [value for value in ids if not _usable_id(value)]:
+            return f"'{part}' has the id {str(unusable[0])[:60]!r}; ids are whole numbers, or short words"
         if len({type(value) for value in ids}) > 1:
             return f"the ids of '{part}' are partly numbers, partly words"
     names = [category["name"] for category in content["categories"]]
-    if strange := [name for name in names if not (isinstance(name, str) and name.strip())]:
-        return f"a category is called {str(strange[0])[:60]!r}; a name is text, and not empty"
+    if unusable := [name for name in names if not (isinstance(name, str) and name.strip())]:
+        return f"a category is called {str(unusable[0])[:60]!r}; a name is text, and not empty"
     if len(set(names)) < len(names):
         return f"two categories are called {next(n for n in names if names.count(n) > 1)!r}; merge or rename them"
     for image in content["images"]:
@@ -113,24 +113,34 @@ def mask_code(segmentation, height, width):
     if not segmentation:
         return None
     if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not isinstance(size, list) or size != [height, width]:
-            raise ValueError(f"its RLE has the size {size}, the image is {height} high and {width} wide")
-        if isinstance(counts, list):
-            if not all(isinstance(n, int) and n >= 0 for n in counts):
-                raise ValueError("its RLE counts are not whole numbers from 0 on")
-            runs = np.array(counts, np.int64)
-        elif isinstance(counts, str):
-            runs = _runs(counts)
-        else:
-            raise ValueError("its RLE has no counts")
-        if runs.sum() != height * width or (runs < 0).any():  # pycocotools would write beyond the image
-            raise ValueError(f"its RLE covers {int(runs.sum())} pixels, the image has {height * width}")
-        if not runs[1::2].sum():
-            return None
-        return counts.encode() if isinstance(counts, str) else rle.frPyObjects(segmentation, height, width)["counts"]
+        return _rle_code(segmentation, height, width)
     if not isinstance(segmentation, list) or not all(isinstance(part, list) for part in segmentation):
         raise ValueError("it is neither a list of polygons nor RLE")
+    return _polygons_code(segmentation, height, width)
+
+
+def _rle_code(segmentation, height, width):
+    """`mask_code` of {"size", "counts"}, compressed (str) or not (list)."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list) or size != [height, width]:
+        raise ValueError(f"its RLE has the size {size}, the image is {height} high and {width} wide")
+    if isinstance(counts, list):
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError("its RLE counts are not whole numbers from 0 on")
+        runs = np.array(counts, np.int64)
+    elif isinstance(counts, str):
+        runs = _runs(counts)
+    else:
+        raise ValueError("its RLE has no counts")
+    if runs.sum() != height * width or (runs < 0).any():  # pycocotools would write beyond the image
+        raise ValueError(f"its RLE covers {int(runs.sum())} pixels, the image has {height * width}")
+    if not runs[1::2].sum():
+        return None
+    return counts.encode() if isinstance(counts, str) else rle.frPyObjects(segmentation, height, width)["counts"]
+
+
+def _polygons_code(segmentation, height, width):
+    """`mask_code` of [[x, y, x, y, ...], ...]."""
     polygons = [part for part in segmentation if len(part) >= 6]  # two points are no area
     far = 10 * max(height, width)  # pycocotools walks along every edge, pixel by pixel
     for part in polygons:
@@ -235,7 +245,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
                                      [(image["width"], image["height"]) for image in content["images"]])
 
     def _index_objects(self, images, annotations, row_of, masks):
-        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about what was mended or left out."""
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines on what was clipped or left out."""
         index_of = {image["id"]: i for i, image in enumerate(images)}
         objects = [note for note in annotations if not note.get("iscrowd", 0)]
         owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)

@@ -118,9 +118,9 @@ def waves(positions):
 def waves_of_pixels(height, width, like):
     """-> (B, 4 * WAVES + 1, height, width) float32: waves of x, waves of y, and a channel of ones; batch of `like`."""
     x = waves((torch.arange(width, device=like.device) + 0.5) / width).T  # (2 * WAVES, width)
-    y = waves((torch.arange(height, device=like.device) + 0.5) / height).T
+    y = waves((torch.arange(height, device=like.device) + 0.5) / height).T  # (2 * WAVES, height)
     parts = [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width), x.new_ones(1, height, width)]
-    return torch.cat(parts)[None].expand(len(like), -1, -1, -1)
+    return torch.cat(parts)[None].expand(len(like), -1, -1, -1)  # (B, 4 * WAVES + 1, height, width)
 
 
 def describe_boxes(boxes):
@@ -146,4 +146,5 @@ def ellipses(boxes):
     strength = torch.cat([strength[..., :1] / 2, strength[..., 1:]], -1)
     strength = strength / strength.sum(-1, keepdim=True)  # (B, n, 2, 1 + WAVES)
     weights = waves(boxes[..., :2]) * torch.cat([strength[..., 1:]] * 2, -1)  # (B, n, 2, 2 * WAVES)
-    return torch.cat([weights.flatten(-2), strength[..., 0].sum(-1, keepdim=True) - 1.5], -1)
+    constant = strength[..., 0].sum(-1, keepdim=True) - 1.5  # (B, n, 1)
+    return torch.cat([weights.flatten(-2), constant], -1)  # (B, n, 4 * WAVES + 1)

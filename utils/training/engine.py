@@ -34,7 +34,7 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimizer=torch.optim.AdamW, evaluate=None,
         score=None, on_best=None, on_epoch=None, stop=None, sample_images=None, constants=None, extras=None,
-        own_files=()):
+        own_files=(), last=None):
     """Train `model` and keep the best epoch.
 
     Scripts hand over their own functions with `functools.partial`, which binds what else these need.
@@ -55,6 +55,8 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         sample_images: (plain model) -> {tag: (3, H, W) float image in [0, 1]} for TensorBoard.
         constants: {name: value}, stored in checkpoints; a resumed run reports those that differ.
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
+        last: content of output_dir/last.pt where the script has read it already; emptied once it is restored, so that
+            the caller's reference does not keep the optimizer's state in memory a second time.
         own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
@@ -65,7 +67,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
               own_files)
     say_notes(run)
-    run.prepare()
+    run.prepare(last)
     with _Interrupts() as run.interrupts:
         while not (stopped := reason_to_stop(run, stop)):
             record = train_one_epoch(run, compute_losses)

@@ -44,7 +44,7 @@ class Run:
     def total_steps(self):
         return self.plan.epochs * math.ceil(len(self.loader.batch_sampler) / self.plan.accumulate)
 
-    def prepare(self):
+    def prepare(self, last=None):
         """Check the folder, load or set aside an earlier run, wrap model and optimizer."""
         if self.main:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
@@ -58,8 +58,8 @@ class Run:
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
         content = None
-        if self.plan.resume and self.last.is_file():
-            content = checkpoint.load(self.last)
+        if self.plan.resume and (last or self.last.is_file()):
+            content = last or checkpoint.load(self.last)
             if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
                 raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
                                 f"without {self.plan.resume_hint}")
@@ -79,6 +79,7 @@ class Run:
             self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.plan.ema)
         if content:
             self._restore(content)
+            content.clear()  # the caller may hold it as well, and the training needs the memory
         elif self.plan.resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None

@@ -1,0 +1,131 @@
+"""What a run of RF-DETR starts from: an earlier run, published weights, a checkpoint, or nothing.
+
+Every file is read once: its content is handed on, from here to engine.fit.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rfdetr import run_report, weights
+from rfdetr.config import default_resolution, mask_head_of
+from rfdetr.model import RFDETR
+from utils import freeze, processes
+from utils.config import UserError
+from utils.datasets.annotations import plain_name
+
+
+class Start(NamedTuple):
+    """The model at the start of a run, and what the run has to know of it."""
+
+    model: RFDETR
+    class_names: list         # of the data set, in its order
+    class_rows: dict          # {class name: row of the class head}
+    resolution: int           # side of the square input
+    last: dict | None = None  # content of last.pt where an earlier run goes on
+
+
+def new_detector(cfg, last, class_names, resolution, with_masks=False):
+    """The whole model to train: an earlier run's, or one with published, earlier or random weights.
+
+    Args:
+        cfg: constants of stage 1 or of the single stage; last: content of the earlier run's last.pt, or None.
+        class_names: of the data set; resolution: side of the square input; with_masks: with a mask head.
+    Returns:
+        Start. Rows of its class head: 91 with COCO weights, as many as an earlier checkpoint has, and one per class
+        plus one for the background from scratch.
+    Raises:
+        UserError: weights that are not there, not reachable, or of another network.
+    """
+    if last:  # engine.fit loads the weights
+        return Start(RFDETR(**last["args"]), class_names, last["class_rows"], resolution, last)
+    source = _pretrained(cfg)
+    rows, known = weights.rows_of(source) if source else (len(class_names) + 1, None)
+    class_rows = weights.assign_rows(class_names, rows, known or {})
+    model = RFDETR(cfg.SIZE, rows, resolution, mask_head=mask_head_of(cfg.SIZE) if with_masks else None)
+    if source:
+        loaded = weights.load_pretrained(model, source, exclude=cfg.PRETRAIN_EXCLUDE_KEYS)
+        processes.say(f"weights: {source.name} ({loaded['loaded']} tensors)")
+        if loaded["left_out"]:
+            processes.say(f"note: {len(loaded['left_out'])} tensors start anew: {', '.join(loaded['left_out'][:4])}"
+                          f"{', ...' if len(loaded['left_out']) > 4 else ''}")
+    processes.say(_class_head_line(class_rows, rows, known))
+    return Start(model, class_names, class_rows, resolution)
+
+
+def _pretrained(cfg):
+    """-> weights.Checkpoint that PRETRAIN_WEIGHTS names, None for a start from scratch."""
+    choice = cfg.PRETRAIN_WEIGHTS
+    if choice.lower() == "none":
+        return None
+    return weights.read(weights.fetch(cfg.SIZE) if choice.lower() == "coco" else choice)
+
+
+def _class_head_line(class_rows, rows, known):
+    """-> which of the `rows` rows each class trains on, and which classes the weights do not know; known: {name: row}
+    of the weights, None from scratch."""
+    row_of = {plain_name(name): row for name, row in (known or {}).items()}
+    unknown = [name for name, row in class_rows.items() if row_of.get(plain_name(name)) != row]
+    shown = ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
+    return (f"class head: {shown}{', ...' if len(class_rows) > 12 else ''} of {rows}"
+            + (f"; not known to the weights: {', '.join(unknown[:5])}" if known is not None and unknown else ""))
+
+
+# ---- stage 2 -------------------------------------------------------------------------------------------------------
+
+def stage1_checkpoint(cfg):
+    """-> Path of the detector to freeze: CHECKPOINT, else STAGE1_RUN's best.pt or last.pt; with RESUME its own."""
+    if cfg.RESUME:
+        return Path(cfg.RESUME) / "last.pt"
+    if cfg.CHECKPOINT:
+        if not Path(cfg.CHECKPOINT).is_file():
+            raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} does not exist: give the file that "
+                            "shrink_head.py wrote, or leave it out to take --stage1_run's best.pt")
+        return Path(cfg.CHECKPOINT)
+    if not cfg.STAGE1_RUN:
+        raise UserError("which detector? Give --stage1_run runs/detector_<size>_<resolution>_<n> (and the shrunken "
+                        "file as --checkpoint), or try --demo")
+    for name in ("best.pt", "last.pt"):
+        if (Path(cfg.STAGE1_RUN) / name).is_file():
+            return Path(cfg.STAGE1_RUN) / name
+    raise UserError(f"No checkpoint found in Stage-1 directory {Path(cfg.STAGE1_RUN).as_posix()}: there is neither "
+                    "best.pt nor last.pt. Did train_detector_stage1.py finish an epoch?")
+
+
+def frozen_detector_with_masks(cfg, last, source, class_names):
+    """The detector of stage 1, frozen, with a new mask head; of an earlier run of stage 2 its own.
+
+    Args:
+        cfg: constants of stage 2; last: content of the earlier run's last.pt, or None.
+        source: Path, of `stage1_checkpoint`; class_names: of the data set.
+    Returns:
+        Start.
+    Raises:
+        UserError: another size, a head that was not shrunk to the data set's classes, other classes.
+    """
+    if last:  # with its weights: engine.fit checks that the frozen ones are those of last.pt
+        model, found = weights.load_detector(last)
+        freeze.freeze(model.detector)
+        return Start(model, class_names, found["class_rows"], found["args"]["resolution"], last)
+    given = weights.read(source)
+    args, known = weights.model_args_of(given), weights.rows_of(given)[1]
+    _require_stage2_fit(cfg, source, args, known, class_names)
+    resolution = cfg.RESOLUTION or args.get("resolution") or default_resolution(cfg.SIZE)
+    model = RFDETR(cfg.SIZE, args["num_rows"], resolution, mask_head=mask_head_of(cfg.SIZE))
+    weights.load_pretrained(model, given)
+    freeze.freeze(model.detector)
+    return Start(model, class_names, {name: known[name] for name in class_names}, resolution)
+
+
+def _require_stage2_fit(cfg, source, args, known, class_names):
+    """UserError unless a checkpoint of these model arguments and known classes is a detector of the data set's."""
+    if args["size"] != cfg.SIZE:
+        raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
+    best = source.parent / "checkpoint_best_regular.pth"  # stage 1's best weights, if they are still there
+    shrink = run_report.shrink_command(best if best.is_file() else source, class_names)
+    if args["num_rows"] != len(class_names) + 1:
+        raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(class_names) + 1}): cut "
+                        "the head to the data set's classes first, then give the new file as --checkpoint:\n"
+                        f"  {shrink}")
+    if unknown := [name for name in class_names if name not in known]:
+        raise UserError(f"{source.as_posix()} knows {', '.join(known)}, but not {', '.join(unknown)} of the data set. "
+                        f"Cut the head of the stage-1 checkpoint to these classes:\n  {shrink}")

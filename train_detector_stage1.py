@@ -86,8 +86,8 @@ def main(**overrides):
     data = training.open_splits(cfg, start.class_rows, resolution)
     processes.say(freeze.describe({"RF-DETR": start.model}))
     result = training.train(
-        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution), compute_losses,
-        parameters=training.parameter_groups(
+        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution),
+        compute_losses, parameters=training.parameter_groups(
             start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY),
         best_file="checkpoint_best_regular.pth", epoch_file="checkpoint.pt")
     result["checkpoint"] = str(folder / "checkpoint_best_regular.pth")

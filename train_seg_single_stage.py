@@ -90,8 +90,8 @@ def main(**overrides):
     processes.say(run_report.masks_seen(data["train"]))
     processes.say(freeze.describe({"RF-DETR": start.model.detector, "Mask head": start.model.mask_head}))
     return training.train(
-        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution), compute_losses,
-        parameters=training.parameter_groups(
+        cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution),
+        compute_losses, parameters=training.parameter_groups(
             start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY, mask_head_lr=cfg.SEG_LR))
 
 

@@ -119,7 +119,8 @@ def write_pictures(judged, threshold, folder, count=12):
     paths = [path for one in judged.values() for path in one["paths"]]
     curve = classification.roc_curve(scores, domains)
     chosen = classification.counts(scores, domains, threshold)
-    visualize.roc(curve.false_alarms, curve.recall, (chosen["false_alarm_rate"], chosen["recall"]), f"threshold {threshold:.3f}",
+    operating_point = chosen["false_alarm_rate"], chosen["recall"]
+    visualize.roc(curve.false_alarms, curve.recall, operating_point, f"threshold {threshold:.3f}",
                   f"AUROC {classification.auroc(scores, domains):.4f}", folder / "rain_roc.png")
     wrong = np.flatnonzero((scores >= threshold) != domains)
     wrong = wrong[np.argsort(-np.abs(scores[wrong] - threshold), kind="stable")][:count]

@@ -8,6 +8,7 @@ same ones in a process of its own, one after the other; both must give the same 
 
 import multiprocessing
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,16 @@ SEED = 0
 EVALUATORS = ("pycocotools", "faster-coco-eval")
 
 
+class MadeUp(NamedTuple):
+    """Ground truth and detections on it."""
+
+    truth: object      # pycocotools COCO
+    found: dict        # {image id: (n, 6) array}, as `evaluation.coco.detect` gives them
+    category_of: dict  # {label: category id}
+
+
 def made_up(cfg):
-    """-> (ground truth COCO, detections as `evaluation.detect` gives them, {label: category id})."""
+    """-> MadeUp, the same one for the same constants."""
     random = np.random.default_rng(cfg.SEED)
 
     def boxes(n):
@@ -43,7 +52,7 @@ def made_up(cfg):
     truth = _indexed({"images": [{"id": i, "width": 640, "height": 640} for i in found],
                       "annotations": notes,
                       "categories": [{"id": i + 1, "name": str(i)} for i in range(cfg.CLASSES)]})
-    return truth, found, {i: i + 1 for i in range(cfg.CLASSES)}
+    return MadeUp(truth, found, {i: i + 1 for i in range(cfg.CLASSES)})
 
 
 def measure(job):
@@ -52,10 +61,10 @@ def measure(job):
     cfg = config.resolve(globals(), settings)
     if name == "pycocotools":
         coco_evaluation.COCOeval_faster = None
-    truth, found, category_of = made_up(cfg)
+    data = made_up(cfg)
     with PeakMemory() as memory:
         begin = time.perf_counter()
-        scores = coco_scores(truth, entries(found), category_of, list(found))
+        scores = coco_scores(data.truth, entries(data.found), data.category_of, list(data.found))
         seconds = time.perf_counter() - begin
     return {"evaluator": name, "seconds": seconds, "GB": memory.gigabytes, "mAP": scores["mAP"],
             "AP_small": scores["AP_small"]}

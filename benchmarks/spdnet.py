@@ -1,11 +1,12 @@
-"""SPDNet's speed and memory: ours against a plain module-by-module NCHW version with the same weights.
+"""SPDNet's speed and memory: the fast order of operations against the plain definition with the same weights.
 
     python -m benchmarks.spdnet
 
 All variants run in turn in one process and their medians are compared, so that the ratios survive a noisy machine.
 "forward, inference" is taken before any backward pass: a process that never trains gives memory back to the system and
 fetches it again, which is part of what a version costs there.
-The plain version reproduces the published code's numbers bit by bit (tests/test_spdnet.py).
+"plain" is SPDNet.restore (utils/networks/spdnet.py), in the published code's order of operations; "fast" is what
+SPDNet's forward does in training and inference (utils/networks/spdnet_fast.py).
 """
 
 import copy
@@ -20,7 +21,6 @@ from utils import config, processes
 from utils.networks import conv3x3
 from utils.networks.spdnet import SPDNet
 from utils.networks.spdnet_init import init_near_identity
-from utils.networks.spdnet_plain import PlainSPDNet
 
 SIZE = 256                              # height and width of the image
 ROUNDS = 5                              # measurements per variant
@@ -115,14 +115,14 @@ def benchmark(size, rounds, compiled, device):
     torch.manual_seed(0)
     net = init_near_identity(SPDNet()).to(device)
     x = F.interpolate(torch.rand(1, 3, size // 8, size // 8), (size, size), mode="bicubic").clamp(0, 1).to(device) * 255
-    plain = PlainSPDNet(net)
-    nhwc = PlainSPDNet(copy.deepcopy(net).to(memory_format=torch.channels_last))
-    variants = {"plain": plain, "plain, channels_last weights": nhwc, "ours": net}
+    plain = by_way_of(SPDNet.restore, net)
+    nhwc = by_way_of(SPDNet.restore, copy.deepcopy(net).to(memory_format=torch.channels_last))
+    variants = {"plain": plain, "plain, channels_last weights": nhwc, "fast": net}
     has_bfloat16 = not processes.bf16_is_emulated(x.device)
     if has_bfloat16:
-        variants["ours, bfloat16"] = by_way_of(in_bfloat16, net)
+        variants["fast, bfloat16"] = by_way_of(in_bfloat16, net)
     if device == "cpu" and conv3x3.slow_weight_gradient():
-        variants["ours, PyTorch's gradient"] = by_way_of(without_own_gradient, net)
+        variants["fast, PyTorch's gradient"] = by_way_of(without_own_gradient, net)
     if compiled:
         start = time.perf_counter()
         whole = torch.compile(net)
@@ -130,7 +130,7 @@ def benchmark(size, rounds, compiled, device):
         print(f"torch.compile, forward: {time.perf_counter() - start:.0f} s to compile")
         fast, exact = forward(whole, x)[0], forward(net, x)[0]
         print(f"  relative difference of out3 to eager: {((fast - exact).norm() / exact.norm()).item():.1e}")
-        variants["ours, compiled"] = whole
+        variants["fast, compiled"] = whole
 
     print(f"{device}, {torch.get_num_threads()} threads, batch 1, {size} x {size}, n_feats 32, n_resblocks 3, "
           f"median of {rounds}")
@@ -146,13 +146,13 @@ def benchmark(size, rounds, compiled, device):
     report_times("forward + backward", variants, forward_backward, x, rounds)
 
     print("memory kept for the backward pass")
-    sizes = {"ours": saved_bytes(net, x)}
+    sizes = {"fast": saved_bytes(net, x)}
     net.activation_checkpointing = True
-    sizes["ours, activation_checkpointing"] = saved_bytes(net, x)
+    sizes["fast, activation_checkpointing"] = saved_bytes(net, x)
     seconds = medians({"recomputing": net}, forward_backward, x, rounds)["recomputing"]
     net.activation_checkpointing = False
     for name, value in sizes.items():
-        print(f"  {name:30} {value / 2**20:8.0f} MiB   {value / sizes['ours']:5.2f} x ours")
+        print(f"  {name:30} {value / 2**20:8.0f} MiB   {value / sizes['fast']:5.2f} x fast")
     print(f"  forward + backward with it: {seconds * 1e3:.0f} ms")
 
     if not has_bfloat16:

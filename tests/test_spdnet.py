@@ -1,6 +1,7 @@
 """SPDNet against the published code's numbers, and what this project adds to it."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from spdnet_fill import fill_input, fill_state, reference, shapes
 
 from benchmarks.spdnet import saved_bytes
 from utils import checkpoint
+from utils.networks import spdnet_fast
 from utils.networks.spdnet import SPDNet, UpConv, load_spdnet
 from utils.networks.spdnet_init import init_near_identity
-from utils.networks.spdnet_plain import PlainSPDNet
 
 SIZES = ((64, 96), (61, 83))
 
@@ -112,33 +113,46 @@ def test_the_fast_orders_gradient_is_the_published_one_but_for_switched_relus(ne
     """The published code in float64 puts 27 (64x96) and 17 (61x83) ReLUs on the other side of zero than in float32;
     one such ReLU moves dx by up to 0.05 standard deviations in its neighbourhood. So dx is compared in the norm here,
     and the derivative itself in float64 below."""
-    *_, dx = image_and_gradient(net.restore, fill_input(*size))
+    *_, dx = image_and_gradient(functools.partial(spdnet_fast.restore, net), fill_input(*size))
     assert_equal_but_for_switched_relus(dx, reference()[f"dx_{size[0]}x{size[1]}"])
 
 
 @pytest.mark.parametrize("size", [(21, 27), (16, 20)])
-def test_equals_the_plain_version_in_float64(small, size):
+def test_fast_and_plain_have_equal_outputs_and_gradients_in_float64(small, size):
     double = small.double()
-    for taps in double.buffers():  # the plain version reads them; ours has exact halves
+    for taps in double.buffers():  # the plain order reads them; the fast one has exact halves
         taps.copy_(taps.sign() * 0.5 ** 0.5)
     names = [name for name, _ in double.named_parameters() if name not in double.unused_parameters()]
     parameters = [double.get_parameter(name) for name in names]
-    x, results = fill_input(*size).double(), []
-    for function in (double, PlainSPDNet(double)):
-        outputs = function(x)
-        gradients = torch.autograd.grad(sum(output.square().mean() for output in outputs), parameters)
+    x, results = fill_input(*size).double().requires_grad_(), []
+    for function in (spdnet_fast.restore, SPDNet.restore):
+        outputs = function(double, x)
+        gradients = torch.autograd.grad(sum(output.square().mean() for output in outputs), [x, *parameters])
         results.append([*outputs, *gradients])
-    for ours, plain in zip(*results, strict=True):
-        assert relative(ours, plain) < 1e-8
+    for fast, plain in zip(*results, strict=True):
+        assert relative(fast, plain) < 1e-8
+
+
+@pytest.mark.parametrize(("of_image", "recomputed", "plain"), [(True, False, True), (True, True, False),
+                                                               (False, False, False), (False, True, False)])
+def test_the_plain_order_runs_only_for_a_gradient_of_the_image(small, monkeypatch, of_image, recomputed, plain):
+    small.activation_checkpointing = recomputed
+    called = []
+    monkeypatch.setattr(SPDNet, "restore", lambda net, x: called.append("plain"))
+    monkeypatch.setattr(spdnet_fast, "restore", lambda net, x: [called.append("fast"), None, None])
+    small(torch.zeros(1, 3, 8, 8, requires_grad=of_image))
+    with torch.no_grad():
+        small(torch.zeros(1, 3, 8, 8, requires_grad=of_image))
+    assert called == ["plain" if plain else "fast", "fast"]
 
 
 @pytest.mark.parametrize("size", [(5, 5), (5, 9), (6, 7), (7, 5), (13, 21), (30, 31)])
 def test_any_size(small, size):
     x = fill_input(*size)
-    for ours, plain in zip(image_and_gradient(small.restore, x), image_and_gradient(PlainSPDNet(small), x),
-                           strict=True):
-        assert ours.shape == x.shape
-        assert relative(ours, plain) < 1e-3
+    orders = (functools.partial(order, small) for order in (spdnet_fast.restore, SPDNet.restore))
+    for fast, plain in zip(*(image_and_gradient(order, x) for order in orders), strict=True):
+        assert fast.shape == x.shape
+        assert relative(fast, plain) < 1e-3
     assert all(output.is_contiguous() for output in small(x))
 
 
@@ -152,14 +166,14 @@ def test_impossible_shapes_are_refused(small, shape):
 def test_the_kept_quarter_of_the_transposed_convolution(height, width, size):
     torch.manual_seed(1)
     up, x = UpConv(4).double(), torch.randn(2, 4, height, width, dtype=torch.float64)
-    assert torch.allclose(up(x, size), up.direct(x, size), atol=1e-12)
+    assert torch.allclose(spdnet_fast.up_conv(up, x, size), up(x, size), atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(50, 130), (180, 77), (210, 190)])
 def test_the_kept_quarter_at_sizes_where_float32_rounds_to_another_pixel(size):
     torch.manual_seed(1)
     up, x = UpConv(4), torch.randn(1, 4, *size)
-    assert torch.allclose(up(x, size), up.direct(x, size), atol=1e-5)
+    assert torch.allclose(spdnet_fast.up_conv(up, x, size), up(x, size), atol=1e-5)
 
 
 def test_batch_equals_single_images(small):

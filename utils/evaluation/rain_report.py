@@ -1,6 +1,7 @@
 """What a rain detector does on images whose weather is known: scores, table, ROC picture, the worst mistakes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +14,17 @@ from utils.datasets.samples import images_below
 from utils.evaluation import classification
 
 
+class Logits(NamedTuple):
+    """What a rain detector says about N images, and what they are."""
+
+    logits: torch.Tensor   # (N,) on the CPU
+    targets: torch.Tensor  # (N,) of 0. and 1. for rainy
+    paths: list            # N, in the same order
+
+
 @torch.no_grad()
 def logits_of(rain_detector, loader, device, name="rain detector"):
-    """Run over a loader of single-domain or mixed samples.
-
-    Returns:
-        logits (N,) Tensor on the CPU, targets (N,) Tensor of 0. and 1., paths; of all ranks.
-    """
+    """Run over a loader of single-domain or mixed samples. -> Logits, of all ranks."""
     found = []
     for batch in processes.progress(loader, name):
         batch = datasets.to_device(batch, device)
@@ -27,7 +32,7 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
         found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
                   zip(logits, batch["domains"], batch["paths"], strict=True)]
     found = gather_object(found)
-    return torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found]), [f[2] for f in found]
+    return Logits(torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found]), [f[2] for f in found])
 
 
 def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "TEST_RAINY_DIRS", "TEST_PREFIXES")):
@@ -65,9 +70,9 @@ def judge(rain_detector, sets, device, batch_size, workers):
     judged = {}
     for name, (paths, domain) in sets.items():
         loader = loaders.validation_loader(rain_or_clean.ImageFolderDataset(paths, domain), batch_size, workers)
-        logits, _, found = logits_of(rain_detector, loader, device, name)
-        probabilities = torch.sigmoid(logits / rain_detector.temperature.cpu()).numpy()
-        judged[name] = {"domain": domain, "paths": found, "probabilities": probabilities}
+        found = logits_of(rain_detector, loader, device, name)
+        probabilities = torch.sigmoid(found.logits / rain_detector.temperature.cpu()).numpy()
+        judged[name] = {"domain": domain, "paths": found.paths, "probabilities": probabilities}
     return judged
 
 
@@ -112,9 +117,10 @@ def write_pictures(judged, threshold, folder, count=12):
     scores = np.concatenate([one["probabilities"] for one in judged.values()])
     domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])
     paths = [path for one in judged.values() for path in one["paths"]]
-    alarms, recall, thresholds = classification.roc_curve(scores, domains)
+    curve = classification.roc_curve(scores, domains)
     chosen = classification.counts(scores, domains, threshold)
-    visualize.roc(alarms, recall, (chosen["false_alarm_rate"], chosen["recall"]), f"threshold {threshold:.3f}",
+    operating_point = chosen["false_alarm_rate"], chosen["recall"]
+    visualize.roc(curve.false_alarms, curve.recall, operating_point, f"threshold {threshold:.3f}",
                   f"AUROC {classification.auroc(scores, domains):.4f}", folder / "rain_roc.png")
     wrong = np.flatnonzero((scores >= threshold) != domains)
     wrong = wrong[np.argsort(-np.abs(scores[wrong] - threshold), kind="stable")][:count]

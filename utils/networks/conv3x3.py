@@ -34,16 +34,6 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int 
     return F.conv2d(x, weight, bias, padding=padding)
 
 
-class Conv3x3(torch.nn.Conv2d):
-    """nn.Conv2d with kernel 3 and stride 1 by way of `conv3x3`; the same names and shapes in state dicts."""
-
-    def __init__(self, in_channels: int, out_channels: int, padding: int = 0):
-        super().__init__(in_channels, out_channels, 3, padding=padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv3x3(x, self.weight, self.bias, self.padding[0])
-
-
 class _Conv3x3(torch.autograd.Function):
     """F.conv2d whose backward pass takes the weight gradient in NCHW."""
 
@@ -64,4 +54,4 @@ class _Conv3x3(torch.autograd.Function):
 
         for_x = gradients(gradient, x, True, False, False)[0] if ctx.needs_input_grad[0] else None
         _, for_weight, for_bias = gradients(gradient.contiguous(), x.contiguous(), False, True, ctx.needs_input_grad[2])
-        return for_x, for_weight, for_bias, None
+        return for_x, for_weight, for_bias, None  # one per input of forward, as PyTorch asks

@@ -7,6 +7,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tools import readme_pictures
+from utils import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,3 +121,14 @@ def test_the_readme_holds_the_command_that_continuous_integration_runs():
     lines = re.findall(r"^pip install .*python -m pytest.*$", (ROOT / "README.md").read_text(encoding="utf-8"),
                        re.MULTILINE)
     assert lines and lines[0].endswith("&& python -m pytest")  # .ci/run takes the first one, for bash
+
+
+def test_the_readme_pictures_say_which_demo_makes_missing_weights(tmp_path):
+    with pytest.raises(config.UserError, match="UNET_PATH.*train_unet_derain.py --demo"):
+        readme_pictures.main(UNET_PATH=str(tmp_path / "none.pt"), OUT=str(tmp_path / "strip.jpg"))
+
+
+def test_the_readme_pictures_stand_below_their_captions():
+    strip = readme_pictures.page([[("one", Image.new("RGB", (8, 8), "red"))] * 3] * 2, side=16)
+    assert strip.getpixel((8, strip.height - 8)) == strip.getpixel((strip.width - 8, strip.height - 8)) == (255, 0, 0)
+    assert strip.width > 3 * 16 and strip.height > 2 * 16

@@ -16,8 +16,8 @@ from PIL import Image
 from test_unet import write_pairs
 
 import Eval_unet_derain
-import sweep_unet_derain
 import train_unet_derain as train
+from tools import sweep_unet_derain
 from utils.config import UserError
 from utils.datasets import windshield_pairs
 from utils.demo import windshield as demo_windshield

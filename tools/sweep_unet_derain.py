@@ -5,8 +5,8 @@ whose gain (validation PSNR above the rainy input's) beats the best so far by mo
 before the next variable. Every constant of train_unet_derain.py may be a variable, and BASE holds those that differ
 from its defaults.
 
-    python sweep_unet_derain.py --demo
-    python sweep_unet_derain.py --VARIABLES "{'LEARNING_RATE': (5e-05, 0.001), 'DROPOUT': (0.0, 0.3)}"
+    python -m tools.sweep_unet_derain --demo
+    python -m tools.sweep_unet_derain --VARIABLES "{'LEARNING_RATE': (5e-05, 0.001), 'DROPOUT': (0.0, 0.3)}"
 
 Writes OUTPUT_DIR/sweep.json (every trial), sweep.png and a folder per trial. A stopped sweep goes on where it was:
 finished trials are read, the one that was cut off is resumed.

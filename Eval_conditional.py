@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize
+from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, system, visualize
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
@@ -252,9 +252,8 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
     if not false_alarms:
         print(f"clean images: no false alarm; conditional mAP {gated!r}, vanilla {vanilla!r}")
     else:
-        shown = ", ".join(f"{Path(path).name} ({p:.3f})" for path, p in false_alarms[:10])
-        more = f" and {len(false_alarms) - 10} more, see results.json" if len(false_alarms) > 10 else ""
-        print(f"clean images: {len(false_alarms)} false alarm(s): {shown}{more}; conditional mAP "
+        shown = system.listed([f"{Path(path).name} ({p:.3f})" for path, p in false_alarms], 10)
+        print(f"clean images: {len(false_alarms)} false alarm(s): {shown} (results.json has all); conditional mAP "
               f"{gated - vanilla:+.4f} against vanilla")
     print(f"rainy images: {len(missed)} taken for clean")
     one = {name: values["batch 1"] for name, values in latency.items()}

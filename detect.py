@@ -18,12 +18,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, processes, visualize
+from utils import config, processes, system, visualize
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.images import to_floats
 from utils.inference import detections, video
 from utils.integrated_model import load_integrated_model, require_trained_scale
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
@@ -133,7 +134,7 @@ def detect_frames(cfg, models, frames, device):
     if not images:
         return [None] * len(frames), 0
     stretch, sizes = presets.evaluation(cfg.IMAGE_SIZE), [tuple(image.shape[-2:]) for image in images]
-    pixels = torch.stack([stretch(image) for image in images]).to(device).float().div_(255)
+    pixels = to_floats(torch.stack([stretch(image) for image in images]), device)
     results, fallbacks = [{} for _ in images], 0
     for name, model in models.items():
         outputs = model(pixel_values=pixels)
@@ -323,9 +324,8 @@ def main(**overrides):
             raise config.UserError(f"OUTPUT = '{folder.as_posix()}': cannot write ({error})") from error
         print_summary(cfg, tally, source, folder)
     if tally.problem_count:
-        more = f"; and {tally.problem_count - 5} more" if tally.problem_count > 5 else ""
         raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
-                               f"{'; '.join(tally.problems[:5])}{more}")
+                               f"{system.listed(tally.problems, separator='; ', total=tally.problem_count)}")
     names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches")
     return {"folder": folder} | {name: getattr(tally, name) for name in names}
 

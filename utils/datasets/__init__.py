@@ -6,7 +6,15 @@ Units: images leave a data set as uint8 (a quarter of the traffic between proces
 
 from utils.datasets.coco import CocoDetectionDataset, Mixture, clean_rainy_mixture, require_clean_and_rainy
 from utils.datasets.image_pairs import PairedRainDataset
-from utils.datasets.samples import collate, images_by_name, read_image, sample_randomness, seeded_subset, to_device
+from utils.datasets.samples import (
+    collate,
+    epoch_and_index,
+    images_by_name,
+    read_image,
+    sample_randomness,
+    seeded_subset,
+    to_device,
+)
 
 __all__ = [
     "CocoDetectionDataset",
@@ -14,6 +22,7 @@ __all__ = [
     "PairedRainDataset",
     "clean_rainy_mixture",
     "collate",
+    "epoch_and_index",
     "images_by_name",
     "read_image",
     "require_clean_and_rainy",

@@ -9,8 +9,8 @@ from torchvision import tv_tensors
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
-from utils.datasets.annotations import coco_split, label_table, one_category_each, read_annotations
-from utils.datasets.samples import read_image, sample_randomness, seeded_subset
+from utils.datasets.annotations import ADVICE, coco_split, label_table, one_category_each, read_annotations
+from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
 
 
 class CocoDetectionDataset(torch.utils.data.Dataset):
@@ -25,7 +25,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         id2label: the model's classes; see `label_table`, also for `unknown`.
         transform: one of utils.datasets.presets.
         domain: "clean" or "rainy"; what this root is, whatever its path looks like.
-        twin_root: COCO-layout root with the same file names (and `twin_constant`), or None.
+        twin_root: COCO-layout root of clean images with the same file names (and `twin_constant`), or None.
         percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
     Raises:
         UserError: missing files or folders, broken JSON or images, boxes of unknown categories.
@@ -33,7 +33,8 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
 
     def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
                  part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True):
-        self.folder, self.annotation_file = coco_split(root, split, constant)
+        self.folder, self.annotation_file = coco_split(root, split, constant,
+                                                       ADVICE["rainy" if domain == "rainy" else "clean"])
         self.transform, self.domain, self.seed = transform, domain, seed
         content = read_annotations(self.annotation_file, masks=False)
         self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
@@ -96,7 +97,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         path = self.folder / self.files[index]
         image = read_image(path)
         size = tuple(image.shape[-2:])
@@ -132,7 +133,7 @@ class Mixture(torch.utils.data.Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         which = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[which][(epoch, index - (int(self.ends[which - 1]) if which else 0))]
 

@@ -142,14 +142,14 @@ def load_into(module, state, what, target=None, advice="", kept=()):
     """Load a state dict strictly.
 
     Args:
-        what: the source, for the error; target: what it shall fit, the module's class where it is not given; advice:
-            ends the error.
+        what: the source, for the error; target: what it shall fit, None for the module's class; advice: a sentence
+            that ends the error.
         kept: names of the module's tensors that stay as they are, and that `state` must not have.
     Raises:
         CheckpointError: lists every kind of mismatch.
     """
-    own = module.state_dict()
-    expected = {name: value for name, value in own.items() if name not in set(kept)}
+    own, kept = module.state_dict(), set(kept)
+    expected = {name: value for name, value in own.items() if name not in kept}
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
@@ -158,7 +158,8 @@ def load_into(module, state, what, target=None, advice="", kept=()):
     }
     if any(problems.values()):
         parts = [f"{len(names)} {kind} ({system.listed(names, 3)})" for kind, names in problems.items() if names]
-        raise CheckpointError(f"{what} does not fit {target or type(module).__name__}: keys {'; '.join(parts)}{advice}")
+        raise CheckpointError(f"{what} does not fit {target or type(module).__name__}: keys {'; '.join(parts)}"
+                              + (f". {advice}" if advice else ""))
     module.load_state_dict(own | state)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from utils import processes
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
@@ -166,6 +167,33 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
                         "images: there is nothing to learn from")
     return Mixture(parts)
+
+
+def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=("clean", "rainy"), percent=100, seed=0,
+                           unknown="error"):
+    """The validation images of both roots, each to be scored by itself; what is odd about them is said.
+
+    Args:
+        coco_dir, rain_dir: COCO-layout roots (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
+        domains: the wanted ones, in the order of the answer; percent, seed, unknown: see CocoDetectionDataset.
+    Returns:
+        {"clean", "rainy": CocoDetectionDataset}.
+    """
+    roots = {"clean": (coco_dir, "COCO_DIR"), "rainy": (rain_dir, "COCO_RAIN_DIR")}
+    found = {}
+    for domain in domains:
+        root, constant = roots[domain]
+        found[domain] = CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
+                                             percent=percent, seed=seed, unknown=unknown)
+    for data in found.values():
+        say_notes(data)
+    return found
+
+
+def say_notes(data):
+    """Print a data set's `notes`, one line each, from the main process."""
+    for note in data.notes:
+        processes.say(f"note: {note}")
 
 
 def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR")):

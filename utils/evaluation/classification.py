@@ -3,6 +3,8 @@
 `scores` and `targets` are numpy arrays (N,): any number that grows with "yes", such as a probability, and 0/1.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy.stats import rankdata
@@ -19,14 +21,22 @@ def auroc(scores, targets):
     return float((rankdata(scores)[targets].sum() - yes * (yes + 1) / 2) / (yes * no))  # Mann-Whitney U
 
 
+class RocCurve(NamedTuple):
+    """Arrays of one length, from the strictest threshold to the laxest."""
+
+    false_alarm_rate: np.ndarray
+    recall: np.ndarray
+    threshold: np.ndarray
+
+
 def roc_curve(scores, targets):
-    """-> (false alarm rate, recall, threshold), arrays from the strictest threshold to the laxest."""
+    """-> RocCurve, which begins at (0, 0)."""
     scores, targets = np.asarray(scores, float), np.asarray(targets, bool)
     order = np.argsort(-scores, kind="stable")
     last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores change together
     recall = np.cumsum(targets[order])[last] / max(targets.sum(), 1)
     alarms = np.cumsum(~targets[order])[last] / max((~targets).sum(), 1)
-    return np.append(0.0, alarms), np.append(0.0, recall), np.append(np.inf, scores[order][last])
+    return RocCurve(np.append(0.0, alarms), np.append(0.0, recall), np.append(np.inf, scores[order][last]))
 
 
 def require_rate(rate):

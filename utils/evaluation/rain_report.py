@@ -1,6 +1,7 @@
 """What a rain detector does on images whose weather is known: scores, table, ROC picture, the worst mistakes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +15,17 @@ from utils.evaluation import classification
 from utils.networks.rain_detector import SIDE
 
 
+class Logits(NamedTuple):
+    """A rain detector's answers to a set of images, of all ranks."""
+
+    logits: torch.Tensor  # (N,) on the CPU, not calibrated
+    targets: torch.Tensor  # (N,) 1. where it rains, else 0.
+    paths: list
+
+
 @torch.no_grad()
 def logits_of(rain_detector, loader, device, name="rain detector"):
-    """Run over a loader of single-domain or mixed samples.
-
-    Returns:
-        logits (N,) Tensor on the CPU, targets (N,) Tensor of 0. and 1., paths; of all ranks.
-    """
+    """Run over a loader of single-domain or mixed samples. -> Logits"""
     found = []
     for batch in processes.progress(loader, name):
         batch = datasets.to_device(batch, device)
@@ -28,7 +33,7 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
         found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
                   zip(logits, batch["domains"], batch["paths"], strict=True)]
     found = gather_object(found)
-    return torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found]), [f[2] for f in found]
+    return Logits(torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found]), [f[2] for f in found])
 
 
 def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "TEST_RAINY_DIRS", "TEST_PREFIXES")):
@@ -114,10 +119,11 @@ def write_pictures(judged, threshold, folder, count=12):
     scores = np.concatenate([one["probabilities"] for one in judged.values()])
     domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])
     paths = [path for one in judged.values() for path in one["paths"]]
-    alarms, recall, thresholds = classification.roc_curve(scores, domains)
+    curve = classification.roc_curve(scores, domains)
     chosen = classification.counts(scores, domains, threshold)
-    visualize.roc(alarms, recall, (chosen["false_alarm_rate"], chosen["recall"]), f"threshold {threshold:.3f}",
-                  f"AUROC {classification.auroc(scores, domains):.4f}", folder / "rain_roc.png")
+    visualize.roc(curve.false_alarm_rate, curve.recall, (chosen["false_alarm_rate"], chosen["recall"]),
+                  f"threshold {threshold:.3f}", f"AUROC {classification.auroc(scores, domains):.4f}",
+                  folder / "rain_roc.png")
     wrong = np.flatnonzero((scores >= threshold) != domains)
     wrong = wrong[np.argsort(-np.abs(scores[wrong] - threshold), kind="stable")][:count]
     (folder / "rain_mistakes.png").unlink(missing_ok=True)

@@ -120,17 +120,16 @@ def build_loaders(cfg, id2label):
     transform = presets.evaluation(cfg.IMAGE_SIZE)
     common = {"percent": cfg.PERCENT_DATASET, "seed": cfg.SEED, "unknown": cfg.UNKNOWN_CATEGORIES}
     if cfg.DATASET == "mixedrain":
-        found = [mixedrain.MixedRainDataset(cfg.MIXEDRAIN_DIR, id2label, transform, Path(cfg.OUTPUT_DIR) / "mixedrain",
-                                            **common)]
+        data = mixedrain.MixedRainDataset(cfg.MIXEDRAIN_DIR, id2label, transform, Path(cfg.OUTPUT_DIR) / "mixedrain",
+                                          **common)
+        datasets.say_notes(data)
+        found = {data.domain: data}
     else:
         datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
-        found = [datasets.CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
-                                               **common)
-                 for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),
-                                                (cfg.COCO_DIR, "COCO_DIR", "clean"))]
-    for note in [note for data in found for note in data.notes]:
-        processes.say(f"note: {note}")
-    return {data.domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS) for data in found}
+        found = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, transform,
+                                                domains=("rainy", "clean"), **common)
+    return {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
+            for domain, data in found.items()}
 
 
 def parts_of(cfg, data):

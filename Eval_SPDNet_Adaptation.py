@@ -66,14 +66,14 @@ def build_models(cfg, device):
     return {_VANILLA: original.detection_module.eval(), _ORIGINAL: original.eval(), _ADAPTED: adapted.eval()}
 
 
-def build_loader(cfg, root, constant, domain, id2label):
-    """Validation loader of one root."""
-    data = datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE), constant=constant,
-                                         domain=domain, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-                                         unknown=cfg.UNKNOWN_CATEGORIES)
-    for note in data.notes:
-        processes.say(f"note: {note}")
-    return loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+def build_loaders(cfg, id2label):
+    """-> {"rainy", "clean": validation loader}."""
+    datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
+    found = datasets.clean_rainy_validation(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=("rainy", "clean"),
+        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES)
+    return {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+            for domain, data in found.items()}
 
 
 @torch.no_grad()
@@ -131,19 +131,18 @@ def main(**overrides):
                                 cfg.IMAGE_SIZE)
     id2label = id2label_of(models[_VANILLA])
     require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
-    datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
-    rainy = build_loader(cfg, cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy", id2label)
-    clean = build_loader(cfg, cfg.COCO_DIR, "COCO_DIR", "clean", id2label)
-    rows = (comparison.evaluate_models(models, rainy, device, comparison.ids_by_prefix(rainy.dataset, cfg.PREFIXES))
-            + comparison.evaluate_models(models, clean, device, {}))
-    twins = rainy.dataset.files == clean.dataset.files
+    found = build_loaders(cfg, id2label)
+    rainy, clean = found["rainy"].dataset, found["clean"].dataset
+    rows = (comparison.evaluate_models(models, found["rainy"], device, comparison.ids_by_prefix(rainy, cfg.PREFIXES))
+            + comparison.evaluate_models(models, found["clean"], device, {}))
+    twins = rainy.files == clean.files
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
     if processes.is_main():
         print_summary(rows, latency, twins)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
-        draw_page(cfg, models, rainy.dataset, device, id2label, folder / "detections.png")
+        draw_page(cfg, models, rainy, device, id2label, folder / "detections.png")
         on_rain = {row["model"]: row["mAP"] for row in rows if row["images"] == "rainy"}
         visualize.cost_against_accuracy({name: (latency[name]["batch 1"], on_rain[name]) for name in models},
                                         folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")

@@ -23,6 +23,7 @@ from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
+from utils.images import to_bytes, to_floats
 from utils.networks.rain_detector import SIDE, load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size
 from utils.networks.unet import load_unet, require_tiles, restore
@@ -135,7 +136,7 @@ def restore_files(cfg, model, folder, rain_detector, device):
     image_check.check_images(paths, "REAL_DIR")
     base, rows, written = Path(cfg.REAL_DIR).resolve(), [], []
     for path in processes.progress(paths, "real rain"):
-        image = datasets.read_image(path)[None].float() / 255
+        image = to_floats(datasets.read_image(path)[None])
         restored = restore(model, image, cfg.TILE, cfg.OVERLAP)
         relative = path.resolve().relative_to(base)
         target = folder / relative.with_suffix(".png")
@@ -154,9 +155,8 @@ def rain_probability(rain_detector, image, device):
     """-> the rain detector's probability for an image (1, 3, H, W) in [0, 1], None without a detector."""
     if rain_detector is None:
         return None
-    whole = (image * 255).round().byte()  # both as a file would hold them
-    small = v2.functional.resize(whole, [SIDE, SIDE]).to(device).float() / 255
-    return rain_detector.probability(small).item()
+    small = v2.functional.resize(to_bytes(image), [SIDE, SIDE])  # both as a file would hold them
+    return rain_detector.probability(to_floats(small, device)).item()
 
 
 def detection_rows(cfg, model, device):
@@ -193,7 +193,7 @@ def draw_pairs(cfg, model, chosen, path):
     """Sheet rainy | derained | ground truth of test pairs, at their own resolution."""
     rows = []
     for rainy, clear in evenly(list(chosen.values()), cfg.PICTURES):
-        image = datasets.read_image(rainy)[None].float() / 255
+        image = to_floats(datasets.read_image(rainy)[None])
         rows.append([visualize.to_pil(image[0]), visualize.to_pil(restore(model, image, cfg.TILE, cfg.OVERLAP)[0]),
                      visualize.to_pil(datasets.read_image(clear))])
     sheet(rows, ["rainy", "derained", "ground truth"], path)

@@ -97,12 +97,9 @@ def build_loaders(cfg, id2label):
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(cfg.FEATURE_WEIGHT),
         unknown=cfg.UNKNOWN_CATEGORIES)
-    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                                 constant=constant, domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
-           for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"),
-                                          ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR"))}
-    for note in train.notes + [note for data in val.values() for note in data.notes]:
-        processes.say(f"note: {note}")
+    datasets.say_notes(train)
+    val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
+                                          unknown=cfg.UNKNOWN_CATEGORIES)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})

@@ -121,13 +121,9 @@ def build_data(cfg, id2label, weights):
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=needs_twins(weights),
         unknown=cfg.UNKNOWN_CATEGORIES)
-    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, val_transform, constant=constant,
-                                                 domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
-           for domain, root, constant in (("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR"),
-                                          ("clean", cfg.COCO_DIR, "COCO_DIR"))}
-    for note in train.notes + [note for data in val.values() for note in data.notes]:
-        processes.say(f"note: {note}")
-    return train, val
+    datasets.say_notes(train)
+    return train, datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform,
+                                                  domains=("rainy", "clean"), unknown=cfg.UNKNOWN_CATEGORIES)
 
 
 def loss_constants(cfg):

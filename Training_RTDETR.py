@@ -100,13 +100,11 @@ def build_loaders(cfg, id2label):
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
         unknown=cfg.UNKNOWN_CATEGORIES)
-    roots = {"clean": (cfg.COCO_DIR, "COCO_DIR", cfg.COCO_RATIO), "rainy": (cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR",
-                                                                            cfg.RAIN_RATIO)}
-    val = {domain: datasets.CocoDetectionDataset(root, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                                 constant=constant, domain=domain, unknown=cfg.UNKNOWN_CATEGORIES)
-           for domain, (root, constant, ratio) in roots.items() if ratio > 0}
-    for note in train.notes + [note for data in val.values() for note in data.notes]:
-        processes.say(f"note: {note}")
+    datasets.say_notes(train)
+    ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
+    val = datasets.clean_rainy_validation(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
+        domains=[domain for domain, ratio in ratios.items() if ratio > 0])
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})

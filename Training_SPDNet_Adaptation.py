@@ -107,11 +107,10 @@ def build_data(cfg, id2label):
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(needs_twins),
         unknown=cfg.UNKNOWN_CATEGORIES)
-    val = datasets.CocoDetectionDataset(cfg.COCO_RAIN_DIR, "val", id2label, val_transform, constant="COCO_RAIN_DIR",
-                                        domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
-    for note in train.notes + val.notes:
-        processes.say(f"note: {note}")
-    return train, val, True
+    datasets.say_notes(train)
+    val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
+                                          unknown=cfg.UNKNOWN_CATEGORIES)
+    return train, val["rainy"], True
 
 
 def build_plan(cfg):

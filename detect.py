@@ -18,15 +18,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, processes, visualize
+from utils import config, processes, system, visualize
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.images import to_floats
 from utils.inference import detections, video
 from utils.integrated_model import load_integrated_model, require_trained_scale
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -109,11 +110,6 @@ def build_models(cfg, device):
     return {"vanilla": vanilla, cfg.MODEL: chosen}
 
 
-def rtdetr_of(model):
-    """-> the RT-DETR inside a model, or the model itself."""
-    return getattr(model, "detection_module", getattr(model, "rtdetr", model))
-
-
 # --- one batch ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -131,7 +127,7 @@ def detect_frames(cfg, models, frames, device):
     if not images:
         return [None] * len(frames), 0
     stretch, sizes = presets.evaluation(cfg.IMAGE_SIZE), [tuple(image.shape[-2:]) for image in images]
-    pixels = torch.stack([stretch(image) for image in images]).to(device).float().div_(255)
+    pixels = to_floats(torch.stack([stretch(image) for image in images]), device)
     results, fallbacks = [{} for _ in images], 0
     for name, model in models.items():
         outputs = model(pixel_values=pixels)
@@ -152,19 +148,33 @@ def detect_frames(cfg, models, frames, device):
 
 def draw(cfg, image, result, id2label):
     """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
-    panels = []
-    for name, one in result.items():
-        gate = "" if one["branch"] is None else f"rain {one['rain']:.2f}, {one['branch']} branch, "
-        picture = visualize.draw_boxes(image, one["boxes"], one["labels"], id2label, one["scores"])
-        panels.append(with_banner(picture, f"{name}: {gate}{len(one['boxes'])} objects"))
+    panels = [draw_result(image, name, one, id2label) for name, one in result.items()]
     if cfg.SHOW_DERAINED:
-        seen = visualize.to_pil(one["seen"]).resize(picture.size, Image.Resampling.BICUBIC)
-        panels.append(with_banner(seen, "what the detector saw"))
+        panels.append(draw_seen(result[cfg.MODEL], panels[0].size))
+    return side_by_side(panels)
+
+
+def draw_result(image, name, one, id2label):
+    """One model's boxes on the image, with a line about its gate and their number. -> PIL image"""
+    gate = "" if one["branch"] is None else f"rain {one['rain']:.2f}, {one['branch']} branch, "
+    picture = visualize.draw_boxes(image, one["boxes"], one["labels"], id2label, one["scores"])
+    return with_banner(picture, f"{name}: {gate}{len(one['boxes'])} objects")
+
+
+def draw_seen(one, size):
+    """The de-rained image that the detector saw, enlarged to `size` (width, height). -> PIL image"""
+    picture = visualize.to_pil(one["seen"]).resize(size, Image.Resampling.BICUBIC)
+    return with_banner(picture, "what the detector saw")
+
+
+def side_by_side(panels):
+    """PIL images of one size -> one PIL image, from left to right."""
     if len(panels) == 1:
-        return picture
-    page = Image.new("RGB", (sum(panel.width for panel in panels), picture.height))
+        return panels[0]
+    width, height = panels[0].size
+    page = Image.new("RGB", (width * len(panels), height))
     for i, panel in enumerate(panels):
-        page.paste(panel, (i * picture.width, 0))
+        page.paste(panel, (i * width, 0))
     return page
 
 
@@ -321,9 +331,8 @@ def main(**overrides):
             raise config.UserError(f"OUTPUT = '{folder.as_posix()}': cannot write ({error})") from error
         print_summary(cfg, tally, source, folder)
     if tally.problem_count:
-        more = f"; and {tally.problem_count - 5} more" if tally.problem_count > 5 else ""
         raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
-                               f"{'; '.join(tally.problems[:5])}{more}")
+                               f"{system.listed(tally.problems, separator='; ', total=tally.problem_count)}")
     names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches")
     return {"folder": folder} | {name: getattr(tally, name) for name in names}
 

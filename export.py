@@ -16,7 +16,7 @@ from torch import nn
 
 from utils import checkpoint, config, feature_derain, processes, report, system
 from utils.networks import onnx_file
-from utils.networks.rtdetr import load_rtdetr, require_queries, require_size
+from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of
 
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
 MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
@@ -56,7 +56,7 @@ def build_models(cfg):
     if not models:
         raise config.UserError("RTDETR_MODEL_NAME and MODEL_NAME are both empty: nothing to export")
     for model in models.values():
-        require_queries(getattr(model, "rtdetr", model), cfg.IMAGE_SIZE)
+        require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
     return {name: Deployable(model).eval() for name, model in models.items()}
 
 

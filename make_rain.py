@@ -68,12 +68,8 @@ _CHUNK = 8  # images a worker takes at a time
 
 def find_images(source):
     """-> sorted paths, relative to source, of every image below it except in annotations/; links are followed."""
-    found = []
-    for folder, folders, names in os.walk(source, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".") and (Path(folder) != source or f != "annotations")]
-        found += [(Path(folder) / name).relative_to(source) for name in names
-                  if Path(name).suffix.lower() in system.SUFFIXES and not name.startswith(".")]
-    return sorted(found)
+    found = [path.relative_to(source) for path in system.images_in(source, links=True)]
+    return [path for path in found if path.parts[0] != "annotations"]
 
 
 def load_image(path):

@@ -25,6 +25,7 @@ from utils.datasets import loaders, presets, windshield_pairs
 from utils.datasets.samples import images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
+from utils.images import to_floats
 from utils.networks.unet import new_unet, require_tiles, restore
 from utils.training import engine
 from utils.training.plan import PRECISIONS, Plan
@@ -256,7 +257,7 @@ def real_sheet(model, paths, tile):
     """-> PIL page of photograph | restored, shrunk to a common width."""
     rows = []
     for path in paths:
-        image = datasets.read_image(path)[None].float() / 255
+        image = to_floats(datasets.read_image(path)[None])
         cells = [visualize.to_pil(picture[0]) for picture in
                  (image, restore(model, image, tile, min(128, tile // 2)))]
         size = (min(_SHOWN, cells[0].width), max(1, round(cells[0].height * min(1, _SHOWN / cells[0].width))))

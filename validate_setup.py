@@ -160,7 +160,7 @@ def check_dataset(found, cfg):
         return []
     for note in notes:
         found.ok(note)
-    found.ok(f"{len(names)} classes to train: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}")
+    found.ok(f"{len(names)} classes to train: {system.listed(names, 20)}")
     for split in roboflow.SPLITS:
         if split == "test" and not (root / split).is_dir():
             found.ok(f"{root.as_posix()}: no test/, which is optional (--run_test 1 needs it)")
@@ -174,7 +174,6 @@ def check_dataset(found, cfg):
 def check_split(found, root, split, names):
     """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
     from rfdetr.datasets import roboflow
-    from utils import system
     from utils.datasets import image_check
 
     def bad(text):
@@ -199,9 +198,9 @@ def check_split(found, root, split, names):
     for note in data.notes:
         found.warn(note)
     if len(listed) < len(names):
-        found.warn(f"{split}: its categories lack {', '.join(sorted(set(names) - listed)[:5])} of train")
+        found.warn(f"{split}: its categories lack {system.listed(sorted(set(names) - listed))} of train")
     elif absent := [name for name, count in counts.items() if not count]:
-        found.warn(f"{split}: no object of {', '.join(absent[:5])}: "
+        found.warn(f"{split}: no object of {system.listed(absent)}: "
                    + ("nothing to learn from" if split == "train" else "no mAP for that"))
     try:
         image_check.check_images([path.parent / name for name in data.files], split,
@@ -209,8 +208,7 @@ def check_split(found, root, split, names):
         found.ok(f"{split}: all image files are there and can be read")
     except UserError as error:
         bad(str(error))
-    names_on_disk = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*")
-                     if p.suffix.lower() in system.SUFFIXES}
+    names_on_disk = {p.relative_to(path.parent).as_posix() for p in system.images_in(path.parent)}
     if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
         found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
     check_masks(found, bad, split, content)
@@ -229,7 +227,7 @@ def check_masks(found, bad, split, content):
         except ValueError as error:
             broken.append(f"annotation {note['id']} of {image['file_name']} ({error})")
     if broken:
-        bad(f"{split}: {len(broken)} mask(s) cannot be decoded: {'; '.join(broken[:3])}")
+        bad(f"{split}: {len(broken)} mask(s) cannot be decoded: {system.listed(broken, 3, '; ')}")
     elif objects and not with_mask:
         found.warn(f"{split}: {roboflow.NO_MASKS}: stage 1 works, stage 2 needs masks")
     elif with_mask < len(objects):
@@ -252,7 +250,7 @@ def check_weights(found, cfg):
         try:
             rows, known = weights.rows_of(cfg.PRETRAIN_WEIGHTS)
             found.ok(f"weights: {Path(cfg.PRETRAIN_WEIGHTS).as_posix()} ({rows} class rows"
-                     + (f", knows {', '.join(list(known)[:6])}{', ...' if len(known) > 6 else ''})" if known else ")"))
+                     + (f", knows {system.listed(known, 6)})" if known else ")"))
         except UserError as error:
             found.fail(f"--pretrain_weights: {error}")
         return

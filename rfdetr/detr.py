@@ -24,6 +24,7 @@ from rfdetr.datasets.roboflow import stretched_image
 from rfdetr.model import RFDETR
 from utils import checkpoint, datasets, processes, system
 from utils.config import UserError
+from utils.images import to_floats
 from utils.networks import onnx_file
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
@@ -275,7 +276,7 @@ def as_tensor(image):
 
 def as_float(image):
     """uint8 -> float in [0, 1]; floats stay as they are."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image
+    return to_floats(image) if image.dtype == torch.uint8 else image
 
 
 class _Deployable(nn.Module):

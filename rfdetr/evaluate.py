@@ -15,6 +15,7 @@ from rfdetr.masks import confined, mask_logits
 from utils import processes
 from utils.boxes import MAX_DETECTIONS, corner_and_extent, decode
 from utils.evaluation.coco import coco_scores, ground_truth
+from utils.images import to_floats
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def detect(model, loader, device, masks=False, name="evaluating"):
     """
     found, rows = [], list(loader.dataset.category_of)
     for batch in processes.progress(loader, name):
-        images = batch["images"].to(device, non_blocking=True).float().div_(255)
+        images = to_floats(batch["images"], device)
         results = predict_batch(model, images, batch["sizes"], masks=masks, rows=rows)
         for image_id, size, result in zip(batch["image_ids"], batch["sizes"], results, strict=True):
             boxes = corner_and_extent(result["boxes"]).tolist()

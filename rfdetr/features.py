@@ -17,6 +17,7 @@ from rfdetr.datasets.roboflow import Collate
 from utils import checkpoint, datasets, freeze, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
+from utils.images import to_bytes
 
 VERSION = 1  # raise it when the same key would hold something else
 
@@ -87,7 +88,7 @@ class CachedDataset(torch.utils.data.Dataset):
             label = batch["labels"][i]
             query, target = query.to(outputs["queries"].device), target.to(label["masks"].device)
             entry = {
-                "image": (batch["images"][i] * 255).round().byte(), "features": outputs["features"][i].half(),
+                "image": to_bytes(batch["images"][i]), "features": outputs["features"][i].half(),
                 "queries": outputs["queries"][i, query].half(), "query_boxes": outputs["boxes"][i, query],
                 "boxes": label["boxes"][target], "labels": label["class_labels"][target],
                 "masks": _packed(label["masks"][target]), "size": torch.tensor(batch["sizes"][i])}
@@ -97,7 +98,7 @@ class CachedDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = datasets.epoch_and_index(key)
         with datasets.sample_randomness(self.seed, epoch, index):
             mirror = bool(torch.rand(()) < 0.5)
         path = self.file(index, mirror)

@@ -31,6 +31,7 @@ CHUNK = 1 << 20      # bytes
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
+_ADVICE = "Is it of another --size? What shall start anew can be named with --pretrain_exclude_keys"
 
 
 # ---- download ------------------------------------------------------------------------------------------------------
@@ -241,31 +242,11 @@ def load_detector(source, device="cpu"):
     state, rest, what = source
     args = model_args_of(source)
     model = RFDETR(**{key: args[key] for key in MODEL_ARGS if key in args})
-    _refuse(_misfits(model.state_dict(), state), what, args["size"])
-    model.load_state_dict(state)
+    checkpoint.load_into(model, state, what, f"RF-DETR {args['size']}", _ADVICE)
     _, rows = _known_rows(state, rest)
     info = {"args": dict(args) | model.model_args, "class_rows": rows,
             "class_names": list(rest.get("class_names") or sorted(rows, key=rows.get))}
     return model.to(device).eval(), info
-
-
-def _misfits(expected, state):
-    """-> {"missing" | "unexpected" | "of another shape": [names]}."""
-    return {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-                             for name, value in expected.items() if name in state and state[name].shape != value.shape],
-    }
-
-
-def _refuse(problems, what, size):
-    if any(problems.values()):
-        parts = [f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-                 for kind, found in problems.items() if found]
-        raise checkpoint.CheckpointError(
-            f"{what} does not fit RF-DETR {size}: keys {'; '.join(parts)}. Is it of another --size? What shall start "
-            "anew can be named with --pretrain_exclude_keys")
 
 
 def load_pretrained(model, source, exclude=()):
@@ -304,9 +285,7 @@ def load_pretrained(model, source, exclude=()):
              if name not in unwanted and not (name.startswith("mask_head.") and model.mask_head is None)}
     if POSITIONS in given:
         given[POSITIONS] = resize_positions(given[POSITIONS], own[POSITIONS].shape[1])
-    expected = {name: value for name, value in own.items() if name not in unwanted}
-    _refuse(_misfits(expected, given), what, model.model_args["size"])
-    model.load_state_dict(own | given)
+    checkpoint.load_into(model, given, what, f"RF-DETR {model.model_args['size']}", _ADVICE, kept=left_out)
     return {"class_rows": {} if "class_embed.0.weight" in unwanted else known, "loaded": len(given),
             "left_out": left_out}
 

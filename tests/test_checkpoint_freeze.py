@@ -63,6 +63,18 @@ def test_mismatches_name_every_kind_of_key():
         assert part in str(error.value)
 
 
+def test_named_tensors_may_stay_and_everything_else_must_fit():
+    source, model = network(), network()
+    state = {name: value for name, value in source.state_dict().items() if name != "0.bias"}
+    bias = model[0].bias.detach().clone()
+    with pytest.raises(checkpoint.CheckpointError, match=r"file.pt.*tiny.*missing.*0\.bias.*Try another"):
+        checkpoint.load_into(model, state, "file.pt", "tiny", "Try another.")
+    checkpoint.load_into(model, state, "file.pt", kept=["0.bias"])
+    assert torch.equal(model[0].bias, bias) and torch.equal(model[0].weight, source[0].weight)
+    with pytest.raises(checkpoint.CheckpointError, match=r"unexpected.*0\.bias"):
+        checkpoint.load_into(model, source.state_dict(), "file.pt", kept=["0.bias"])
+
+
 def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"no checkpoint")
     for name in ("x.pt", "none.pt"):

@@ -22,7 +22,7 @@ from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_pa
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import clamp
 from utils.networks.rain_detector import RainDetector, load_rain_detector, save_rain_detector
-from utils.networks.rtdetr import id2label_of, new_rtdetr
+from utils.networks.rtdetr import id2label_of, new_rtdetr, rtdetr_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])},
@@ -47,6 +47,15 @@ def images():
 def model(small_detector):
     torch.manual_seed(0)
     return ConditionalRainRobustRTDETR(Darkness(), small_spdnet(), copy.deepcopy(small_detector)).eval()
+
+
+def test_every_wrapper_has_its_detector_as_rtdetr_and_its_weights_under_the_old_names(model, small_detector):
+    wrappers = [model, integrated_model.RainRobustRTDETR(small_spdnet(), small_detector),
+                FeatureDerainRTDETR(small_detector)]
+    for wrapper in wrappers:
+        assert rtdetr_of(wrapper) is wrapper.rtdetr and rtdetr_of(wrapper.rtdetr) is wrapper.rtdetr
+    assert model.rtdetr is model.detection_module
+    assert not any(name.startswith("rtdetr.") for name in model.state_dict())
 
 
 # ---- routing -----------------------------------------------------------------------------------------------------

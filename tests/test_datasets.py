@@ -382,3 +382,27 @@ def test_scaled_preset_keeps_the_middle_of_what_is_too_large():
     kept = presets.scaled(1.0, 50)({"image": tv_tensors.Image(ramp), "twin": tv_tensors.Image(ramp)})
     assert kept["image"].shape == (3, 41, 50) and torch.equal(kept["image"], ramp[:, :, 5:55])
     assert torch.equal(kept["twin"], kept["image"])
+
+
+def test_a_missing_folder_comes_with_the_advice_of_its_domain_whatever_its_constant_is_called(coco):
+    with pytest.raises(UserError, match="TRAIN_DIR.*cocodataset.org") as error:
+        datasets.CocoDetectionDataset(coco / "none", "train", NAMES, presets.evaluation(64), constant="TRAIN_DIR",
+                                      domain="clean")
+    assert "make_rain.py" not in str(error.value)
+    with pytest.raises(UserError, match="WET_DIR.*make_rain.py"):
+        datasets.CocoDetectionDataset(coco / "none", "train", NAMES, presets.evaluation(64), constant="WET_DIR",
+                                      domain="rainy")
+    with pytest.raises(UserError, match="TRAIN_DIR.*cocodataset.org"):
+        datasets.PairedRainDataset(coco / "coco_rain", coco / "none", presets.evaluation(64),
+                                   constants=("WET_DIR", "TRAIN_DIR"))
+
+
+def test_clean_and_rainy_validation_sets_come_in_the_wanted_order_with_their_notes(coco, capsys):
+    edit(coco / "coco_rain", lambda content: content["annotations"][0].update(bbox=[5, 5, 0.2, 20]), "val")
+    found = datasets.clean_rainy_validation(coco / "coco", coco / "coco_rain", NAMES, presets.evaluation(64),
+                                            domains=("rainy", "clean"))
+    assert list(found) == [data.domain for data in found.values()] == ["rainy", "clean"]
+    assert found["clean"].folder == coco / "coco" / "val2017" and found["rainy"].files == found["clean"].files
+    assert "note: " in (text := capsys.readouterr().out) and "coco_rain" in text and "thinner" in text
+    assert list(datasets.clean_rainy_validation(coco / "none", coco / "coco_rain", NAMES, presets.evaluation(64),
+                                                domains=("rainy",))) == ["rainy"]

@@ -74,7 +74,7 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(photos, tmp_path):
 def test_a_home_folder_that_is_missing_or_closed_stops_nothing(photos, monkeypatch, error):
     def refuse():
         raise error
-    monkeypatch.setattr(image_check.cache, "cache_folder", refuse)
+    monkeypatch.setattr(image_check.system, "cache_folder", refuse)
     image_check.check_images(photos, "PHOTOS")
     photos[1].write_bytes(b"")
     with pytest.raises(UserError, match="1.jpg"):

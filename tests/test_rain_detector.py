@@ -135,9 +135,9 @@ def test_a_twin_is_never_on_the_other_side(roots):
 
 def test_samples_are_a_function_of_seed_epoch_and_index(roots):
     paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1, side=224)
     assert len(data) == 32
-    again = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1)
+    again = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1, side=224)
     for key in ((0, 3), (0, 20), (2, 31)):
         a, b = data[key], again[key]
         assert torch.equal(a["image"], b["image"]) and a["image"].shape == (3, 224, 224)
@@ -150,15 +150,15 @@ def test_samples_are_a_function_of_seed_epoch_and_index(roots):
 def test_both_classes_are_augmented_alike(roots):
     """Whatever breaks a shortcut must do so on either side: the same draws on a clean and on a rainy image."""
     paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1, side=224)
     seen = []
     data.augmentation = lambda image: seen.append(image.shape) or image
     for i in range(0, len(data), 5):
         data[0, i]
     assert len(seen) == len(range(0, len(data), 5))
-    plain = rain_or_clean.RainClassificationDataset(*paths, 0.0, False, seed=1)
+    plain = rain_or_clean.RainClassificationDataset(*paths, 0.0, False, seed=1, side=224)
     plain.augmentation = None
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1, side=224)
     changed = [not torch.equal(data[0, i]["image"], plain[0, i]["image"]) for i in range(len(data))]
     assert all(changed)
 
@@ -186,9 +186,9 @@ def test_data_errors_name_the_constant(roots, tmp_path):
         images_below([tmp_path / "empty"], "RAINY_DIRS")
     paths = images_below([roots / "clean"], "X")
     with pytest.raises(UserError, match="RENDERED_SHARE"):
-        rain_or_clean.RainClassificationDataset(paths, [], 2.0, True, 0)
+        rain_or_clean.RainClassificationDataset(paths, [], 2.0, True, 0, 224)
     with pytest.raises(UserError, match="there is no rain to learn"):
-        rain_or_clean.RainClassificationDataset(paths, [], 0.0, True, 0)
+        rain_or_clean.RainClassificationDataset(paths, [], 0.0, True, 0, 224)
 
 
 def test_report_splits_by_prefix_and_draws(roots, model, tmp_path):

@@ -15,7 +15,7 @@ import Eval_SPDNet_Adaptation as Eval
 import Training_SPDNet_Adaptation as Adaptation
 from utils import config, integrated_model, processes, report
 from utils.evaluation.coco import detection_scores
-from utils.networks.rtdetr import id2label_of, load_rtdetr
+from utils.networks.rtdetr import id2label_of, load_rtdetr, rtdetr_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ def score(spdnet_path, **overrides):
     else:
         model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
                                                        cfg.DERAIN_SCALE).eval()
-    id2label = id2label_of(getattr(model, "detection_module", model))
+    id2label = id2label_of(rtdetr_of(model))
     found = {}
     for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"), ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR")):
         loader = Eval.build_loader(cfg, root, constant, domain, id2label)

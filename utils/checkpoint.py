@@ -85,8 +85,8 @@ def load_state(path, device="cpu"):
     while isinstance(content, dict) and not _is_state(content):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
-            keys = ", ".join(map(str, list(content)[:6]))
-            raise CheckpointError(f"{Path(path).as_posix()} holds no state dict (top-level keys: {keys})")
+            raise CheckpointError(f"{Path(path).as_posix()} holds no state dict (top-level keys: "
+                                  f"{system.listed(content, 6)})")
         content = inner
     if not isinstance(content, dict):
         raise CheckpointError(f"{Path(path).as_posix()} holds a {type(content).__name__}, not a state dict")
@@ -138,20 +138,29 @@ def _is_state(content):
     return bool(content) and all(torch.is_tensor(value) for value in content.values())
 
 
-def load_into(module, state, what):
-    """Load a state dict strictly; `what` names the source in the error, which lists every kind of mismatch."""
-    own = module.state_dict()
+def load_into(module, state, what, target=None, advice="", kept=()):
+    """Load a state dict strictly.
+
+    Args:
+        what: the source, for the error; target: what it shall fit, None for the module's class; advice: a sentence
+            that ends the error.
+        kept: names of the module's tensors that stay as they are, and that `state` must not have.
+    Raises:
+        CheckpointError: lists every kind of mismatch.
+    """
+    own, kept = module.state_dict(), set(kept)
+    expected = {name: value for name, value in own.items() if name not in kept}
     problems = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-                             for name in own if name in state and state[name].shape != own[name].shape],
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+                             for name, value in expected.items() if name in state and state[name].shape != value.shape],
     }
     if any(problems.values()):
-        parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 for kind, names in problems.items() if names]
-        raise CheckpointError(f"{what} does not fit {type(module).__name__}: keys {'; '.join(parts)}")
-    module.load_state_dict(state)
+        parts = [f"{len(names)} {kind} ({system.listed(names, 3)})" for kind, names in problems.items() if names]
+        raise CheckpointError(f"{what} does not fit {target or type(module).__name__}: keys {'; '.join(parts)}"
+                              + (f". {advice}" if advice else ""))
+    module.load_state_dict(own | state)
 
 
 def require_writable(folder, megabytes=100):

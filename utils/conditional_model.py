@@ -9,6 +9,7 @@ the detection loss trains the rain detector as well; in eval mode the gate is al
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import RainRobustOutput, derain_unclamped, detect_with_features, require_scale
 from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.rain_detector import load_rain_detector, save_rain_detector
-from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr
+from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr, rtdetr_of
 from utils.networks.spdnet import load_spdnet
 
 GATES = ("hard", "soft")
@@ -30,6 +31,14 @@ class ConditionalOutput(RainRobustOutput):
     """transformers' output plus what the gate did; see ConditionalRainRobustRTDETR.forward."""
 
     rain_stats: dict | None = None
+
+
+class Seen(NamedTuple):
+    """What the detector is given."""
+
+    images: torch.Tensor  # (B, 3, H, W)
+    clamped: torch.Tensor  # (), share of SPDNet's values that the clamp cut
+    fallbacks: int = 0  # images that SPDNet answered with NaN or infinity, for which the original stands
 
 
 class ConditionalRainRobustRTDETR(nn.Module):
@@ -93,40 +102,56 @@ class ConditionalRainRobustRTDETR(nn.Module):
         scores = torch.sigmoid(logits)
         mask = scores >= self.rain_threshold
         rainy = int(mask.sum())
-        images, clamped, fallback = self._images(pixel_values, scores, mask, rainy)
+        seen = self._seen(pixel_values, scores, mask)
         stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": rainy, "num_clean": len(mask) - rainy,
-                 "num_fallback": fallback}
+                 "num_fallback": seen.fallbacks}
         features = None
-        if not len(images):
-            outputs = self._nothing(images)
+        if not len(seen.images):
+            outputs = self._nothing(seen.images)
         elif self.rainy_detector is None:
-            outputs, features = detect_with_features(self.detection_module, images, labels, feature_level)
+            outputs, features = detect_with_features(self.detection_module, seen.images, labels, feature_level)
         else:
-            outputs = self._detect_apart(images, mask, rainy)
-        return ConditionalOutput(**outputs, derained=images, clamped=clamped, features=features, rain_stats=stats)
+            outputs = self._detect_apart(seen.images, mask, rainy)
+        return ConditionalOutput(**outputs, derained=seen.images, clamped=seen.clamped, features=features,
+                                 rain_stats=stats)
 
-    def _images(self, images, scores, mask, rainy):
-        """-> what the detector sees (B, 3, H, W), share of values cut by the clamp, number of fallbacks."""
-        none = images.new_zeros(())
+    def _seen(self, images, scores, mask):
+        """What the gate and SPDNet make of a batch.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; scores: (B,) probability of rain; mask: (B,) bool, where it rains.
+        """
         if self.rainy_detector is not None:
-            return images, none, 0
+            return self._untouched(images)  # rainy images go to another detector as they are
         if self.gate == "soft" and self.training:
-            restored = derain_unclamped(self.derain_module, images, self.derain_scale)
-            share = scores[:, None, None, None]
-            return share * clamp_with_return(restored) + (1 - share) * images, cut_share(restored), 0
-        if not rainy and self.training and torch.is_grad_enabled():
+            return self._mixed(images, scores)
+        if mask.any():
+            return self._derained(images, mask)
+        if self.training and torch.is_grad_enabled():
             # nothing to learn from this batch, but the step needs a gradient, and torchrun one on every rank
-            return images + 0.0 * sum(p.sum() for p in self.derain_module.parameters() if p.requires_grad), none, 0
-        if not rainy:
-            return images, none, 0  # the very tensor: bit for bit what the detector alone would see
-        restored = derain_unclamped(self.derain_module, images[mask], self.derain_scale)
+            return self._untouched(images + 0.0 * sum(p.sum() for p in self.derain_module.parameters()
+                                                      if p.requires_grad))
+        return self._untouched(images)  # the very tensor: bit for bit what the detector alone would see
+
+    def _untouched(self, images):
+        return Seen(images, clamped=images.new_zeros(()))
+
+    def _mixed(self, images, scores):
+        """Soft gate: each image mixed with its de-rained self, by the probability of rain."""
+        restored = derain_unclamped(self.derain_module, images, self.derain_scale)
+        share = scores[:, None, None, None]  # (B, 1, 1, 1)
+        return Seen(share * clamp_with_return(restored) + (1 - share) * images, cut_share(restored))
+
+    def _derained(self, images, mask):
+        """Hard gate: rainy images de-rained, the others as they are."""
+        restored = derain_unclamped(self.derain_module, images[mask], self.derain_scale)  # (R, 3, H, W)
         broken = torch.zeros(len(restored), dtype=torch.bool, device=images.device)
         if not self.training:
             broken = ~restored.isfinite().flatten(1).all(1)
             restored = torch.where(broken[:, None, None, None], images[mask], restored)
         seen = images.clone()
         seen[mask] = clamp_with_return(restored).to(seen.dtype)
-        return seen, cut_share(restored), int(broken.sum())
+        return Seen(seen, cut_share(restored), int(broken.sum()))
 
     def _detect_apart(self, images, mask, rainy):
         """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes"}, more for one detector"""
@@ -148,6 +173,11 @@ class ConditionalRainRobustRTDETR(nn.Module):
     def clean_features(self, images, feature_level):
         """See utils.networks.rtdetr.clean_features."""
         return clean_features(self.detection_module, images, feature_level)
+
+    @property
+    def rtdetr(self):
+        """The RT-DETR of clean images; every wrapper of this project has it under this name."""
+        return self.detection_module
 
     @property
     def model_args(self):
@@ -203,7 +233,7 @@ def threshold_of(rain_detector, rain_threshold):
 
 def require_same_outputs(one, other, constant="RAINY_BRANCH"):
     """UserError unless two detectors answer with the same classes and the same number of queries."""
-    one, other = (getattr(model, "rtdetr", model) for model in (one, other))  # inside a FeatureDerainRTDETR
+    one, other = rtdetr_of(one), rtdetr_of(other)
     if id2label_of(one) != id2label_of(other):
         raise UserError(f"{constant}: the detector for rainy images has other classes than the one for clean images")
     if one.config.num_queries != other.config.num_queries:

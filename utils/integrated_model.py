@@ -123,6 +123,11 @@ class RainRobustRTDETR(nn.Module):
             freeze.freeze(rtdetr)
 
     @property
+    def rtdetr(self):
+        """RT-DETR itself; every wrapper of this project has it under this name."""
+        return self.detection_module
+
+    @property
     def model_args(self):
         """What is needed to build this module again, as plain data."""
         return {"n_feats": self.derain_module.n_feats, "n_resblocks": self.derain_module.n_resblocks,

@@ -1,4 +1,4 @@
-"""Files that appear whole, the cache folder, processor cores, image files.
+"""Files that appear whole, the cache folder, processor cores, image files, long lists in messages.
 
 Without torch, which worker processes need not load.
 """
@@ -62,6 +62,35 @@ def cache_folder():
 def available_cores():
     """-> number of cores that this process may use (a container or taskset may allow fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_image(path):
+    """-> whether a path has an image file's ending."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def images_in(folder, below=True, links=False):
+    """-> sorted paths of the images in a folder; hidden files and folders (".name") are left out.
+
+    Args:
+        below: also those in its folders, and so on; links: also in folders that are symbolic links.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=links):
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
+        found += [Path(parent) / name for name in names if is_image(name) and not name.startswith(".")]
+    return sorted(found)
+
+
+def listed(items, most=5, separator=", ", total=None):
+    """-> the first `most` items and how many more there are, for a message: "a, b, c and 4 more".
+
+    total: how many there are, where `items` are only some of them.
+    """
+    items = list(items)
+    shown = items[:most]
+    left = (len(items) if total is None else total) - len(shown)
+    return separator.join(map(str, shown)) + (f" and {left} more" if left else "")
 
 
 def require_eight_bits(image):

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from utils.boxes import decode, pixel_corners
+from utils.images import to_bytes, to_floats
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 INK, PAPER = "#202020", "#ffffff"
@@ -19,8 +20,7 @@ INK, PAPER = "#202020", "#ffffff"
 
 def to_pil(image):
     """(3, H, W) Tensor, float in [0, 1] (values outside are cut) or uint8 -> PIL image."""
-    if image.dtype != torch.uint8:
-        image = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    image = image if image.dtype == torch.uint8 else to_bytes(image)
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
@@ -133,7 +133,7 @@ def captioned(picture, text):
 
 def as_tensor(picture):
     """PIL image -> (3, H, W) float in [0, 1], for TensorBoard."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    return to_floats(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1))
 
 
 def curves(history, path):

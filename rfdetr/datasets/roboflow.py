@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from rfdetr.datasets import transforms
-from utils import datasets, processes
+from utils import datasets, processes, system
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
@@ -225,11 +225,11 @@ class RoboflowDataset(torch.utils.data.Dataset):
         self.transform = transforms.AUGMENTATIONS[augmentation]() if train else transforms.evaluation()
         self.class_names = list(class_rows)
         row_of = {c["id"]: class_rows[c["name"]] for c in content["categories"] if c["name"] in class_rows}
-        strangers = {note["category_id"] for note in content["annotations"]} - row_of.keys()
-        if strangers:
-            names = sorted(c["name"] for c in content["categories"] if c["id"] in strangers)
-            raise UserError(f"{self.annotation_file.as_posix()} annotates {', '.join(map(repr, names[:5]))}, which is "
-                            f"not among the classes to train: {', '.join(list(class_rows)[:8])}. Give all splits the "
+        unknown = {note["category_id"] for note in content["annotations"]} - row_of.keys()
+        if unknown:
+            names = sorted(c["name"] for c in content["categories"] if c["id"] in unknown)
+            raise UserError(f"{self.annotation_file.as_posix()} annotates {system.listed(map(repr, names))}, which is "
+                            f"not among the classes to train: {system.listed(class_rows, 8)}. Give all splits the "
                             "same classes.")
         self.category_of = {row: category for category, row in row_of.items()}
         if not content["images"]:
@@ -292,9 +292,8 @@ class RoboflowDataset(torch.utils.data.Dataset):
             except ValueError as error:
                 broken.append(f"annotation {note['id']} of {names[note['image_id']]} ({error})")
         if broken:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
             raise UserError(f"{self.annotation_file.as_posix()}: {len(broken)} mask(s) cannot be decoded: "
-                            f"{'; '.join(broken[:3])}{more}. Mend or remove them.")
+                            f"{system.listed(broken, 3, '; ')}. Fix or remove them.")
         if objects and not any(codes):
             raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): every mask in it covers no pixel")
         return codes
@@ -303,7 +302,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = datasets.epoch_and_index(key)
         path = self.folder / self.files[index]
         image = datasets.read_image(path)
         size = tuple(image.shape[-2:])

@@ -4,20 +4,38 @@ Units: images leave a data set as uint8 (a quarter of the traffic between proces
 `to_device`; boxes leave as normalised (cx, cy, w, h). A sample is a function of (seed, epoch, index) alone.
 """
 
-from utils.datasets.coco import CocoDetectionDataset, Mixture, clean_rainy_mixture, require_clean_and_rainy
+from utils.datasets.coco import (
+    CocoDetectionDataset,
+    Mixture,
+    clean_rainy_mixture,
+    clean_rainy_validation,
+    require_clean_and_rainy,
+    say_notes,
+)
 from utils.datasets.image_pairs import PairedRainDataset
-from utils.datasets.samples import collate, images_by_name, read_image, sample_randomness, seeded_subset, to_device
+from utils.datasets.samples import (
+    collate,
+    epoch_and_index,
+    images_by_name,
+    read_image,
+    sample_randomness,
+    seeded_subset,
+    to_device,
+)
 
 __all__ = [
     "CocoDetectionDataset",
     "Mixture",
     "PairedRainDataset",
     "clean_rainy_mixture",
+    "clean_rainy_validation",
     "collate",
+    "epoch_and_index",
     "images_by_name",
     "read_image",
     "require_clean_and_rainy",
     "sample_randomness",
+    "say_notes",
     "seeded_subset",
     "to_device",
 ]

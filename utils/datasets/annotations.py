@@ -5,30 +5,32 @@ import math
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
+from utils import system
 from utils.config import UserError
 
 # Spellings of one class in published label lists (left: PASCAL VOC style, as in PekingU/rtdetr_*; right: COCO).
 SAME_CLASS = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
               "diningtable": "dining table", "tvmonitor": "tv"}
+ADVICE = {  # what a user can do who lacks the images of a domain
+    "clean": "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo.",
+    "rainy": "Make it with make_rain.py, set the constant to your data, or try --demo.",
+}
 LAYOUT = "expected <folder>/{split}2017/*.jpg and <folder>/annotations/instances_{split}2017.json"
 
 
-def coco_split(root, split, constant):
-    """-> (image folder, annotation file) of a COCO-layout root; UserError names `constant` and what is missing."""
+def coco_split(root, split, constant, advice=ADVICE["clean"]):
+    """-> (image folder, annotation file) of a COCO-layout root.
+
+    Raises:
+        UserError: names `constant` and what is missing, and ends in `advice`: where the user can get it.
+    """
     root = Path(root)
     images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
     for path in (root, images, annotations):
         if not path.exists():
             raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; "
-                            f"{LAYOUT.format(split=split)}. {where_to_get(constant)}")
+                            f"{LAYOUT.format(split=split)}. {advice}")
     return images, annotations
-
-
-def where_to_get(constant):
-    """-> what a user can do who lacks the images of `constant`, the end of an error."""
-    if "RAIN" in constant:
-        return "Make it with make_rain.py, set the constant to your data, or try --demo."
-    return "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo."
 
 
 def read_annotations(path, masks=True):
@@ -101,13 +103,13 @@ def _require_entries(content, source):
             raise UserError(f"{source}: annotation {note['id']}: area {str(area)[:40]!r} is not a number of pixels")
     strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
     if strays:
-        raise UserError(f"{source}: annotations use category id(s) {sorted(strays)[:5]} that its "
+        raise UserError(f"{source}: annotations use category id(s) {system.listed(sorted(strays))} that its "
                         "'categories' do not list")
     for part in ("images", "categories"):
         require_own_ids(content, part, source)
     strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
     if strays:
-        raise UserError(f"{source}: annotations name image id(s) {sorted(strays)[:5]} that its 'images' "
+        raise UserError(f"{source}: annotations name image id(s) {system.listed(sorted(strays))} that its 'images' "
                         "do not list")
 
 
@@ -128,12 +130,11 @@ def label_table(categories, id2label, source, unknown="error"):
         raise UserError(f"UNKNOWN_CATEGORIES = {unknown!r}: choose error or ignore")
     known = {plain_name(name): int(label) for label, name in id2label.items()}
     table = {c["id"]: known[plain_name(c["name"])] for c in categories if plain_name(c["name"]) in known}
-    strangers = [c["name"] for c in categories if c["id"] not in table]
-    if strangers and unknown and (unknown == "error" or not table):
-        classes = ", ".join(list(map(str, id2label.values()))[:8])
-        raise UserError(f"{source}: the detector does not know {', '.join(repr(s) for s in strangers[:5])} (its "
-                        f"classes: {classes}{', ...' if len(id2label) > 8 else ''}). Use a detector trained on these "
-                        "classes, or UNKNOWN_CATEGORIES = 'ignore' to leave them out.")
+    left_out = [repr(c["name"]) for c in categories if c["id"] not in table]
+    if left_out and unknown and (unknown == "error" or not table):
+        raise UserError(f"{source}: the detector does not know {system.listed(left_out)} (its classes: "
+                        f"{system.listed(id2label.values(), 8)}). Use a detector trained on these classes, or "
+                        "UNKNOWN_CATEGORIES = 'ignore' to leave them out.")
     return table
 
 

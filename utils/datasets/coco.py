@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from utils import processes
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
-from utils.datasets.annotations import coco_split, label_table, one_category_each, read_annotations
-from utils.datasets.samples import read_image, sample_randomness, seeded_subset
+from utils.datasets.annotations import ADVICE, coco_split, label_table, one_category_each, read_annotations
+from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
 
 
 class CocoDetectionDataset(torch.utils.data.Dataset):
@@ -25,7 +26,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         id2label: the model's classes; see `label_table`, also for `unknown`.
         transform: one of utils.datasets.presets.
         domain: "clean" or "rainy"; what this root is, whatever its path looks like.
-        twin_root: COCO-layout root with the same file names (and `twin_constant`), or None.
+        twin_root: COCO-layout root of clean images with the same file names (and `twin_constant`), or None.
         percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
     Raises:
         UserError: missing files or folders, broken JSON or images, boxes of unknown categories.
@@ -33,7 +34,8 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
 
     def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
                  part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True):
-        self.folder, self.annotation_file = coco_split(root, split, constant)
+        self.folder, self.annotation_file = coco_split(root, split, constant,
+                                                       ADVICE["rainy" if domain == "rainy" else "clean"])
         self.transform, self.domain, self.seed = transform, domain, seed
         content = read_annotations(self.annotation_file, masks=False)
         self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
@@ -96,7 +98,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         path = self.folder / self.files[index]
         image = read_image(path)
         size = tuple(image.shape[-2:])
@@ -132,7 +134,7 @@ class Mixture(torch.utils.data.Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         which = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[which][(epoch, index - (int(self.ends[which - 1]) if which else 0))]
 
@@ -165,6 +167,33 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
                         "images: there is nothing to learn from")
     return Mixture(parts)
+
+
+def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=("clean", "rainy"), percent=100, seed=0,
+                           unknown="error"):
+    """The validation images of both roots, each to be scored by itself; what is odd about them is said.
+
+    Args:
+        coco_dir, rain_dir: COCO-layout roots (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
+        domains: the wanted ones, in the order of the answer; percent, seed, unknown: see CocoDetectionDataset.
+    Returns:
+        {"clean", "rainy": CocoDetectionDataset}.
+    """
+    roots = {"clean": (coco_dir, "COCO_DIR"), "rainy": (rain_dir, "COCO_RAIN_DIR")}
+    found = {}
+    for domain in domains:
+        root, constant = roots[domain]
+        found[domain] = CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
+                                             percent=percent, seed=seed, unknown=unknown)
+    for data in found.values():
+        say_notes(data)
+    return found
+
+
+def say_notes(data):
+    """Print a data set's `notes`, one line each, from the main process."""
+    for note in data.notes:
+        processes.say(f"note: {note}")
 
 
 def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR")):

@@ -55,15 +55,13 @@ def _check(paths, what, sizes, partners):
                                         shown=large))
     broken = [text for text in found if text]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(f"{len(broken)} bad image(s) in {what}: {'; '.join(broken[:5])}{more}. "
+        raise UserError(f"{len(broken)} bad image(s) in {what}: {system.listed(broken, separator='; ')}. "
                         "Replace them or remove them from the data set.")
     pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
     sample = pairs[::max(1, len(pairs) // _SAMPLED)]
     if len(odd := _strangers(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
         processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
-                      f"like their own: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}; a wrong partner "
-                      "teaches nonsense")
+                      f"like their own: {system.listed(odd)}; a wrong partner teaches nonsense")
     elif seal is not None:
         with suppress(OSError):  # not remembered, then
             seal.parent.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from torchvision import tv_tensors
 
+from utils import system
 from utils.config import UserError
 from utils.datasets import image_check
+from utils.datasets.annotations import ADVICE
 from utils.datasets.coco import require_clean_and_rainy
-from utils.datasets.samples import images_by_name, read_image, sample_randomness, seeded_subset
+from utils.datasets.samples import epoch_and_index, images_by_name, read_image, sample_randomness, seeded_subset
 
 
 class PairedRainDataset(torch.utils.data.Dataset):
@@ -26,14 +28,13 @@ class PairedRainDataset(torch.utils.data.Dataset):
 
     def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
                  part=(0.0, 1.0), limit=None, check=True):
-        rainy, clean = (images_by_name(Path(folder), name)
-                        for folder, name in zip((rainy_dir, clean_dir), constants, strict=True))
+        rainy = images_by_name(rainy_dir, constants[0], ADVICE["rainy"])
+        clean = images_by_name(clean_dir, constants[1], ADVICE["clean"])
         require_clean_and_rainy(clean_dir, rainy_dir, constants[::-1])
         alone = sorted(rainy.keys() - clean.keys())
         if alone:
-            more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
             raise UserError(f"{constants[1]} = '{Path(clean_dir).as_posix()}' has no clean partner for "
-                            f"{', '.join(alone[:5])}{more} of {constants[0]} = '{Path(rainy_dir).as_posix()}'")
+                            f"{system.listed(alone)} of {constants[0]} = '{Path(rainy_dir).as_posix()}'")
         names = sorted(rainy)
         if limit is not None:
             percent = min(percent, 100 * limit / len(names))
@@ -51,7 +52,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         rainy, clean = (read_image(path) for path in self.pairs[index])
         if rainy.shape != clean.shape:
             raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "

@@ -36,7 +36,7 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
     for path in (root, root / "images", root / "labels.txt"):
         if not path.exists():
             raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; {_LAYOUT}")
-    files = sorted(path for path in (root / "images").iterdir() if path.suffix.lower() in system.SUFFIXES)
+    files = system.images_in(root / "images", below=False)
     if not files:
         raise UserError(f"{constant} = '{root.as_posix()}': images/ holds no images; {_LAYOUT}")
     images, by_name = [], {}

@@ -16,8 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from utils.config import UserError
-from utils.datasets.samples import read_image, sample_randomness
-from utils.networks.rain_detector import SIDE
+from utils.datasets.samples import epoch_and_index, read_image, sample_randomness
 from utils.weather import rain
 from utils.weather.windshield import add_drops
 
@@ -51,26 +50,29 @@ def in_validation(path, share):
     return int.from_bytes(digest, "big") / 2**64 < share
 
 
-def break_shortcuts():
-    """The augmentation of training, the same for both classes, on a (3, H, W) uint8 image of any size."""
+def break_shortcuts(side):
+    """The augmentation of training, the same for both classes: (3, H, W) uint8 of any size -> (3, side, side)."""
     return v2.Compose([
         v2.RandomHorizontalFlip(0.5),
         v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.2, saturation=0.4, hue=0.03)], p=0.8),
         v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.6))], p=0.3),
-        RandomKernelResize(),
+        RandomKernelResize(side),
         v2.RandomApply([Noise(8.0)], p=0.3),
         v2.RandomApply([Jpeg(35, 95)], p=0.7),
     ])
 
 
 class RandomKernelResize:
-    """Resize to SIDE x SIDE with a random kernel, half the time by way of a random other size."""
+    """Resize to `side` x `side` with a random kernel, half the time by way of a random other size."""
+
+    def __init__(self, side):
+        self.side = side
 
     def __call__(self, image):
         if torch.rand(()) < 0.5:
-            size = int(torch.randint(SIDE * 3 // 4, SIDE * 2, ()))
+            size = int(torch.randint(self.side * 3 // 4, self.side * 2, ()))
             image = self._resize(image, size)
-        return self._resize(image, SIDE)
+        return self._resize(image, self.side)
 
     def _resize(self, image, size):
         kernel = _KERNELS[int(torch.randint(len(_KERNELS), ()))]
@@ -106,16 +108,17 @@ class RainClassificationDataset(torch.utils.data.Dataset):
     """As many rainy as clean samples, in the form of the other data sets (their "domain" is the class).
 
     Index i < N is clean image i, index N + i is a rainy one: with `rendered_share` clean image i in rendered weather,
-    else a random file of `rainy`. Image: (3, 224, 224) uint8. Keys are `index` or `(epoch, index)`.
+    else a random file of `rainy`. Image: (3, side, side) uint8. Keys are `index` or `(epoch, index)`.
 
     Args:
         clean, rainy: paths; rainy may be empty, then all rain is rendered.
         rendered_share: share of the rainy samples that are rendered.
         augment: True for training (random crop, `break_shortcuts`), False for the image as it would be judged.
         seed: of everything random.
+        side: of the square images, in pixels: what the rain detector sees.
     """
 
-    def __init__(self, clean, rainy, rendered_share, augment, seed):
+    def __init__(self, clean, rainy, rendered_share, augment, seed, side):
         if not clean:
             raise UserError("CLEAN_DIRS has too few images for training and validation")
         if not 0 <= rendered_share <= 1:
@@ -123,15 +126,15 @@ class RainClassificationDataset(torch.utils.data.Dataset):
         if not rainy and rendered_share == 0:
             raise UserError("RENDERED_SHARE is 0 and RAINY_DIRS has no image for training or for validation: there is "
                             "no rain to learn")
-        self.clean, self.rainy, self.seed = list(clean), list(rainy), seed
+        self.clean, self.rainy, self.seed, self.side = list(clean), list(rainy), seed, side
         self.rendered_share = rendered_share if rainy else 1.0
-        self.augmentation = break_shortcuts() if augment else None
+        self.augmentation = break_shortcuts(side) if augment else None
 
     def __len__(self):
         return 2 * len(self.clean)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = epoch_and_index(key)
         wet, index = divmod(index, len(self.clean))
         with sample_randomness(self.seed, epoch, f"{index}:{wet}"):
             render = bool(wet) and bool(torch.rand(()) < self.rendered_share)
@@ -146,16 +149,16 @@ class RainClassificationDataset(torch.utils.data.Dataset):
                 rng = rain.rng_for(self.seed, f"{epoch}:{path.name}")
                 image = torch.from_numpy(add_weather(pixels, rng)).permute(2, 0, 1)
             image = tv_tensors.Image(image)
-            image = self.augmentation(image) if self.augmentation else v2.functional.resize(image, [SIDE, SIDE])
+            image = self.augmentation(image) if self.augmentation else _stretched(image, self.side)
         return {"image": image, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
                 "image_id": index, "size": size, "domain": "rainy" if wet else "clean", "path": path.as_posix()}
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """Images as they would be judged, of one known domain."""
+    """Images as they would be judged, (3, side, side) uint8, of one known domain."""
 
-    def __init__(self, paths, domain):
-        self.paths, self.domain = list(paths), domain
+    def __init__(self, paths, domain, side):
+        self.paths, self.domain, self.side = list(paths), domain, side
 
     def __len__(self):
         return len(self.paths)
@@ -163,9 +166,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image = read_image(self.paths[index])
         size = tuple(image.shape[-2:])
-        return {"image": tv_tensors.Image(v2.functional.resize(image, [SIDE, SIDE])), "boxes": torch.zeros(0, 4),
+        return {"image": tv_tensors.Image(_stretched(image, self.side)), "boxes": torch.zeros(0, 4),
                 "labels": torch.zeros(0, dtype=torch.int64), "image_id": index, "size": size, "domain": self.domain,
                 "path": self.paths[index].as_posix()}
+
+
+def _stretched(image, side):
+    """(3, H, W) -> (3, side, side)."""
+    return v2.functional.resize(image, [side, side])
 
 
 def _random_crop(image):

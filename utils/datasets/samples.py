@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils import system
 from utils.config import UserError
-from utils.datasets.annotations import where_to_get
+from utils.images import to_floats
 
 
 def read_image(path):
@@ -46,14 +46,24 @@ def sample_randomness(seed, epoch, index):
         yield
 
 
-def images_by_name(folder, constant):
-    """-> {relative name without extension: path} of the images below a folder."""
+def epoch_and_index(key):
+    """-> (epoch, index) of a data set's key, which is `(epoch, index)`, or `index` alone for epoch 0."""
+    return key if isinstance(key, tuple) else (0, key)
+
+
+def images_by_name(folder, constant, advice):
+    """-> {relative name without extension: path} of the images below a folder.
+
+    Raises:
+        UserError: names `constant`; where the folder does not exist, it ends in `advice`: where to get the images.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {where_to_get(constant)}")
+        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {advice}")
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in system.images_in(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if path.suffix.lower() in system.SUFFIXES and found.setdefault(name, path) != path:
+        if found.setdefault(name, path) != path:
             raise UserError(f"{constant}: {found[name].as_posix()} and {path.name} share a name; keep one of them")
     if not found:
         raise UserError(f"{constant} = '{folder.as_posix()}' holds no images ({' '.join(system.SUFFIXES)})")
@@ -73,11 +83,11 @@ def collate(samples):
 
 
 def to_device(batch, device):
-    """-> the batch on `device`, its images as float32 in [0, 1]: the one place where bytes become floats."""
+    """-> the batch on `device`, its images as float32 in [0, 1]."""
     moved = dict(batch)
     for key in ("images", "twins"):
         if key in batch:
-            moved[key] = batch[key].to(device, non_blocking=True).float().div_(255)
+            moved[key] = to_floats(batch[key], device)
     moved["labels"] = [{k: v.to(device, non_blocking=True) for k, v in label.items()} for label in batch["labels"]]
     return moved
 
@@ -90,7 +100,7 @@ def images_below(folders, constant):
         if not folder.is_dir():
             raise UserError(f"{constant}: '{folder.as_posix()}' does not exist. Set the constant to folders of images, "
                             "or try --demo.")
-        paths = [p for p in folder.rglob("*") if p.suffix.lower() in system.SUFFIXES]
+        paths = system.images_in(folder)
         if not paths:
             raise UserError(f"{constant}: '{folder.as_posix()}' holds no images "
                             f"({' '.join(system.SUFFIXES)})")

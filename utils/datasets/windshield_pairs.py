@@ -23,6 +23,8 @@ from utils.datasets.samples import images_by_name
 from utils.weather import rain, windshield
 
 PARTS = ("train", "val", "test")
+_ADVICE = ("Rainy partners of clear images come from python make_rain.py --kind windshield --clear ./data/clear --out "
+           "./data/windshield_rainy_v40; set the constant to your data, or try --demo.")
 
 
 class WindshieldPairs(image_pairs.PairedRainDataset):
@@ -47,8 +49,8 @@ def find_pairs(rainy_dir, clear_dir):
         UserError: a rainy image without its partner, unequal sizes, unreadable files, all in one report; names
         RAINY_DIR and CLEAR_DIR.
     """
-    rainy, clear = (_images(folder, constant) for folder, constant in ((rainy_dir, "RAINY_DIR"),
-                                                                       (clear_dir, "CLEAR_DIR")))
+    rainy, clear = (images_by_name(folder, constant, _ADVICE) for folder, constant in ((rainy_dir, "RAINY_DIR"),
+                                                                                       (clear_dir, "CLEAR_DIR")))
     pairs = {name: (rainy[name], clear[name]) for name in sorted(rainy.keys() & clear.keys())}
     faults = [f"{path.as_posix()} has no partner in CLEAR_DIR" for name, path in sorted(rainy.items())
               if name not in clear]
@@ -59,28 +61,17 @@ def find_pairs(rainy_dir, clear_dir):
             faults += [fault] if fault else []
             thumbnails.append(small)
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"RAINY_DIR = '{Path(rainy_dir).as_posix()}', CLEAR_DIR = '{Path(clear_dir).as_posix()}': "
-                        f"{len(faults)} bad pair(s): {'; '.join(faults[:5])}{more}. Mend or remove these files.")
+                        f"{len(faults)} bad pair(s): {system.listed(faults, separator='; ')}. Fix or remove these "
+                        "files.")
     if unused := len(clear.keys() - rainy.keys()):
         notes.append(f"{unused} image(s) in CLEAR_DIR have no rainy partner and are not used")
     odd = image_check.more_like_another(np.array(thumbnails))
-    strangers = [name for name, is_odd in zip(pairs, odd, strict=True) if is_odd]
-    if strangers:
-        notes.append(f"{len(strangers)} rainy image(s) look more like another clear image than like their partner: "
-                     f"{', '.join(strangers[:5])}{', ...' if len(strangers) > 5 else ''}; a wrong partner teaches "
-                     "nonsense")
+    doubtful = [name for name, is_odd in zip(pairs, odd, strict=True) if is_odd]
+    if doubtful:
+        notes.append(f"{len(doubtful)} rainy image(s) look more like another clear image than like their partner: "
+                     f"{system.listed(doubtful)}; a wrong partner teaches nonsense")
     return pairs, notes
-
-
-def _images(folder, constant):
-    """-> {relative name without extension: path}; the folder rule and its errors are PairedRainDataset's."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. Rainy partners of clear images come from "
-                        "python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40; "
-                        "set the constant to your data, or try --demo.")
-    return images_by_name(folder, constant)
 
 
 def _look_at(pair):

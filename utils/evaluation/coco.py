@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from utils import processes
 from utils.boxes import corner_and_extent, decode
 from utils.datasets.annotations import read_annotations
+from utils.images import to_floats
 
 try:  # the same numbers (tests hold them against each other) in a sixth of the time: benchmarks/scoring.py
     from faster_coco_eval import COCOeval_faster
@@ -36,7 +37,7 @@ def detect(predict, loader, device, name="evaluating"):
     """
     found = []
     for batch in processes.progress(loader, name):
-        outputs = predict(batch["images"].to(device, non_blocking=True).float().div_(255))
+        outputs = predict(to_floats(batch["images"], device))
         detections = decode(outputs.logits, outputs.pred_boxes, batch["sizes"])
         for image_id, result in zip(batch["image_ids"], detections, strict=True):
             found.append((image_id, torch.cat([corner_and_extent(result["boxes"]), result["scores"].double()[:, None],

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from utils import datasets, processes
 from utils.config import UserError
 from utils.evaluation.coco import coco_scores, entries, ground_truth, merged_ground_truth
+from utils.images import to_floats
 
 COLUMNS = ("mAP", "AP50", "AP75")
 
@@ -31,7 +32,7 @@ def gate_scores(rain_detector, loader, device):
     """-> {image_id: probability of rain} over a validation loader, of all ranks."""
     found = []
     for batch in loader:
-        images = batch["images"].to(device, non_blocking=True).float().div_(255)
+        images = to_floats(batch["images"], device)
         found += list(zip(batch["image_ids"], rain_detector.probability(images).tolist(), strict=True))
     return dict(gather_object(found))
 

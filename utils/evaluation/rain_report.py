@@ -12,6 +12,7 @@ from utils.config import UserError
 from utils.datasets import image_check, loaders, rain_or_clean
 from utils.datasets.samples import images_below
 from utils.evaluation import classification
+from utils.networks.rain_detector import SIDE
 
 
 class Logits(NamedTuple):
@@ -69,7 +70,8 @@ def judge(rain_detector, sets, device, batch_size, workers):
     """-> {name: {"domain", "paths", "probabilities": (N,) array}} of every set of `test_sets`."""
     judged = {}
     for name, (paths, domain) in sets.items():
-        loader = loaders.validation_loader(rain_or_clean.ImageFolderDataset(paths, domain), batch_size, workers)
+        loader = loaders.validation_loader(rain_or_clean.ImageFolderDataset(paths, domain, SIDE), batch_size,
+                                            workers)
         found = logits_of(rain_detector, loader, device, name)
         probabilities = torch.sigmoid(found.logits / rain_detector.temperature.cpu()).numpy()
         judged[name] = {"domain": domain, "paths": found.paths, "probabilities": probabilities}
@@ -129,7 +131,7 @@ def write_pictures(judged, threshold, folder, count=12):
         return
     cells = []
     for i in wrong:
-        picture = visualize.to_pil(datasets.read_image(paths[i]).float() / 255)
+        picture = visualize.to_pil(datasets.read_image(paths[i]))
         picture.thumbnail((220, 220))
         cells.append(visualize.captioned(picture, f"{'rainy' if domains[i] else 'clean'}, p = {scores[i]:.2f}"))
     rows = [cells[i:i + 4] + [None] * (4 - len(cells[i:i + 4])) for i in range(0, len(cells), 4)]

@@ -258,8 +258,7 @@ def open_source(source, constant="SOURCE"):
         return Video(source, source.rstrip("/").rsplit("/", 1)[-1] or "stream", constant)
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.iterdir()
-                       if file.suffix.lower() in system.SUFFIXES and not file.name.startswith("."))
+        found = system.images_in(path, below=False)
         if not found:
             raise UserError(f"{constant} = '{path.as_posix()}' is a folder without images "
                             f"({' '.join(system.SUFFIXES)}); videos are given one by one")
@@ -267,4 +266,4 @@ def open_source(source, constant="SOURCE"):
     if not path.is_file():
         raise UserError(f"{constant} = '{path.as_posix()}' does not exist; give an image, a folder, a video or a "
                         "camera's number, or try --demo")
-    return ImageFiles([path]) if path.suffix.lower() in system.SUFFIXES else Video(path, path.name, constant)
+    return ImageFiles([path]) if system.is_image(path) else Video(path, path.name, constant)

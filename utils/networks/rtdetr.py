@@ -128,6 +128,11 @@ def trained_size(folder):
         return None
 
 
+def rtdetr_of(model):
+    """-> the RTDetrForObjectDetection inside a wrapper (its property `rtdetr`), or the model itself where it is one."""
+    return model if isinstance(model, RTDetrForObjectDetection) else model.rtdetr
+
+
 def id2label_of(detector):
     """-> {label: class name} with int keys."""
     return {int(label): name for label, name in detector.config.id2label.items()}

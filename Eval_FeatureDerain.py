@@ -4,7 +4,7 @@
     python Eval_FeatureDerain.py
     python Eval_FeatureDerain.py --DATASET mixedrain --MIXEDRAIN_DIR ./dataset/MixedRain
 
-Prints COCO scores, cost and the guide's comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
+Prints COCO scores, cost and a comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
 versions), latency_map.png and masks.png (detections, and where each scale sees rain). Models whose constant is "" or
 whose file is not there are left out with a note; the vanilla detector must be there, and the multiscale model unless
 its constant is "".
@@ -181,7 +181,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
 
 
 def print_summary(rows, latency, cost, won_back, main_images):
-    """COCO scores, cost, and the guide's comparison table with what was measured here."""
+    """COCO scores, cost, and the comparison table."""
     headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in coco_evaluation.METRICS}
     print("\n" + report.table(rows, headings))
     table = [{"model": name} | {key: f"{value:.1f}" for key, value in latency[name].items()}

@@ -96,7 +96,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
 
 
 def print_summary(rows, latency, twins):
-    """The guide's three lines, the table, the gap, the cost on clean images."""
+    """Three lines of scores, the table, the gap, the cost on clean images."""
     score = {(row["model"], row["images"]): row["mAP"] for row in rows}
     vanilla = score[_VANILLA, "rainy"]
     print("\nRainy images:")

@@ -62,7 +62,7 @@ EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 
-# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0, 0) ----------------------
+# --- loss weights (0 switches a term off; plain detection loss: 1, 0, 0, 0) ---------------------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
 CONSISTENCY_WEIGHT = 10.0               # rainy images: features against the pretrained ones of the clean twin
 IDENTITY_WEIGHT = 1.0                   # clean images: features against their own pretrained ones

@@ -56,7 +56,7 @@ EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validati
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation
 
-# --- loss weights (0 switches a term off; plain detection loss, as in the guide: 1, 0, 0, 0) ----------------------
+# --- loss weights (0 switches a term off; plain detection loss: 1, 0, 0, 0) ---------------------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss on the de-rained image
 FEATURE_WEIGHT = 5.0                    # its features against those of the clean twin, relative squared error
 FEATURE_LEVEL = "backbone"              # which features: backbone, encoder or both
@@ -80,7 +80,7 @@ DEMO = {
 
 
 def build_model(cfg, device):
-    """SPDNet (trainable) in front of RT-DETR (frozen), with the guide's block of parameter counts."""
+    """SPDNet (trainable) in front of RT-DETR (frozen), ; prints the parameter counts."""
     model = integrated_model.load_integrated_model(
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
         derain_scale=cfg.DERAIN_SCALE)

@@ -31,7 +31,7 @@ ANYTHING = (object,)  # what a constant without annotation takes whose default i
 
 
 class UserError(Exception):
-    """Something that the user can mend (a path, a constant, a broken file); shown as one line without a traceback."""
+    """Something that the user can fix (a path, a constant, a broken file); shown as one line without a traceback."""
 
 
 class Config(SimpleNamespace):

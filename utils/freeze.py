@@ -79,7 +79,7 @@ def count_parameters(module):
 
 
 def describe(parts):
-    """The block that the guides show at training start.
+    """The block of parameter counts at the start of a training.
 
     Args:
         parts: {label: module}, for example {"SPDNet": model.derain_module, "RT-DETR": model.detection_module}.

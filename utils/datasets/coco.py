@@ -60,7 +60,7 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
                 [*paths[1], *[None] * len(chosen)] if len(folders) == 2 else None)
 
     def _index_boxes(self, images, annotations):
-        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were mended."""
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or left out."""
         extent = {image["id"]: (image["width"], image["height"]) for image in images}
         boxes, labels = {i: [] for i in extent}, {i: [] for i in extent}
         clipped = dropped = 0
@@ -141,7 +141,7 @@ class Mixture(torch.utils.data.Dataset):
 
 def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, rain_ratio, percent, seed,
                         split="train", twins=False, unknown="error"):
-    """The guides' training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
+    """The training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
 
     Args:
         coco_dir, rain_dir: COCO-layout roots with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).

@@ -16,7 +16,7 @@ from utils.config import UserError
 
 RULES = 1         # raise it when a check finds more than it did: what was found good before is then looked at again
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
-STRANGERS = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
+ODD_MARGIN = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
 THUMBNAIL = 24    # pixels
 _COMPARED = 2000  # other partners that an image is compared with, at most
 _SAMPLED = 200    # pairs that are looked at where thousands may be given
@@ -59,7 +59,7 @@ def _check(paths, what, sizes, partners):
                         "Replace them or remove them from the data set.")
     pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
     sample = pairs[::max(1, len(pairs) // _SAMPLED)]
-    if len(odd := _strangers(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
+    if len(odd := _odd_pairs(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
         processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
                       f"like their own: {system.listed(odd)}; a wrong partner teaches nonsense")
     elif seal is not None:
@@ -110,7 +110,7 @@ def _fingerprint(paths, sizes, partners):
     return digest.hexdigest()
 
 
-def _strangers(pairs):
+def _odd_pairs(pairs):
     """[(path, its partner), ...] -> the paths that look like another one's partner."""
     def look(pair):
         small = []
@@ -132,10 +132,10 @@ def thumbnail(image):
 
 
 def more_like_another(thumbnails):
-    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see STRANGERS."""
+    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see ODD_MARGIN."""
     if not len(thumbnails):
         return []
     images, partners = thumbnails[:, 0], thumbnails[:, 1]
     own = (images * partners).sum(1)
     others = partners[::-(-len(partners) // _COMPARED)]
-    return (images @ others.T).max(1) > own + STRANGERS
+    return (images @ others.T).max(1) > own + ODD_MARGIN

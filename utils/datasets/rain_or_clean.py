@@ -1,6 +1,6 @@
 """Images for the rain detector: clean, rainy from disk, and rainy rendered anew in every epoch.
 
-A detector trained on one generator's streaks learns the generator: elsewhere this design reached 99.6% on its own
+A detector trained on one generator's streaks learns the generator: elsewhere such a network reached 99.6% on its own
 rain and 15% recall on real rain, mist and snow. Hence the width of `add_weather`, and `break_shortcuts`, which gives
 both classes the same JPEG artefacts, resize kernels, blur, noise and brightness, so that none of them tells.
 """

@@ -114,7 +114,7 @@ def describe(summary):
 
 
 def write_pictures(judged, threshold, folder, count=12):
-    """folder/rain_roc.png, and folder/rain_mistakes.png with the surest mistakes (left out where there are none)."""
+    """folder/rain_roc.png, and folder/rain_mistakes.png with the most confident mistakes (left out where there are none)."""
     folder = Path(folder)
     scores = np.concatenate([one["probabilities"] for one in judged.values()])
     domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])
@@ -135,4 +135,4 @@ def write_pictures(judged, threshold, folder, count=12):
         picture.thumbnail((220, 220))
         cells.append(visualize.captioned(picture, f"{'rainy' if domains[i] else 'clean'}, p = {scores[i]:.2f}"))
     rows = [cells[i:i + 4] + [None] * (4 - len(cells[i:i + 4])) for i in range(0, len(cells), 4)]
-    visualize.grid(rows, ["surest mistakes: what it is, what was said", "", "", ""], folder / "rain_mistakes.png")
+    visualize.grid(rows, ["most confident mistakes: truth, answer", "", "", ""], folder / "rain_mistakes.png")

@@ -64,7 +64,7 @@ class Run:
                 raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
                                 f"without {self.plan.resume_hint}")
             if content.get("score", self.score) != self.score:
-                raise UserError(f"{self.last.as_posix()} was judged by {content['score']}, now it would be by "
+                raise UserError(f"{self.last.as_posix()} was scored by {content['score']}, now it would be by "
                                 f"{self.score}: resume with that run's constants, or start anew without "
                                 f"{self.plan.resume_hint}")
             checkpoint.load_into(self.model, content["model"], self.last.as_posix())

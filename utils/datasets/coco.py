@@ -60,7 +60,8 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
                 [*paths[1], *[None] * len(chosen)] if len(folders) == 2 else None)
 
     def _index_boxes(self, images, annotations):
-        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or left out."""
+        """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or
+        left out."""
         extent = {image["id"]: (image["width"], image["height"]) for image in images}
         boxes, labels = {i: [] for i in extent}, {i: [] for i in extent}
         clipped = dropped = 0

@@ -114,7 +114,7 @@ def describe(summary):
 
 
 def write_pictures(judged, threshold, folder, count=12):
-    """folder/rain_roc.png, and folder/rain_mistakes.png with the most confident mistakes (left out where there are none)."""
+    """folder/rain_roc.png, and folder/rain_mistakes.png with the most confident mistakes (none: no file)."""
     folder = Path(folder)
     scores = np.concatenate([one["probabilities"] for one in judged.values()])
     domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])

@@ -213,7 +213,7 @@ def add_cost(table, latency):
 def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     """Page: what came in, with vanilla's detections | what the detector saw, with the pipeline's | ground truth."""
     rows = []
-    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
+    scale = visualize.enlargement(cfg.IMAGE_SIZE)
     for domain in ("rainy", "clean"):
         data = loaders_of[domain].dataset
         for i in range(min(cfg.PICTURES, len(data))):

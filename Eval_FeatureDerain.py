@@ -12,6 +12,8 @@ its constant is "".
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize

@@ -9,6 +9,8 @@ OUTPUT_DIR/results.json (with constants, commit, versions), detections.png and l
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize

@@ -12,6 +12,8 @@ Writes OUTPUT_DIR/results.json, threshold_sweep.png, rain_roc.png, rain_mistakes
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object

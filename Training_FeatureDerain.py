@@ -16,6 +16,8 @@ import copy
 import math
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize

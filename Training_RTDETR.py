@@ -12,6 +12,8 @@ metrics.json, curves.png and tb/.
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from transformers import RTDetrImageProcessor
 

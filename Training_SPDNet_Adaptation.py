@@ -15,6 +15,8 @@ adapted SPDNet. Afterwards: python Eval_SPDNet_Adaptation.py
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize

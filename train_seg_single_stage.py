@@ -13,6 +13,8 @@ predictions.png and tb/.
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from rfdetr import criterion, masks, run_report, weights

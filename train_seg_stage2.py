@@ -14,6 +14,8 @@ stage2_config.json, metrics.json, results.json, curves.png, predictions.png and 
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from rfdetr import criterion, features, masks, run_report, weights

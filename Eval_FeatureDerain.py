@@ -12,6 +12,8 @@ its constant is "".
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
@@ -159,7 +161,7 @@ def measure_cost(cfg, models, latency, device):
 @torch.no_grad()
 def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: detections of vanilla and of the feature models, where each scale of the latter sees rain, ground truth."""
-    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
+    scale = visualize.enlargement(cfg.IMAGE_SIZE)
     features = {name: model for name, model in models.items() if name in (_MULTISCALE, _LIGHTWEIGHT)}
     count = min(cfg.PICTURES, len(dataset))
     rows, headings = [], []

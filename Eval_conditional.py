@@ -13,6 +13,8 @@ Writes OUTPUT_DIR/results.json, threshold_sweep.png, rain_roc.png, rain_mistakes
 from pathlib import Path
 from typing import NamedTuple
 
+import utils.threads  # noqa: F401 (before torch)
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -216,7 +218,7 @@ def add_cost(table, latency):
 def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     """Page: what came in, with vanilla's detections | what the detector saw, with the pipeline's | ground truth."""
     rows = []
-    scale = max(1, -(-240 // cfg.IMAGE_SIZE))  # small images are enlarged, so that labels and headings fit
+    scale = visualize.enlargement(cfg.IMAGE_SIZE)
     for domain in ("rainy", "clean"):
         data = loaders_of[domain].dataset
         for i in range(min(cfg.PICTURES, len(data))):

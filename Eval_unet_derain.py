@@ -12,6 +12,8 @@ Writes OUTPUT_DIR/results.json, pairs.png, real_rain.png and restored/ (REAL_DIR
 
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from PIL import Image
 from torchvision.transforms import v2

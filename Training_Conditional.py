@@ -14,6 +14,8 @@ best epoch, everything that detect.py and Eval_conditional.py need), last.pt, be
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
 

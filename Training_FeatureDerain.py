@@ -17,6 +17,8 @@ import math
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize

@@ -13,6 +13,8 @@ metrics.json, curves.png and tb/.
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from transformers import RTDetrImageProcessor
 

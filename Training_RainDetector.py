@@ -14,6 +14,8 @@ for FALSE_ALARM_RATE), test.json, rain_roc.png, rain_mistakes.png, last.pt, best
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
 

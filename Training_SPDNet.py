@@ -15,6 +15,8 @@ metrics.json, curves.png and tb/.
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from utils import checkpoint, config, datasets, freeze, losses, processes, report, visualize

@@ -9,20 +9,25 @@ docs/spdnet_adaptation.md. SPDNet: Yi et al., ICCV 2021; RT-DETR: Zhao et al., C
     python Training_SPDNet_Adaptation.py
 
 Writes OUTPUT_DIR/spdnet_adapted.pt (a plain SPDNet state dict, the best epoch by rainy validation mAP), last.pt (to
-resume), best.pt, metrics.json, curves.png and tb/. Afterwards: python Eval_SPDNet_Adaptation.py
+resume), best.pt, metrics.json, curves.png, tb/ and before_after.png: what the detector finds without and with the
+adapted SPDNet. Afterwards: python Eval_SPDNet_Adaptation.py
 """
 
 from functools import partial
 from pathlib import Path
+
+import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
 from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
+from utils.evaluation import before_after
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
+from utils.networks.spdnet import load_spdnet
 from utils.training import engine
 from utils.training.plan import Plan
 
@@ -68,15 +73,18 @@ OUTPUT_DIR = "./outputs_spdnet_adaptation"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of last.pt within an epoch
 EVAL_BATCH_SIZE = 4                     # validation batch
+BASELINES = True                        # score vanilla and original SPDNet first: two more validation passes
+PICTURES = 4                            # scenes in before_after.png
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "DERAIN_SCALE": 0.5,
-    "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 2, "BATCH_SIZE": 4,
+    "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 1, "BATCH_SIZE": 4,
     "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 4e-4, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
     "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
+_SPDNET_FILE, _PICTURE_FILE = "spdnet_adapted.pt", "before_after.png"  # in OUTPUT_DIR
 
 
 def build_model(cfg, device):
@@ -170,6 +178,29 @@ def save_spdnet(model, path):
     checkpoint.save(model.derain_module.state_dict(), path)
 
 
+def baselines_before_training(model, loader, device, truth):
+    """-> {model: COCO scores} of vanilla and original SPDNet, said aloud, as what an epoch's score is to be read by."""
+    scores = before_after.baseline_scores(model, loader, device, truth)
+    found = ", ".join(f"{name} {values['mAP']:.4f}" for name, values in scores.items())
+    processes.say(f"before training, rain/mAP: {found}")
+    return scores
+
+
+def show_result(model, dataset, baselines, best_epoch, device, cfg):
+    """The table of all models, where there are baselines, and before_after.png with the best epoch's SPDNet."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if baselines:
+        adapted = {name: best_epoch[f"rain/{name}"] for name in coco_evaluation.METRICS}
+        processes.say("\n" + before_after.table(baselines | {before_after.ADAPTED: adapted}))
+    if processes.is_main() and cfg.PICTURES > 0:
+        spdnet = load_spdnet(folder / _SPDNET_FILE, device=device)
+        best = integrated_model.RainRobustRTDETR(freeze.freeze(spdnet), model.detection_module,
+                                                 derain_scale=cfg.DERAIN_SCALE)
+        before_after.draw(model.detection_module, best.eval(), dataset, before_after.scenes(dataset, cfg.PICTURES),
+                          device, id2label_of(model.detection_module), folder / _PICTURE_FILE)
+        processes.say(f"picture: {(folder / _PICTURE_FILE).as_posix()} (scenes {before_after.SCENES_RULE})")
+
+
 def main(**overrides):
     """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
@@ -193,7 +224,8 @@ def main(**overrides):
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth = ground_truth(val.annotation_file) if labelled else None
-    output = Path(cfg.OUTPUT_DIR) / "spdnet_adapted.pt"
+    output = Path(cfg.OUTPUT_DIR) / _SPDNET_FILE
+    baselines = baselines_before_training(model, val_loader, device, truth) if labelled and cfg.BASELINES else {}
 
     result = engine.fit(
         model, train_loader,
@@ -205,8 +237,10 @@ def main(**overrides):
         score="rain/mAP" if labelled else "rain/consistency",
         on_best=partial(save_spdnet, path=output),
         sample_images=partial(sample_images, dataset=val, device=device, id2label=id2label),
-        constants=cfg.as_dict(), own_files=(output.name,))
+        constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE))
     if result["history"]:
+        if labelled:
+            show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)
         processes.say(f"adapted SPDNet: {output.as_posix()}\n"
                       f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} --ADAPTED_MODEL_PATH "
                       f"{output.as_posix()}")

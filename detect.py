@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm

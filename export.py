@@ -11,6 +11,8 @@ logits (B, Q, K) and pred_boxes (B, Q, 4), normalised cxcywh. ONNX needs: pip in
 import warnings
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from torch import nn
 

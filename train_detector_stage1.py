@@ -12,6 +12,8 @@ best.pt, last.pt (--resume goes on from it), checkpoint.pt (latest epoch), metri
 predictions.png and tb/.
 """
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from rfdetr import criterion, run_report

@@ -11,6 +11,8 @@ Writes runs/single_stage_<size>_<resolution>_<n>/: best.pt, last.pt, metrics.jso
 predictions.png and tb/.
 """
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from rfdetr import criterion, masks, run_report

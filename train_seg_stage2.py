@@ -12,6 +12,8 @@ Writes runs/segmentation_<size>_<resolution>_<n>/: best.pt (detector and mask he
 stage2_config.json, metrics.json, results.json, curves.png, predictions.png and tb/.
 """
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 
 from rfdetr import criterion, features, masks, run_report

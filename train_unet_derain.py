@@ -17,6 +17,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401 (before torch)
+
 import torch
 from PIL import Image
 

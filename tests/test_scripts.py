@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import on_two_processes
@@ -17,6 +18,7 @@ import Training_SPDNet
 import Training_SPDNet_Adaptation as Adaptation
 from utils import integrated_model
 from utils.config import UserError
+from utils.evaluation import before_after
 from utils.networks.rtdetr import id2label_of, load_rtdetr
 from utils.networks.spdnet import load_spdnet
 
@@ -44,7 +46,7 @@ def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
     assert {"detection", "features", "reconstruction", "identity", "clamped", "rain/mAP", "images_per_s"} <= set(last)
     out = Path(base["OUTPUT_DIR"])
     names = {path.name for path in out.iterdir()}
-    assert names == {"spdnet_adapted.pt", "last.pt", "best.pt", "metrics.json", "curves.png", "tb"}
+    assert names == {"spdnet_adapted.pt", "last.pt", "best.pt", "metrics.json", "curves.png", "tb", "before_after.png"}
     adapted = load_spdnet(out / "spdnet_adapted.pt")
     start = load_spdnet(base["SPDNET_MODEL_PATH"])
     assert not torch.equal(adapted.output3.weight, start.output3.weight)
@@ -53,6 +55,34 @@ def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
     assert not any(torch.equal(model["derain_module.output3.weight"], value) for value in average)
     shown = capsys.readouterr().out
     assert "RT-DETR: 0 trainable parameters (0% - FROZEN)" in shown and shown.isascii()
+    table = shown[shown.rindex("on rainy validation images"):]
+    assert all(name in table for name in (before_after.VANILLA, before_after.ORIGINAL, before_after.ADAPTED))
+    assert f"{result['history'][result['best_epoch'] - 1]['rain/mAP']:.4f}" in table and "before_after.png" in table
+    with Image.open(out / "before_after.png") as page:
+        assert page.width > 5 * 240 and page.height > 4 * 240  # five columns, PICTURES scenes
+
+
+def test_baselines_change_nothing_of_the_training(base):
+    """Weights, optimizer and randomness are equal, bit for bit, with and without them."""
+    found = []
+    for baselines in (True, False):
+        Adaptation.main(**base | {"NUM_EPOCHS": 1}, BASELINES=baselines, PICTURES=0)
+        found.append(torch.load(Path(base["OUTPUT_DIR"]) / "last.pt"))
+    a, b = found
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert torch.equal(a["torch_rng"], b["torch_rng"]) and a["history"][0]["loss"] == b["history"][0]["loss"]
+
+
+def test_scenes_of_the_page_follow_a_rule():
+    class Data:
+        ends = np.cumsum([0, 1, 3, 12, 10, 0, 5, 4])  # so many objects has each image
+
+        def __len__(self):
+            return len(self.ends) - 1
+    assert before_after.scenes(Data(), 2) == [1, 5] and before_after.scenes(Data(), 9) == [1, 3, 5, 6]
+    Data.ends = np.array([0, 1, 2, 3])
+    assert before_after.scenes(Data(), 2) == [0, 1]
+    assert before_after.gain(0.45, 0.4) == "+12.5%" and before_after.gain(0.45, 0.0) == ""
 
 
 def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):

@@ -23,6 +23,7 @@ SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
             "detection+features+identity", "detection+features+reconstruction")  # names of _LOSSES below
 PERCENT_DATASET: float = 50             # of the demo's 1,200 training images
+NUM_EPOCHS = 2                          # of every run
 OUTPUT_DIR = "./demo/ablation"          # a folder per run, and results.json
 
 _LOSSES = {
@@ -75,13 +76,13 @@ def once(path, settings, make):
 def demo_constants(script):
     """-> {name: value} of a training script under --demo, without those that each run has of its own."""
     return {name: value for name, value in config.resolve(vars(script), {"demo": True}).as_dict().items()
-            if name not in ("SEED", "OUTPUT_DIR", "RESUME")}
+            if name not in ("SEED", "OUTPUT_DIR", "RESUME", "BASELINES", "PICTURES")}
 
 
 def run(variant, seed, folder, cfg):
     """Adapt with one variant and score the result."""
     Adaptation.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), PERCENT_DATASET=cfg.PERCENT_DATASET,
-                    **_LOSSES[variant])
+                    NUM_EPOCHS=cfg.NUM_EPOCHS, BASELINES=False, PICTURES=0, **_LOSSES[variant])
     scale = {name: value for name, value in _LOSSES[variant].items() if name == "DERAIN_SCALE"}
     return {"variant": variant, "seed": seed} | score(folder / "spdnet_adapted.pt", **scale)
 
@@ -101,7 +102,8 @@ def main(**overrides):
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
             place = folder / f"{variant.replace('+', '_').replace(', ', '_').replace(' ', '_')}_{seed}"
-            settings = demo_constants(Adaptation) | _LOSSES[variant] | {"PERCENT_DATASET": cfg.PERCENT_DATASET}
+            settings = demo_constants(Adaptation) | _LOSSES[variant] | {
+                "PERCENT_DATASET": cfg.PERCENT_DATASET, "NUM_EPOCHS": cfg.NUM_EPOCHS}
             runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
     gap = vanilla["clean"] - vanilla["rainy"]
     rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"},

@@ -134,8 +134,8 @@ STEPS = {
 
 def draw_scenes(demo):
     """The small data sets, in the layout of ./demo. The only place that imports modules of this project."""
-    from utils.demo import ensure_demo
-    from utils.demo_dataset import ensure_dataset
+    from utils.demo.coco import ensure_demo
+    from utils.demo.roboflow import ensure_dataset
     ensure_demo(demo, TRAIN_IMAGES, VAL_IMAGES)
     ensure_dataset(demo / "dataset", demo, TRAIN_IMAGES, VAL_IMAGES - 1, 1)
 
@@ -143,7 +143,7 @@ def draw_scenes(demo):
 def demo_of(script):
     """-> ({constant: value} of a script's DEMO dict, names of all its constants), read from its source."""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    names = re.findall(r"^([A-Z][A-Z0-9_]*) = ", source, re.MULTILINE)
+    names = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=\n]+)? = ", source, re.MULTILINE)
     demo = next((node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)
                  and getattr(node.targets[0], "id", "") == "DEMO"), None)
     return ast.literal_eval(demo) if demo else {}, names

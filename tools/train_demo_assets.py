@@ -52,6 +52,7 @@ _RTDETR = {"NUM_EPOCHS": 5, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 
            "BACKBONE_LEARNING_RATE": 1.5e-3, "WARMUP_STEPS": 200, "EMA_DECAY": 0.998}
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": _HALF, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "VAL_IMAGES": 100}  # whole scenes at half size
+_SPDNET_ADAPTED = {"NUM_EPOCHS": 2}  # the demo has one
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
                 "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: the module's images and epochs
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
@@ -114,7 +115,7 @@ def main(**overrides):
             keep(work / stage / "spdnet_best.pt", assets / "spdnet.pt")
         elif stage == "spdnet_adapted":
             Training_SPDNet_Adaptation.main(**common, SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
-                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"))
+                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_SPDNET_ADAPTED)
             keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
         elif stage == "rtdetr_rain":
             Training_FeatureDerain.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)

@@ -24,6 +24,11 @@ def to_pil(image):
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def enlargement(size):
+    """-> the whole number that makes a square image of `size` pixels at least 240, so that labels and headings fit."""
+    return max(1, -(-240 // size))
+
+
 def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
     """Draw boxes with class names on a copy of the image.
 
@@ -136,23 +141,64 @@ def as_tensor(picture):
     return to_floats(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1))
 
 
-def curves(history, path):
-    """Training curves of a fit's history, one panel per number, into a PNG."""
+def curves(history, path, steps=None):
+    """Training curves into a PNG: losses per optimizer step above, what an epoch is scored by below.
+
+    Args:
+        history: of a fit, [{"epoch", "step": the last of the epoch, name: number, ...}, ...].
+        steps: {"step": [int, ...], loss: [float, ...]}; a loss without it is drawn per epoch. Light: as it is; dark:
+            its moving average; dashed: where an epoch ends.
+    """
+    steps = steps or {"step": []}
+    losses = [name for name in steps if name != "step"]
     names = [name for name, value in history[0].items()
-             if isinstance(value, (int, float)) and name not in ("epoch", "step")]
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+             if isinstance(value, (int, float)) and name not in ("epoch", "step", *losses)]
+    columns = min(3, max(len(losses), len(names)))
+    lines = [-(-len(group) // columns) for group in (losses, names)]
+    figure, panels = plt.subplots(sum(lines), columns, figsize=(4.2 * columns, 2.8 * sum(lines)), squeeze=False)
+    above, below = panels[:lines[0]].flat, panels[lines[0]:].flat
+    for panel, name in zip(above, losses, strict=False):
+        _step_panel(panel, steps["step"], steps[name], [record["step"] for record in history])
+        panel.set_title(name, fontsize=10)
     epochs = [record["epoch"] for record in history]
-    for panel, name in zip(panels.flat, names, strict=False):
-        panel.plot(epochs, [record.get(name, float("nan")) for record in history], marker="o", markersize=3)
+    for panel, name in zip(below, names, strict=False):
+        panel.plot(epochs, [record.get(name, float("nan")) for record in history], marker="o", markersize=4)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("epoch", fontsize=8)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    for panel in panels.flat[len(names):]:
+    for panel in (*above[len(losses):], *below[len(names):]):
         panel.axis("off")
     _finish(figure, path)
+
+
+def _step_panel(panel, steps, values, epoch_ends):
+    """One loss over the optimizer steps."""
+    panel.plot(steps, values, color=PALETTE[3], alpha=0.3, linewidth=0.8)
+    panel.plot(steps, smoothed(values), color=PALETTE[3], linewidth=1.6)
+    for end in epoch_ends:
+        panel.axvline(end, color="#888888", linewidth=0.8, linestyle="--")
+    finite = [value for value in values if np.isfinite(value)]
+    if finite:
+        low, high = np.quantile(finite, (0.0, 0.99))  # single spikes would press the rest flat
+        panel.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+    panel.set_xlabel("optimizer step (dashed: an epoch ends)", fontsize=8)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.3)
+
+
+def smoothed(values, share=0.05):
+    """Centred moving average over `share` of the points, fewer at both ends and without those that are not finite.
+
+    [float, ...] -> (N,) array
+    """
+    values = np.asarray(values, dtype=float)
+    counted = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(counted, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(counted)])
+    middle, half = np.arange(len(values)), int(len(values) * share / 2)
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
+    return (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
 
 
 def cost_against_accuracy(points, path, x_label, y_label):

@@ -12,6 +12,7 @@ from utils.config import UserError
 from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
 from utils.training.schedule import plateau_factor, schedule_factor
+from utils.training.step_curve import StepCurve
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
 
@@ -36,7 +37,7 @@ class Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
-        self.clock = Clock(self.accelerator.device)
+        self.clock, self.curve = Clock(self.accelerator.device), StepCurve()
         self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=plan.precision == "fp16")
 
@@ -94,7 +95,7 @@ class Run:
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
             "score": self.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
-            "history": self.history,
+            "history": self.history, "curve": self.curve.state(),
             "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -109,6 +110,8 @@ class Run:
             setattr(self, name, content[name])
         if self.average:
             self.average.load(content.get("average") or self.average.tensors)
+        if "curve" in content:  # not in files of earlier versions
+            self.curve.load(content["curve"])
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["torch_rng"].cpu())
@@ -158,9 +161,11 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value * images
         self.sums["images"] = self.sums.get("images", 0) + images
         self.clock.images += images
+        self.curve.add(values)
         self.latest = values
 
     def log_step(self, bar, rate):
+        self.curve.end_step(self.step)
         if not self.main:
             return
         shown = {name: f"{value:.3g}" for name, value in self.latest.items()} | {"lr": f"{rate:.1e}"}
@@ -206,7 +211,7 @@ class Run:
         best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
-            visualize.curves(self.history, self.folder / "curves.png")
+            visualize.curves(self.history, self.folder / "curves.png", self.curve.points)
         except OSError as error:  # open in another program on Windows: no reason to end a training
             print(f"note: {error}: written again after the next epoch")
         for name, number in record.items():

@@ -29,7 +29,7 @@ MODELS = ("utils.integrated_model", "utils.feature_derain", "utils.conditional_m
 GROUND = ("utils.processes", "utils.checkpoint", "utils.freeze", "utils.report", "utils.visualize", "utils.boxes",
           "utils.images", "utils.losses")
 FLOORS = {  # from the ground up
-    "base": Floor(("utils.config", "utils.system"), ()),  # without torch
+    "base": Floor(("utils.config", "utils.system", "utils.threads"), ()),  # without torch
     "ground": Floor(GROUND, ("base",)),
     "weather": Floor(("utils.weather",), ("base",)),
     "demo": Floor(("utils.demo",), ("base", "weather")),

@@ -67,7 +67,7 @@ def test_generator_does_not_depend_on_the_process():
     """The value is written down: another machine, another PYTHONHASHSEED must give it too."""
     expected = 3659939462
     assert expected == rain.rng_for(7, "000000000139.jpg").integers(2**32)
-    code = "from utils import rain; print(rain.rng_for(7, '000000000139.jpg').integers(2**32))"
+    code = "from utils.weather import rain; print(rain.rng_for(7, '000000000139.jpg').integers(2**32))"
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert int(answer.stdout) == expected, answer.stderr

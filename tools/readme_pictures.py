@@ -28,9 +28,9 @@ from utils.weather import rain, windshield
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "readme_strip.jpg")  # the strip
 RAIN_SCENE = 157         # seed of the scene in the upper row
-PANE_SCENE = 127         # of the one behind the windshield
+PANE_SCENE = 12          # of the one behind the windshield
 MASK_SCENE = 150         # of the one with masks
-PANE = 6                 # seed of the water on the windshield
+PANE = 14                # seed of the water on the windshield
 SIDE = 320               # pixels of a panel; scenes and weather are drawn at this size
 DETECTOR_SIDE = 160      # what detector, mask head and (halved) SPDNet have been trained at
 UNET_SIDE = 128          # what the U-Net sees
@@ -71,8 +71,8 @@ def rain_panels(cfg):
     scene, _ = render_scene(cfg.RAIN_SCENE, size=(cfg.SIDE, cfg.SIDE))
     wet = as_floats(rain.add_rain(np.asarray(scene), rain.rng_for(0, str(cfg.RAIN_SCENE)), "heavy"))
     derained = model.derain(wet)
-    return [("in rain", detected(cfg, model.detection_module, wet)), ("de-rained", visualize.to_pil(derained[0])),
-            ("and detected", detected(cfg, model.detection_module, derained))]
+    return [("detected in rain", detected(cfg, model.detection_module, wet)), ("de-rained", visualize.to_pil(derained[0])),
+            ("detected again", detected(cfg, model.detection_module, derained))]
 
 
 def detected(cfg, detector, image):

@@ -21,6 +21,7 @@ from rfdetr.detr import Detector
 from utils import config, visualize
 from utils.boxes import decode
 from utils.demo.scene import render_scene
+from utils.images import to_floats
 from utils.integrated_model import load_integrated_model
 from utils.networks.rtdetr import id2label_of
 from utils.networks.unet import load_unet, restore
@@ -61,7 +62,7 @@ def main(**overrides):
 
 def as_floats(pixels):
     """(H, W, 3) uint8 -> (1, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1)[None].float() / 255
+    return to_floats(torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1))[None]
 
 
 def rain_panels(cfg):
@@ -71,7 +72,8 @@ def rain_panels(cfg):
     scene, _ = render_scene(cfg.RAIN_SCENE, size=(cfg.SIDE, cfg.SIDE))
     wet = as_floats(rain.add_rain(np.asarray(scene), rain.rng_for(0, str(cfg.RAIN_SCENE)), "heavy"))
     derained = model.derain(wet)
-    return [("detected in rain", detected(cfg, model.detection_module, wet)), ("de-rained", visualize.to_pil(derained[0])),
+    return [("detected in rain", detected(cfg, model.detection_module, wet)),
+            ("de-rained", visualize.to_pil(derained[0])),
             ("detected again", detected(cfg, model.detection_module, derained))]
 
 

@@ -15,6 +15,7 @@ adapted SPDNet. Afterwards: python Eval_SPDNet_Adaptation.py
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import utils.threads  # noqa: F401 (before torch)
 
@@ -99,8 +100,16 @@ def build_model(cfg, device):
     return model
 
 
+class Data(NamedTuple):
+    """What is trained and validated on."""
+
+    train: torch.utils.data.Dataset  # with clean twins, where a loss needs them
+    val: torch.utils.data.Dataset  # rainy images
+    labelled: bool  # False: pairs of images without annotations
+
+
 def build_data(cfg, id2label):
-    """-> training data with clean twins, rainy validation data, whether there are labels."""
+    """-> Data"""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
     if cfg.DETECTION_WEIGHT == 0 and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
@@ -109,7 +118,7 @@ def build_data(cfg, id2label):
             cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
             percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
             for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
-        return train, val, False
+        return Data(train, val, labelled=False)
     needs_twins = cfg.FEATURE_WEIGHT or cfg.RECONSTRUCTION_WEIGHT or cfg.IDENTITY_WEIGHT
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
@@ -118,7 +127,7 @@ def build_data(cfg, id2label):
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
                                           unknown=cfg.UNKNOWN_CATEGORIES)
-    return train, val["rainy"], True
+    return Data(train, val["rainy"], labelled=True)
 
 
 def build_plan(cfg):

@@ -71,7 +71,8 @@ def rain_panels(cfg):
     scene, _ = render_scene(cfg.RAIN_SCENE, size=(cfg.SIDE, cfg.SIDE))
     wet = as_floats(rain.add_rain(np.asarray(scene), rain.rng_for(0, str(cfg.RAIN_SCENE)), "heavy"))
     derained = model.derain(wet)
-    return [("detected in rain", detected(cfg, model.detection_module, wet)), ("de-rained", visualize.to_pil(derained[0])),
+    return [("detected in rain", detected(cfg, model.detection_module, wet)),
+            ("de-rained", visualize.to_pil(derained[0])),
             ("detected again", detected(cfg, model.detection_module, derained))]
 
 

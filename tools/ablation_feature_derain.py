@@ -39,7 +39,7 @@ _VARIANTS = {  # share of the epochs in phase 1, constants
     "both phases, strong identity": (0.1, _ALL | {"IDENTITY_WEIGHT": 30.0}),
     "both phases, BatchNorm alive": (0.1, _ALL | {"FREEZE_BATCH_NORM": False}),
     "joint from the start": (0.0, _ALL),
-    # the baseline: no module, the detection loss alone; the demo's rate is at least as good as 3e-4 (docs/results.md)
+    # the baseline: no module, the detection loss alone; the demo's rate is at least as good as 3e-4 (docs/lab_notes.md)
     "fine-tuning": (0.0, _DETECTION | {"DERAIN_TYPE": "none"}),
     "fine-tuning+consistency": (0.0, _ALL | {"DERAIN_TYPE": "none"}),
 }

@@ -1,8 +1,8 @@
 """3x3 convolutions with a weight gradient that does not stall CPUs without AVX-512.
 
 On an AVX2 processor oneDNN's weight gradient of a channels_last map reaches half of its speed in NCHW or less, while
-forward pass and input gradient are faster in channels_last (docs/results.md). So that gradient is taken in NCHW, which
-pays for the two conversions on large maps. GPUs, AVX-512, autocast and smaller maps take PyTorch's own way.
+forward pass and input gradient are faster in channels_last (docs/lab_notes.md). So that gradient is taken in NCHW,
+which pays for the two conversions on large maps. GPUs, AVX-512, autocast and smaller maps take PyTorch's own way.
 """
 
 import functools

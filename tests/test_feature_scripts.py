@@ -63,7 +63,7 @@ def test_both_phases_train_what_they_should_and_write_everything(base, weights, 
 
 
 def checkpoint_of(weights):
-    return feature_derain.detector.load_rtdetr(str(weights / "rtdetr")).state_dict()
+    return feature_derain.load_rtdetr(str(weights / "rtdetr")).state_dict()
 
 
 def test_the_better_phase_is_kept(base, monkeypatch):
@@ -91,7 +91,7 @@ def test_the_pretrained_detector_is_mixed_into_what_is_kept_and_not_into_the_tra
     plain, trained = state(tmp_path / "plain", 2), state(tmp_path / "mixed", 2)
     assert all(torch.equal(value, trained[name]) for name, value in plain.items())
     start = checkpoint_of(weights)
-    own, kept = (feature_derain.detector.load_rtdetr(str(tmp_path / name / "model" / "rtdetr")).state_dict()
+    own, kept = (feature_derain.load_rtdetr(str(tmp_path / name / "model" / "rtdetr")).state_dict()
                  for name in ("plain", "mixed"))
     assert any(not torch.equal(own[name], value) for name, value in start.items())
     for name, value in start.items():

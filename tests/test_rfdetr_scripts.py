@@ -358,7 +358,7 @@ def test_a_run_of_an_earlier_release_resumes(earlier):
     result = train_detector_stage1.main(RESUME=str(folder))
     assert [record["epoch"] for record in result["history"]] == [1, 2] and result["history"][0] == saved["history"][0]
     content = torch.load(folder / "last.pt")
-    assert content["step"] == 4 and content.keys() == saved.keys()
+    assert content["step"] == 4 and content.keys() >= saved.keys()
     changed = [name for name, value in saved["model"].items() if not torch.equal(value, content["model"][name])]
     assert "class_embed.0.weight" in changed
     first = next(iter(content["optimizer"]["state"]))

@@ -16,9 +16,8 @@ import torch
 from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
+from utils.evaluation import before_after, comparison
 from utils.evaluation import coco as coco_evaluation
-from utils.evaluation import comparison
-from utils.evaluation.before_after import ADAPTED, ORIGINAL, VANILLA, gain
 from utils.networks.rtdetr import id2label_of, require_queries, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
 
@@ -51,6 +50,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0,
 }
+_VANILLA, _ORIGINAL, _ADAPTED = before_after.VANILLA, before_after.ORIGINAL, before_after.ADAPTED
 
 
 def build_models(cfg, device):
@@ -65,7 +65,7 @@ def build_models(cfg, device):
     adapted = integrated_model.RainRobustRTDETR(
         freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device)), original.detection_module,
         derain_scale=cfg.DERAIN_SCALE).to(device)
-    return {VANILLA: original.detection_module.eval(), ORIGINAL: original.eval(), ADAPTED: adapted.eval()}
+    return {_VANILLA: original.detection_module.eval(), _ORIGINAL: original.eval(), _ADAPTED: adapted.eval()}
 
 
 def build_loaders(cfg, id2label):
@@ -90,7 +90,7 @@ def draw_page(cfg, models, dataset, device, id2label, path):
         cells = []
         for name, model in models.items():
             outputs = model(pixel_values=batch["images"])
-            images = batch["images"] if name == VANILLA else outputs.derained
+            images = batch["images"] if name == _VANILLA else outputs.derained
             cells += visualize.draw_detections(images, outputs, id2label, cfg.SCORE_THRESHOLD, scale)
         cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
         rows.append(cells)
@@ -100,23 +100,23 @@ def draw_page(cfg, models, dataset, device, id2label, path):
 def print_summary(rows, latency, twins):
     """Three lines of scores, the table, the gap, the cost on clean images."""
     score = {(row["model"], row["images"]): row["mAP"] for row in rows}
-    vanilla = score[VANILLA, "rainy"]
+    vanilla = score[_VANILLA, "rainy"]
     print("\nRainy images:")
-    print(f"{VANILLA + ' mAP:':<28}{vanilla:.4f}")
-    for name in (ORIGINAL, ADAPTED):
-        change = gain(score[name, "rainy"], vanilla)
+    print(f"{_VANILLA + ' mAP:':<28}{vanilla:.4f}")
+    for name in (_ORIGINAL, _ADAPTED):
+        change = before_after.gain(score[name, "rainy"], vanilla)
         print(f"{name + ':':<28}{score[name, 'rainy']:.4f}  {f'({change})' if change else ''}")
     headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in coco_evaluation.METRICS}
     print("\n" + report.table(rows, headings))
-    for name in (ORIGINAL, ADAPTED):
-        share = comparison.gap_won_back(rows, name, VANILLA, twins)
+    for name in (_ORIGINAL, _ADAPTED):
+        share = comparison.gap_won_back(rows, name, _VANILLA, twins)
         won = (f"{100 * share:.1f}% of the rain gap won back" if share is not None else
                "rain costs vanilla nothing here (is COCO_RAIN_DIR the rainy one?)" if twins else
                "no rain gap, the clean images are other ones")
-        cost = score[name, "clean"] - score[VANILLA, "clean"]
+        cost = score[name, "clean"] - score[_VANILLA, "clean"]
         print(f"{name}: {won}; clean images that pass through it: {cost:+.4f} mAP")
     print("\n" + report.table([{"model": name} | values for name, values in latency.items()],
-                              {"model": "ms per image"} | {key: key for key in latency[VANILLA]}))
+                              {"model": "ms per image"} | {key: key for key in latency[_VANILLA]}))
 
 
 def main(**overrides):
@@ -131,15 +131,15 @@ def main(**overrides):
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),
                                  "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
                                 cfg.IMAGE_SIZE)
-    id2label = id2label_of(models[VANILLA])
-    require_queries(models[VANILLA], cfg.IMAGE_SIZE)
+    id2label = id2label_of(models[_VANILLA])
+    require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     found = build_loaders(cfg, id2label)
     rainy, clean = found["rainy"].dataset, found["clean"].dataset
     rows = (comparison.evaluate_models(models, found["rainy"], device, comparison.ids_by_prefix(rainy, cfg.PREFIXES))
             + comparison.evaluate_models(models, found["clean"], device, {}))
     twins = rainy.files == clean.files
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
-    won_back = {name: comparison.gap_won_back(rows, name, VANILLA, twins) for name in (ORIGINAL, ADAPTED)}
+    won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
     if processes.is_main():
         print_summary(rows, latency, twins)

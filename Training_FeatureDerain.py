@@ -84,7 +84,7 @@ CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "REFINE_WIDTH": 1.0, "OUTPUT_DIR": "./demo/outputs_feature_derain",
-    "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 5, "PHASE1_LR": 2e-3, "PHASE2_DERAIN_LR": 2e-3, "PHASE2_DETECTOR_LR": 1e-3,
+    "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 2, "PHASE1_LR": 2e-3, "PHASE2_DERAIN_LR": 2e-3, "PHASE2_DETECTOR_LR": 1e-3,
     "PRETRAINED_SHARE": 0.5, "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 _FEATURE_TERMS = {"consistency": "rainy", "identity": "clean"}  # the terms that compare features: of which domain

@@ -54,7 +54,8 @@ _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": _HALF, "LEARNING_RATE": 2e-4, "WA
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "VAL_IMAGES": 100}  # whole scenes at half size
 _SPDNET_ADAPTED = {"NUM_EPOCHS": 2}  # the demo has one
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
-                "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: the module's images and epochs
+                "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: as Training_FeatureDerain.py
+                                            # --demo --PHASE2_EPOCHS 5, six epochs of the same images
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
 _RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "none", "EPOCHS": 6,
            "BATCH": 8, "ACCUM": 1, "LR": 5e-4, "BACKBONE_LR": 5e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0,

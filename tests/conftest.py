@@ -20,6 +20,14 @@ from utils.networks.spdnet_init import init_near_identity
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}
 
+SLOW_FILES = ("test_feature_training.py", "test_conditional.py", "test_scripts.py", "test_export.py",
+              "test_unet_scripts.py", "test_rfdetr_scripts.py", "test_feature_evaluation.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first, so that two processes end at about the same time; --no-loadscope-reorder keeps the order."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else len(SLOW_FILES))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -101,3 +109,12 @@ def weights(tmp_path, small_detector):
     torch.save(small_spdnet().state_dict(), tmp_path / "spdnet.pt")
     small_detector.save_pretrained(tmp_path / "rtdetr")
     return tmp_path
+
+
+@pytest.fixture
+def feature_base(coco, weights):
+    """Constants that point Training_FeatureDerain.py at the small data and weights."""
+    return {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+            "IMAGE_SIZE": 96, "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"),
+            "PHASE1_EPOCHS": 2, "PHASE2_EPOCHS": 1, "BATCH_SIZE": 2, "WARMUP_STEPS": 0, "NUM_WORKERS": 0,
+            "COCO_RATIO": 0.5, "RAIN_RATIO": 0.5}

@@ -1,12 +1,10 @@
 """export.py: files that answer as PyTorch does, and clear errors where packages are missing."""
 
-
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CATEGORIES
 
 import export
 from utils import feature_derain
@@ -14,7 +12,6 @@ from utils.config import UserError
 from utils.networks import onnx_file
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS = {label: category["name"] for label, category in enumerate(CATEGORIES)}
 
 
 def test_export_writes_checked_files(weights, capsys):

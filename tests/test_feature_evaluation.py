@@ -1,6 +1,5 @@
 """Eval_FeatureDerain.py, and the lists of MixedRain images that it can read."""
 
-
 import json
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from utils import feature_derain
 from utils.config import UserError
 from utils.datasets import mixedrain, presets
 
-ROOT = Path(__file__).resolve().parent.parent
 LABELS = {label: category["name"] for label, category in enumerate(CATEGORIES)}
 
 

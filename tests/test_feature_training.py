@@ -1,6 +1,5 @@
 """Training_FeatureDerain.py: both phases, killed and distributed, and what it refuses."""
 
-
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CATEGORIES, on_two_processes
+from conftest import on_two_processes
 
 import Training_FeatureDerain as Training
 from utils import checkpoint, config, feature_derain, freeze
@@ -18,7 +17,6 @@ from utils.datasets import loaders
 from utils.networks.rtdetr import FEATURE_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS = {label: category["name"] for label, category in enumerate(CATEGORIES)}
 
 
 @pytest.fixture

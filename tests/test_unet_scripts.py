@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,11 @@ def test_reasons_to_stop_and_the_warning():
     assert train.is_overfitting(apart) and not train.is_overfitting(apart[:9])
     assert not train.is_overfitting([epoch(1 - i / 20, 1 - i / 20) for i in range(10)])
     assert not train.is_overfitting([epoch(1 + i / 20, 1 + i / 20) for i in range(10)])  # both rise: no overfitting
+
+
+def test_no_import_becomes_a_constant_of_the_script():
+    written = re.findall(r"^([A-Z][A-Z0-9_]*)\b.* = ", Path(train.__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(train.config.constants_of(vars(train))) == set(written) - {"DEMO"}
 
 
 def test_the_targets_end_a_run(base, capsys):

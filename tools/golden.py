@@ -108,7 +108,7 @@ STEPS = {
                    stop_after=3, resume="last"),
     "stage2_uncached": Step("train_seg_stage2", {"CACHE_FEATURES": False}, stop_after=3, resume="last"),
     "single_stage": Step("train_seg_single_stage", stop_after=3, resume="last"),
-    "sweep": Step("sweep_unet_derain", {"BASE": UNET}, ("windshield",)),
+    "sweep": Step("tools/sweep_unet_derain", {"BASE": UNET}, ("windshield",)),
     "eval_adaptation": Step("Eval_SPDNet_Adaptation", {"ADAPTED_MODEL_PATH": "./runs/adaptation/spdnet_adapted.pt"},
                             ("adaptation",)),
     "eval_conditional": Step("Eval_conditional", {
@@ -156,7 +156,7 @@ def command_line(name, step, work):
     if values.pop("demo", False):  # draws what is missing itself
         return ["--demo", "--OUTPUT", f"./runs/{name}"]
     values |= {key: f"./runs/{name}" for key in OUTPUTS if key in values}
-    if step.script == "sweep_unet_derain":  # its trials are trainings with these constants
+    if step.script == "tools/sweep_unet_derain":  # its trials are trainings with these constants
         values["BASE"] = demo_of("train_unet_derain")[0] | demo["BASE"] | COMMON | values["BASE"]
         trained = demo_of("train_unet_derain")[1]
         values["BASE"] = {key: value for key, value in values["BASE"].items()
@@ -178,7 +178,8 @@ def run(name, step, work, part=""):
         script = str(ROOT / f"{step.script}.py")
         words += ["-c", INTERRUPTED, script, str(step.stop_after)] if part == "stopped" else [script]
         words += command_line(name, step, work) + (["--RESUME", str(step.resume)] if part == "resumed" else [])
-        done = subprocess.run(words, cwd=work, env=os.environ | ENVIRONMENT, timeout=TIMEOUT, text=True,
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}  # for the scripts in tools/
+        done = subprocess.run(words, cwd=work, env=env, timeout=TIMEOUT, text=True,
                               encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         (work / "logs" / f"{name} {part}.txt").write_text(done.stdout, encoding="utf-8")
         if done.returncode or (part == "stopped" and "interrupted" not in done.stdout):

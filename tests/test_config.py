@@ -1,5 +1,6 @@
 """Constants: overrides are typed, unknown names are refused, the command line shows user errors as one line."""
 
+import ast
 import importlib
 import os
 import re
@@ -241,3 +242,13 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, platform, device, 
     monkeypatch.setattr(comparison.shutil, "which", lambda name: there or None)
     with pytest.raises(config.UserError, match=message) if message else nullcontext():
         comparison.require_compiler(torch.device(device))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("*.py"))])
+def test_a_scripts_constants_are_those_that_stand_in_it(name):
+    """A capital name that a script imports would become a flag, and an entry of its checkpoints."""
+    assigned = {target.id for node in ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
+                if isinstance(node, (ast.Assign, ast.AnnAssign))
+                for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+                if isinstance(target, ast.Name)}
+    assert config.constants_of(vars(importlib.import_module(name))).keys() <= assigned

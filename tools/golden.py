@@ -302,7 +302,8 @@ def flatten(value, key, entries):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for name, inner in pairs:
             is_path = isinstance(inner, str) and ("/" in inner or "\\" in inner)
-            if not TIMED_KEYS.fullmatch(str(name)) and not (is_path and "constants" in key):
+            elsewhere = is_path and ("constants" in key or Path(inner).is_absolute())
+            if not TIMED_KEYS.fullmatch(str(name)) and not elsewhere:
                 flatten(inner, f"{key} {name}", entries)
         if not value:
             entries[key] = "empty"

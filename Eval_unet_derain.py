@@ -26,7 +26,8 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
 from utils.images import to_bytes, to_floats
-from utils.networks.rain_detector import SIDE, load_rain_detector
+from utils.networks.rain_detector import SIDE as _SIDE
+from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size
 from utils.networks.unet import load_unet, require_tiles, restore
 
@@ -157,7 +158,7 @@ def rain_probability(rain_detector, image, device):
     """-> the rain detector's probability for an image (1, 3, H, W) in [0, 1], None without a detector."""
     if rain_detector is None:
         return None
-    small = v2.functional.resize(to_bytes(image), [SIDE, SIDE])  # both as a file would hold them
+    small = v2.functional.resize(to_bytes(image), [_SIDE, _SIDE])  # both as a file would hold them
     return rain_detector.probability(to_floats(small, device)).item()
 
 

@@ -24,7 +24,8 @@ from utils.datasets import image_check, loaders, rain_or_clean
 from utils.datasets.samples import images_below
 from utils.demo.coco import ensure_demo
 from utils.evaluation import classification, rain_report
-from utils.networks.rain_detector import SIDE, load_rain_detector, new_rain_detector, save_rain_detector
+from utils.networks.rain_detector import SIDE as _SIDE
+from utils.networks.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
 from utils.training import engine
 from utils.training.plan import Plan
 
@@ -34,7 +35,7 @@ RAINY_DIRS = ("./dataset/coco_rain/train2017",)  # rainy images, twins of the cl
 RENDERED_SHARE = 0.5                    # share of the rainy samples that are rendered anew, the others come from disk
 PERCENT_DATASET: float = 10             # seeded subset of both in percent
 VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
-TEST_CLEAN_DIRS = ()                    # folders that are only judged at the end, best real photographs: dry ...
+TEST_CLEAN_DIRS = ()                    # folders that are only scored at the end, best real photographs: dry ...
 TEST_RAINY_DIRS = ()                    # ... and wet
 TEST_PREFIXES = ()                      # judge files of these name prefixes apart, e.g. ("rain_", "mist_")
 
@@ -83,8 +84,8 @@ def build_data(cfg):
             parts[part].append([p for p in paths if rain_or_clean.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
     if set(map(str, parts["train"][0])) & set(map(str, parts["train"][1])):
         raise config.UserError("CLEAN_DIRS and RAINY_DIRS share images: an image cannot be both")
-    return (rain_or_clean.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED, SIDE),
-            rain_or_clean.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED, SIDE))
+    return (rain_or_clean.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED, _SIDE),
+            rain_or_clean.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED, _SIDE))
 
 
 def parameter_groups(model, cfg):

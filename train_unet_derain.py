@@ -30,7 +30,8 @@ from utils.evaluation import image_quality
 from utils.images import to_floats
 from utils.networks.unet import new_unet, require_tiles, restore
 from utils.training import engine
-from utils.training.plan import PRECISIONS, Plan
+from utils.training.plan import PRECISIONS as _PRECISIONS
+from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # clear images, searched recursively
@@ -118,7 +119,7 @@ def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
     plan = Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
                    loss_weights={"l1": "L1_WEIGHT", "perceptual": "PERCEPTUAL_WEIGHT", "ssim_loss": "SSIM_WEIGHT"},
-                   given={"plateau_metric": "val/loss", "precisions": PRECISIONS})
+                   given={"plateau_metric": "val/loss", "precisions": _PRECISIONS})
     return dataclasses.replace(plan, patience=0)  # of the score; here the loss stops a run early, see stop_reason
 
 

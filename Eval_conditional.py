@@ -136,7 +136,7 @@ def detect_everything(branches, loaders_of, device):
     """Run every branch on every image.
 
     Returns:
-        {domain: {branch: evaluation.detect's result}}; {branch: number of images that its
+        {domain: {branch: evaluation.coco.detect's result}}; {branch: number of images that its
         SPDNet answered with NaN or infinity, where vanilla's detections stand instead}.
     """
     found, fallbacks = {domain: {} for domain in loaders_of}, dict.fromkeys(branches, 0)

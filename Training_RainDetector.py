@@ -35,7 +35,7 @@ RAINY_DIRS = ("./dataset/coco_rain/train2017",)  # rainy images, twins of the cl
 RENDERED_SHARE = 0.5                    # share of the rainy samples that are rendered anew, the others come from disk
 PERCENT_DATASET: float = 10             # seeded subset of both in percent
 VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
-TEST_CLEAN_DIRS = ()                    # folders that are only judged at the end, best real photographs: dry ...
+TEST_CLEAN_DIRS = ()                    # folders that are only scored at the end, best real photographs: dry ...
 TEST_RAINY_DIRS = ()                    # ... and wet
 TEST_PREFIXES = ()                      # judge files of these name prefixes apart, e.g. ("rain_", "mist_")
 

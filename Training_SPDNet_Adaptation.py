@@ -89,7 +89,7 @@ _SPDNET_FILE, _PICTURE_FILE = "spdnet_adapted.pt", "before_after.png"  # in OUTP
 
 
 def build_model(cfg, device):
-    """SPDNet (trainable) in front of RT-DETR (frozen), ; prints the parameter counts."""
+    """SPDNet (trainable) in front of RT-DETR (frozen); prints the parameter counts."""
     model = integrated_model.load_integrated_model(
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
         derain_scale=cfg.DERAIN_SCALE)

@@ -163,7 +163,7 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
 
     Args:
         model, loader: see `detect`; masks: score masks as well (the model has a mask head).
-        truth: evaluation.ground_truth of the loader's annotation file, None to read it.
+        truth: ground_truth of the loader's annotation file, None to read it.
     Returns:
         Evaluation.
     """

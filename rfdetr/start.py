@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rfdetr import run_report, weights
 from rfdetr.config import default_resolution, mask_head_of
 from rfdetr.model import RFDETR
-from utils import freeze, processes
+from utils import freeze, processes, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
 
@@ -46,8 +46,8 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
         loaded = weights.load_pretrained(model, source, exclude=cfg.PRETRAIN_EXCLUDE_KEYS)
         processes.say(f"weights: {source.name} ({loaded['loaded']} tensors)")
         if loaded["left_out"]:
-            processes.say(f"note: {len(loaded['left_out'])} tensors start anew: {', '.join(loaded['left_out'][:4])}"
-                          f"{', ...' if len(loaded['left_out']) > 4 else ''}")
+            processes.say(f"note: {len(loaded['left_out'])} tensors start anew: "
+                          f"{system.listed(loaded['left_out'], 4)}")
     processes.say(_class_head_line(class_rows, rows, known))
     return Start(model, class_names, class_rows, resolution)
 
@@ -65,9 +65,9 @@ def _class_head_line(class_rows, rows, known):
     of the weights, None from scratch."""
     row_of = {plain_name(name): row for name, row in (known or {}).items()}
     unknown = [name for name, row in class_rows.items() if row_of.get(plain_name(name)) != row]
-    shown = ", ".join(f"{name} -> row {row}" for name, row in list(class_rows.items())[:12])
-    return (f"class head: {shown}{', ...' if len(class_rows) > 12 else ''} of {rows}"
-            + (f"; not known to the weights: {', '.join(unknown[:5])}" if known is not None and unknown else ""))
+    shown = system.listed([f"{name} -> row {row}" for name, row in class_rows.items()], 12)
+    return (f"class head of {rows} rows: {shown}"
+            + (f"; not known to the weights: {system.listed(unknown)}" if known is not None and unknown else ""))
 
 
 # ---- stage 2 -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Each rule is a function of a folder, which is tried on the project and on a smal
 
 import ast
 import graphlib
+import importlib
 import io
 import os
 import subprocess
@@ -47,9 +48,6 @@ FLOORS = {  # from the ground up
 }
 EXCEPTIONS = {  # (module, what it imports): why
     ("rfdetr.detr", "train_detector_stage1"): "RFDETR.train(...) runs that script, with its constants as defaults",
-}
-TEMPORARY = {  # exceptions that go with the change that removes the import
-    ("utils.datasets.rain_or_clean", "utils.networks.rain_detector"): "the image side gets handed in",
 }
 TORCH_FREE = ("base", "weather", "demo")  # drawing workers are spawned: each would load torch for seconds
 
@@ -106,7 +104,7 @@ def wrong_arrows(root):
             continue
         for target in sorted(imports_of(name, path, modules)):
             allowed = floor and floor_of(target) in (floor, *FLOORS[floor].below)
-            if not allowed and (name, target) not in EXCEPTIONS | TEMPORARY:
+            if not allowed and (name, target) not in EXCEPTIONS:
                 wrong.append(f"{name} ({floor}) imports {target} ({floor_of(target)})")
     return wrong
 
@@ -133,6 +131,29 @@ def test_there_is_no_import_circle():
 def test_exceptions_are_still_needed():
     modules = modules_below(ROOT)
     assert [pair for pair in EXCEPTIONS if pair[1] not in imports_of(pair[0], modules[pair[0]], modules)] == []
+
+
+def missing_names(root):
+    """-> ["file:line module.name", ...] of names that a module takes from another one which does not have them."""
+    modules, missing = modules_below(root), []
+    for name, path in sorted(modules.items()):
+        tree, imported = parsed(path), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in modules}
+            elif isinstance(node, ast.ImportFrom):
+                imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+                             if f"{node.module}.{alias.name}" in modules}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+                target = importlib.import_module(imported[node.value.id])
+                if not hasattr(target, node.attr):
+                    missing.append(f"{name}:{node.lineno} {target.__name__}.{node.attr}")
+    return missing
+
+
+def test_names_that_are_taken_from_other_modules_exist():
+    assert missing_names(ROOT) == []
 
 
 # --- what an import does ------------------------------------------------------------
@@ -181,11 +202,6 @@ def test_importing_a_script_runs_nothing(tmp_path):
 
 # --- length -------------------------------------------------------------------------
 
-STILL_TOO_LONG = {  # "module.function": the change that shortens it; to be emptied
-    "Training_FeatureDerain.main": "a keeper of the best model, and one function per phase",
-}
-
-
 def lines_of_code(function, code):
     """-> lines of a function that hold code: without its docstring, without comments and blank lines.
 
@@ -229,7 +245,7 @@ def long_functions(root):
 
 
 def test_no_function_is_too_long():
-    assert {name: lines for name, lines in long_functions(ROOT).items() if name not in STILL_TOO_LONG} == {}
+    assert long_functions(ROOT) == {}
 
 
 # --- the rules themselves -------------------------------------------------------------

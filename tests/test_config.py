@@ -157,6 +157,8 @@ def test_help_lists_every_constant_with_its_comment(script, capsys, monkeypatch)
     names = [re.split(":| =", line)[0] for line in source.splitlines() if "  # " in line and line[0].isupper()]
     names = [name for name in names if name.isupper()]
     assert names
+    written = re.findall(r"^([A-Z][A-Z_0-9]*)(?:: [^=]+)? = ", source, re.MULTILINE)
+    assert set(config.constants_of(vars(module))) <= set(written)  # a name in capitals that is imported is not one
     for name in names:
         assert f"--{name} " in shown
     assert "--demo" in shown

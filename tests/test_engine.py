@@ -116,7 +116,7 @@ def test_a_patience_of_0_never_stops(coco, tmp_path):
         run(coco, tmp_path / "other", patience=-1)
 
 
-def test_a_run_that_was_judged_otherwise_or_is_none_of_ours_is_not_resumed(coco, tmp_path):
+def test_a_run_that_was_scored_otherwise_or_is_none_of_ours_is_not_resumed(coco, tmp_path):
     run(coco, tmp_path / "out", epochs=1, score="val/x", evaluate=lambda model: {"val/x": 0.5})
     with pytest.raises(UserError, match="was scored by val/x, now it would be by val/y"):
         run(coco, tmp_path / "out", epochs=2, resume=True, score="val/y", evaluate=lambda model: {"val/y": -0.1})

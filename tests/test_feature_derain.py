@@ -91,7 +91,7 @@ def test_a_trained_module_does_change_the_output(model, images):
 def test_blocks_keep_shapes_and_masks_are_shares():
     features = torch.randn(2, 32, 10, 7, generator=torch.Generator().manual_seed(0))
     block = FeatureDerainBlock(32, 2, 12)
-    assert torch.equal(block(features), features)  # the guide's three attributes: rain_mask, blend, refine
+    assert torch.equal(block(features), features)  # three attributes: rain_mask, blend, refine
     mask = block.rain_mask(features)
     assert mask.shape == (2, 1, 10, 7) and 0 < mask.min() and mask.max() < 0.5  # starts nearly closed
     with torch.no_grad():

@@ -217,7 +217,7 @@ def test_suggested_batches_grow_with_the_memory_and_shrink_with_the_model():
         batches = [validate_setup.suggest_batch(size, memory)[0] for memory in (4, 8, 16, 24, 80)]
         for one, next_one in zip(batches, batches[1:], strict=False):
             assert one[False] <= next_one[False] <= 16 and one[True] <= one[False] and 16 % one[True] == 0
-    assert validate_setup.suggest_batch("nano", 4) == ({False: 4, True: 2}, True)  # the guide's 4 to 8 on 4 GB
+    assert validate_setup.suggest_batch("nano", 4) == ({False: 4, True: 2}, True)  # 4 to 8 fit 4 GB
     assert validate_setup.suggest_batch("large", 4) == ({False: 1, True: 1}, False)
     assert validate_setup.suggest_batch("nano", 80)[0] == {False: 16, True: 16}
     assert validate_setup.suggest_batch("base", None) == ({False: 2, True: 2}, True)

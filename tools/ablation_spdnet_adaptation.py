@@ -49,12 +49,9 @@ def score(spdnet_path, **overrides):
     else:
         model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
                                                        cfg.DERAIN_SCALE).eval()
-    id2label = id2label_of(rtdetr_of(model))
-    found = {}
-    for domain, root, constant in (("clean", cfg.COCO_DIR, "COCO_DIR"), ("rainy", cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR")):
-        loader = Eval.build_loader(cfg, root, constant, domain, id2label)
-        found[domain] = detection_scores(lambda x: model(pixel_values=x), loader, device)[0]["mAP"]
-    return found
+    loaders = Eval.build_loaders(cfg, id2label_of(rtdetr_of(model)))
+    return {domain: detection_scores(lambda x: model(pixel_values=x), loaders[domain], device)[0]["mAP"]
+            for domain in ("clean", "rainy")}
 
 
 def once(path, settings, make):

@@ -63,10 +63,8 @@ def main(**overrides):
     ensure_demo()
     cfg, device = config.resolve(vars(Eval), {"demo": True}), processes.device()
     model = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
-    loader, clean = (Eval.build_loader(cfg, root, constant, domain, id2label_of(model))
-                     for root, constant, domain in ((cfg.COCO_RAIN_DIR, "COCO_RAIN_DIR", "rainy"),
-                                                    (cfg.COCO_DIR, "COCO_DIR", "clean")))
-    twins = [datasets.to_device(batch, device)["images"] for batch in clean]  # both loaders go in the files' order
+    loaders = Eval.build_loaders(cfg, id2label_of(model))
+    twins = [datasets.to_device(batch, device)["images"] for batch in loaders["clean"]]  # in the order of the rainy
     scores = {}
     for name, bound in bounds(side, cfg.DERAIN_SCALE).items():
         following = iter(twins)
@@ -74,7 +72,7 @@ def main(**overrides):
         def detect(images, bound=bound, following=following):
             return model(pixel_values=bound(images, next(following)).clamp(0, 1))
 
-        scores[name] = detection_scores(detect, loader, device, name=name)[0]["mAP"]
+        scores[name] = detection_scores(detect, loaders["rainy"], device, name=name)[0]["mAP"]
     rainy, best = scores["nothing (rainy)"], scores["everything (clean)"]
     rows = [{"part": name, "mAP": score, "gap": f"{100 * (score - rainy) / (best - rainy):.1f}%"}
             for name, score in scores.items()]

@@ -16,6 +16,7 @@ import torch
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, TimmBackboneConfig
 
 from utils import checkpoint, config
+from utils.networks import rtdetr  # noqa: F401  silences the progress bars of transformers
 
 OUT = "./rtdetr_lite0"
 WIDTH = 128              # of encoder and decoder (d_model); the published RT-DETRs have 256

@@ -242,7 +242,7 @@ def require_same_outputs(one, other, constant="RAINY_BRANCH"):
 
 
 def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH"):
-    """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, else see detector.load_rtdetr."""
+    """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, else see load_rtdetr."""
     if (Path(name) / feature_derain.SETTINGS).is_file():
         return freeze.freeze(FeatureDerainRTDETR.from_pretrained(name, device, constant))
     return freeze.freeze(load_rtdetr(name, device=device, constant=constant))

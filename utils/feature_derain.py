@@ -320,7 +320,7 @@ def create_feature_derain_rtdetr(model_name="PekingU/rtdetr_r18vd", derain_type=
     """A pretrained RT-DETR with a fresh de-raining module, in eval mode; detects exactly as the pretrained one does.
 
     Args:
-        model_name: hub id or folder, see detector.load_rtdetr (as are the errors).
+        model_name: hub id or folder, see load_rtdetr (as are the errors).
         derain_type: "multiscale", "lightweight" or "none".
         num_residual_blocks, width: see MultiScaleFeatureDerain.
         freeze_backbone: keep the backbone as it is for good (see utils.freeze).

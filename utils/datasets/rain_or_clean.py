@@ -113,7 +113,7 @@ class RainClassificationDataset(torch.utils.data.Dataset):
     Args:
         clean, rainy: paths; rainy may be empty, then all rain is rendered.
         rendered_share: share of the rainy samples that are rendered.
-        augment: True for training (random crop, `break_shortcuts`), False for the image as it would be judged.
+        augment: True for training (random crop, `break_shortcuts`), False for the image as the network will see it.
         seed: of everything random.
         side: of the square images, in pixels: what the rain detector sees.
     """
@@ -155,7 +155,7 @@ class RainClassificationDataset(torch.utils.data.Dataset):
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """Images as they would be judged, (3, side, side) uint8, of one known domain."""
+    """Images as the network will see them, (3, side, side) uint8, of one known domain."""
 
     def __init__(self, paths, domain, side):
         self.paths, self.domain, self.side = list(paths), domain, side

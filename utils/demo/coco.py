@@ -145,8 +145,7 @@ def annotation(image_id, thing):
             "segmentation": {"size": [int(s) for s in code["size"]], "counts": code["counts"].decode("ascii")}}
 
 
-# --- putting it in place ---------------------------------------------------------
-
+# --- files of others -------------------------------------------------------------
 
 def refuse_foreign(root):
     """Never delete what we did not draw."""

@@ -28,7 +28,7 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
     """Make sure that the data set is under root, and make it if it is missing or has other settings.
 
     Args:
-        demo_root: where utils.demo.ensure_demo keeps the scenes; drawn there if they are missing. Other numbers or
+        demo_root: where utils.demo.coco.ensure_demo keeps the scenes; drawn there if they are missing. Other numbers or
             another seed than the defaults need a demo_root of their own, else every script draws its demo anew.
         num_train, num_valid, num_test: images per split; seed: of the scenes.
     Returns:

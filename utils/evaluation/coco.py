@@ -23,7 +23,6 @@ METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # order 
 LARGEST_ID = 2**53  # faster-coco-eval keeps ids as doubles
 
 
-
 @torch.no_grad()
 def detect(predict, loader, device, name="evaluating"):
     """Run a detector over a validation loader.

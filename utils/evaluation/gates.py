@@ -1,6 +1,6 @@
 """What gates and rainy branches are worth: detections of every branch are computed once, then combined per image.
 
-`found` is {domain: {branch: evaluation.detect's result}} with domains "clean" and "rainy"; `scores` is {domain:
+`found` is {domain: {branch: evaluation.coco.detect's result}} with domains "clean" and "rainy"; `scores` is {domain:
 {image_id: probability of rain}}. Whether an image takes one branch or the other changes nothing in the branch itself,
 so a gate is a choice per image; tests hold the choice against the conditional model's own output.
 """

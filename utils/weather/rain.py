@@ -1,6 +1,6 @@
 """Synthetic rain from layers that follow how rain forms in a photograph.
 
-    from utils import rain
+    from utils.weather import rain
     rainy = rain.add_rain(image, rain.rng_for(seed=0, name="000000000139.jpg"), "heavy")
 
 The layers, in the order in which light meets them (own formulation; the physics is from

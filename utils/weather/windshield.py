@@ -1,6 +1,6 @@
 """Rain on a windshield: drops on glass as lenses over any photograph, with a wet film and distant streaks.
 
-    from utils import rain, windshield
+    from utils.weather import rain, windshield
     rainy = windshield.add_windshield_rain(image, rain.rng_for(seed=0, name="000000000139.jpg"), "medium")
     wet = windshield.add_drops(image, rain.rng_for(0, "000000000139.jpg"), "heavy")    # the lens alone, no streaks
 

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-SHORT_SPIN = "1000"                     # rounds of the waiting loop, some ten microseconds
+NO_SPIN = "0"                           # a waiting thread sleeps at once
 LONG_SPIN = "300000"                    # libgomp's default
 BUSY = 0.4                              # share of the cores' time that other programs take
 LOOK_SECONDS = 0.1                      # during which it is measured
@@ -39,4 +39,4 @@ def _ticks():
 
 if not any(name in os.environ for name in _USERS_OWN):
     # set in either case, so that worker processes need not look; other OpenMP libraries (Windows, macOS) ignore it
-    os.environ["GOMP_SPINCOUNT"] = SHORT_SPIN if busy_share() > BUSY else LONG_SPIN
+    os.environ["GOMP_SPINCOUNT"] = NO_SPIN if busy_share() > BUSY else LONG_SPIN

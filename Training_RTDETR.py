@@ -66,7 +66,7 @@ EVAL_BATCH_SIZE = 16                    # validation batch
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_rtdetr",
-    "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "AUGMENTATION": "mirror", "NUM_EPOCHS": 6,
+    "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "AUGMENTATION": "mirror", "NUM_EPOCHS": 5,
     "LEARNING_RATE": 1e-3, "BACKBONE_LEARNING_RATE": 1e-3, "WARMUP_STEPS": 50, "EMA_DECAY": 0.99,
     "DATALOADER_WORKERS": 0,
 }

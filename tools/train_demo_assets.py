@@ -52,7 +52,7 @@ _RTDETR = {"NUM_EPOCHS": 5, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 
            "BACKBONE_LEARNING_RATE": 1.5e-3, "WARMUP_STEPS": 200, "EMA_DECAY": 0.998}
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": _HALF, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "VAL_IMAGES": 100}  # whole scenes at half size
-_SPDNET_ADAPTED = {"NUM_EPOCHS": 2}  # the demo has one
+_SPDNET_ADAPTED = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100}  # the demo has less, to end within five minutes
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
                 "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: as Training_FeatureDerain.py
                                             # --demo --PHASE2_EPOCHS 5, six epochs of the same images

@@ -3,8 +3,8 @@
 A parallel section of an operation ends when its last thread does. By default a thread that waits spins for
 milliseconds. On free cores that is right: sleeping and waking up for every section costs a third of SPDNet's speed.
 Where other programs have the cores, it spins away the time in which the awaited thread could run, and the feature
-demo trains at a quarter of its speed. So this looks how busy the machine is, and lets the threads sleep at once where it
-is. Measured by benchmarks/busy_machine.py.
+demo trains at a quarter of its speed. So this looks how busy the machine is, and lets the threads sleep at once where
+it is. Measured by benchmarks/busy_machine.py.
 """
 
 import os

@@ -165,7 +165,8 @@ def curves(history, path, steps=None):
         panel.plot(epochs, [record.get(name, float("nan")) for record in history], marker="o", markersize=4)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("epoch", fontsize=8)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)  # whole epochs on the axis, also where there is only one
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
     for panel in (*above[len(losses):], *below[len(names):]):
         panel.axis("off")

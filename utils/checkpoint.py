@@ -163,6 +163,27 @@ def load_into(module, state, what, target=None, advice="", kept=()):
     module.load_state_dict(own | state)
 
 
+def load_network(path, build, arguments, constant, script, device="cpu"):
+    """-> the network of a checkpoint that says how to build it, in eval mode.
+
+    Args:
+        path: file with "model" (its state dict) and "model_args"; build: (**model_args) -> nn.Module.
+        arguments: the names that model_args must have; constant: the script's constant that holds `path`.
+        script: what writes such files, for messages.
+    Raises:
+        UserError: the file is missing or holds something else; names `constant`.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{constant} = '{path}' does not exist: train one with {script}")
+    content = load(path)
+    args = content.get("model_args") if isinstance(content, dict) else None
+    if not isinstance(args, dict) or set(args) != set(arguments) or "model" not in content:
+        raise UserError(f"{constant} = '{path}' is not a file of {script} (no model_args of its network in it)")
+    network = build(**args)
+    load_into(network, content["model"], f"{constant} = '{path}'")
+    return network.to(device).eval()
+
+
 def require_writable(folder, megabytes=100):
     """Make `folder`, prove that it can be written and has `megabytes` free; UserError before training otherwise."""
     folder = Path(folder)

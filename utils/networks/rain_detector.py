@@ -6,7 +6,6 @@ Its probability is calibrated by a temperature (Guo et al., "On Calibration of M
 it carries the threshold that its training chose for a wanted rate of false alarms.
 """
 
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from torch import nn
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 
 from utils import checkpoint
-from utils.config import UserError
 
 SIDE = 224  # of the square that the network sees, as in ImageNet training
 _FEATURES = 576  # channels of MobileNetV3-Small's last map
@@ -101,13 +99,6 @@ def load_rain_detector(path, device="cpu", constant="RAIN_DETECTOR_PATH"):
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{constant} = '{path}' does not exist: train one with Training_RainDetector.py")
-    content = checkpoint.load(path)
-    args = content.get("model_args") if isinstance(content, dict) else None
-    if not isinstance(args, dict) or {"hidden", "dropout"} != set(args) or "model" not in content:
-        raise UserError(f"{constant} = '{path}' is not a file of Training_RainDetector.py")
-    detector = RainDetector(**content["model_args"])
-    checkpoint.load_into(detector, content["model"], f"{constant} = '{path}'")
-    return detector.to(device).eval()
+    return checkpoint.load_network(path, RainDetector, ("hidden", "dropout"), constant, "Training_RainDetector.py",
+                                   device)
 

@@ -8,7 +8,6 @@ deepest levels, and by default the network predicts the correction of its input,
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -181,15 +180,8 @@ def load_unet(path, device="cpu", constant="UNET_PATH"):
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{constant} = '{path}' does not exist: train one with train_unet_derain.py")
-    content = checkpoint.load(path)
-    args = content.get("model_args") if isinstance(content, dict) else None
-    if not args or set(args) != {"arch", "width", "dropout", "residual"}:
-        raise UserError(f"{constant} = '{path}' is not a checkpoint of train_unet_derain.py (no model_args in it)")
-    model = UNetDerainer(**args)
-    checkpoint.load_into(model, content["model"], f"{constant} = '{path}'")
-    return model.to(device).eval()
+    return checkpoint.load_network(path, UNetDerainer, ("arch", "width", "dropout", "residual"), constant,
+                                   "train_unet_derain.py", device)
 
 
 # ---- whole images ----------------------------------------------------------------------------------------------

@@ -102,8 +102,7 @@ def build_model(cfg, device):
 
 def is_unlabelled(cfg):
     """Whether to train on plain folders of images: both are there without annotations, which no loss asks for."""
-    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
-    return not cfg.DETECTION_WEIGHT and all(f.is_dir() and not (f / "annotations").exists() for f in folders)
+    return not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
 
 
 def build_data(cfg, id2label, weights):
@@ -114,10 +113,8 @@ def build_data(cfg, id2label, weights):
         processes.say("no annotations: training by features and masks alone, 10% of the pairs kept for validation")
         if cfg.COCO_RATIO and cfg.IDENTITY_WEIGHT:
             processes.say("note: IDENTITY_WEIGHT is left out, as pairs hold no clean samples")
-        train, val = (datasets.PairedRainDataset(
-            cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
-            percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
-            for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
+        train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
+                                               percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
         return train, {"rainy": val}
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,

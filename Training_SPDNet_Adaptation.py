@@ -111,13 +111,10 @@ class Data(NamedTuple):
 def build_data(cfg, id2label):
     """-> Data"""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
-    folders = [Path(cfg.COCO_DIR), Path(cfg.COCO_RAIN_DIR)]
-    if cfg.DETECTION_WEIGHT == 0 and all(f.is_dir() and not (f / "annotations").exists() for f in folders):
+    if not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR):
         processes.say("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
-        train, val = (datasets.PairedRainDataset(
-            cfg.COCO_RAIN_DIR, cfg.COCO_DIR, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
-            percent=cfg.PERCENT_DATASET, seed=cfg.SEED, part=part)
-            for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
+        train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
+                                               percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
         return Data(train, val, labelled=False)
     needs_twins = cfg.FEATURE_WEIGHT or cfg.RECONSTRUCTION_WEIGHT or cfg.IDENTITY_WEIGHT
     train = datasets.clean_rainy_mixture(

@@ -12,7 +12,7 @@ from utils.datasets.coco import (
     require_clean_and_rainy,
     say_notes,
 )
-from utils.datasets.image_pairs import PairedRainDataset
+from utils.datasets.image_pairs import PairedRainDataset, unlabelled_pairs, without_annotations
 from utils.datasets.samples import (
     collate,
     epoch_and_index,
@@ -38,4 +38,6 @@ __all__ = [
     "say_notes",
     "seeded_subset",
     "to_device",
+    "unlabelled_pairs",
+    "without_annotations",
 ]

@@ -62,3 +62,20 @@ class PairedRainDataset(torch.utils.data.Dataset):
             sample = self.transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
         return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
                          "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
+
+
+def without_annotations(clean_dir, rainy_dir):
+    """-> whether both are plain folders of images, which lack COCO's annotations/."""
+    return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists()
+               for folder in (clean_dir, rainy_dir))
+
+
+def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed):
+    """Plain folders (the constants COCO_DIR and COCO_RAIN_DIR) in two parts that share no pair.
+
+    Returns:
+        PairedRainDataset of nine tenths to train on, PairedRainDataset of the rest to validate on.
+    """
+    return tuple(PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
+                                   percent=percent, seed=seed, part=part)
+                 for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))

@@ -69,6 +69,23 @@ def dies_after(batches, function):
     return compute
 
 
+def killed_at(script, settings, batch):
+    """Run a script's main with {constant: value} in a process of its own, which kills itself (SIGKILL, where there is
+    one) when it computes the losses of that batch, counted from 1; 0: never. -> its exit code"""
+    code = (f"import sys, json; sys.path.insert(0, '.'); import {script} as script\n"
+            "settings, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
+            "import os, signal; plain, calls = script.compute_losses, [0]\n"
+            "def counted(*args, **kwargs):\n"
+            "    calls[0] += 1\n"
+            "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+            "    return plain(*args, **kwargs)\n"
+            "script.compute_losses = counted\n"
+            "script.main(**settings)\n")
+    return subprocess.run([sys.executable, "-c", code, json.dumps(settings), str(batch)], timeout=300,
+                          cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
 def on_two_processes(script, settings):
     """Run a root script under torchrun on gloo with {constant: value}. -> what it printed"""
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]

@@ -1,14 +1,11 @@
 """Training_FeatureDerain.py: both phases, killed and distributed, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_two_processes
+from conftest import killed_at, on_two_processes
 
 import Training_FeatureDerain as Training
 from utils import checkpoint, config, feature_derain, freeze
@@ -92,21 +89,9 @@ def test_the_pretrained_detector_is_mixed_into_what_is_kept_and_not_into_the_tra
 
 def test_killed_in_either_phase_resumes_bit_for_bit(base, tmp_path):
     """SIGKILL in phase 1 (in its second epoch), then in phase 2, each in another process."""
-    script = ("import sys, json; sys.path.insert(0, '.'); import Training_FeatureDerain as T\n"
-              "cfg, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
-              "import os, signal; plain, calls = T.compute_losses, [0]\n"
-              "def counted(*args, **kwargs):\n"
-              "    calls[0] += 1\n"
-              "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-              "    return plain(*args, **kwargs)\n"
-              "T.compute_losses = counted\n"
-              "T.main(**cfg)\n")
-
     def start(out, die, resume=False):
         cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "BATCH_SIZE": 4}
-        done = subprocess.run([sys.executable, "-c", script, json.dumps(cfg), str(die)], cwd=ROOT, timeout=300,
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return done.returncode
+        return killed_at("Training_FeatureDerain", cfg, die)
 
     assert start("whole", die=0) == 0
     assert start("killed", die=4) != 0  # two steps an epoch: two epochs of phase 1, one of phase 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import on_two_processes
+from conftest import killed_at, on_two_processes
 from PIL import Image
 
 import Eval_SPDNet_Adaptation
@@ -87,22 +87,9 @@ def test_scenes_of_the_page_follow_a_rule():
 
 def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
     """SIGKILL in the middle of an epoch, in another process."""
-    script = ("import sys, json; sys.path.insert(0, '.'); import Training_SPDNet_Adaptation as A\n"
-              "cfg, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
-              "import os, signal; plain, calls = A.compute_losses, [0]\n"
-              "def counted(*args, **kwargs):\n"
-              "    calls[0] += 1\n"
-              "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-              "    return plain(*args, **kwargs)\n"
-              "A.compute_losses = counted\n"
-              "A.main(**cfg)\n")
-
     def start(out, die, resume=False):
         cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "FEATURE_WEIGHT": 5.0}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", script, json.dumps(cfg), str(die)], cwd=ROOT, timeout=300,
-                              capture_output=True, text=True, env=environment)
-        return done.returncode
+        return killed_at("Training_SPDNet_Adaptation", cfg, die)
 
     assert start("whole", die=0) == 0
     assert start("killed", die=4) != 0

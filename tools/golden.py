@@ -133,7 +133,7 @@ STEPS = {
 # ---- running the scripts -------------------------------------------------------------------------------------------
 
 def draw_scenes(demo):
-    """The small data sets, in the layout of ./demo. The only place that imports modules of this project."""
+    """The small data sets, in the layout of ./demo. Here and in `content_of` alone modules of this project are used."""
     from utils.demo.coco import ensure_demo
     from utils.demo.roboflow import ensure_dataset
     ensure_demo(demo, TRAIN_IMAGES, VAL_IMAGES)
@@ -274,7 +274,8 @@ def content_of(path):
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
     if path.suffix in (".pt", ".pth"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        from utils import checkpoint
+        return checkpoint.load(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
         return load_file(path)

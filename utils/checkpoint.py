@@ -113,13 +113,13 @@ def load_settings(path, keys, constant, otherwise):
     return settings
 
 
-def torchvision_state(weights, published, constant, otherwise):
+def torchvision_state(weights, published, constant, alternative):
     """-> {name: Tensor}, a network's published weights.
 
     Args:
         weights: "imagenet" (torchvision downloads once), or a local file of the same content.
         published: torchvision's weights enum member; constant: the script's constant that holds `weights`.
-        otherwise: what the user can do without them, the end of a sentence.
+        alternative: what the user can do without them, the end of a sentence.
     Raises:
         UserError: not reachable; CheckpointError: not a readable file.
     """
@@ -130,8 +130,8 @@ def torchvision_state(weights, published, constant, otherwise):
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         network = type(published).__name__.removesuffix("_Weights")
-        raise UserError(f"{constant} = 'imagenet': torchvision cannot download {network} ({reason}). Put "
-                        f"{published.url} on this machine and set {constant} to the file, or {otherwise}.") from error
+        raise UserError(f"{constant} = 'imagenet': torchvision cannot download {network} ({reason}). Download "
+                        f"{published.url} yourself and set {constant} to the file, or {alternative}.") from error
 
 
 def _is_state(content):

@@ -184,8 +184,13 @@ def save_spdnet(model, path):
     checkpoint.save(model.derain_module.state_dict(), path)
 
 
-def baselines_before_training(model, loader, device, truth):
-    """-> {model: COCO scores} of vanilla and original SPDNet, said aloud, as what an epoch's score is to be read by."""
+def baselines_before_training(model, loader, device, truth, folder):
+    """-> {model: COCO scores} of vanilla and original SPDNet, printed, as what an epoch's score is to be read by.
+
+    folder: of the run; that it can be written is found before these passes, not after them.
+    """
+    if processes.is_main():
+        checkpoint.require_writable(folder)
     scores = before_after.baseline_scores(model, loader, device, truth)
     found = ", ".join(f"{name} {values['mAP']:.4f}" for name, values in scores.items())
     processes.say(f"before training, rain/mAP: {found}")
@@ -231,7 +236,9 @@ def main(**overrides):
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth = ground_truth(val.annotation_file) if labelled else None
     output = Path(cfg.OUTPUT_DIR) / _SPDNET_FILE
-    baselines = baselines_before_training(model, val_loader, device, truth) if labelled and cfg.BASELINES else {}
+    baselines = {}
+    if labelled and cfg.BASELINES:
+        baselines = baselines_before_training(model, val_loader, device, truth, cfg.OUTPUT_DIR)
 
     result = engine.fit(
         model, train_loader,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import datasets, processes
+from utils import datasets, processes, system
 from utils.config import UserError
 from utils.training.run_state import Run
 
@@ -181,7 +181,7 @@ def require_finite(total, losses, run, batch):
         return
     values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
     raise UserError(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
-                    f"{', '.join(batch['paths'][:4])}). Lower the learning rate, raise "
+                    f"{system.listed(batch['paths'], 4)}). Lower the learning rate, raise "
                     f"{run.plan.name_of('warmup_steps')}, or train in float32 where this was fp16; "
                     f"{run.last.as_posix()} holds the last good weights.")
 

@@ -311,13 +311,14 @@ def main(**overrides):
     one = {name: values["batch 1"] for name, values in latency.items()}
     sweep = gates.sweep(parts["mix"], found, scores, "vanilla", "adapted",
                         {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
-    judged = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
-                                                   for name in data[domain].files],
-                       "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
-              for domain in _DOMAINS}
-    gate = rain_report.summarise(judged, threshold)
+    predicted = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
+                                                      for name in data[domain].files],
+                          "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
+                 for domain in _DOMAINS}
+    gate = rain_report.summarise(predicted, threshold)
     false_alarms, missed = (
-        [(path, float(p)) for path, p in zip(judged[domain]["paths"], judged[domain]["probabilities"], strict=True)
+        [(path, float(p))
+         for path, p in zip(predicted[domain]["paths"], predicted[domain]["probabilities"], strict=True)
          if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep}
@@ -325,7 +326,7 @@ def main(**overrides):
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
-        rain_report.write_pictures(judged, threshold, folder)
+        rain_report.write_pictures(predicted, threshold, folder)
         draw_page(cfg, pipeline, loaders_of, device, id2label, folder / "detections.png")
         print(f"\nwritten: {(folder / 'results.json').as_posix()}, threshold_sweep.png, rain_roc.png, detections.png")
     return results

@@ -41,7 +41,7 @@ LABELED_RAIN_DIR = ""                   # COCO-layout root of real rain with box
 # --- models -------------------------------------------------------------------------------------------------------
 UNET_PATH = "./outputs_unet/best.pt"    # from train_unet_derain.py
 RAIN_DETECTOR_PATH = ""                 # from Training_RainDetector.py; "" leaves its probabilities out
-RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # judges LABELED_RAIN_DIR
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # detects in LABELED_RAIN_DIR
 LPIPS_WEIGHTS = "imagenet"              # AlexNet: downloaded once (233 MB), a local file of torchvision's, or ""
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_pairs(cfg):
     return chosen, windshield_pairs.intensities(cfg.RAINY_DIR, chosen)
 
 
-def judge_pairs(cfg, model, chosen, transform, device, lpips_model, title):
+def score_pairs(cfg, model, chosen, transform, device, lpips_model, title):
     """-> {name: {"before": metrics, "after": metrics}}, one image at a time: their sizes differ."""
     data, found = windshield_pairs.WindshieldPairs(chosen, chosen, transform), {}
     for i, name in enumerate(processes.progress(data.names, title)):
@@ -95,18 +95,18 @@ def judge_pairs(cfg, model, chosen, transform, device, lpips_model, title):
     return found
 
 
-def rows_of(judged, groups, size):
+def rows_of(scores, groups, size):
     """Means over images, before and after, per group.
 
     Args:
-        judged: from `judge_pairs`; groups: {title: names}; size: title of the resolution.
+        scores: from `score_pairs`; groups: {title: names}; size: title of the resolution.
     Returns:
         [{"images", "size", "count", "network": "rainy input" or "U-Net", metric: mean}, ...].
     """
     rows = []
     for title, names in groups.items():
         for when, network in (("before", "rainy input"), ("after", "U-Net")):
-            values = [judged[name][when] for name in names]
+            values = [scores[name][when] for name in names]
             rows.append({"images": title, "size": size, "count": len(names), "network": network}
                         | {key: sum(value[key] for value in values) / len(values) for key in values[0]})
     return rows
@@ -122,8 +122,8 @@ def evaluate_pairs(cfg, model, device, lpips_model):
     rows = []
     for title, transform in (("native", presets.scaled(1.0)),
                              (f"{cfg.IMAGE_SIZE}, as trained", presets.evaluation(cfg.IMAGE_SIZE))):
-        judged = judge_pairs(cfg, model, chosen, transform, device, lpips_model, f"pairs, {title}")
-        rows += rows_of(judged, groups, title)
+        scores = score_pairs(cfg, model, chosen, transform, device, lpips_model, f"pairs, {title}")
+        rows += rows_of(scores, groups, title)
     return rows, chosen
 
 
@@ -225,10 +225,10 @@ def print_report(results):
         if "lpips" in results["pairs"][0]:
             columns["lpips"] = "LPIPS"
         print("\n" + report.table(results["pairs"], columns))
-    judged = [row for row in results["real"] if row["rain before"] is not None]
-    if judged:
-        before, after = (sum(row[when] for row in judged) / len(judged) for when in ("rain before", "rain after"))
-        print(f"\nreal rain, {len(judged)} photographs: mean probability of rain, by the rain detector, {before:.3f} "
+    scored = [row for row in results["real"] if row["rain before"] is not None]
+    if scored:
+        before, after = (sum(row[when] for row in scored) / len(scored) for when in ("rain before", "rain after"))
+        print(f"\nreal rain, {len(scored)} photographs: mean probability of rain, by the rain detector, {before:.3f} "
               f"before and {after:.3f} after")
     if results["detection"]:
         print("\n" + report.table(results["detection"], {"network": "labelled rain", "count": "n"}

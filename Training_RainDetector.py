@@ -37,7 +37,7 @@ PERCENT_DATASET: float = 10             # seeded subset of both in percent
 VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
 TEST_CLEAN_DIRS = ()                    # folders that are only scored at the end, best real photographs: dry ...
 TEST_RAINY_DIRS = ()                    # ... and wet
-TEST_PREFIXES = ()                      # judge files of these name prefixes apart, e.g. ("rain_", "mist_")
+TEST_PREFIXES = ()                      # score files of these prefixes separately: ("rain_", "mist_")
 
 # --- model --------------------------------------------------------------------------------------------------------
 BACKBONE_WEIGHTS = "imagenet"           # imagenet (torchvision downloads 10 MB), a local file of it, or "" for random
@@ -139,15 +139,15 @@ def sample_images(model, dataset, device):
 
 
 def test(cfg, path, device):
-    """Judge the TEST_* folders with the trained detector: table, test.json, pictures."""
+    """Score the TEST_* folders with the trained detector: table, test.json, pictures."""
     sets = rain_report.test_sets(cfg.TEST_CLEAN_DIRS, cfg.TEST_RAINY_DIRS, cfg.TEST_PREFIXES)
     rain_detector = load_rain_detector(path, device)
-    judged = rain_report.judge(rain_detector, sets, device, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    summary = rain_report.summarise(judged, rain_detector.operating_threshold.item())
+    predicted = rain_report.predict_sets(rain_detector, sets, device, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    summary = rain_report.summarise(predicted, rain_detector.operating_threshold.item())
     if processes.is_main():
         print("\n" + rain_report.describe(summary))
         report.write_results(Path(cfg.OUTPUT_DIR) / "test.json", cfg.as_dict(), summary)
-        rain_report.write_pictures(judged, summary["threshold"], cfg.OUTPUT_DIR)
+        rain_report.write_pictures(predicted, summary["threshold"], cfg.OUTPUT_DIR)
     return summary
 
 

@@ -31,9 +31,9 @@ def test_they_are_small_and_load():
 def test_the_rain_detector_tells_the_demos_weather(tmp_path):
     root = ensure_demo(tmp_path / "demo", num_train=1, num_val=60)
     rain_detector = load_rain_detector(ASSETS / "rain_detector.pt")
-    judged = rain_report.judge(rain_detector, rain_report.test_sets(
+    predicted = rain_report.predict_sets(rain_detector, rain_report.test_sets(
         [root / "coco" / "val2017"], [root / "coco_rain" / "val2017"], ()), "cpu", 16, 0)
-    summary = rain_report.summarise(judged, 0.5)
+    summary = rain_report.summarise(predicted, 0.5)
     assert summary["auroc"] > 0.88 and summary["recall"] > 0.6 and summary["false_alarm_rate"] < 0.15
 
 

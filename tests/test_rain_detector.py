@@ -196,11 +196,11 @@ def test_report_splits_by_prefix_and_draws(roots, model, tmp_path):
     sets = rain_report.test_sets([roots / "clean"], [roots / "rainy"], ("fog_",))
     assert [(name.split("/")[-1], len(paths), domain) for name, (paths, domain) in sets.items()] == [
         ("clean", 16, "clean"), ("rainy: fog_*", 1, "rainy"), ("rainy", 16, "rainy")]
-    judged = rain_report.judge(model, sets, "cpu", 8, 0)
-    summary = rain_report.summarise(judged, 0.5)
+    predicted = rain_report.predict_sets(model, sets, "cpu", 8, 0)
+    summary = rain_report.summarise(predicted, 0.5)
     assert summary["true_positive"] + summary["false_negative"] == 17 and len(summary["sets"]) == 3
     assert rain_report.describe(summary).isascii()
-    rain_report.write_pictures(judged, 0.5, tmp_path / "out")
+    rain_report.write_pictures(predicted, 0.5, tmp_path / "out")
     assert (tmp_path / "out" / "rain_roc.png").is_file() and (tmp_path / "out" / "rain_mistakes.png").is_file()
     with pytest.raises(UserError, match="TEST_PREFIXES.*'snow_'"):
         rain_report.test_sets([roots / "clean"], [roots / "rainy"], ("snow_",))
@@ -215,7 +215,7 @@ def base(roots):
             "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(roots / "out")}
 
 
-def test_training_writes_a_calibrated_detector_and_judges_the_test_folders(base, roots, capsys):
+def test_training_writes_a_calibrated_detector_and_scores_the_test_folders(base, roots, capsys):
     result = Training.main(**base | {"NUM_EPOCHS": 5}, TEST_CLEAN_DIRS=(str(roots / "clean"),),
                            TEST_RAINY_DIRS=(str(roots / "rainy"),))
     assert result["history"][-1]["bce"] < result["history"][0]["bce"]

@@ -81,9 +81,9 @@ def test_losses_and_gradients_equal_transformers(groups):
     found = [(stage["logits"].grad, stage["boxes"].grad) for stage in stages(outputs)]
 
     outputs, labels = random_batch(groups=groups)
-    judge = LwDetrImageLoss(LwDetrHungarianMatcher(2, 5, 2), 7, 0.25, ["labels", "boxes"], groups)
+    reference = LwDetrImageLoss(LwDetrHungarianMatcher(2, 5, 2), 7, 0.25, ["labels", "boxes"], groups)
     renamed = [{"logits": stage["logits"], "pred_boxes": stage["boxes"]} for stage in stages(outputs)]
-    theirs = judge(renamed[0] | {"auxiliary_outputs": renamed[1:-1], "enc_outputs": renamed[-1]}, labels)
+    theirs = reference(renamed[0] | {"auxiliary_outputs": renamed[1:-1], "enc_outputs": renamed[-1]}, labels)
     sum(weight * theirs[name] for name, weight in weights.items()).backward()
     for name in weights:
         assert ours[name].item() == pytest.approx(theirs[name].item(), rel=1e-5), name

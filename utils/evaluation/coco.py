@@ -143,18 +143,18 @@ def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
         found.createIndex()
         numbered = all(isinstance(i, int) and abs(i) < LARGEST_ID
                        for i in (*image_ids, *category_of.values()))  # words are ids as well
-        judge = (COCOeval_faster if COCOeval_faster and numbered else COCOeval)(truth, found, iou_type)
-        judge.params.imgIds = sorted(image_ids)
-        judge.params.catIds = sorted(category_of.values())
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    precision = judge.eval["precision"][:, :, :, 0, 2]  # (IoU, recall, class), all areas, 100 detections
+        evaluator = (COCOeval_faster if COCOeval_faster and numbered else COCOeval)(truth, found, iou_type)
+        evaluator.params.imgIds = sorted(image_ids)
+        evaluator.params.catIds = sorted(category_of.values())
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    precision = evaluator.eval["precision"][:, :, :, 0, 2]  # (IoU, recall, class), all areas, 100 detections
     per_class = {}
-    for k, category in enumerate(judge.params.catIds):
+    for k, category in enumerate(evaluator.params.catIds):
         valid = precision[:, :, k][precision[:, :, k] > -1]
         per_class[truth.cats[category]["name"]] = float(valid.mean()) if valid.size else -1.0
-    return dict(zip(METRICS, map(float, judge.stats[:6]), strict=True)) | {"per_class": per_class}
+    return dict(zip(METRICS, map(float, evaluator.stats[:6]), strict=True)) | {"per_class": per_class}
 
 
 def _results(detections, category_of, iou_type):

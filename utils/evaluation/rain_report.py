@@ -66,32 +66,32 @@ def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "T
     return sets
 
 
-def judge(rain_detector, sets, device, batch_size, workers):
+def predict_sets(rain_detector, sets, device, batch_size, workers):
     """-> {name: {"domain", "paths", "probabilities": (N,) array}} of every set of `test_sets`."""
-    judged = {}
+    predicted = {}
     for name, (paths, domain) in sets.items():
         loader = loaders.validation_loader(rain_or_clean.ImageFolderDataset(paths, domain, SIDE), batch_size,
                                             workers)
         found = logits_of(rain_detector, loader, device, name)
         probabilities = torch.sigmoid(found.logits / rain_detector.temperature.cpu()).numpy()
-        judged[name] = {"domain": domain, "paths": found.paths, "probabilities": probabilities}
-    return judged
+        predicted[name] = {"domain": domain, "paths": found.paths, "probabilities": probabilities}
+    return predicted
 
 
-def summarise(judged, threshold):
+def summarise(predicted, threshold):
     """Counts of all sets together, and a table row per set.
 
     Args:
-        judged: from `judge`; threshold: rainy from this probability on.
+        predicted: from `predict_sets`; threshold: rainy from this probability on.
     Returns:
         {"threshold", "auroc", "calibration_error", confusion counts as in classification.counts, "sets": [{"images",
         "weather", "n", "called_rainy", "mean_probability"}, ...]}.
     """
-    scores = np.concatenate([one["probabilities"] for one in judged.values()])
-    targets = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])
+    scores = np.concatenate([one["probabilities"] for one in predicted.values()])
+    targets = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in predicted.values()])
     rows = [{"images": name, "weather": one["domain"], "n": len(one["paths"]),
              "called_rainy": float((one["probabilities"] >= threshold).mean()),
-             "mean_probability": float(one["probabilities"].mean())} for name, one in judged.items()]
+             "mean_probability": float(one["probabilities"].mean())} for name, one in predicted.items()]
     return {"threshold": threshold, "auroc": classification.auroc(scores, targets),
             "calibration_error": classification.calibration_error(scores, targets),
             **classification.counts(scores, targets, threshold), "sets": rows}
@@ -113,12 +113,12 @@ def describe(summary):
             f"clean images   {summary['false_positive']:>12}  {summary['true_negative']:>12}")
 
 
-def write_pictures(judged, threshold, folder, count=12):
+def write_pictures(predicted, threshold, folder, count=12):
     """folder/rain_roc.png, and folder/rain_mistakes.png with the most confident mistakes (none: no file)."""
     folder = Path(folder)
-    scores = np.concatenate([one["probabilities"] for one in judged.values()])
-    domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in judged.values()])
-    paths = [path for one in judged.values() for path in one["paths"]]
+    scores = np.concatenate([one["probabilities"] for one in predicted.values()])
+    domains = np.concatenate([np.full(len(one["paths"]), one["domain"] == "rainy") for one in predicted.values()])
+    paths = [path for one in predicted.values() for path in one["paths"]]
     curve = classification.roc_curve(scores, domains)
     chosen = classification.counts(scores, domains, threshold)
     operating_point = chosen["false_alarm_rate"], chosen["recall"]

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask the hub, not even for a time-out
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.evaluation import latency
 from utils.networks.rtdetr import new_rtdetr
 from utils.networks.spdnet import SPDNet
 from utils.networks.spdnet_init import init_near_identity
@@ -32,6 +30,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # small models; more threads only fight with workers and subprocesses
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    """Latencies are measured once and without warm-up: no test reads them."""
+    monkeypatch.setattr(latency.latencies.__wrapped__, "__defaults__", (0, 1))
 
 
 def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "val"), brightness=255):
@@ -67,34 +71,6 @@ def dies_after(batches, function):
             raise Killed
         return function(*args, **kwargs)
     return compute
-
-
-def killed_at(script, settings, batch):
-    """Run a script's main with {constant: value} in a process of its own, which kills itself (SIGKILL, where there is
-    one) when it computes the losses of that batch, counted from 1; 0: never. -> its exit code"""
-    code = (f"import sys, json; sys.path.insert(0, '.'); import {script} as script\n"
-            "settings, die = json.loads(sys.argv[1]), int(sys.argv[2])\n"
-            "import os, signal; plain, calls = script.compute_losses, [0]\n"
-            "def counted(*args, **kwargs):\n"
-            "    calls[0] += 1\n"
-            "    if calls[0] == die: os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-            "    return plain(*args, **kwargs)\n"
-            "script.compute_losses = counted\n"
-            "script.main(**settings)\n")
-    return subprocess.run([sys.executable, "-c", code, json.dumps(settings), str(batch)], timeout=300,
-                          cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-
-
-def on_two_processes(script, settings):
-    """Run a root script under torchrun on gloo with {constant: value}. -> what it printed"""
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags],
-        cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import on_two_processes, small_spdnet, write_coco
+from conftest import small_spdnet, write_coco
+from script_processes import on_two_processes
 
 import Eval_conditional
 import Training_Conditional
@@ -384,7 +385,7 @@ def test_training_behind_a_hard_gate_leaves_the_gate_alone(base, files):
 def test_two_processes_also_where_a_rank_de_rains_nothing(base, files):
     """A hard gate that lets nothing through: every rank needs a gradient all the same."""
     settings = base | TRAINING | {"NUM_EPOCHS": 1, "GATE": "hard", "RAIN_THRESHOLD": 1.0}
-    printed = on_two_processes("Training_Conditional.py", settings)
+    printed = on_two_processes("Training_Conditional", settings)
     assert printed.count("epoch 1/1") == 1 and (files / "out" / "pipeline" / "conditional.json").is_file()
 
 

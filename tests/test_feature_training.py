@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import killed_at, on_two_processes
+from script_processes import killed_at, on_two_processes
 
 import Training_FeatureDerain as Training
 from utils import checkpoint, config, feature_derain, freeze
@@ -119,7 +119,7 @@ def test_a_mistyped_setting_moves_no_earlier_run_aside(base, tmp_path):
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     one = Training.main(**base | {"BATCH_SIZE": 4, "PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "one")})
     settings = base | {"PHASE1_EPOCHS": 1, "OUTPUT_DIR": str(tmp_path / "two")}
-    printed = on_two_processes("Training_FeatureDerain.py", settings)
+    printed = on_two_processes("Training_FeatureDerain", settings)
     assert printed.count("epoch 1/1") == 2  # one line per phase, from one process
     a, b = state(tmp_path / "one", 1), state(tmp_path / "two", 1)
     for name, value in a.items():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Killed, dies_after, on_two_processes
+from conftest import Killed, dies_after
 from rfdetr_data import CLASSES, write_dataset
+from script_processes import on_two_processes, under_torchrun
 
 import shrink_head
 import train_detector_stage1
@@ -399,7 +400,7 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients(script):
 
 def test_two_processes_share_a_run(dataset, tmp_path):
     """torchrun on gloo: one folder, one history, the losses of both ranks."""
-    printed = on_two_processes("train_detector_stage1.py", STAGE1 | {
+    printed = under_torchrun("train_detector_stage1", STAGE1 | {
         "BATCH": 2, "DATASET_DIR": dataset, "RUNS_DIR": tmp_path})
     assert [path.name for path in tmp_path.iterdir()] == ["detector_tiny_64_1"]
     history = json.loads((tmp_path / "detector_tiny_64_1" / "metrics.json").read_text(encoding="utf-8"))["history"]
@@ -408,9 +409,9 @@ def test_two_processes_share_a_run(dataset, tmp_path):
 
 
 def test_two_processes_fill_one_cache_and_train_masks(stage1, dataset, tmp_path):
-    """Stage 2 under torchrun with cached features: every image is computed by somebody."""
-    on_two_processes("train_seg_stage2.py", SMALL | {
-        "RESOLUTION": 0, "BATCH": 2, "CACHE_FEATURES": 1, "CHECKPOINT": stage1["checkpoint"], "DATASET_DIR": dataset,
+    """Stage 2 on two processes with cached features: every image is computed by somebody."""
+    on_two_processes("train_seg_stage2", SMALL | {
+        "RESOLUTION": 0, "BATCH": 2, "CACHE_FEATURES": True, "CHECKPOINT": stage1["checkpoint"], "DATASET_DIR": dataset,
         "RUNS_DIR": tmp_path})
     assert len(list((tmp_path / "feature_cache").rglob("*.safetensors"))) == 2 * 8
     assert (tmp_path / "segmentation_tiny_64_1" / "best.pt").is_file()

@@ -1,16 +1,13 @@
 """Every script for real, on eight small images: trains, writes its files, resumes, runs on two processes, refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import killed_at, on_two_processes
 from PIL import Image
+from script_processes import killed_at, under_torchrun, with_spawned_loaders
 
 import Eval_SPDNet_Adaptation
 import Training_RTDETR
@@ -88,7 +85,8 @@ def test_scenes_of_the_page_follow_a_rule():
 def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
     """SIGKILL in the middle of an epoch, in another process."""
     def start(out, die, resume=False):
-        cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "FEATURE_WEIGHT": 5.0}
+        cfg = base | {"OUTPUT_DIR": str(tmp_path / out), "CHECKPOINT_STEPS": 1, "RESUME": resume, "FEATURE_WEIGHT": 5.0,
+                      "BASELINES": False, "PICTURES": 0}
         return killed_at("Training_SPDNet_Adaptation", cfg, die)
 
     assert start("whole", die=0) == 0
@@ -100,9 +98,9 @@ def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
 
 
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
-    settings = base | {"GRADIENT_ACCUMULATION_STEPS": 1, "NUM_EPOCHS": 1, "FEATURE_WEIGHT": 5.0}
+    settings = base | {"GRADIENT_ACCUMULATION_STEPS": 1, "NUM_EPOCHS": 1, "FEATURE_WEIGHT": 5.0, "BASELINES": False}
     one = Adaptation.main(**settings | {"BATCH_SIZE": 4, "OUTPUT_DIR": str(tmp_path / "one")})
-    printed = on_two_processes("Training_SPDNet_Adaptation.py", settings | {"OUTPUT_DIR": str(tmp_path / "two")})
+    printed = under_torchrun("Training_SPDNet_Adaptation", settings | {"OUTPUT_DIR": str(tmp_path / "two")})
     assert printed.count("epoch 1/1") == 1  # one process reports
     a, b = (torch.load(tmp_path / out / "last.pt") for out in ("one", "two"))
     assert a["step"] == b["step"] == 2
@@ -247,13 +245,7 @@ def test_detector_training(coco, weights):
 
 
 def test_loader_processes_start_by_spawn_as_on_windows(base):
-    script = ("import json, multiprocessing, sys; sys.path.insert(0, '.')\n"
-              "if __name__ == '__main__':\n"
-              "    multiprocessing.set_start_method('spawn')\n"
-              "    import Training_SPDNet_Adaptation as A\n"
-              "    A.main(**json.loads(sys.argv[1]))\n")
-    settings = base | {"DATALOADER_WORKERS": 1, "NUM_EPOCHS": 1}
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(settings)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    with_spawned_loaders("Training_SPDNet_Adaptation", base | {"DATALOADER_WORKERS": 1, "NUM_EPOCHS": 1,
+                                                               "BASELINES": False,
+                                                               "PICTURES": 0})
     assert (Path(base["OUTPUT_DIR"]) / "spdnet_adapted.pt").is_file()

@@ -1,19 +1,17 @@
 """The U-Net's scripts for real, on a dozen small pairs: training, resume, evaluation, sweep, notebook, demo data."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, dies_after, on_two_processes
+from conftest import Killed, dies_after
 from nbclient import NotebookClient
 from PIL import Image
+from script_processes import on_two_processes, with_spawned_loaders
 from test_unet import write_pairs
 
 import Eval_unet_derain
@@ -96,7 +94,7 @@ def test_resume_keeps_the_split_although_pairs_were_added(base, tmp_path):
 def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):
     """BatchNorm sees half of each batch per process, so weights differ from one process's; the metrics must not."""
     settings = base | {"VAL_PAIRS": 5, "TEST_PAIRS": 3, "EPOCHS": 2, "BATCH_SIZE": 2, "REAL_DIR": ""}
-    printed = on_two_processes("train_unet_derain.py", settings)
+    printed = on_two_processes("train_unet_derain", settings)
     assert printed.count("epoch 2/2") == 1  # one process reports
     out = Path(base["CHECKPOINT_DIR"])
     content = torch.load(out / "best.pt")
@@ -194,15 +192,7 @@ def test_training_refuses_with_one_clear_line(base, change, message):
 
 
 def test_loader_processes_start_by_spawn_as_on_windows(base):
-    script = ("import json, multiprocessing, sys; sys.path.insert(0, '.')\n"
-              "if __name__ == '__main__':\n"
-              "    multiprocessing.set_start_method('spawn')\n"
-              "    import train_unet_derain\n"
-              "    train_unet_derain.main(**json.loads(sys.argv[1]))\n")
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(base | {"DATALOADER_WORKERS": 1, "EPOCHS": 1})],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    with_spawned_loaders("train_unet_derain", base | {"DATALOADER_WORKERS": 1, "EPOCHS": 1})
     assert (Path(base["CHECKPOINT_DIR"]) / "best.pt").is_file()
 
 

@@ -155,7 +155,7 @@ def curves(history, path, steps=None):
              if isinstance(value, (int, float)) and name not in ("epoch", "step", *losses)]
     columns = min(3, max(len(losses), len(names)))
     lines = [-(-len(group) // columns) for group in (losses, names)]
-    figure, panels = plt.subplots(sum(lines), columns, figsize=(4.2 * columns, 2.8 * sum(lines)), squeeze=False)
+    figure, panels = _panels(sum(lines), columns)
     above, below = panels[:lines[0]].flat, panels[lines[0]:].flat
     for panel, name in zip(above, losses, strict=False):
         _step_panel(panel, steps["step"], steps[name], [record["step"] for record in history])
@@ -170,7 +170,16 @@ def curves(history, path, steps=None):
         panel.grid(alpha=0.3)
     for panel in (*above[len(losses):], *below[len(names):]):
         panel.axis("off")
-    _finish(figure, path)
+    _save(figure, path)
+
+
+def _panels(rows, columns, width=4.2, height=2.8, left=0.65, right=0.15, bottom=0.55, top=0.35):
+    """-> figure, (rows, columns) array of its panels, sizes and margins in inches; fixed margins, as fitting them to
+    the texts takes as long as the drawing."""
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, gridspec_kw={
+        "left": left / (width * columns), "right": 1 - right / (width * columns),
+        "bottom": bottom / (height * rows), "top": 1 - top / (height * rows),
+        "wspace": (left + right) / (width - left - right), "hspace": (bottom + top) / (height - bottom - top)})
 
 
 def _step_panel(panel, steps, values, epoch_ends):
@@ -265,7 +274,12 @@ def threshold_sweep(rows, chosen, path):
 
 
 def _finish(figure, path):
+    """Fit the margins to the texts and save."""
     figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

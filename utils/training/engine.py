@@ -68,13 +68,16 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
               own_files)
     say_notes(run)
     run.prepare(last)
-    with _Interrupts() as run.interrupts:
-        while not (stopped := reason_to_stop(run, stop)):
-            record = train_one_epoch(run, compute_losses)
-            if record is None:
-                stopped = "interrupted"
-                break
-            finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
+    try:
+        with _Interrupts() as run.interrupts:
+            while not (stopped := reason_to_stop(run, stop)):
+                record = train_one_epoch(run, compute_losses)
+                if record is None:
+                    stopped = "interrupted"
+                    break
+                finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
+    finally:
+        run.draw_curves()  # also where a loss that is not finite ends the run
     run.close(stopped)
     return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +16,7 @@ from utils.training.schedule import plateau_factor, schedule_factor
 from utils.training.step_curve import StepCurve
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
+DRAWING_PAUSE = 30  # seconds between two drawings of curves.png, which takes as long as some epochs of small data
 
 
 class Run:
@@ -38,6 +40,7 @@ class Run:
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
         self.clock, self.curve = Clock(self.accelerator.device), StepCurve()
+        self.drawn_epochs, self.drawn_at = 0, time.monotonic()
         self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=plan.precision == "fp16")
 
@@ -205,15 +208,16 @@ class Run:
         return better
 
     def report_epoch(self, record, better, pictures):
-        """metrics.json, curves, TensorBoard and one line on the console, once last.pt holds the epoch."""
+        """metrics.json, TensorBoard, one line on the console and now and then curves.png, once last.pt holds the epoch."""
         if not self.main:
             return
         best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
-            visualize.curves(self.history, self.folder / "curves.png", self.curve.points)
         except OSError as error:  # open in another program on Windows: no reason to end a training
             print(f"note: {error}: written again after the next epoch")
+        if time.monotonic() - self.drawn_at >= DRAWING_PAUSE:
+            self.draw_curves()
         for name, number in record.items():
             if isinstance(number, (int, float)):
                 self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
@@ -221,6 +225,17 @@ class Run:
             self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
         self.writer.flush()
         print(self._line(record, better), flush=True)
+
+    def draw_curves(self):
+        """curves.png of all epochs so far, where it does not show them yet."""
+        if not self.main or self.drawn_epochs == len(self.history):
+            return
+        self.drawn_epochs = len(self.history)
+        try:
+            visualize.curves(self.history, self.folder / "curves.png", self.curve.points)
+        except OSError as error:
+            print(f"note: {error}: drawn again after a later epoch")
+        self.drawn_at = time.monotonic()
 
     def _line(self, record, better):
         hidden = {"epoch", "step", "loss", "images_per_s", "time"}

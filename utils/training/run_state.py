@@ -208,7 +208,7 @@ class Run:
         return better
 
     def report_epoch(self, record, better, pictures):
-        """metrics.json, TensorBoard, one line on the console and now and then curves.png, once last.pt holds the epoch."""
+        """metrics.json, TensorBoard, a line on the console, now and then curves.png, once last.pt holds the epoch."""
         if not self.main:
             return
         best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}

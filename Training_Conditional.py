@@ -72,7 +72,7 @@ CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of 
 EVAL_BATCH_SIZE = 4                     # validation batch
 
 DEMO = {
-    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 40, "IMAGE_SIZE": 160,
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 30, "IMAGE_SIZE": 160,
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "OUTPUT_DIR": "./demo/outputs_conditional", "DERAIN_SCALE": 0.5,
     "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 1,

@@ -41,6 +41,9 @@ def test_export_without_onnx_says_what_to_install(weights, monkeypatch):
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime.*FORMATS"):
         export.main(RTDETR_MODEL_NAME=str(weights / "rtdetr"), MODEL_NAME="", IMAGE_SIZE=96,
                     OUTPUT_DIR=str(weights / "exported"))
+    monkeypatch.setattr(export, "export", lambda model, name, cfg: dict.fromkeys(cfg.FORMATS, 0.0))
+    assert export.main(demo=True, RTDETR_MODEL_NAME=str(weights / "rtdetr"), MODEL_NAME="", IMAGE_SIZE=96,
+                       FORMATS=("onnx",), OUTPUT_DIR=str(weights / "exported")) == {"vanilla": {}}  # noted, not refused
     with pytest.raises(UserError, match="FORMATS"):
         export.main(FORMATS=("tensorrt",))
     with pytest.raises(UserError, match="OPSET = 17.*18"):

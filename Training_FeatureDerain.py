@@ -26,8 +26,8 @@ from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
-from utils.training import ema, engine, run_state
-from utils.training.plan import Plan
+from utils.training import ema, engine, run_folder, run_state
+from utils.training.plan import Plan, not_negative
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -210,6 +210,8 @@ def build_plans(cfg):
     for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS"):
         if getattr(cfg, name) < 0:
             raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 0 (leaves the phase out) or more")
+    for name in ("PHASE1_LR", "PHASE2_DERAIN_LR", "PHASE2_DETECTOR_LR"):  # also of a phase that is left out
+        not_negative(name, getattr(cfg, name))
     terms = loss_constants(cfg)
     rates = {1: ("PHASE1_LR",), 2: ("PHASE2_DERAIN_LR", "PHASE2_DETECTOR_LR")}
     phases = {1: cfg.PHASE1_EPOCHS, 2: cfg.PHASE2_EPOCHS}
@@ -335,13 +337,14 @@ def main(**overrides):
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
     best = BestModel(model, pretrained, val_loaders, truths, device, cfg)
-    if processes.is_main() and not cfg.RESUME:  # as a whole: an old phase 2 must not be resumed after a new phase 1
-        run_state.set_aside(Path(cfg.OUTPUT_DIR), ("phase1", "phase2", "model"))
     results = {}
-    for phase, plan in plans.items():
-        results[phase] = train_phase(phase, plan, model, train_loader, teacher, best, cfg)
-        if results[phase]["stopped"] == "interrupted":
-            return results
+    with run_folder.claimed(cfg.OUTPUT_DIR):
+        if processes.is_main() and not cfg.RESUME:  # as a whole: no old phase 2 may be resumed after a new phase 1
+            run_state.set_aside(Path(cfg.OUTPUT_DIR), ("phase1", "phase2", "model"))
+        for phase, plan in plans.items():
+            results[phase] = train_phase(phase, plan, model, train_loader, teacher, best, cfg)
+            if results[phase]["stopped"] == "interrupted":
+                return results
     print_summary(results, cfg)
     return results
 

@@ -29,7 +29,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.networks.spdnet import load_spdnet
-from utils.training import engine
+from utils.training import engine, run_folder
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -212,26 +212,9 @@ def show_result(model, dataset, baselines, best_epoch, device, cfg):
         processes.say(f"picture: {(folder / _PICTURE_FILE).as_posix()} (scenes {before_after.SCENES_RULE})")
 
 
-def main(**overrides):
-    """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
-    cfg = config.resolve(globals(), overrides)
-    require_size(cfg.IMAGE_SIZE)
-    if cfg.FP16:
-        raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
-                               "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
-                               "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
-    require_feature_level(cfg.FEATURE_LEVEL)
-    plan = build_plan(cfg)
-    if cfg.demo:
-        ensure_demo()
-    engine.seed_everything(cfg.SEED)
-    device = processes.announced_device()
-    model = build_model(cfg, device)
-    id2label = id2label_of(model.detection_module)
-    require_queries(model.detection_module, cfg.IMAGE_SIZE)
-    train, val, labelled = build_data(cfg, id2label)
-    if not labelled and not cfg.FEATURE_WEIGHT:
-        raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")
+def train_and_show(cfg, plan, model, data, device):
+    """The run in its folder: baselines, training, table and picture. -> the result of engine.fit"""
+    train, val, labelled = data
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth = ground_truth(val.annotation_file) if labelled else None
@@ -249,7 +232,8 @@ def main(**overrides):
         evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth, weights=plan.loss_weights, cfg=cfg),
         score="rain/mAP" if labelled else "rain/consistency",
         on_best=partial(save_spdnet, path=output),
-        sample_images=partial(sample_images, dataset=val, device=device, id2label=id2label),
+        sample_images=partial(sample_images, dataset=val, device=device,
+                              id2label=id2label_of(model.detection_module)),
         constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE))
     if result["history"]:
         if labelled:
@@ -258,6 +242,29 @@ def main(**overrides):
                       f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} --ADAPTED_MODEL_PATH "
                       f"{output.as_posix()}")
     return result
+
+
+def main(**overrides):
+    """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    require_size(cfg.IMAGE_SIZE)
+    if cfg.FP16:
+        raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
+                               "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
+                               "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
+    require_feature_level(cfg.FEATURE_LEVEL)
+    plan = build_plan(cfg)
+    if cfg.demo:
+        ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.announced_device()
+    model = build_model(cfg, device)
+    require_queries(model.detection_module, cfg.IMAGE_SIZE)
+    data = build_data(cfg, id2label_of(model.detection_module))
+    if not data.labelled and not cfg.FEATURE_WEIGHT:
+        raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")
+    with run_folder.claimed(cfg.OUTPUT_DIR):
+        return train_and_show(cfg, plan, model, data, device)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from utils import checkpoint, config, processes
 from utils.config import UserError
 from utils.datasets import loaders
 from utils.evaluation.coco import ground_truth
-from utils.training import engine
-from utils.training.plan import PRECISIONS, Plan, not_negative
+from utils.training import engine, run_folder
+from utils.training.plan import PRECISIONS, Plan, share
+from utils.training.run_state import is_last
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
 
@@ -47,7 +48,9 @@ def resolve(namespace, overrides, name):
     if overrides.get("RESUME", ""):
         folder = earlier_run(namespace, overrides, name)
         last = checkpoint.load(folder / "last.pt")
-        constants = last.get("constants", {})
+        if not is_last(last):
+            raise UserError(f"--resume {folder.as_posix()}: last.pt in it is not of this project, or damaged")
+        constants = last["constants"]
         unknown = constants.keys() - config.constants_of(namespace).keys()
         if unknown or not {"args", "class_rows"} <= last.keys():
             raise UserError(f"--resume {folder.as_posix()} is a run of another script"
@@ -82,7 +85,7 @@ def build_plan(cfg, learning_rates, loss_weights):
     if hasattr(cfg, "EMA"):
         flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
     if hasattr(cfg, "LAYER_DECAY"):
-        not_negative("--layer_decay", cfg.LAYER_DECAY)
+        share("--layer_decay", cfg.LAYER_DECAY)
     return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
 
 
@@ -104,7 +107,7 @@ def begin(cfg, title, name, resolution, more=None):
     Returns:
         Path of the folder: the earlier run's, or a new RUNS_DIR/<name>_<size>_<resolution>_<n>.
     """
-    folder = Path(cfg.RESUME) if cfg.RESUME else run_folder(cfg.RUNS_DIR, f"{name}_{cfg.SIZE}_{resolution}")
+    folder = Path(cfg.RESUME) if cfg.RESUME else new_folder(cfg.RUNS_DIR, f"{name}_{cfg.SIZE}_{resolution}")
     processes.say(run_report.banner(title, {
         "Model Size": cfg.SIZE, "Resolution": resolution, **(more or {}), "Epochs": cfg.EPOCHS,
         "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": device_name(),
@@ -132,16 +135,18 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
 
     to_file = partial(save_weights, extras=extras)
     plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
-    result = engine.fit(
-        model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
-        score="mask/mAP" if with_masks else "box/mAP",
-        evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
-                         with_masks=with_masks),
-        on_best=partial(to_file, path=folder / best_file) if best_file else None,
-        on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
-        sample_images=partial(run_report.sample_images, loader=splits["valid"].loader, class_rows=start.class_rows),
-        constants=cfg.as_dict(), extras=extras, last=start.last)
-    return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
+    with run_folder.claimed(folder):
+        result = engine.fit(
+            model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
+            score="mask/mAP" if with_masks else "box/mAP",
+            evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
+                             with_masks=with_masks),
+            on_best=partial(to_file, path=folder / best_file) if best_file else None,
+            on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
+            sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,
+                                  class_rows=start.class_rows),
+            constants=cfg.as_dict(), extras=extras, last=start.last)
+        return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
 
 
 def save_weights(model, history=None, *, extras, path):
@@ -150,7 +155,7 @@ def save_weights(model, history=None, *, extras, path):
         checkpoint.save(extras | {"model": model.state_dict()}, path)
 
 
-def run_folder(runs_dir, name):
+def new_folder(runs_dir, name):
     """Make runs_dir/<name>_<n> with the first free number above all others; the same on every rank.
 
     It belongs to this run from now on; a run that ends before it has written anything takes it away again.
@@ -180,6 +185,8 @@ def run_folder(runs_dir, name):
 
 def _remove_if_empty(folder):
     with contextlib.suppress(OSError):
+        if [path.name for path in Path(folder).iterdir()] == [run_folder.LOCK]:
+            (Path(folder) / run_folder.LOCK).unlink()
         Path(folder).rmdir()
 
 

@@ -58,6 +58,11 @@ def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "v
     return root
 
 
+def names_in(folder):
+    """-> names of what a user sees in a folder; hidden files such as a run's lock are not among them."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 class Killed(Exception):
     """What a run dies of in `dies_after`."""
 

@@ -62,21 +62,26 @@ def under_torchrun(script, settings):
 
 # ---- the processes ---------------------------------------------------------------------------------------------
 
-def _started(script, settings, environments, **how):
-    """-> [(process, file with what it prints), ...], one per environment."""
+def started(function, *args, **kwargs):
+    """-> a process that runs a test module's function."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def _started(script, settings, environments, **how):
+    """-> [(process, file with what it prints), ...], one per environment."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    started = []
+    found = []
     for number, environment in enumerate(environments):
         log = Path(settings.get("RUNS_DIR") or settings.get("OUTPUT_DIR") or settings["CHECKPOINT_DIR"])
         log = log.with_name(f"printed_{log.name}_{number}.txt")
-        process = context.Process(target=_run, args=(script, settings, environment, log), kwargs=how)
-        process.start()
-        started.append((process, log))
-    return started
+        found.append((started(_run, script, settings, environment, log, **how), log))
+    return found
 
 
 def _code_of(process):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import Killed, dies_after, small_spdnet
+from conftest import Killed, dies_after, names_in, small_spdnet
 from torch import nn
 
 from utils import checkpoint, config, datasets, freeze
@@ -68,7 +68,7 @@ def test_a_killed_run_resumes_bit_for_bit(coco, tmp_path, batches_before):
 def test_files_and_history(coco, tmp_path):
     _, result = run(coco, tmp_path / "out", evaluate=lambda model: {"val/score": 0.5}, score="val/score",
                     sample_images=lambda model: {"picture": torch.rand(3, 8, 8)}, constants={"LEARNING_RATE": 1e-2})
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = names_in(tmp_path / "out")
     assert names == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb"}
     content = torch.load(tmp_path / "out" / "last.pt")
     for key in ("model", "optimizer", "epoch", "step", "best_score", "torch_rng", "constants", "model_args"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import names_in
 from PIL import Image
 from script_processes import killed_at, under_torchrun, with_spawned_loaders
 
@@ -13,7 +14,7 @@ import Eval_SPDNet_Adaptation
 import Training_RTDETR
 import Training_SPDNet
 import Training_SPDNet_Adaptation as Adaptation
-from utils import integrated_model
+from utils import integrated_model, system
 from utils.config import UserError
 from utils.evaluation import before_after
 from utils.networks.rtdetr import id2label_of, load_rtdetr
@@ -42,7 +43,7 @@ def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
     assert last["features"] < first["features"]
     assert {"detection", "features", "reconstruction", "identity", "clamped", "rain/mAP", "images_per_s"} <= set(last)
     out = Path(base["OUTPUT_DIR"])
-    names = {path.name for path in out.iterdir()}
+    names = names_in(out)
     assert names == {"spdnet_adapted.pt", "last.pt", "best.pt", "metrics.json", "curves.png", "tb", "before_after.png"}
     adapted = load_spdnet(out / "spdnet_adapted.pt")
     start = load_spdnet(base["SPDNET_MODEL_PATH"])
@@ -91,7 +92,7 @@ def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
 
     assert start("whole", die=0) == 0
     assert start("killed", die=4) != 0
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    assert not list((tmp_path / "killed").glob(f".*{system.TEMPORARY}"))
     assert start("killed", die=0, resume=True) == 0
     whole, resumed = (torch.load(tmp_path / out / "last.pt")["model"] for out in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

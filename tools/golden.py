@@ -253,7 +253,9 @@ def entries_of(folder):
     """-> {"file: key": number, text or hash} of all files below a folder."""
     entries = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "tb" not in path.relative_to(folder).parts and path.name not in TIMED_PICTURES:
+        hidden = path.name.startswith(".")  # locks
+        if path.is_file() and not hidden and "tb" not in path.relative_to(folder).parts and (
+                path.name not in TIMED_PICTURES):
             flatten(content_of(path), path.relative_to(folder).as_posix() + ":", entries)
     return entries
 

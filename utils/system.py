@@ -1,24 +1,28 @@
-"""Files that appear whole, the cache folder, processor cores, image files, long lists in messages.
+"""Files that appear whole, JSON, the cache folder, processor cores, image files, words for messages.
 
 Without torch, which worker processes need not load.
 """
 
+import json
 import os
+import struct
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
+    from PIL.ExifTags import Base
     from PIL.Image import DecompressionBombError
 except ImportError:  # validate_setup.py says so, and must get that far
     DecompressionBombError = OSError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+TEMPORARY = ".rainsight-tmp"  # how the name of a file or folder ends that is not complete yet
 FAULTS = (OSError, SyntaxError, ValueError, DecompressionBombError)  # what Pillow raises on broken files
 
 
 @contextmanager
-def written(path, ending=".tmp", sync=False):
+def written(path, ending=TEMPORARY, sync=False):
     """Yield a path beside `path` to write to; afterwards the file takes the place of `path`, after an error it goes.
 
     A kill leaves a hidden file that ends in `ending`. sync: wait until it is on the disk, so that not even a blackout
@@ -67,6 +71,28 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def read_json(path):
+    """-> the content of a JSON file in UTF-8, with or without a BOM.
+
+    Raises:
+        OSError: not there, not readable; ValueError: not JSON, also where it is nested too deeply to be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def absent(path, folder=False):
+    """-> what a path is instead of the file (or folder) that it should be, for a message; "" where it is that."""
+    path = Path(path)
+    if not path.exists():
+        return "does not exist"
+    if folder:
+        return "" if path.is_dir() else "is a file, a folder is needed"
+    return "" if path.is_file() else "is a folder, a file is needed"
+
+
 def is_image(path):
     """-> whether a path has an image file's ending."""
     return Path(path).suffix.lower() in SUFFIXES
@@ -94,6 +120,21 @@ def listed(items, most=5, separator=", ", total=None):
     shown = items[:most]
     left = (len(items) if total is None else total) - len(shown)
     return separator.join(map(str, shown)) + (f" and {left} more" if left else "")
+
+
+def orientation(image):
+    """-> how an open PIL image is to be turned and mirrored, as its EXIF data says (telephones write it): 1, upright as
+    it is stored, to 8; from 5 on its sides change places."""
+    try:
+        number = image.getexif().get(Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):  # damaged EXIF data: the pixels are sound
+        return 1
+    return number if number in range(1, 9) else 1
+
+
+def upright_size(image):
+    """-> (width, height) of an open PIL image as viewers show it, see `orientation`."""
+    return image.size[::-1] if orientation(image) >= 5 else image.size
 
 
 def require_eight_bits(image):

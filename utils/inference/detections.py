@@ -62,7 +62,7 @@ class JsonList:
 
     def __init__(self, path, head="", tail=""):
         self.path, self.tail = Path(path), tail
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}{system.TEMPORARY}")
         self.file = open(self.temporary, "wb")
         self.empty = True
         self.file.write(f"{head}[".encode())

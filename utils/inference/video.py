@@ -10,14 +10,12 @@ FFmpeg has patched up cannot be told from a sound one.
 
 import os
 import re
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 
 from utils import datasets, system
 from utils.config import UserError
@@ -51,7 +49,7 @@ class ImageFiles:
     def __iter__(self):
         for path in self.paths:
             try:
-                yield Frame(path.name, upright(datasets.read_image(path), path))
+                yield Frame(path.name, datasets.read_image(path))
             except UserError as error:
                 yield Frame(path.name, problem=str(error))
 
@@ -80,6 +78,7 @@ class Video:
         self.capture = cv2.VideoCapture(address if isinstance(address, int) else str(address))
         if not self.capture.isOpened():
             advice = ("no camera of that number, or another program uses it" if isinstance(address, int) else
+                      "no answer from there, or no stream that OpenCV can read" if "://" in str(address) else
                       f"not a video that OpenCV can read, and no image ({' '.join(system.SUFFIXES)})")
             raise UserError(f"{constant} = '{address}' cannot be opened: {advice}")
         fps = self.capture.get(cv2.CAP_PROP_FPS)
@@ -173,7 +172,7 @@ class VideoWriter:
 
     def __init__(self, path, fps):
         self.path, self.fps = Path(path), fps
-        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{system.TEMPORARY}.mp4")
         self.writer, self.last, self.owed = None, None, 0
 
     def __enter__(self):
@@ -215,18 +214,6 @@ class VideoWriter:
         self.last = np.zeros_like(pixels)
         for _ in range(self.owed):
             self.writer.write(self.last)
-
-
-def upright(image, path):
-    """(3, H, W) as it is stored -> turned and mirrored as the file's EXIF orientation says (telephones write it)."""
-    try:
-        with Image.open(path) as file:
-            orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, struct.error):  # damaged EXIF data: the pixels are sound
-        return image
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 2)
-    return image.flip({2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())).contiguous()
 
 
 def opencv(what):

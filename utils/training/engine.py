@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from utils import datasets, processes, system
 from utils.config import UserError
+from utils.training import run_folder
+from utils.training.plan import usable_seed
 from utils.training.run_state import Run
 
 _AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
@@ -23,8 +25,7 @@ _AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.fl
 
 def seed_everything(seed):
     """Seed Python, numpy and torch (initial weights, dropout); data has its own seeds."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"SEED = {seed}: choose a number from 0 to {2**32 - 1}")
+    usable_seed("SEED", seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -61,24 +62,25 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
     Raises:
-        UserError: nothing to train, a loss that is not finite, an unwritable folder.
+        UserError: nothing to train, a loss that is not finite, a folder that is unwritable or another run's.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
               own_files)
     say_notes(run)
-    run.prepare(last)
-    try:
-        with _Interrupts() as run.interrupts:
-            while not (stopped := reason_to_stop(run, stop)):
-                record = train_one_epoch(run, compute_losses)
-                if record is None:
-                    stopped = "interrupted"
-                    break
-                finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
-    finally:
-        run.draw_curves()  # also where a loss that is not finite ends the run
-    run.close(stopped)
+    with run_folder.claimed(run.folder):
+        run.prepare(last)
+        try:
+            with _Interrupts() as run.interrupts:
+                while not (stopped := reason_to_stop(run, stop)):
+                    record = train_one_epoch(run, compute_losses)
+                    if record is None:
+                        stopped = "interrupted"
+                        break
+                    finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
+        finally:
+            run.draw_curves()  # also where a loss that is not finite ends the run
+        run.close(stopped)
     return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
 
 
@@ -107,13 +109,17 @@ def finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch):
     plain = run.accelerator.unwrap_model(run.model)
     plain.eval()
     processes.same_buffers(plain)  # BatchNorm statistics are each rank's own, and rank 0's are saved
-    with run.average.applied() if run.average else nullcontext():
-        if run.average:
-            processes.same_buffers(plain)  # now the average's
-        with torch.no_grad():
-            record.update(evaluate(plain) if evaluate else {})
-            pictures = sample_images(plain) if sample_images and run.main else {}
-        better = run.count_epoch(record, plain, on_best)
+    try:
+        with run.average.applied() if run.average else nullcontext():
+            if run.average:
+                processes.same_buffers(plain)  # now the average's
+            with torch.no_grad():
+                record.update(evaluate(plain) if evaluate else {})
+                pictures = sample_images(plain) if sample_images and run.main else {}
+            better = run.count_epoch(record, plain, on_best)
+    except UserError:
+        run.save_last()  # with the epoch's last batch done: a resumed run begins with this validation
+        raise
     run.save_last()
     run.report_epoch(record, better, pictures)
     run.accelerator.wait_for_everyone()
@@ -183,10 +189,8 @@ def require_finite(total, losses, run, batch):
     if torch.isfinite(total):
         return
     values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
-    raise UserError(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
-                    f"{system.listed(batch['paths'], 4)}). Lower the learning rate, raise "
-                    f"{run.plan.name_of('warmup_steps')}, or train in float32 where this was fp16; "
-                    f"{run.last.as_posix()} holds the last good weights.")
+    raise run.diverged(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
+                       f"{system.listed(batch['paths'], 4)})")
 
 
 class _Interrupts:

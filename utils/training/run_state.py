@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import checkpoint, freeze, processes, report, visualize
+from utils import checkpoint, freeze, processes, report, system, visualize
 from utils.config import UserError
 from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
@@ -56,17 +56,14 @@ class Run:
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
             if not self.plan.resume:
                 set_aside(self.folder, (*OWN_FILES, *self.own_files), self.plan.resume_hint)
-            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
         content = None
         if self.plan.resume and (last or self.last.is_file()):
             content = last or checkpoint.load(self.last)
-            if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "history"} <= content.keys():
-                raise UserError(f"{self.last.as_posix()} is not a last.pt of this project: move it away, or start anew "
-                                f"without {self.plan.resume_hint}")
+            if not is_last(content):
+                raise self._not_ours()
             if content.get("score", self.score) != self.score:
                 raise UserError(f"{self.last.as_posix()} was scored by {content['score']}, now it would be by "
                                 f"{self.score}: resume with that run's constants, or start anew without "
@@ -82,11 +79,20 @@ class Run:
             weights = [p for p in self.trainable if p.requires_grad]
             self.average = WeightAverage(weights + freeze.running_statistics(self.model), self.plan.ema)
         if content:
-            self._restore(content)
+            try:
+                self._restore(content)
+            except torch.OutOfMemoryError:
+                raise
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+                raise self._not_ours() from error
             content.clear()  # the caller may hold it as well, and the training needs the memory
         elif self.plan.resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
+
+    def _not_ours(self):
+        return UserError(f"{self.last.as_posix()} is not a last.pt of this project, or damaged: move it away, or start "
+                         f"anew without {self.plan.resume_hint}")
 
     def state(self):
         """-> what last.pt holds: numbers, strings and tensors only."""
@@ -135,10 +141,25 @@ class Run:
                     print(f"  note: {name} was {earlier.get(name, 'unknown')!r}, is now {value!r}")
 
     def save_last(self):
-        """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes."""
+        """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes.
+
+        Raises:
+            UserError: weights that are not finite; the earlier last.pt stays.
+        """
         state = self.state() | {"sums": self.sums_of_all()}
+        if broken := [name for name, value in state["model"].items() if value.is_floating_point()
+                      and not torch.isfinite(value).all()]:
+            raise self.diverged(f"{len(broken)} weights are not finite after epoch {self.epoch + 1}, batch {self.batch}"
+                                f" ({system.listed(broken, 2)})")
         if self.main:
             checkpoint.save(state, self.last)
+
+    def diverged(self, what):
+        """-> UserError: what is not finite (in words), what to do, what is saved."""
+        saved = (f"{self.last.as_posix()} holds the last good weights" if self.last.is_file() else
+                 "nothing has been saved yet")
+        return UserError(f"{what}. Lower the learning rate, raise {self.plan.name_of('warmup_steps')}, or train in "
+                         f"float32 where this was fp16, and look whether the start weights are sound; {saved}.")
 
     def sums_of_all(self):
         """-> {name: sum over images}, "images": of every rank; every rank calls it."""
@@ -190,8 +211,14 @@ class Run:
         return record | {"time": shares}
 
     def count_epoch(self, record, plain, on_best):
-        """Compare with the best epoch so far; keep this one as best.pt where it is better. -> whether it is."""
+        """Compare with the best epoch so far; keep this one as best.pt where it is better. -> whether it is.
+
+        Raises:
+            UserError: a score that is not a number.
+        """
         value = record.get(self.score) if self.score else None
+        if value is not None and math.isnan(value):
+            raise self.diverged(f"{self.score} is not a number after epoch {self.epoch + 1}")
         better = value is None or self.best_score is None or value > self.best_score
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.history.append(record)
@@ -259,6 +286,12 @@ class Run:
                 best = "" if self.best_score is None else (
                     f", best {self.score} {self.best_score:.4f} in epoch {self.best_epoch}")
                 print(f"training ended: {stopped}{best}")
+
+
+def is_last(content):
+    """-> whether a file's content looks like a last.pt."""
+    kinds = {"model": dict, "optimizer": dict, "constants": dict, "epoch": int, "batch": int, "history": list}
+    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
 
 
 def set_aside(folder, names, resume_hint="RESUME = True"):

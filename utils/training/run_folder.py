@@ -1,0 +1,138 @@
+"""A folder belongs to one run at a time: who writes it now, and what killed runs left in it.
+
+The lock is the operating system's (filelock), which frees it when its process ends, however it ends. It may not reach
+other machines that share the folder (network drives, Colab's Drive), so the run also says in .run.json who it is, and
+renews the file's time while it lives. The empty file .run.lock stays behind; it means nothing.
+"""
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from utils import processes, system
+from utils.config import UserError
+
+OWNER, LOCK = ".run.json", ".run.lock"
+BEAT_SECONDS = 10     # between two signs of life of a run
+PATIENCE_SECONDS = 15  # for the lock of a killed run, whose loader processes hold it until they see that it is gone
+
+_held = {}            # {folder: how many `claimed` are open in this process}
+
+
+@contextmanager
+def claimed(folder):
+    """Within, `folder` (made where it is missing) is this run's alone; also inside another `claimed` of this process.
+
+    Only the main process of several claims it.
+
+    Raises:
+        UserError: another run has it (the text says which), or it cannot be written.
+    """
+    if not processes.is_main():
+        yield
+        return
+    folder = Path(folder).resolve()
+    if folder in _held:
+        _held[folder] += 1
+        try:
+            yield
+        finally:
+            _held[folder] -= 1
+        return
+    lock = _acquired(folder)
+    _held[folder] = 1
+    ended = threading.Event()
+    try:
+        _require_nobody_elsewhere(folder)
+        (folder / OWNER).write_text(json.dumps(_self()), encoding="utf-8")
+        threading.Thread(target=_beat, args=(folder / OWNER, ended), daemon=True).start()
+        remove_leftovers(folder)
+        yield
+    finally:
+        ended.set()
+        del _held[folder]
+        if _owner_of(folder) == _self():
+            with suppress(OSError):
+                (folder / OWNER).unlink()
+        lock.release()
+
+
+def remove_leftovers(folder):
+    """Delete what killed processes of this project had half written into `folder`, and nothing else."""
+    for path in folder.glob(f".*{system.TEMPORARY}"):
+        process = re.fullmatch(rf"\..+\.(\d+){re.escape(system.TEMPORARY)}", path.name)
+        if process and path.is_file() and not psutil.pid_exists(int(process[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _self():
+    return {"host": socket.gethostname(), "process": os.getpid()}
+
+
+def _acquired(folder):
+    """-> the folder's lock, held."""
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a drive without locks: .run.json has to do
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                owner = _owner_of(folder)
+                here = owner and owner["host"] == socket.gethostname()
+                lock.acquire(timeout=PATIENCE_SECONDS if here and not psutil.pid_exists(owner["process"]) else 1)
+    except Timeout:
+        raise _in_use(folder, _owner_of(folder)) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.as_posix()}: {error.strerror or error}") from error
+    return lock
+
+
+def _require_nobody_elsewhere(folder):
+    """UserError where a run on another machine gives signs of life. Clocks differ, so the file's time is only compared
+    with itself."""
+    owner = _owner_of(folder)
+    if not owner or owner["host"] == socket.gethostname():
+        return  # this machine's lock is ours, so that run is over
+    print(f"{folder.as_posix()} was last written by a run on {owner['host']}: waiting {2.5 * BEAT_SECONDS:.0f} s for "
+          "signs of life", flush=True)
+    before = _time_of(folder / OWNER)
+    time.sleep(2.5 * BEAT_SECONDS)
+    if _time_of(folder / OWNER) != before:
+        raise _in_use(folder, owner)
+
+
+def _in_use(folder, owner):
+    who = f" (process {owner['process']} on {owner['host']})" if owner else ""
+    return UserError(f"{folder.as_posix()} is in use by a run that has not ended{who}: wait for it, stop it, or choose "
+                     "another folder")
+
+
+def _owner_of(folder):
+    """-> {"host", "process"} of who says that the folder is theirs, None where nobody does."""
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return owner if isinstance(owner["host"], str) and isinstance(owner["process"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _time_of(path):
+    with suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return None
+
+
+def _beat(path, ended):
+    while not ended.wait(BEAT_SECONDS):
+        with suppress(OSError):  # a drive that is gone for a moment
+            os.utime(path)

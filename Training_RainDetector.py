@@ -26,7 +26,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import classification, rain_report
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
-from utils.training import engine
+from utils.training import engine, run_folder
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ TEST_RAINY_DIRS = ()                    # ... and wet
 TEST_PREFIXES = ()                      # score files of these prefixes separately: ("rain_", "mist_")
 
 # --- model --------------------------------------------------------------------------------------------------------
-BACKBONE_WEIGHTS = "imagenet"           # imagenet (torchvision downloads 10 MB), a local file of it, or "" for random
+BACKBONE_WEIGHTS: str | None = "imagenet"  # imagenet (torchvision loads 10 MB), a file of it, or "" for random
 FALSE_ALARM_RATE = 0.01                 # share of clean validation images that the stored threshold may call rainy
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -74,6 +74,8 @@ def build_data(cfg):
     """-> training data, validation data; no file name is in both."""
     if not 0 < cfg.VALIDATION_SHARE < 1:
         raise config.UserError(f"VALIDATION_SHARE = {cfg.VALIDATION_SHARE}: choose a share in (0, 1), such as 0.1")
+    for folder in cfg.CLEAN_DIRS:
+        datasets.require_no_rain(folder, ("CLEAN_DIRS", "RAINY_DIRS"))
     parts = {"train": [], "val": []}
     for folders, constant in ((cfg.CLEAN_DIRS, "CLEAN_DIRS"), (cfg.RAINY_DIRS, "RAINY_DIRS")):
         paths = images_below(folders, constant)
@@ -151,6 +153,25 @@ def test(cfg, path, device):
     return summary
 
 
+def train_and_test(cfg, plan, model, train_loader, val, device):
+    """The run in its folder. -> the result of engine.fit, and {"test": summary} where there are TEST_* folders"""
+    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    output = Path(cfg.OUTPUT_DIR) / "rain_detector_best.pt"
+    result = engine.fit(
+        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
+        evaluate=partial(evaluate, loader=val_loader, device=device, false_alarm_rate=cfg.FALSE_ALARM_RATE),
+        score="val/likelihood",
+        on_best=partial(save_rain_detector, path=output),
+        sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
+        own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
+    if not output.is_file():
+        return result
+    if cfg.TEST_CLEAN_DIRS:
+        result["test"] = test(cfg, output, device)
+    processes.say(f"\nrain detector: {output.as_posix()}")
+    return result
+
+
 def main(**overrides):
     """Train and test; -> {"history", "best_epoch", "best_score", "stopped", "test"}."""
     cfg = config.resolve(globals(), overrides)
@@ -168,22 +189,8 @@ def main(**overrides):
     if cfg.TEST_CLEAN_DIRS:  # a wrong folder is found now, not after the training
         rain_report.test_sets(cfg.TEST_CLEAN_DIRS, cfg.TEST_RAINY_DIRS, cfg.TEST_PREFIXES)
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
-    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    output = Path(cfg.OUTPUT_DIR) / "rain_detector_best.pt"
-
-    result = engine.fit(
-        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
-        evaluate=partial(evaluate, loader=val_loader, device=device, false_alarm_rate=cfg.FALSE_ALARM_RATE),
-        score="val/likelihood",
-        on_best=partial(save_rain_detector, path=output),
-        sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
-        own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
-    if not output.is_file():
-        return result
-    if cfg.TEST_CLEAN_DIRS:
-        result["test"] = test(cfg, output, device)
-    processes.say(f"\nrain detector: {output.as_posix()}")
-    return result
+    with run_folder.claimed(cfg.OUTPUT_DIR):
+        return train_and_test(cfg, plan, model, train_loader, val, device)
 
 
 if __name__ == "__main__":

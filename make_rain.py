@@ -155,6 +155,28 @@ def check_source(source, kind):
     return images, annotations
 
 
+def require_listed(source, images, annotations):
+    """-> notes; UserError for images that an annotation file lists and that would be left out: they are there, but are
+    of no kind that is read. instances_<folder>.json lists the images in <folder>."""
+    taken, left_out, missing = {path.as_posix() for path in images}, [], 0
+    for file in annotations:
+        folder = file.stem.split("_", 1)[-1]
+        if not (source / folder).is_dir():
+            continue
+        try:
+            names = [f"{folder}/{image['file_name']}" for image in system.read_json(file)["images"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # another kind of annotation, which is copied as it is
+        names = [name for name in names if Path(name).as_posix() not in taken]
+        there = [name for name in names if (source / name).is_file()]
+        left_out, missing = left_out + there, missing + len(names) - len(there)
+    if left_out:
+        raise config.UserError(f"{len(left_out)} image(s) that the annotations list are of a kind that is not read "
+                               f"({' '.join(system.SUFFIXES)}): {system.listed(left_out)}. Save them as one of these "
+                               "and change the annotations.")
+    return [f"{missing} image(s) that the annotations list are not there"] if missing else []
+
+
 def prepare_out(source, out, settings, kind):
     """Create OUT and its rain.json, or check that what is there was made with the same settings."""
     if out.resolve() == source.resolve():
@@ -166,7 +188,7 @@ def prepare_out(source, out, settings, kind):
     try:
         if record.is_file():
             try:
-                before = json.loads(record.read_text(encoding="utf-8"))
+                before = system.read_json(record)
             except ValueError:
                 before = None
             if not isinstance(before, dict):
@@ -223,6 +245,8 @@ def main(**overrides):
     if cfg.WORKERS < 0:
         raise config.UserError(f"WORKERS = {cfg.WORKERS} is negative; 0 means all cores")
     images, annotations = check_source(source, kind)
+    for note in require_listed(source, images, annotations):
+        print(f"note: {note}")
     prepare_out(source, out, {"kind": cfg.KIND, "source": source.resolve().as_posix(), "seed": cfg.SEED,
                               "intensity": cfg.INTENSITY, "version": kind.version}, kind)
     started, bad = time.perf_counter(), []

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from conftest import write_coco
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from utils import datasets
 from utils.config import UserError
@@ -88,14 +88,35 @@ def test_stricter_rules_look_again(photos, looked_at, monkeypatch):
     assert len(looked_at) == 8
 
 
-def test_a_photograph_on_its_side_is_told_from_a_wrong_one(photos):
+def test_a_photograph_on_its_side_is_told_from_a_wrong_one(photos, capsys):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    Image.open(photos[0]).save(photos[0], exif=exif)
-    with pytest.raises(UserError, match="says 30x40: it lies on its side, as its EXIF orientation says"):
-        image_check.check_images(photos[:1], "PHOTOS", [(30, 40)])
-    with pytest.raises(UserError, match=r"says 30x41\)"):
-        image_check.check_images(photos[:1], "PHOTOS", [(30, 41)])
+    Image.open(photos[0]).save(photos[0], exif=exif)  # 40 wide, 30 high; upright 30 wide
+    with pytest.raises(UserError, match="is 30x40, its annotation says 40x30: it was made of the picture as it is"):
+        image_check.check_images(photos[:1], "PHOTOS", [(40, 30)])
+    with pytest.raises(UserError, match=r"says 41x30\)"):
+        image_check.check_images(photos[:1], "PHOTOS", [(41, 30)])
+    image_check.check_images(photos[:2], "PHOTOS", [(30, 40), (40, 30)])
+    assert "note: PHOTOS: 1 image(s) are stored turned or mirrored and are read upright" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_training_and_detection_read_images_upright(tmp_path, orientation):
+    """180 degrees and square pictures have the same size either way."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    read = datasets.read_image(tmp_path / "phone.png")
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [(5, 40), (40, 7), (1, 1), (7, 7)])
+def test_images_of_a_few_pixels_are_images(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "small.jpg")
+    image_check.check_images([tmp_path / "small.jpg"] * 2, "PHOTOS", partners=[tmp_path / "small.jpg", None])
 
 
 def test_pairs_of_unequal_sizes_are_found_before_training(photos, tmp_path):

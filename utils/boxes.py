@@ -3,6 +3,8 @@
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from utils.config import UserError
+
 MAX_DETECTIONS = 100  # per image, COCO's rule
 
 
@@ -27,8 +29,12 @@ def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
     Returns:
         per image {"scores": (n,), "labels": (n,), "boxes": (n, 4) xyxy pixels, "queries": (n,) the query behind each},
         best first, n = min(top, Q * K).
+    Raises:
+        UserError: outputs that are not finite.
     """
     logits, boxes = logits.float(), boxes.float()
+    if not (torch.isfinite(logits).all() and torch.isfinite(boxes).all()):
+        raise UserError("the detector's outputs are not finite: its weights are damaged, or a training has diverged")
     classes = logits.shape[-1]
     scores, index = logits.sigmoid().flatten(1).topk(min(top, logits.shape[1] * classes), dim=1)  # (B, n)
     chosen = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))  # (B, n, 4)

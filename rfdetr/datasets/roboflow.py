@@ -23,7 +23,7 @@ from utils import datasets, processes, system
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
-from utils.datasets.annotations import read_annotations, require_own_ids
+from utils.datasets.annotations import notes_on_images, read_annotations, require_own_ids, usable_boxes
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
@@ -37,8 +37,9 @@ def annotation_path(root, split, flag="--dataset_dir"):
     path = Path(root) / split / ANNOTATIONS
     if path.is_file():
         return path
-    missing = next(p for p in (Path(root), Path(root) / split, path) if not p.exists() or p == path)
-    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} does not exist; expected train/, valid/ and "
+    missing = next(p for p in (Path(root), Path(root) / split, path) if system.absent(p, folder=p != path))
+    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} {system.absent(missing, missing != path)}; "
+                    f"expected train/, valid/ and "
                     f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
                     f"(Segmentation), draw a data set with 'python -m tools.make_demo_dataset', or try --demo.")
 
@@ -62,8 +63,6 @@ def _problem(content):
         if len({type(value) for value in ids}) > 1:
             return f"the ids of '{part}' are partly numbers, partly words"
     names = [category["name"] for category in content["categories"]]
-    if unusable := [name for name in names if not (isinstance(name, str) and name.strip())]:
-        return f"a category is called {str(unusable[0])[:60]!r}; a name is text, and not empty"
     if len(set(names)) < len(names):
         return f"two categories are called {next(n for n in names if names.count(n) > 1)!r}; merge or rename them"
     for image in content["images"]:
@@ -249,15 +248,9 @@ class RoboflowDataset(torch.utils.data.Dataset):
         index_of = {image["id"]: i for i, image in enumerate(images)}
         objects = [note for note in annotations if not note.get("iscrowd", 0)]
         owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
-        extent = np.array([[image["width"], image["height"]] * 2 for image in images], np.float64)[owner]  # (M, 4)
-        corners = np.array([note["bbox"] for note in objects], np.float64).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        inside = np.clip(corners, 0, extent)
-        kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
-        clipped = (np.abs(inside - corners) > 1).any(1) & kept
-        counts = {"crowd region(s) are not trained on": len(annotations) - len(objects),
-                  "box(es) thinner than one pixel were left out": (~kept).sum(),
-                  "box(es) reached out of their image by more than a pixel and were clipped": clipped.sum()}
+        usable = usable_boxes(objects, images, self.annotation_file.as_posix())
+        kept = usable.kept.copy()
+        counts = {"crowd region(s) are not trained on": len(annotations) - len(objects)}
         codes = None
         sample = annotations[:10]
         self.sample_with_masks = sum(bool(note.get("segmentation")) for note in sample), len(sample)
@@ -266,17 +259,32 @@ class RoboflowDataset(torch.utils.data.Dataset):
             without = np.array([code is None for code in codes], bool)
             counts["object(s) without a mask were left out"] = (kept & without).sum()
             kept &= ~without
+            counts["mask(s) lie outside of their box"] = self._masks_elsewhere(
+                [codes[i] for i in np.flatnonzero(kept)], [images[owner[i]] for i in np.flatnonzero(kept)],
+                usable.corners[kept])
         order = np.flatnonzero(kept)
         order = order[np.argsort(owner[order], kind="stable")]
         self.ends = np.cumsum([0, *np.bincount(owner[order], minlength=len(images))])
-        self.boxes = inside[order].astype(np.float32)  # xyxy pixels of the original image
+        self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels of the original image
         self.labels = np.array([row_of[objects[i]["category_id"]] for i in order], np.int64)
         self.codes = self.code_ends = None
         if masks:
             chosen = [codes[i] for i in order]
             self.codes = np.frombuffer(b"".join(chosen), np.uint8)
             self.code_ends = np.cumsum([0, *map(len, chosen)])
-        return [f"{self.annotation_file.as_posix()}: {count} {what}" for what, count in counts.items() if count]
+        return usable.notes + notes_on_images(images, self.annotation_file.as_posix()) + [
+            f"{self.annotation_file.as_posix()}: {count} {what}" for what, count in counts.items() if count]
+
+    @staticmethod
+    def _masks_elsewhere(codes, images, corners):
+        """-> how many of n masks share no pixel with their box; corners: (n, 4) xyxy pixels."""
+        if not codes:
+            return 0
+        found = rle.toBbox([{"size": [image["height"], image["width"]], "counts": code}
+                            for code, image in zip(codes, images, strict=True)]).reshape(-1, 4)
+        found[:, 2:] += found[:, :2]
+        overlap = np.minimum(found[:, 2:], corners[:, 2:]) - np.maximum(found[:, :2], corners[:, :2])
+        return int((overlap <= 0).any(1).sum())
 
     def _mask_codes(self, objects, sizes):
         """-> one `mask_code` per object; UserError that names those that are broken, or says that there are none."""

@@ -10,6 +10,7 @@ from utils.datasets.coco import (
     clean_rainy_mixture,
     clean_rainy_validation,
     require_clean_and_rainy,
+    require_no_rain,
     say_notes,
 )
 from utils.datasets.image_pairs import PairedRainDataset, unlabelled_pairs, without_annotations
@@ -34,6 +35,7 @@ __all__ = [
     "images_by_name",
     "read_image",
     "require_clean_and_rainy",
+    "require_no_rain",
     "sample_randomness",
     "say_notes",
     "seeded_subset",

@@ -4,6 +4,9 @@ import json
 import math
 from collections import Counter
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
 
 from utils import system
 from utils.config import UserError
@@ -27,8 +30,8 @@ def coco_split(root, split, constant, advice=ADVICE["clean"]):
     root = Path(root)
     images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
     for path in (root, images, annotations):
-        if not path.exists():
-            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; "
+        if problem := system.absent(path, folder=path != annotations):
+            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} {problem}; "
                             f"{LAYOUT.format(split=split)}. {advice}")
     return images, annotations
 
@@ -40,6 +43,8 @@ def read_annotations(path, masks=True):
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=None if masks else _without_mask)
+    except RecursionError:
+        raise UserError(f"{Path(path).as_posix()} is not readable JSON: nested too deeply") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path).as_posix()} is not readable JSON: {error}") from error
     missing = [key for key in ("images", "annotations", "categories")
@@ -52,6 +57,55 @@ def read_annotations(path, masks=True):
         raise UserError(f"{Path(path).as_posix()}: its parts are not lists of entries with plain ids; not a COCO "
                         "annotation file") from None
     return content
+
+
+class UsableBoxes(NamedTuple):
+    """What of M annotated boxes is trained on and scored."""
+
+    corners: np.ndarray  # (M, 4) float64 [x1, y1, x2, y2] in pixels, the parts inside of their images
+    kept: np.ndarray  # (M,) bool: at least a pixel wide and high there; the others are left out everywhere
+    notes: list  # lines about boxes that were clipped or left out
+
+
+def usable_boxes(objects, images, source):
+    """Clip boxes to their images and leave thin ones out; the same rules for every experiment.
+
+    Args:
+        objects: annotations of a file that `read_annotations` has read, or some of them; images: its images.
+        source: named in errors and notes; None for neither, where the file has been checked before.
+    Raises:
+        UserError: boxes that seem to be shares of the image, or [x1, y1, x2, y2].
+    """
+    size_of = {image["id"]: (image["width"], image["height"]) for image in images}
+    extent = np.array([size_of[note["image_id"]] * 2 for note in objects], np.float64).reshape(-1, 4)
+    corners = np.array([note["bbox"] for note in objects], np.float64).reshape(-1, 4)
+    shares = bool(len(corners)) and (corners >= 0).all() and (corners <= 1).all()
+    # all of them would be boxes as [x1, y1, x2, y2], which of many true ones is next to impossible
+    as_corners = (corners[:, 2:] > corners[:, :2]).all() and (corners[:, 2:] <= extent[:, 2:] + 1).all()
+    corners[:, 2:] += corners[:, :2]
+    inside = np.clip(corners, 0, extent)
+    kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
+    clipped = (np.abs(inside - corners) > 1).any(1) & kept
+    left_out, cut, usable = int((~kept).sum()), int(clipped.sum()), int(kept.sum())
+    if source is None:
+        return UsableBoxes(inside, kept, [])
+    if left_out and not usable and (shares or left_out >= 5):
+        raise UserError(f"{source}: all {left_out} box(es) are thinner than one pixel: bbox must be [x, y, width, "
+                        "height] in pixels, not in shares of the image")
+    if cut > usable / 2 and cut >= (2 if as_corners else 10) or cut and as_corners and usable >= 5:
+        raise UserError(f"{source}: {cut} of {usable} boxes reach out of their image: bbox must be [x, y, width, "
+                        "height], not [x1, y1, x2, y2]")
+    counts = {"box(es) reached out of their image by more than a pixel and were clipped": cut,
+              "box(es) thinner than one pixel were left out": left_out}
+    return UsableBoxes(inside, kept, [f"{source}: {count} {what}" for what, count in counts.items() if count])
+
+
+def notes_on_images(images, source):
+    """-> lines about images of a file that are allowed and yet hardly meant."""
+    counts = Counter(image["file_name"] for image in images)
+    double = [name for name, count in counts.items() if count > 1]
+    return [f"{source}: {len(double)} file name(s) stand under several image ids, so that each shows a part of the "
+            f"objects: {system.listed(double, 3)}"] if double else []
 
 
 def require_own_ids(content, part, source):
@@ -84,6 +138,9 @@ def _require_entries(content, source):
         name = image["file_name"]
         if not isinstance(name, str):
             raise UserError(f"{source}: image {image['id']}: file_name {str(name)[:40]} is no text")
+        if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):  # half a character
+            raise UserError(f"{source}: image {image['id']}: file_name {ascii(name)[:120]} holds characters that no "
+                            "file name has")
         path = PureWindowsPath(name)  # knows both slashes
         if path.root or ".." in path.parts:
             # it would leave the folder: a rainy twin, whose annotations are a copy, would read the clean images
@@ -92,11 +149,19 @@ def _require_entries(content, source):
         if not all(_is_number(image[side]) and image[side] > 0 for side in ("width", "height")):
             raise UserError(f"{source}: image {image['id']}: width and height must be positive numbers, "
                             f"not {str(image['width'])[:20]!r} and {str(image['height'])[:20]!r}")
+    for category in content["categories"]:
+        name = category["name"]
+        if not (isinstance(name, str) and name.strip()):
+            raise UserError(f"{source}: category {category['id']} is called {str(name)[:60]!r}; a name is text, and "
+                            "not empty")
     for note in content["annotations"]:
         box = note["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)):
             raise UserError(f"{source}: annotation {note['id']}: bbox {str(box)[:80]} is not "
                             "[x, y, width, height]")
+        if box[2] < 0 or box[3] < 0:
+            raise UserError(f"{source}: annotation {note['id']}: bbox {str(box)[:80]} has a negative width or height: "
+                            "bbox must be [x, y, width, height] from the upper left corner")
         if note.get("iscrowd") not in (None, 0, 1):
             raise UserError(f"{source}: annotation {note['id']}: iscrowd {str(note['iscrowd'])[:40]!r} is not 0 or 1")
         if (area := note.get("area")) is not None and not (_is_number(area) and area >= 0):

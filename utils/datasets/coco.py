@@ -10,7 +10,15 @@ from utils import processes
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
-from utils.datasets.annotations import ADVICE, coco_split, label_table, one_category_each, read_annotations
+from utils.datasets.annotations import (
+    ADVICE,
+    coco_split,
+    label_table,
+    notes_on_images,
+    one_category_each,
+    read_annotations,
+    usable_boxes,
+)
 from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
 
 
@@ -62,38 +70,17 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or
         left out."""
-        extent = {image["id"]: (image["width"], image["height"]) for image in images}
-        boxes, labels = {i: [] for i in extent}, {i: [] for i in extent}
-        clipped = dropped = 0
-        for note in annotations:
-            owner = note["image_id"]
-            if owner not in extent or note.get("iscrowd", 0) or note["category_id"] not in self.label_of:
-                continue
-            x, y, w, h = note["bbox"]
-            width, height = extent[owner]
-            box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-            if box[2] - box[0] < 1 or box[3] - box[1] < 1:
-                dropped += 1
-                continue
-            clipped += max(abs(a - b) for a, b in zip(box, [x, y, x + w, y + h], strict=True)) > 1
-            boxes[owner].append(box)
-            labels[owner].append(self.label_of[note["category_id"]])
-        counts = [len(boxes[i]) for i in self.image_ids]
-        self.ends = np.cumsum([0, *counts])
-        self.boxes = np.array([b for i in self.image_ids for b in boxes[i]], np.float32).reshape(-1, 4)  # xyxy pixels
-        self.labels = np.array([v for i in self.image_ids for v in labels[i]], np.int64)
-        notes, kept = [], len(self.labels)
-        if dropped >= 5 and not kept:
-            raise UserError(f"{self.annotation_file.as_posix()}: all {dropped} box(es) are thinner than one pixel: "
-                            "bbox must be [x, y, width, height] in pixels, not in shares of the image")
-        if clipped >= 10 and clipped > kept / 2:
-            raise UserError(f"{self.annotation_file.as_posix()}: {clipped} of {kept} boxes reach out of their image: "
-                            "bbox must be [x, y, width, height], not [x1, y1, x2, y2]")
-        if clipped:
-            notes.append(f"{clipped} box(es) reached out of their image by more than a pixel and were clipped")
-        if dropped:
-            notes.append(f"{dropped} box(es) thinner than one pixel were left out")
-        return [f"{self.annotation_file.as_posix()}: {note}" for note in notes]
+        index_of = {image["id"]: i for i, image in enumerate(images)}
+        objects = [note for note in annotations if note["image_id"] in index_of and not note.get("iscrowd", 0)
+                   and note["category_id"] in self.label_of]
+        usable = usable_boxes(objects, images, self.annotation_file.as_posix())
+        owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
+        order = np.flatnonzero(usable.kept)
+        order = order[np.argsort(owner[order], kind="stable")]
+        self.ends = np.cumsum([0, *np.bincount(owner[order], minlength=len(images))])
+        self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels
+        self.labels = np.array([self.label_of[objects[i]["category_id"]] for i in order], np.int64)
+        return usable.notes + notes_on_images(images, self.annotation_file.as_posix())
 
     def __len__(self):
         return len(self.files)
@@ -206,7 +193,16 @@ def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR"
     if clean.resolve() == rainy.resolve():
         raise UserError(f"{constants[0]} and {constants[1]} are the same folder ('{clean.as_posix()}'): give the clean "
                         "images and their rainy twins, which make_rain.py writes")
-    if any((folder / "rain.json").is_file() for folder in (clean, clean.parent)):
+    require_no_rain(clean, constants)
+
+
+def require_no_rain(clean, constants):
+    """UserError where a folder that should hold clean images, or the one above, holds make_rain.py's rain.json.
+
+    constants: the names of the one with the clean and of the one with the rainy images.
+    """
+    clean = Path(str(clean))
+    if any((folder / "rain.json").is_file() for folder in (clean, clean.resolve().parent)):
         raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote (rain.json), not "
                         f"clean images: are {constants[0]} and {constants[1]} swapped?")
 

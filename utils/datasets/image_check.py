@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from utils import processes, system
 from utils.config import UserError
 
-RULES = 1         # raise it when a check finds more than it did: what was found good before is then looked at again
+RULES = 2         # raise it when a check finds more than it did: what was found good before is then looked at again
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
 ODD_MARGIN = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
 THUMBNAIL = 24    # pixels
@@ -27,7 +27,8 @@ def check_images(paths, what, sizes=None, partners=None):
     """Decode every file once, at low resolution. Under torchrun the main process does it, so every process must call.
 
     A truncated JPEG is found as well: the entropy-coded data is read to the end, only the inverse DCT is skipped. That
-    a large set was found good is remembered in the cache folder, by its files' paths, sizes and times.
+    a large set was found good is remembered in the cache folder, by its files' paths, sizes and times. Images that are
+    stored turned (EXIF orientation) are noted with their number; sizes are those of the upright image.
 
     Args:
         paths: files; what: where they come from, for the message.
@@ -47,16 +48,23 @@ def _check(paths, what, sizes, partners):
         with suppress(OSError, RuntimeError):  # no home folder, or one that this user may not look into
             seal = system.cache_folder() / "checked_images" / _fingerprint(paths, sizes, partners)
             if seal.exists():
+                if note := seal.read_text(encoding="utf-8"):
+                    processes.say(note)
                 return
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, system.available_cores())) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         answers = pool.map(_problem, paths, sizes, partners)
         found = list(processes.progress(answers, f"checking {what}", total=len(paths), unit="image",
                                         shown=large))
-    broken = [text for text in found if text]
+    broken = [text for text, _ in found if text]
     if broken:
         raise UserError(f"{len(broken)} bad image(s) in {what}: {system.listed(broken, separator='; ')}. "
                         "Replace them or remove them from the data set.")
+    note = ""
+    if turned := [Path(path).as_posix() for path, (_, is_turned) in zip(paths, found, strict=True) if is_turned]:
+        note = (f"note: {what}: {len(turned)} image(s) are stored turned or mirrored and are read upright, as their "
+                f"EXIF orientation says and viewers show them: {system.listed(turned, 3)}")
+        processes.say(note)
     pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
     sample = pairs[::max(1, len(pairs) // _SAMPLED)]
     if len(odd := _odd_pairs(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
@@ -65,36 +73,39 @@ def _check(paths, what, sizes, partners):
     elif seal is not None:
         with suppress(OSError):  # not remembered, then
             seal.parent.mkdir(parents=True, exist_ok=True)
-            seal.touch()
+            seal.write_text(note, encoding="utf-8")
 
 
 def _problem(path, expected, partner):
-    """-> what is wrong with a file, None if nothing is."""
-    name = Path(path).as_posix()
+    """-> what is wrong with a file (None if nothing is), whether it is stored turned or mirrored."""
+    name, turned = Path(path).as_posix(), False
     try:
         with Image.open(path) as image:
-            if expected and image.size != expected:
-                return f"{name} (is {image.width}x{image.height}, its annotation says {_extent(image, expected)})"
+            size, turned = system.upright_size(image), system.orientation(image) != 1
+            if expected and size != expected:
+                on_its_side = ": it was made of the picture as it is stored, on its side; turn it, or save the " \
+                              "image without its EXIF orientation" if size == expected[::-1] and turned else ""
+                return (f"{name} (is {size[0]}x{size[1]}, its annotation says {expected[0]}x{expected[1]}"
+                        f"{on_its_side})", turned)
             if partner is not None:
                 with Image.open(partner) as other:
-                    if image.size != other.size:
-                        return (f"{name} (is {image.width}x{image.height}, its partner {Path(partner).as_posix()} "
-                                f"{_extent(image, other.size)})")
+                    others = system.upright_size(other)
+                if size != others:
+                    return (f"{name} (is {size[0]}x{size[1]}, its partner {Path(partner).as_posix()} "
+                            f"{others[0]}x{others[1]})", turned)
             system.require_eight_bits(image)
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            _draft(image)
             image.load()
     except FileNotFoundError as error:
-        return f"{Path(error.filename or path).as_posix()} (missing)"
+        return f"{Path(error.filename or path).as_posix()} (missing)", turned
     except system.FAULTS as error:
-        return f"{name} ({error})"
-    return None
+        return f"{name} ({error})", turned
+    return None, turned
 
 
-def _extent(image, size):
-    """-> (width, height) in words, and where the two differ by a camera's note alone, what to do."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) and image.size == size[::-1]
-    return f"{size[0]}x{size[1]}" + (": it lies on its side, as its EXIF orientation says; save it upright, for "
-                                     "instance with PIL.ImageOps.exif_transpose" if turned else "")
+def _draft(image):
+    """Let an open JPEG be decoded at an eighth of its size."""
+    image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
 
 
 def _fingerprint(paths, sizes, partners):
@@ -103,7 +114,7 @@ def _fingerprint(paths, sizes, partners):
     for path, *asked in zip(paths, sizes, partners, strict=True):
         try:
             state = os.stat(path)
-        except OSError:
+        except (OSError, ValueError):
             state = None  # will be reported as missing
         digest.update(f"{os.path.abspath(path)}|{state and (state.st_size, state.st_mtime_ns)}|{asked}\n".encode(
             errors="surrogatepass"))
@@ -125,7 +136,7 @@ def _odd_pairs(pairs):
 
 def thumbnail(image):
     """Open PIL image -> (n,) float32 of mean 0 and norm 1, whose products are correlations."""
-    image.draft("RGB", (image.width // 8, image.height // 8))
+    _draft(image)
     grey = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
     grey = grey - grey.mean()
     return grey / max(float(np.linalg.norm(grey)), 1e-6)

@@ -34,8 +34,8 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
     """
     root = Path(root)
     for path in (root, root / "images", root / "labels.txt"):
-        if not path.exists():
-            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} does not exist; {_LAYOUT}")
+        if problem := system.absent(path, folder=path.suffix != ".txt"):
+            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} {problem}; {_LAYOUT}")
     files = system.images_in(root / "images", below=False)
     if not files:
         raise UserError(f"{constant} = '{root.as_posix()}': images/ holds no images; {_LAYOUT}")
@@ -43,7 +43,7 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
     for path in files:
         try:
             with Image.open(path) as image:
-                width, height = image.size
+                width, height = system.upright_size(image)
         except system.FAULTS as error:
             raise UserError(f"cannot read image {path.as_posix()}: {error}") from error
         images.append({"id": len(images) + 1, "file_name": path.name, "width": width, "height": height})

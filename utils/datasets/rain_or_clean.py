@@ -46,7 +46,7 @@ def add_weather(image, rng, kind=None):
 def in_validation(path, share):
     """Whether an image belongs to the validation part: a function of its file name without extension alone, so that a
     clean image and its rainy twin never end up on different sides."""
-    digest = hashlib.blake2b(Path(path).stem.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(Path(path).stem.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < share
 
 

@@ -14,15 +14,28 @@ from utils.images import to_floats
 
 
 def read_image(path):
-    """-> (3, H, W) uint8 RGB. UserError with the file's name where it is missing or broken."""
+    """-> (3, H, W) uint8 RGB, upright as viewers and labelling tools show it (its EXIF orientation applied).
+
+    Raises:
+        UserError: missing or broken; names the file.
+    """
     try:
         with Image.open(path) as image:
             system.require_eight_bits(image)
-            return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+            turned = system.orientation(image)
+            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+            return pixels if turned == 1 else upright(pixels, turned)
     except FileNotFoundError:
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
     except system.FAULTS as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
+
+
+def upright(image, orientation):
+    """(3, H, W) as it is stored -> turned and mirrored; orientation: of system.orientation."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    return image.flip({2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())).contiguous()
 
 
 def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
@@ -32,7 +45,8 @@ def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
     """
     if not 0 < percent <= 100:
         raise UserError(f"PERCENT_DATASET = {percent}: choose a number above 0, up to 100")
-    digests = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names]
+    digests = [hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+               for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)[:max(1, round(len(names) * percent / 100))]
     return sorted(order[round(part[0] * len(order)):round(part[1] * len(order))])
 
@@ -58,8 +72,8 @@ def images_by_name(folder, constant, advice):
         UserError: names `constant`; where the folder does not exist, it ends in `advice`: where to get the images.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{constant} = '{folder.as_posix()}' does not exist. {advice}")
+    if problem := system.absent(folder, folder=True):
+        raise UserError(f"{constant} = '{folder.as_posix()}' {problem}. {advice}")
     found = {}
     for path in system.images_in(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -97,9 +111,9 @@ def images_below(folders, constant):
     found = {}
     for folder in folders:
         folder = Path(str(folder))
-        if not folder.is_dir():
-            raise UserError(f"{constant}: '{folder.as_posix()}' does not exist. Set the constant to folders of images, "
-                            "or try --demo.")
+        if problem := system.absent(folder, folder=True):
+            raise UserError(f"{constant}: '{folder.as_posix()}' {problem}. Set the constant to folders of images, or "
+                            "try --demo.")
         paths = system.images_in(folder)
         if not paths:
             raise UserError(f"{constant}: '{folder.as_posix()}' holds no images "

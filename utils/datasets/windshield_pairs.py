@@ -8,7 +8,6 @@ that lie a second apart are nearly one picture: a split through a sequence would
 """
 
 import hashlib
-import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from utils import system
 from utils.config import UserError
 from utils.datasets import image_check, image_pairs
+from utils.datasets.coco import require_clean_and_rainy
 from utils.datasets.samples import images_by_name
 from utils.weather import rain, windshield
 
@@ -46,11 +46,12 @@ def find_pairs(rainy_dir, clear_dir):
     Returns:
         {name: (rainy path, clear path)}, lines about what is odd but can be used.
     Raises:
-        UserError: a rainy image without its partner, unequal sizes, unreadable files, all in one report; names
-        RAINY_DIR and CLEAR_DIR.
+        UserError: swapped folders; a rainy image without its partner, unequal sizes, unreadable files, all in one
+        report; names RAINY_DIR and CLEAR_DIR.
     """
     rainy, clear = (images_by_name(folder, constant, _ADVICE) for folder, constant in ((rainy_dir, "RAINY_DIR"),
                                                                                        (clear_dir, "CLEAR_DIR")))
+    require_clean_and_rainy(clear_dir, rainy_dir, ("CLEAR_DIR", "RAINY_DIR"))
     pairs = {name: (rainy[name], clear[name]) for name in sorted(rainy.keys() & clear.keys())}
     faults = [f"{path.as_posix()} has no partner in CLEAR_DIR" for name, path in sorted(rainy.items())
               if name not in clear]
@@ -80,7 +81,8 @@ def _look_at(pair):
     for path, row in zip(pair, small, strict=True):
         try:
             with Image.open(path) as image:
-                sizes.append(image.size)
+                system.require_eight_bits(image)
+                sizes.append(system.upright_size(image))
                 row[:] = image_check.thumbnail(image)
         except system.FAULTS as error:
             return f"{path.as_posix()} cannot be read ({error})", small
@@ -118,7 +120,8 @@ def split_names(names, counts, seed=0, separator=""):
     if len(sequences) < sum(count > 0 for count in counts):
         raise UserError(f"{len(names)} pair(s) in {len(sequences)} sequence(s) are too few for a split: add images, or "
                         f"choose another SEQUENCE_SEPARATOR than {separator!r}")
-    order = sorted(sequences, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
+    order = sorted(sequences, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogatepass"),
+                                                                   digest_size=8).digest())
     scale = min(1.0, len(names) / sum(counts))
     wanted = {part: max(1, round(count * scale)) for part, count in zip(PARTS, counts, strict=True)}
     if scale < 1:  # rounding must not take the last pair from training
@@ -146,10 +149,12 @@ def read_splits(path, names):
         UserError: no such file, unknown names, a name in two parts; names SPLITS_FILE.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = system.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"SPLITS_FILE = '{path}' is not readable JSON: {error}") from error
-    if not isinstance(content, dict) or not {"train", "val"} <= set(content):
+    if not isinstance(content, dict) or not {"train", "val"} <= set(content) or not all(
+            isinstance(content.get(part, []), list) and all(isinstance(name, str) for name in content.get(part, []))
+            for part in PARTS):
         raise UserError(f"SPLITS_FILE = '{path}': expected {{\"train\": [names], \"val\": [names], \"test\": [names]}}")
     known, parts, seen = set(names), {part: [] for part in PARTS}, {}
     for part in PARTS:
@@ -174,7 +179,7 @@ def intensities(rainy_dir, pairs):
     The rain of a file is a function of the seed and of its name, so its intensity can be drawn again.
     """
     try:
-        settings = json.loads((Path(rainy_dir) / "rain.json").read_text(encoding="utf-8"))
+        settings = system.read_json(Path(rainy_dir) / "rain.json")
         if settings["kind"] != "windshield" or settings["version"] != windshield.VERSION:
             return {}
         seed, intensity = settings["seed"], settings["intensity"]

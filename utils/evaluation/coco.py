@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from utils import processes
 from utils.boxes import corner_and_extent, decode
-from utils.datasets.annotations import read_annotations
+from utils.datasets.annotations import read_annotations, usable_boxes
 from utils.images import to_floats
 
 try:  # the same numbers (tests hold them against each other) in a sixth of the time: benchmarks/scoring.py
@@ -53,7 +53,7 @@ def entries(found):
 
 def ground_truth(annotation_file):
     """-> pycocotools COCO of a file, without its console output; missing iscrowd and area are filled in."""
-    return _indexed(read_annotations(annotation_file))
+    return _indexed(_without_thin_boxes(read_annotations(annotation_file)))
 
 
 def merged_ground_truth(annotation_files, new_ids):
@@ -72,7 +72,17 @@ def merged_ground_truth(annotation_files, new_ids):
         merged["annotations"] += [note | {"image_id": new_ids[name, note["image_id"]]}
                                   for note in content["annotations"] if (name, note["image_id"]) in new_ids]
     notes = [note | {"id": number} for number, note in enumerate(merged["annotations"], 1)]
-    return _indexed(merged | {"annotations": notes, "categories": list(merged["categories"].values())})
+    return _indexed(_without_thin_boxes(
+        merged | {"annotations": notes, "categories": list(merged["categories"].values())}))
+
+
+def _without_thin_boxes(content):
+    """Leave out the objects that training leaves out, see `usable_boxes`: nobody is to find them. pycocotools itself
+    would count them as missed."""
+    notes = content["annotations"]
+    kept = usable_boxes(notes, content["images"], None).kept
+    return content | {"annotations": [note for note, good in zip(notes, kept, strict=True)
+                                      if good or note.get("iscrowd")]}
 
 
 def _indexed(content):

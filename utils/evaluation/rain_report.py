@@ -30,6 +30,9 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
     for batch in processes.progress(loader, name):
         batch = datasets.to_device(batch, device)
         logits = rain_detector(batch["images"]).float().cpu().tolist()
+        if not np.isfinite(logits).all():
+            raise UserError("the rain detector's outputs are not finite: its weights are damaged, or a training has "
+                            "diverged")
         found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
                   zip(logits, batch["domains"], batch["paths"], strict=True)]
     found = gather_object(found)
@@ -43,6 +46,8 @@ def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "T
         {name: (paths, "clean" or "rainy")}.
     """
     sets, used, owner = {}, set(), {}
+    for folder in clean_dirs:
+        datasets.require_no_rain(folder, constants)
     for folders, domain, constant in zip((clean_dirs, rainy_dirs), ("clean", "rainy"), constants, strict=False):
         for folder in folders:
             paths = images_below([folder], constant)

@@ -36,11 +36,11 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that th
 
 # --- models -------------------------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # vanilla: the detector that the training runs started from
-MULTISCALE_MODEL_NAME = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
-LIGHTWEIGHT_MODEL_NAME = "./outputs_feature_derain_lightweight/model"  # the same with DERAIN_TYPE = "lightweight"
+MULTISCALE_MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
+LIGHTWEIGHT_MODEL_NAME: str | None = "./outputs_feature_derain_lightweight/model"  # of DERAIN_TYPE = "lightweight"
 FINETUNED_MODEL_NAME = ""               # the baseline to beat: detector/ of Training_RTDETR.py on the same rainy mix
-SPDNET_MODEL_PATH = "./model_spa.pt"    # the original SPDNet
-ADAPTED_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
+SPDNET_MODEL_PATH: str | None = "./model_spa.pt"  # the original SPDNet
+ADAPTED_MODEL_PATH: str | None = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
 DERAIN_SCALE = 1.0                      # of both SPDNets, as they were trained
 
 # --- evaluation ---------------------------------------------------------------------------------------------------

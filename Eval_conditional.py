@@ -43,12 +43,12 @@ RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
 RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
-ORIGINAL_SPDNET_PATH = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
+ORIGINAL_SPDNET_PATH: str | None = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
-SOFT_PIPELINE_DIR = ""                  # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its rows out
-HARD_PIPELINE_DIR = ""                  # the same from a run with GATE = "hard", to compare the two
+SOFT_PIPELINE_DIR: str | None = ""      # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its rows out
+HARD_PIPELINE_DIR: str | None = ""      # the same from a run with GATE = "hard", to compare the two
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
-FEATURE_MODEL_DIR = ""                  # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
+FEATURE_MODEL_DIR: str | None = ""      # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies

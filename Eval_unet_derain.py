@@ -33,16 +33,16 @@ from utils.networks.unet import load_unet, require_tiles, restore
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
-RAINY_DIR = "./data/windshield_rainy_v40"  # the same names through a wet windshield; "" leaves the pairs out
-SPLITS_FILE = "./outputs_unet/splits.json"  # which pairs are test pairs; "" takes all (pairs of another source)
-REAL_DIR = "./data/real_rainy"          # photographs of real rain; "" leaves them out
-LABELED_RAIN_DIR = ""                   # COCO-layout root of real rain with boxes (its val split), for RT-DETR; "" none
+RAINY_DIR: str | None = "./data/windshield_rainy_v40"  # the same names in rain; "" leaves the pairs out
+SPLITS_FILE: str | None = "./outputs_unet/splits.json"  # which are test pairs; "" takes all (of another source)
+REAL_DIR: str | None = "./data/real_rainy"  # photographs of real rain; "" leaves them out
+LABELED_RAIN_DIR: str | None = ""       # COCO-layout root of real rain with boxes (its val split), for RT-DETR; "" none
 
 # --- models -------------------------------------------------------------------------------------------------------
 UNET_PATH = "./outputs_unet/best.pt"    # from train_unet_derain.py
-RAIN_DETECTOR_PATH = ""                 # from Training_RainDetector.py; "" leaves its probabilities out
+RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py; "" leaves its probabilities out
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # detects in LABELED_RAIN_DIR
-LPIPS_WEIGHTS = "imagenet"              # AlexNet: downloaded once (233 MB), a local file of torchvision's, or ""
+LPIPS_WEIGHTS: str | None = "imagenet"  # AlexNet: downloaded once (233 MB), a local file of torchvision's, or ""
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 IMAGE_SIZE = 256                        # side of the square of the training, for the rows "as trained"

@@ -39,7 +39,7 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that on
 AUGMENTATION = "full"                   # full: colour, zoom out, IoU crop, mirror; mirror: only that (plenty of data)
 
 # --- model --------------------------------------------------------------------------------------------------------
-RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder to start from; "" starts from scratch
+RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # hub id or folder to start from; "" starts from scratch
 ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny; only used from scratch
 
 # --- training -----------------------------------------------------------------------------------------------------

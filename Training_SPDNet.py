@@ -42,7 +42,7 @@ IMAGE_SCALE = 1.0                       # 0.5 for an SPDNet that will run at DER
 # --- model --------------------------------------------------------------------------------------------------------
 SPDNET_N_FEATS = 32                     # width; 32 is the published size
 SPDNET_N_RESBLOCKS = 3                  # residual blocks per group; 3 is the published size
-SPDNET_MODEL_PATH = ""                  # weights to go on from; "" starts new
+SPDNET_MODEL_PATH: str | None = ""      # weights to go on from; "" starts new
 INITIALISATION = "identity"             # identity: out = in at the start (SPDNet has no skip connection); or default
 ACTIVATION_CHECKPOINTING = False        # 8 GB per batch of 16 patches; True: about 1.1, for 1.4 times the time
 

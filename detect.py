@@ -48,7 +48,7 @@ RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from 
 FEATURE_MODEL_DIR = "./outputs_feature_derain/model"  # of feature, from Training_FeatureDerain.py
 RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; as in its training
-PIPELINE_DIR = ""                       # folder of save_pretrained: replaces the constants above for conditional
+PIPELINE_DIR: str | None = ""           # folder of save_pretrained: replaces the constants above for conditional
 IMAGE_SIZE = 640                        # side of the square that the models see, as in training
 BATCH_SIZE = 4                          # images per forward; 1 for a camera, so that nothing waits
 

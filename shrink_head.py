@@ -12,7 +12,6 @@ stay what they were. The encoder's proposals are ranked by their best kept class
 left out no longer take queries away.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -21,9 +20,10 @@ import torch
 
 from rfdetr import config as rfdetr_config
 from rfdetr import model, run_report, weights
-from utils import checkpoint, config, processes, report
+from utils import checkpoint, config, processes, report, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
+from utils.training.plan import usable_seed
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
 OUT_CKPT = ""                           # the new file; replaced only where shrink_head.py wrote it itself
@@ -169,8 +169,8 @@ def require_paths(in_ckpt, out_ckpt):
         if not value:
             raise UserError(f"{flag} is missing: shrink_head.py --in_ckpt FILE --out_ckpt FILE --keep NAME [NAME ...]")
     source, target = Path(in_ckpt), Path(out_ckpt)
-    if not source.is_file():
-        raise UserError(f"--in_ckpt {source.as_posix()}: there is no such file")
+    if problem := system.absent(source):
+        raise UserError(f"--in_ckpt {source.as_posix()} {problem}")
     if target.is_dir():
         raise UserError(f"--out_ckpt {target.as_posix()} is a folder: give a file name")
     if target.exists():
@@ -191,7 +191,7 @@ def dataset_of(content, folder):
     """-> DATASET_DIR of the run that wrote a checkpoint, by its own constants or by results.json in its folder; None
     where neither says so."""
     try:
-        constants = content.get("constants") or json.loads((folder / "results.json").read_bytes())["constants"]
+        constants = content.get("constants") or system.read_json(folder / "results.json")["constants"]
         return constants.get("DATASET_DIR")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # a missing or foreign file: a hint is no reason to fail
@@ -209,6 +209,7 @@ def next_command(size, source, target, dataset):
 def main(**overrides):
     """Shrink; -> the new checkpoint's content."""
     cfg = config.resolve(globals(), overrides)
+    usable_seed("SEED", cfg.SEED)
     source, target = require_paths(cfg.IN_CKPT, cfg.OUT_CKPT)
     content, name = weights.content_of(source)
     state = content["model"]

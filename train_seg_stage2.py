@@ -35,7 +35,7 @@ MULTI_SCALE = True                      # every batch at another size around RES
 EXPANDED_SCALES = False                 # a wider range of sizes
 AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)
 CACHE_FEATURES = False                  # compute the detector's features once: many times faster epochs, mirror only
-CACHE_DIR = ""                          # where they are kept, 1.5 MB an image at 384; "" is RUNS_DIR/feature_cache
+CACHE_DIR: str | None = ""              # where they are kept, 1.5 MB an image at 384; "" is RUNS_DIR/feature_cache
 WORKERS = 2                             # processes that load images; 0 avoids trouble with spawn in notebooks
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -23,23 +23,23 @@ import torch
 from PIL import Image
 
 from utils import config, datasets, freeze, losses, processes, report, system, visualize
-from utils.datasets import loaders, presets, windshield_pairs
+from utils.datasets import image_check, loaders, presets, windshield_pairs
 from utils.datasets.samples import images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
 from utils.images import to_floats
 from utils.networks.unet import new_unet, require_tiles, restore
 from utils.training import engine
-from utils.training.plan import Plan
+from utils.training.plan import Plan, not_negative, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # clear images, searched recursively
 RAINY_DIR = "./data/windshield_rainy_v40"  # the same names through a wet windshield
-REAL_DIR = "./data/real_rainy"          # photographs of real rain without ground truth, only looked at; "" for none
+REAL_DIR: str | None = "./data/real_rainy"  # photographs of real rain without ground truth, only looked at; "" for none
 TRAIN_PAIRS = 1200                      # the plan's split of 1550 pairs; fewer are shared out in proportion
 VAL_PAIRS = 150                         # for "best", early stopping and the learning rate
 TEST_PAIRS = 200                        # kept for Eval_unet_derain.py
-SPLITS_FILE = ""                        # a splits.json {"train": [names], "val": [...], "test": [...]} instead
+SPLITS_FILE: str | None = ""            # a splits.json {"train": [names], "val": [...], "test": [...]} instead
 SEQUENCE_SEPARATOR = ""                 # "_" keeps drive07_0001, drive07_0002, ... in one part; "" splits freely
 IMAGE_SIZE = 256                        # side of the square that is trained on; 512 for quality
 RANDOM_CROP = False                     # True cuts a random square (keeps the aspect ratio), False stretches
@@ -48,7 +48,7 @@ COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the 
 
 # --- model --------------------------------------------------------------------------------------------------------
 ARCH = "resnet34"                       # encoder of segmentation_models_pytorch, or "unet" for the plan's own
-ENCODER_WEIGHTS = "imagenet"            # downloaded once; a local file of torchvision's; "" starts from random
+ENCODER_WEIGHTS: str | None = "imagenet"  # downloaded once; a local file of torchvision's; "" starts from random
 BASE_WIDTH = 64                         # "unet": channels of the first level
 DROPOUT = 0.2                           # share of channels dropped at the deepest levels, against overfitting
 RESIDUAL = True                         # predict the correction of the input; False: the image itself
@@ -93,7 +93,7 @@ DEMO = {
     "REAL_DIR": "./demo/windshield/real_rainy", "CHECKPOINT_DIR": "./demo/outputs_unet", "IMAGE_SIZE": 64,
     "TRAIN_PAIRS": 2050, "SEQUENCE_SEPARATOR": "_",  # each scene is there behind two panes
     "ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "COLOR_JITTER": 0.0, "PERCEPTUAL_WEIGHT": 0.0,
-    "SSIM_WEIGHT": 0.1, "EPOCHS": 10, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
+    "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
     "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
 }
 _OPTIMIZERS = {"adam": (torch.optim.AdamW, 0.0), "adamw": (torch.optim.AdamW, 0.01),
@@ -111,6 +111,10 @@ def check(cfg):
         raise config.UserError(f"OPTIMIZER = {cfg.OPTIMIZER!r}: choose one of {', '.join(_OPTIMIZERS)}")
     if not (0 <= cfg.FLIP <= 1 and cfg.COLOR_JITTER >= 0):
         raise config.UserError(f"FLIP = {cfg.FLIP} must be in [0, 1], COLOR_JITTER = {cfg.COLOR_JITTER} at least 0")
+    for name in ("CHECKPOINT_EVERY", "SAMPLE_EVERY", "REAL_EVERY"):
+        whole(0, "never")(name, getattr(cfg, name))
+    for name in ("TARGET_PSNR", "TARGET_SSIM"):
+        not_negative(name, getattr(cfg, name))
     require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
 
 
@@ -157,7 +161,9 @@ def real_photographs(cfg, count=6):
         processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' does not exist, so no real rain is looked at during training")
         return []
     paths = images_below([cfg.REAL_DIR], "REAL_DIR")
-    return [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    image_check.check_images(chosen, "REAL_DIR")  # now, not in the epoch that draws them
+    return chosen
 
 
 # ---- model and loss --------------------------------------------------------------------------------------------

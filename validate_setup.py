@@ -135,6 +135,9 @@ def check_disk(found, cfg):
     folder = Path(cfg.RUNS_DIR).resolve()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        found.fail(f"--runs_dir {cfg.RUNS_DIR}: {folder.as_posix()} is a file: choose another --runs_dir")
+        return
     free, needed = shutil.disk_usage(folder).free / 2**30, 11 * 4 * _COSTS[cfg.SIZE][0] / 1000 + 0.1
     text = f"{free:.1f} GB free for {cfg.RUNS_DIR}; a run of {cfg.SIZE} takes about {needed:.1f} GB"
     if not os.access(folder, os.W_OK):

@@ -14,7 +14,7 @@ from utils.datasets import loaders, presets
 from utils.datasets.annotations import coco_split, read_annotations
 
 COCO_DIR = "./dataset/coco"             # COCO-layout root; its train split is read
-COCO_RAIN_DIR = ""                      # its rainy twin; "" skips the rows with twins
+COCO_RAIN_DIR: str | None = ""          # its rainy twin; "" skips the rows with twins
 IMAGE_SIZE = 640                        # side of the square input
 IMAGES = 300                            # images per measurement (repeated where the set has fewer)
 WORKERS = 2                             # loader processes of the second measurement

@@ -77,8 +77,8 @@ def stage1_checkpoint(cfg):
     if cfg.RESUME:
         return Path(cfg.RESUME) / "last.pt"
     if cfg.CHECKPOINT:
-        if not Path(cfg.CHECKPOINT).is_file():
-            raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} does not exist: give the file that "
+        if problem := system.absent(cfg.CHECKPOINT):
+            raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} {problem}: give the file that "
                             "shrink_head.py wrote, or leave it out to take --stage1_run's best.pt")
         return Path(cfg.CHECKPOINT)
     if not cfg.STAGE1_RUN:

@@ -84,11 +84,11 @@ def test_a_new_run_gets_a_new_folder(tmp_path):
     for name in ("detector_nano_384_2", "detector_nano_384_10", "detector_nano_384_x", "detector_nano_3840_77"):
         (tmp_path / name).mkdir()
     for number in (11, 12):  # the second one starts before the first has written anything
-        assert training.run_folder(tmp_path, "detector_nano_384").name == f"detector_nano_384_{number}"
-    assert training.run_folder(tmp_path / "none_yet", "detector_nano_384").is_dir()
+        assert training.new_folder(tmp_path, "detector_nano_384").name == f"detector_nano_384_{number}"
+    assert training.new_folder(tmp_path / "none_yet", "detector_nano_384").is_dir()
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write to .*file/runs"):
-        training.run_folder(tmp_path / "file" / "runs", "detector_nano_384")
+        training.new_folder(tmp_path / "file" / "runs", "detector_nano_384")
 
 
 def test_stage1_resumes_bit_for_bit_with_its_own_constants(dataset, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
     ({"SIZE": "huge"}, "size 'huge': choose one of nano"),
     ({"RESOLUTION": 100}, "--resolution 100: size tiny needs a multiple of 16"),
     ({"DATASET_DIR": "nowhere"}, "nowhere does not exist"),
-    ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file not found: missing.pth"),
+    ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file missing.pth does not exist"),
     ({"RESUME": "nowhere"}, "there is no last.pt in it"),
     ({"LR": -1.0}, "^--lr -1.0: .* not negative"),
     ({"EPOCHS": 0}, "--epochs 0: choose 1 or more"),
@@ -368,7 +368,7 @@ def test_a_run_of_an_earlier_release_resumes(earlier):
 
 def test_a_last_pt_of_another_program_is_refused(tmp_path):
     checkpoint.save({"model": {}, "constants": {}}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="run of another script"):
+    with pytest.raises(UserError, match="last.pt in it is not of this project"):
         train_detector_stage1.main(RESUME=str(tmp_path))
 
 

@@ -337,7 +337,7 @@ def test_other_files_are_refused(tmp_path):
         weights.load_pretrained(new(), tmp_path / "other.pt")
     with pytest.raises(UserError, match="list.pt holds no state dict"):
         weights.rows_of(tmp_path / "list.pt")
-    with pytest.raises(UserError, match="weight file not found"):
+    with pytest.raises(UserError, match="weight file .* does not exist"):
         weights.load_detector(tmp_path / "none.pt")
 
 
@@ -354,7 +354,7 @@ def test_a_checkpoint_with_code_is_refused_without_running_it(ours, tmp_path, lo
         for entry in whole.infolist():
             trap = entry.filename.endswith("data.pkl")
             copy.writestr(entry, pickle.dumps({"model": Code()}, protocol=2) if trap else whole.read(entry))
-    with pytest.raises(UserError, match="not a readable checkpoint of tensors: (?!.*weights_only)"):
+    with pytest.raises(UserError, match="not a readable checkpoint: (?!.*weights_only)"):
         load(tampered)
     assert not witness.exists()
     torch.load(tampered, weights_only=False)  # the trap works where code is allowed

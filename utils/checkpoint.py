@@ -4,7 +4,6 @@ Files are written beside their target and moved into place, so a killed run neve
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -47,10 +46,10 @@ def _on_cpu(content):
 def replace_folder(write, folder):
     """Let `write(path)` fill a new folder, then put it in the place of `folder`, the old one kept until that is done.
 
-    A kill at any moment leaves the old folder, the new one, or the old one under .<name>.old (moved back next time).
+    A kill at any moment leaves the old folder, the new one, or the old one under another name (moved back next time).
     """
     folder = Path(folder)
-    fresh, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    fresh, old = (folder.with_name(f".{folder.name}{ending}") for ending in (system.TEMPORARY, ".rainsight-old"))
     if old.exists() and not folder.exists():
         system.replace(old, folder)
     for leftover in (fresh, old):
@@ -67,16 +66,18 @@ def replace_folder(write, folder):
 def load(path, device="cpu"):
     """-> the content of a checkpoint file. Foreign files may hold an argparse.Namespace; nothing else is unpickled."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"weight file not found: {path.as_posix()}")
+    if problem := system.absent(path):
+        raise CheckpointError(f"weight file {path.as_posix()} {problem}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location=device, weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: whatever torch makes of a broken file
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in first_line:  # torch would have the user run whatever code is in there
-            first_line = "damaged, or it holds other things than tensors"
-        raise CheckpointError(f"{path.as_posix()} is not a readable checkpoint of tensors: {first_line}") from error
+        # torch's own words lead astray: they would have the user run whatever code is in there, or are a number
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else (
+            "it is damaged, only half there, something else, or holds other things than tensors")
+        raise CheckpointError(f"{path.as_posix()} is not a readable checkpoint: {reason}") from error
 
 
 def load_state(path, device="cpu"):
@@ -90,6 +91,8 @@ def load_state(path, device="cpu"):
         content = inner
     if not isinstance(content, dict):
         raise CheckpointError(f"{Path(path).as_posix()} holds a {type(content).__name__}, not a state dict")
+    if not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{Path(path).as_posix()} is not a state dict: its tensors are numbered, not named")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
@@ -105,7 +108,7 @@ def load_settings(path, keys, constant, otherwise):
     if not path.is_file():
         raise CheckpointError(f"{constant} = '{path.parent.as_posix()}' has no {path.name}: {otherwise}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = system.read_json(path)
     except (OSError, ValueError):
         settings = None
     if not isinstance(settings, dict) or settings.keys() != set(keys):
@@ -150,17 +153,25 @@ def load_into(module, state, what, target=None, advice="", kept=()):
     """
     own, kept = module.state_dict(), set(kept)
     expected = {name: value for name, value in own.items() if name not in kept}
+    both = [(name, state[name], value) for name, value in expected.items() if name in state]
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-                             for name, value in expected.items() if name in state and state[name].shape != value.shape],
+        "of another shape": [f"{name} {tuple(given.shape)} instead of {tuple(value.shape)}"
+                             for name, given, value in both if given.shape != value.shape],
+        "of another kind": [f"{name} {_kind(given)} instead of {_kind(value)} numbers"
+                            for name, given, value in both if _kind(given) != _kind(value)],  # copied, they are cast
     }
     if any(problems.values()):
         parts = [f"{len(names)} {kind} ({system.listed(names, 3)})" for kind, names in problems.items() if names]
         raise CheckpointError(f"{what} does not fit {target or type(module).__name__}: keys {'; '.join(parts)}"
                               + (f". {advice}" if advice else ""))
     module.load_state_dict(own | state)
+
+
+def _kind(value):
+    """-> "real", "complex" or "whole" (also of truth values) numbers of a tensor."""
+    return "complex" if value.is_complex() else "real" if value.is_floating_point() else "whole"
 
 
 def load_network(path, build, arguments, constant, script, device="cpu"):
@@ -174,7 +185,7 @@ def load_network(path, build, arguments, constant, script, device="cpu"):
         UserError: the file is missing or holds something else; names `constant`.
     """
     if not Path(path).is_file():
-        raise UserError(f"{constant} = '{path}' does not exist: train one with {script}")
+        raise UserError(f"{constant} = '{path}' {system.absent(path)}: train one with {script}")
     content = load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or set(args) != set(arguments) or "model" not in content:

@@ -9,6 +9,7 @@ A constant takes values of its default's type. Where that says too little, an an
     RAIN_THRESHOLD: float | None = 0.5  # a number, or None
     PERCENT_DATASET: float = 10         # fractions as well; a whole number stays one
     SOURCE: str = "0"                   # text even where it looks like a number, else refused as a slip
+    REAL_DIR: str | None = "./real"     # "" (or None) for none; empty text is refused where the default has some
 
     cfg = config.resolve(globals(), {"BATCH_SIZE": 4})         # from Python: main(BATCH_SIZE=4)
     main(**config.from_command_line(globals()))                # from the shell: --BATCH_SIZE 4, --demo, --help
@@ -27,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 CONSTANT_TYPES = (bool, int, float, str, tuple, list, dict, type(None))
+_PATHS = ("_DIR", "_DIRS", "_PATH", "_FILE")  # endings of constants that name files and folders
 ANYTHING = (object,)  # what a constant without annotation takes whose default is None
 
 
@@ -101,16 +103,48 @@ def resolve(namespace, overrides):
     if use_demo and "DEMO" not in namespace:
         raise UserError("this script has no demo")
     values = dict(defaults)
-    for source in (namespace["DEMO"] if use_demo else {}, overrides):
+    demo = {name: _beside(namespace, value) for name, value in (namespace["DEMO"] if use_demo else {}).items()
+            if name not in overrides}
+    for source in (demo, overrides):
         for name, value in source.items():
             name = _known(name, values)
-            values[name] = _checked(name, value, kinds[name], defaults[name])
+            values[name] = _not_empty(name, _checked(name, value, kinds[name], defaults[name]), kinds[name],
+                                      defaults[name])
     for name, value in values.items():
         if isinstance(value, str) and str not in annotated.get(name, ()) and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
         if name in annotated:
             _checked(name, value, kinds[name], defaults[name])  # the default, where a person has edited it
+        _not_empty(name, value, kinds[name], defaults[name])
     return Config(demo=use_demo, **values)
+
+
+def _beside(namespace, value):
+    """-> a DEMO value; where it names a file of this project (./assets/...), that file, whatever folder the script was
+    started from. UserError where it is missing, before anything is drawn or computed."""
+    if not isinstance(value, str) or not value.startswith("./assets/") or "__file__" not in namespace:
+        return value
+    inside = Path(value)
+    for root in (Path(), *Path(namespace["__file__"]).resolve().parents[:2]):  # scripts lie in the root or in tools/
+        if (root / inside).exists():
+            return value if root == Path() else (root / inside).as_posix()
+    raise UserError(f"--demo needs {value}, which is missing beside the scripts: it is part of this project, get it "
+                    "again (git checkout assets)")
+
+
+def _not_empty(name, value, kinds, default):
+    """-> value; UserError for empty text, which as a path would be the current folder, where some is needed.
+
+    Text that may be None is "" then, so that scripts have one word for none.
+    """
+    if value is None and str in kinds:
+        return ""
+    texts = [one for one in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(one, str)]
+    needed = default != value or name.endswith(_PATHS)
+    if needed and not all(text.strip() for text in texts) and not {str, type(None)} <= set(kinds):
+        raise UserError(f"{name} = {value!r} {'is' if isinstance(value, str) else 'holds an'} empty text"
+                        + (f": leave it out for the default {default!r}" if default != value else ": give a path"))
+    return value
 
 
 def _is_number(text):
@@ -247,6 +281,10 @@ def _show_user_errors(kind, error, traceback):
         print("Error: the GPU is out of memory. Lower the batch size (and raise the accumulation steps by the same "
               "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or (GPUs from "
               "Ampere on) PRECISION = 'bf16', or leave --no_amp out. "
+              f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        print("Error: this machine's memory is full. Lower the batch size (and raise the accumulation steps by the "
+              "same factor), the image size or the number of loader processes, or close other programs. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)

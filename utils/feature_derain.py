@@ -15,7 +15,7 @@ from torch import nn
 from transformers import RTDetrImageProcessor
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
-from utils import checkpoint, freeze, report
+from utils import checkpoint, freeze, report, system
 from utils.config import UserError
 from utils.networks.rtdetr import (
     backbone_features,
@@ -294,8 +294,8 @@ class FeatureDerainRTDETR(nn.Module):
         derain_type: what the model must be, None for any.
         """
         folder = Path(folder)
-        if not folder.exists():
-            raise UserError(f"{constant} = '{folder.as_posix()}' does not exist: Training_FeatureDerain.py writes it "
+        if problem := system.absent(folder, folder=True):
+            raise UserError(f"{constant} = '{folder.as_posix()}' {problem}: Training_FeatureDerain.py writes it "
                             "(for a --demo: Training_FeatureDerain.py --demo)")
         settings = checkpoint.load_settings(folder / SETTINGS, ("derain_type", "num_residual_blocks", "width"),
                                             constant, "give the folder model/ that Training_FeatureDerain.py wrote")

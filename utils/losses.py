@@ -35,15 +35,19 @@ def _floats(value):
 def rtdetr_loss(logits, labels, device, pred_boxes, config, *args, **kwargs):
     """RT-DETR's criterion (Zhao et al. 2024), transformers' code; `detector.loss_function = rtdetr_loss` installs it.
 
-    Two additions, neither of which changes a float32 run on one device: it runs in float32 under autocast, and under
-    torchrun it is normalised by the boxes of all ranks (transformers uses each rank's own), so
-    that two processes equal one with the double batch.
+    Additions, none of which changes a float32 run on one device: it runs in float32 under autocast; under torchrun it
+    is normalised by the boxes of all ranks (transformers uses each rank's own), so that two processes equal one with
+    the double batch; outputs that are not finite give a loss of NaN instead of an exception.
 
     Args and returns: those of transformers' RTDetrForObjectDetectionLoss; the loss terms are scalars.
     """
-    with float32(torch.device(device).type):
-        loss, terms, auxiliary = RTDetrForObjectDetectionLoss(
-            _floats(logits), labels, device, _floats(pred_boxes), config, *_floats(args), **_floats(kwargs))
+    if torch.isfinite(logits).all() and torch.isfinite(pred_boxes).all():
+        with float32(torch.device(device).type):
+            loss, terms, auxiliary = RTDetrForObjectDetectionLoss(
+                _floats(logits), labels, device, _floats(pred_boxes), config, *_floats(args), **_floats(kwargs))
+    else:  # the matching would raise; a loss that is not finite is the training loop's to report
+        loss = (logits.float().sum() + pred_boxes.float().sum()) * float("nan")
+        terms, auxiliary = dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou"), loss), None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         own = sum(len(label["class_labels"]) for label in labels)
         everyone = torch.tensor(float(own), device=loss.device)
@@ -85,9 +89,15 @@ def rain_mask_loss(masks, rainy, clean):
     """
     with float32(rainy.device.type):
         change = (rainy.float() - clean.float()).abs().mean(1, keepdim=True) / RAIN_MASK_FULL  # (B, 1, H, W)
-        return torch.stack([
-            F.binary_cross_entropy(mask.float(), F.adaptive_avg_pool2d(change, mask.shape[-2:]).clamp(max=1))
-            for mask in masks]).mean()
+        return torch.stack([_cross_entropy(mask.float(), F.adaptive_avg_pool2d(change, mask.shape[-2:]).clamp(max=1))
+                            for mask in masks]).mean()
+
+
+def _cross_entropy(shares, targets):
+    """Binary cross entropy; NaN where shares are no numbers, for which torch raises (on a GPU it ends the process)."""
+    if torch.isfinite(shares).all():
+        return F.binary_cross_entropy(shares, targets)
+    return shares.sum() * float("nan")
 
 
 def pixel_l1(images, targets):

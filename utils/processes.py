@@ -20,6 +20,10 @@ def accelerator():
 
     Precision is the engine's business, whatever an `accelerate config` says. NCCL does not exist on Windows.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"the environment variable {name} = '{os.environ[name]}' must be a whole number; torchrun "
+                            "sets it, without torchrun remove it")
     # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if sys.platform == "win32" and int(os.environ.get("WORLD_SIZE", "1")) > 1:

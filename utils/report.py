@@ -20,7 +20,8 @@ def write_json(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with system.written(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8",
+                             errors="backslashreplace")  # half a character of a file name: as JSON writes it
 
 
 def write_results(path, constants, results):

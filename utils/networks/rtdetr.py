@@ -14,7 +14,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 from transformers.utils.logging import disable_progress_bar
 
-from utils import losses
+from utils import losses, system
 from utils.config import UserError
 
 disable_progress_bar()  # transformers draws bars in block characters, even for a file of a megabyte
@@ -79,11 +79,17 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     loudness = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # an unreachable hub is reported below, once, and not at each of its retries
     try:
+        settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=bool(looks_local))
+        _require_rtdetr(settings, f"{constant} = '{name}'")
         # float32: transformers keeps a checkpoint's own dtype otherwise
         detector, report = RTDetrForObjectDetection.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local), **changes)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # huggingface_hub and httpx raise many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "pickle" in str(error).lower():  # the advice would be to run foreign code
+            reason = "its weights are damaged, or hold other things than tensors; model.safetensors is the safe form"
         advice = ("" if looks_local else " The hub may be unreachable: on a machine with network run "
                   f"'hf download {name} --local-dir {name.split('/')[-1]}' and set {constant} to that folder, "
                   "or try --demo.")
@@ -98,6 +104,18 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
         raise UserError(f"{constant} = '{name}' has {classes} classes, {num_labels} were expected")
     detector.loss_function = losses.rtdetr_loss
     return detector.to(device).eval()
+
+
+def _require_rtdetr(settings, what):
+    """UserError unless a config.json (dict) is that of an RT-DETR with classes 0 .. K - 1; what: for the message."""
+    kind = settings.get("model_type")
+    if kind != RTDetrConfig.model_type:
+        raise UserError(f"{what} is a {kind or 'model without model_type'}, an RT-DETR (rt_detr) is needed, such as "
+                        "PekingU/rtdetr_r18vd")
+    classes = settings.get("id2label", {})
+    if not isinstance(classes, dict) or {str(key) for key in classes} != {str(i) for i in range(len(classes))}:
+        raise UserError(f"{what}: id2label in its config.json must number its {len(classes)} classes from 0 on without "
+                        f"a gap; it has {system.listed(classes, 8)}")
 
 
 def require_size(image_size):

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import checkpoint
+from utils import checkpoint, system
 from utils.networks import spdnet_fast
 
 TAP = 0.5 ** 0.5   # the one tap of the orthonormal Haar filters
@@ -350,7 +350,7 @@ def load_spdnet(path, n_feats: int | None = None, n_resblocks: int | None = None
     name = f"{constant} = '{Path(path).as_posix()}'" if constant else str(path)
     if constant and not Path(path).is_file():
         raise checkpoint.CheckpointError(
-            f"{name} {'is a folder' if Path(path).is_dir() else 'does not exist'}. Train one with Training_SPDNet.py, "
+            f"{name} {system.absent(path)}. Train one with Training_SPDNet.py, "
             "take the published model_spa.pt (github.com/Joyies/SPDNet), or try --demo.")
     state = checkpoint.load_state(path)
     if n_feats is None:

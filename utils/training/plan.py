@@ -25,7 +25,7 @@ def refused(name, value, advice):
 
 def whole(least, meaning=""):
     """A whole number from `least` on; meaning: what `least` itself stands for, in words."""
-    def check(name, value, plan):
+    def check(name, value, plan=None):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise refused(name, value, f"choose {least}{f' ({meaning})' if meaning else ''} or more, a whole number")
     return check
@@ -51,6 +51,18 @@ def inside(name, value, plan):
     """A number in (0, 1)."""
     if not _is_number(value) or not 0 < value < 1:
         raise refused(name, value, "choose a number between 0 and 1, such as 0.5")
+
+
+def usable_seed(name, value, plan=None):
+    """A number that Python, numpy and torch take as a seed."""
+    if not isinstance(value, int) or not 0 <= value < 2**32:
+        raise refused(name, value, f"choose a number from 0 to {2**32 - 1}")
+
+
+def share(name, value, plan=None):
+    """A number in (0, 1]."""
+    if not _is_number(value) or not 0 < value <= 1:
+        raise refused(name, value, "choose a number above 0, up to 1")
 
 
 def yes_or_no(name, value, plan):

@@ -335,37 +335,54 @@ def test_ranks_share_every_batch(coco):
         assert big == (left + right)[:len(big)] and len(left) == len(right)
 
 
-def test_paired_folders(tmp_path):
-    for name in ("rainy", "clean"):
+@pytest.fixture
+def pair_folders(tmp_path):
+    """Five pairs, rainy JPEGs and clean PNGs, in a folder below each root."""
+    for name, ending in (("rainy", "jpg"), ("clean", "png")):
         (tmp_path / name / "sub").mkdir(parents=True)
-    for i in range(5):
-        pixels = np.full((40, 50, 3), 10 * i, np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "rainy" / "sub" / f"{i}.jpg")
-        Image.fromarray(pixels).save(tmp_path / "clean" / "sub" / f"{i}.png")
-    data = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(32))
+        for i in range(5):
+            Image.fromarray(np.full((40, 50, 3), 10 * i, np.uint8)).save(tmp_path / name / "sub" / f"{i}.{ending}")
+    return tmp_path
+
+
+def open_pairs(root, transform=None, rainy="rainy", **kwargs):
+    return datasets.PairedRainDataset(root / rainy, root / "clean", transform or presets.scaled(1.0), **kwargs)
+
+
+def test_pairs_are_of_one_scene_and_cut_alike(pair_folders):
+    data = open_pairs(pair_folders, presets.paired_patches(32))
     assert len(data) == 5
     sample = data[(3, 2)]
     assert sample["image"].shape == sample["twin"].shape == (3, 32, 32)
     assert (sample["image"].int() - sample["twin"].int()).abs().max() < 4  # the partner, not another image
-    larger = datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.paired_patches(64))[0]
-    assert larger["image"].shape == (3, 64, 64)
+
+
+def test_patches_larger_than_the_image_are_mirrored(pair_folders):
+    assert open_pairs(pair_folders, presets.paired_patches(64))[0]["image"].shape == (3, 64, 64)
     ramp = torch.arange(3).repeat(3, 5, 1).to(torch.uint8)  # 5 x 3 pixels: less than half of the patch
     patch = presets.PairedPatch(8)({"image": ramp, "twin": ramp})["image"].float().mean(0)
     ends = torch.tensor([0.0, 1, 2, 2, 1, 0, 0, 1])
     assert any(torch.equal(patch, view) for row in (ends, ends.flip(0)) for view in (row.expand(8, 8),
                                                                                      row.expand(8, 8).T))
-    parts = [datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0), part=part)
-             for part in ((0, 0.6), (0.6, 1))]
+
+
+def test_parts_share_no_pair(pair_folders):
+    parts = [open_pairs(pair_folders, part=part) for part in ((0, 0.6), (0.6, 1))]
+    assert parts[0].pairs and parts[1].pairs
     assert not {p for p, _ in parts[0].pairs} & {p for p, _ in parts[1].pairs}
-    Image.new("RGB", (50, 40)).save(tmp_path / "clean" / "sub" / "3.bmp")
+
+
+def test_pairs_that_are_none_are_refused(pair_folders):
+    clean = pair_folders / "clean" / "sub"
+    Image.new("RGB", (50, 40)).save(clean / "3.bmp")
     with pytest.raises(UserError, match="share a name"):
-        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0))
-    (tmp_path / "clean" / "sub" / "3.bmp").unlink()
-    (tmp_path / "clean" / "sub" / "3.png").unlink()
+        open_pairs(pair_folders)
+    (clean / "3.bmp").unlink()
+    (clean / "3.png").unlink()
     with pytest.raises(UserError, match="CLEAN_DIR.*sub/3"):
-        datasets.PairedRainDataset(tmp_path / "rainy", tmp_path / "clean", presets.scaled(1.0))
+        open_pairs(pair_folders)
     with pytest.raises(UserError, match="RAINY_DIR.*does not exist"):
-        datasets.PairedRainDataset(tmp_path / "none", tmp_path / "clean", presets.scaled(1.0))
+        open_pairs(pair_folders, rainy="none")
 
 
 def test_scaled_preset_shrinks_image_and_twin_alike():

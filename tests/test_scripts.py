@@ -14,7 +14,7 @@ import Eval_SPDNet_Adaptation
 import Training_RTDETR
 import Training_SPDNet
 import Training_SPDNet_Adaptation as Adaptation
-from utils import integrated_model, system
+from utils import config, integrated_model, system
 from utils.config import UserError
 from utils.evaluation import before_after
 from utils.networks.rtdetr import id2label_of, load_rtdetr
@@ -189,34 +189,48 @@ def test_evaluation_reports_all_rows(base, weights, coco, capsys):
                                                   "PREFIXES": ("fog_",)})
 
 
-def test_spdnet_training(coco, capsys):
-    settings = {"RAINY_DIR": str(coco / "coco_rain" / "train2017"), "CLEAN_DIR": str(coco / "coco" / "train2017"),
-                "VAL_RAINY_DIR": str(coco / "coco_rain" / "val2017"), "VAL_CLEAN_DIR": str(coco / "coco" / "val2017"),
-                "VAL_IMAGES": 3, "PATCH_SIZE": 48, "SPDNET_N_FEATS": 8, "SPDNET_N_RESBLOCKS": 1, "NUM_EPOCHS": 3,
-                "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out")}
-    result = Training_SPDNet.main(**settings)
+@pytest.fixture
+def spdnet_base(coco):
+    """Constants that point Training_SPDNet.py at the small pairs."""
+    return {"RAINY_DIR": str(coco / "coco_rain" / "train2017"), "CLEAN_DIR": str(coco / "coco" / "train2017"),
+            "VAL_RAINY_DIR": str(coco / "coco_rain" / "val2017"), "VAL_CLEAN_DIR": str(coco / "coco" / "val2017"),
+            "VAL_IMAGES": 3, "PATCH_SIZE": 48, "SPDNET_N_FEATS": 8, "SPDNET_N_RESBLOCKS": 1, "NUM_EPOCHS": 3,
+            "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out")}
+
+
+def test_spdnet_training_lowers_its_loss_and_goes_on_from_its_own_weights(spdnet_base, coco, capsys):
+    result = Training_SPDNet.main(**spdnet_base)
     assert result["history"][-1]["mse"] < result["history"][0]["mse"]
     assert load_spdnet(coco / "out" / "spdnet_best.pt").n_feats == 8
-    assert "PSNR (Y)" in capsys.readouterr().out
-    more = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "more"),
-                                              "SPDNET_MODEL_PATH": str(coco / "out" / "spdnet_best.pt")})
+    more = Training_SPDNet.main(**spdnet_base | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "more"),
+                                                 "SPDNET_MODEL_PATH": str(coco / "out" / "spdnet_best.pt")})
     assert more["history"][0]["mse"] < result["history"][0]["mse"]
-    assert "trained on as well" not in capsys.readouterr().out
-    half = Training_SPDNet.main(**settings | {"NUM_EPOCHS": 1, "OUTPUT_DIR": str(coco / "half"), "IMAGE_SCALE": 0.5,
-                                              "RAINY_DIR": str(coco / "coco_rain"), "CLEAN_DIR": str(coco / "coco")})
-    assert "note: 3 of 3 validation pairs are trained on as well" in capsys.readouterr().out
-    assert half["history"][0]["val/psnr_y"] != result["history"][0]["val/psnr_y"]
-    note = integrated_model.pretraining_note(coco / "half" / "spdnet_best.pt", 1.0)
+    shown = capsys.readouterr().out
+    assert "PSNR (Y)" in shown and "trained on as well" not in shown
+
+
+def test_spdnet_training_at_half_size_says_so_afterwards(spdnet_base, coco):
+    Training_SPDNet.main(**spdnet_base | {"NUM_EPOCHS": 1, "IMAGE_SCALE": 0.5})
+    note = integrated_model.pretraining_note(coco / "out" / "spdnet_best.pt", 1.0)
     assert "IMAGE_SCALE = 0.5" in note and note.endswith("here it is 1.0")
-    assert integrated_model.pretraining_note(coco / "half" / "spdnet_best.pt", 0.5) is None
+    assert integrated_model.pretraining_note(coco / "out" / "spdnet_best.pt", 0.5) is None
     assert integrated_model.pretraining_note(coco / "nothing" / "spdnet_best.pt", 0.5) is None
-    with pytest.raises(UserError, match="IMAGE_SCALE"):
-        Training_SPDNet.main(**settings | {"IMAGE_SCALE": 0.0})
-    with pytest.raises(UserError, match="INITIALISATION"):
-        Training_SPDNet.main(**settings | {"INITIALISATION": "zeros"})
-    for change in ({"SPDNET_N_FEATS": 4}, {"SPDNET_N_FEATS": 7}, {"SPDNET_N_RESBLOCKS": 0}):
-        with pytest.raises(UserError, match="SPDNET_N_FEATS = .*SPDNET_N_RESBLOCKS = "):
-            Training_SPDNet.main(**settings | change)
+
+
+def test_validation_pairs_among_the_training_pairs_are_noted(spdnet_base, coco, capsys):
+    Training_SPDNet.build_loaders(config.resolve(vars(Training_SPDNet), spdnet_base | {
+        "RAINY_DIR": str(coco / "coco_rain"), "CLEAN_DIR": str(coco / "coco")}))
+    assert "note: 3 of 3 validation pairs are trained on as well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"IMAGE_SCALE": 0.0}, "IMAGE_SCALE"), ({"INITIALISATION": "zeros"}, "INITIALISATION"),
+    ({"SPDNET_N_FEATS": 4}, "SPDNET_N_FEATS = .*SPDNET_N_RESBLOCKS = "),
+    ({"SPDNET_N_FEATS": 7}, "SPDNET_N_FEATS = .*SPDNET_N_RESBLOCKS = "),
+    ({"SPDNET_N_RESBLOCKS": 0}, "SPDNET_N_FEATS = .*SPDNET_N_RESBLOCKS = ")])
+def test_spdnet_training_refuses_with_one_clear_line(spdnet_base, change, message):
+    with pytest.raises(UserError, match=message):
+        Training_SPDNet.main(**spdnet_base | change)
 
 
 def test_detector_training(coco, weights):

@@ -268,11 +268,17 @@ def test_sweep_keeps_the_better_value_and_goes_on_after_a_stop(base, tmp_path, m
     assert sweep_unet_derain.main(**settings) == result and len(begun) == 5  # nothing is trained twice
     assert "--LEARNING_RATE 0.01" in capsys.readouterr().out
     assert {"sweep.json", "sweep.png"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
-    for change, message in (({"VARIABLES": {"LEARNING": (1,)}}, "LEARNING"), ({"VARIABLES": {}}, "empty"),
-                            ({"VARIABLES": {"EPOCHS": (1,)}}, "EPOCHS"), ({"VARIABLES": {"FLIP": 0.3}}, "tuple"),
-                            ({"VARIABLES": {"SCHEDULER": ("x",)}}, "SCHEDULER"), ({"SWEEP_EPOCHS": 0}, "SWEEP_EPOCHS")):
-        with pytest.raises(UserError, match=message):
-            sweep_unet_derain.main(**settings | change)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"VARIABLES": {"LEARNING": (1,)}}, "LEARNING"), ({"VARIABLES": {}}, "empty"),
+    ({"VARIABLES": {"EPOCHS": (1,)}}, "EPOCHS"), ({"VARIABLES": {"FLIP": 0.3}}, "tuple"),
+    ({"VARIABLES": {"SCHEDULER": ("x",)}}, "SCHEDULER"), ({"SWEEP_EPOCHS": 0}, "SWEEP_EPOCHS")])
+def test_sweep_refuses_before_it_trains(base, tmp_path, change, message):
+    settings = {"BASE": {name: value for name, value in base.items() if name not in ("CHECKPOINT_DIR", "EPOCHS")},
+                "VARIABLES": {"FLIP": (0.0, 0.5)}, "OUTPUT_DIR": str(tmp_path / "sweep"), "SWEEP_EPOCHS": 1}
+    with pytest.raises(UserError, match=message):
+        sweep_unet_derain.main(**settings | change)
 
 
 def test_sweep_trains_for_real(base, tmp_path):

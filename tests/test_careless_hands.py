@@ -180,6 +180,11 @@ def test_another_architecture_and_gaps_in_its_classes(weights):
     refused(lambda: load_rtdetr(str(weights / "rtdetr")), "is a yolos, an RT-DETR (rt_detr) is needed")
 
 
+def test_a_config_that_is_a_list(weights):
+    (weights / "rtdetr" / "config.json").write_text("[1]", encoding="utf-8")
+    refused(lambda: load_rtdetr(str(weights / "rtdetr")), "its config.json is not that of a model")
+
+
 def test_a_pickle_as_weights_gets_no_advice_to_run_it(weights):
     (weights / "rtdetr" / "model.safetensors").unlink()
     with open(weights / "rtdetr" / "pytorch_model.bin", "wb") as file:

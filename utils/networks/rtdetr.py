@@ -90,6 +90,8 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "pickle" in str(error).lower():  # the advice would be to run foreign code
             reason = "its weights are damaged, or hold other things than tensors; model.safetensors is the safe form"
+        if isinstance(error, (AttributeError, TypeError)):  # transformers has not expected that
+            reason = "its config.json is not that of a model"
         advice = ("" if looks_local else " The hub may be unreachable: on a machine with network run "
                   f"'hf download {name} --local-dir {name.split('/')[-1]}' and set {constant} to that folder, "
                   "or try --demo.")

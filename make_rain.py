@@ -73,16 +73,17 @@ def find_images(source):
 
 
 def load_image(path):
-    """-> (the opened PIL image, (H, W, 3) uint8 pixels). Raises on anything that is not a whole 8-bit image."""
+    """-> (the opened PIL image, its upright (H, W, 3) uint8 pixels). Raises on anything but a whole 8-bit image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as picture:
             system.require_eight_bits(picture)
-            return picture, np.asarray(picture.convert("RGB"))
+            return picture, np.asarray(system.upright(picture).convert("RGB"))
 
 
 def save_like(pixels, picture, target):
-    """Write pixels in the picture's format and, for JPEG, its quality, to target, which appears complete or not."""
+    """Write upright pixels as the picture is stored: its orientation, format and, for JPEG, quality. The target appears
+    complete or not."""
     options = {key: picture.info[key] for key in ("exif", "icc_profile") if picture.info.get(key)}
     file_format = "JPEG" if picture.format == "MPO" else picture.format
     if file_format == "JPEG":
@@ -93,8 +94,9 @@ def save_like(pixels, picture, target):
                     "subsampling": JpegImagePlugin.get_sampling(picture) if colour else -1}
     elif file_format == "WEBP":
         options["quality"] = 95
+    stored = system.as_stored(Image.fromarray(pixels), system.orientation(picture))
     with system.written(target, _TEMPORARY) as temporary:
-        Image.fromarray(pixels).save(temporary, format=file_format, **options)
+        stored.save(temporary, format=file_format, **options)
 
 
 def rain_one(task, add=rain.add_rain):

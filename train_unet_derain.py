@@ -157,8 +157,8 @@ def real_photographs(cfg, count=6):
     """-> up to `count` paths of REAL_DIR, evenly chosen; [] where there is none."""
     if not cfg.REAL_DIR or not cfg.REAL_EVERY:
         return []
-    if not Path(cfg.REAL_DIR).is_dir():
-        processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' does not exist, so no real rain is looked at during training")
+    if problem := system.absent(cfg.REAL_DIR, folder=True):
+        processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' {problem}, so no real rain is looked at during training")
         return []
     paths = images_below([cfg.REAL_DIR], "REAL_DIR")
     chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]

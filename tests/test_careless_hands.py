@@ -355,12 +355,12 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def fit(folder, evaluate=None, loss=lambda model, batch: {"loss": model(batch["images"].mean((2, 3))).square().mean()},
-        epochs=2, **settings):
+        epochs=2, on_best=None, **settings):
     model = torch.nn.Linear(3, 1)
     plan = Plan(epochs=epochs, learning_rates={"LR": 1e-3}, loss_weights={"loss": 1.0}, **settings)
     loader = datasets.loaders.training_loader(Numbers(), 2, 0, 0)
     return engine.fit(model, loader, loss, plan, output_dir=folder, evaluate=evaluate, score="m" if evaluate else None,
-                      parameters=[{"params": list(model.parameters()), "lr": 1e-3}])
+                      on_best=on_best, parameters=[{"params": list(model.parameters()), "lr": 1e-3}])
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
@@ -378,6 +378,17 @@ def test_an_error_of_the_validation_leaves_the_epoch_behind(tmp_path):
     refused(lambda: fit(tmp_path, broken), "outputs are not finite")
     assert torch.load(tmp_path / "last.pt")["batch"] == 2
     assert len(fit(tmp_path, lambda model: {"m": 1.0}, resume=True)["history"]) == 2
+
+
+def test_a_best_epoch_whose_files_cannot_be_written_is_validated_again(tmp_path):
+    def full_disk(model):
+        raise checkpoint.CheckpointError("cannot write model: no space left")
+    refused(lambda: fit(tmp_path, lambda model: {"m": 1.0}, on_best=full_disk), "no space left")
+    left = torch.load(tmp_path / "last.pt")
+    assert (left["epoch"], left["batch"], left["history"]) == (0, 2, [])
+    written = []
+    result = fit(tmp_path, lambda model: {"m": 1.0}, on_best=written.append, resume=True)
+    assert len(result["history"]) == 2 and result["best_epoch"] == 1 and len(written) == 1
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

@@ -113,6 +113,17 @@ def test_training_and_detection_read_images_upright(tmp_path, orientation):
     assert np.array_equal(read.permute(1, 2, 0).numpy(), expected)
 
 
+def test_a_partner_that_is_stored_turned_is_the_same_scene(photos, capsys):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    turned = [path.with_name(f"turned_{path.name}") for path in photos]
+    for path, other in zip(photos, turned, strict=True):
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_180).save(other, exif=exif)
+    image_check.check_images(photos, "PHOTOS", partners=turned)
+    assert "look more like another" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", [(5, 40), (40, 7), (1, 1), (7, 7)])
 def test_images_of_a_few_pixels_are_images(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "small.jpg")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin
 
 import make_rain
-from utils import config
+from utils import config, system
+from utils.datasets.samples import read_image
 from utils.weather import rain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,6 +235,21 @@ def test_corrupt_images_are_named_and_the_others_written(coco, tmp_path, workers
         make(coco, tmp_path / "twin", WORKERS=workers)
     written = make_rain.find_images(tmp_path / "twin")
     assert len(written) == 22 and not any(path.name in ("broken.jpg", "cut.jpg") for path in written)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 6, 7, 8])
+def test_rain_falls_down_in_photographs_that_are_stored_turned(tmp_path, number):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = number
+    scene = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
+    for name, picture, options in (("upright", scene, {}), ("turned", system.as_stored(scene, number), {"exif": exif})):
+        for folder in (name, f"{name}_rain"):
+            (tmp_path / folder).mkdir()
+        picture.save(tmp_path / name / "a.png", **options)
+        assert make_rain.rain_one((tmp_path / name / "a.png", tmp_path / f"{name}_rain" / "a.png", 0, "heavy")) is None
+    assert Image.open(tmp_path / "turned_rain" / "a.png").size == Image.open(tmp_path / "turned" / "a.png").size
+    upright, turned = (read_image(tmp_path / f"{name}_rain" / "a.png") for name in ("upright", "turned"))
+    assert np.array_equal(upright, turned) and not np.array_equal(upright, read_image(tmp_path / "upright" / "a.png"))
 
 
 def test_command_line_exit_code(coco, tmp_path):

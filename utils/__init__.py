@@ -3,7 +3,7 @@
 import sys
 
 
-def _interrupted_quietly(kind, error, traceback, otherwise=sys.excepthook):
+def _show_interrupt(kind, error, traceback, otherwise=sys.excepthook):
     """Ctrl+C while a script still imports, which takes seconds, ends with a word instead of a traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
@@ -11,4 +11,4 @@ def _interrupted_quietly(kind, error, traceback, otherwise=sys.excepthook):
         otherwise(kind, error, traceback)
 
 
-sys.excepthook = _interrupted_quietly
+sys.excepthook = _show_interrupt

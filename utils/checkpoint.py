@@ -184,8 +184,8 @@ def load_network(path, build, arguments, constant, script, device="cpu"):
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{constant} = '{path}' {system.absent(path)}: train one with {script}")
+    if problem := system.absent(path):
+        raise UserError(f"{constant} = '{path}' {problem}: train one with {script}")
     content = load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or set(args) != set(arguments) or "model" not in content:

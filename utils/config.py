@@ -108,14 +108,13 @@ def resolve(namespace, overrides):
     for source in (demo, overrides):
         for name, value in source.items():
             name = _known(name, values)
-            values[name] = _not_empty(name, _checked(name, value, kinds[name], defaults[name]), kinds[name],
-                                      defaults[name])
+            values[name] = _checked(name, value, kinds[name], defaults[name])
     for name, value in values.items():
         if isinstance(value, str) and str not in annotated.get(name, ()) and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
         if name in annotated:
             _checked(name, value, kinds[name], defaults[name])  # the default, where a person has edited it
-        _not_empty(name, value, kinds[name], defaults[name])
+        values[name] = _not_empty(name, value, kinds[name], defaults[name])
     return Config(demo=use_demo, **values)
 
 
@@ -271,7 +270,7 @@ def _comments(file):
     return comments
 
 
-def _show_user_errors(kind, error, traceback):
+def _show_user_errors(kind, error, traceback, otherwise=sys.excepthook):  # that of utils/__init__.py, for Ctrl+C
     text = str(error).strip()
     if issubclass(kind, UserError):
         if "Original Traceback" in text:  # from a data loader's process: torch puts the whole traceback into the text
@@ -283,10 +282,8 @@ def _show_user_errors(kind, error, traceback):
               "Ampere on) PRECISION = 'bf16', or leave --no_amp out. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-        print("Error: this machine's memory is full. Lower the batch size (and raise the accumulation steps by the "
+        print("Error: the computer's memory is full. Lower the batch size (and raise the accumulation steps by the "
               "same factor), the image size or the number of loader processes, or close other programs. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
-    elif issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        otherwise(kind, error, traceback)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 try:
     from PIL.ExifTags import Base
-    from PIL.Image import DecompressionBombError
+    from PIL.Image import DecompressionBombError, Transpose
+
+    TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+             5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 except ImportError:  # validate_setup.py says so, and must get that far
     DecompressionBombError = OSError
 
@@ -71,14 +74,14 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_json(path):
-    """-> the content of a JSON file in UTF-8, with or without a BOM.
+def read_json(path, object_hook=None):
+    """-> the content of a JSON file in UTF-8, with or without a BOM; object_hook: of json.loads.
 
     Raises:
         OSError: not there, not readable; ValueError: not JSON, also where it is nested too deeply to be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=object_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -130,6 +133,17 @@ def orientation(image):
     except (OSError, SyntaxError, ValueError, struct.error):  # damaged EXIF data: the pixels are sound
         return 1
     return number if number in range(1, 9) else 1
+
+
+def upright(image):
+    """-> an open PIL image as viewers show it, see `orientation`."""
+    number = orientation(image)
+    return image if number == 1 else image.transpose(TURNS[number])
+
+
+def as_stored(image, number):
+    """-> an upright PIL image turned and mirrored back to what `orientation` was the number of."""
+    return image if number == 1 else image.transpose(TURNS[{6: 8, 8: 6}.get(number, number)])
 
 
 def upright_size(image):

@@ -23,7 +23,13 @@ from utils import datasets, processes, system
 from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
-from utils.datasets.annotations import notes_on_images, read_annotations, require_own_ids, usable_boxes
+from utils.datasets.annotations import (
+    image_by_image,
+    notes_on_images,
+    read_annotations,
+    require_own_ids,
+    usable_boxes,
+)
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
@@ -37,9 +43,9 @@ def annotation_path(root, split, flag="--dataset_dir"):
     path = Path(root) / split / ANNOTATIONS
     if path.is_file():
         return path
-    missing = next(p for p in (Path(root), Path(root) / split, path) if system.absent(p, folder=p != path))
-    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} {system.absent(missing, missing != path)}; "
-                    f"expected train/, valid/ and "
+    missing, problem = next((p, problem) for p in (Path(root), Path(root) / split, path)
+                            if (problem := system.absent(p, folder=p != path)))
+    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} {problem}; expected train/, valid/ and "
                     f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
                     f"(Segmentation), draw a data set with 'python -m tools.make_demo_dataset', or try --demo.")
 
@@ -245,11 +251,9 @@ class RoboflowDataset(torch.utils.data.Dataset):
 
     def _index_objects(self, images, annotations, row_of, masks):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines on what was clipped or left out."""
-        index_of = {image["id"]: i for i, image in enumerate(images)}
         objects = [note for note in annotations if not note.get("iscrowd", 0)]
-        owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
         usable = usable_boxes(objects, images, self.annotation_file.as_posix())
-        kept = usable.kept.copy()
+        owner, kept = usable.owner, usable.kept.copy()
         counts = {"crowd region(s) are not trained on": len(annotations) - len(objects)}
         codes = None
         sample = annotations[:10]
@@ -259,12 +263,10 @@ class RoboflowDataset(torch.utils.data.Dataset):
             without = np.array([code is None for code in codes], bool)
             counts["object(s) without a mask were left out"] = (kept & without).sum()
             kept &= ~without
+            chosen = np.flatnonzero(kept)
             counts["mask(s) lie outside of their box"] = self._masks_elsewhere(
-                [codes[i] for i in np.flatnonzero(kept)], [images[owner[i]] for i in np.flatnonzero(kept)],
-                usable.corners[kept])
-        order = np.flatnonzero(kept)
-        order = order[np.argsort(owner[order], kind="stable")]
-        self.ends = np.cumsum([0, *np.bincount(owner[order], minlength=len(images))])
+                [codes[i] for i in chosen], [images[owner[i]] for i in chosen], usable.corners[chosen])
+        order, self.ends = image_by_image(owner, kept, len(images))
         self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels of the original image
         self.labels = np.array([row_of[objects[i]["category_id"]] for i in order], np.int64)
         self.codes = self.code_ends = None

@@ -1,6 +1,5 @@
 """COCO annotation files: where they lie, what must be in them, and how their categories map to a model's classes."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path, PureWindowsPath
@@ -42,9 +41,7 @@ def read_annotations(path, masks=True):
     masks: False drops the polygons while reading: a third of the memory for COCO's training file, and faster.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=None if masks else _without_mask)
-    except RecursionError:
-        raise UserError(f"{Path(path).as_posix()} is not readable JSON: nested too deeply") from None
+        content = system.read_json(path, object_hook=None if masks else _without_mask)
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path).as_posix()} is not readable JSON: {error}") from error
     missing = [key for key in ("images", "annotations", "categories")
@@ -62,6 +59,7 @@ def read_annotations(path, masks=True):
 class UsableBoxes(NamedTuple):
     """What of M annotated boxes is trained on and scored."""
 
+    owner: np.ndarray  # (M,) int64: which of the images each is in
     corners: np.ndarray  # (M, 4) float64 [x1, y1, x2, y2] in pixels, the parts inside of their images
     kept: np.ndarray  # (M,) bool: at least a pixel wide and high there; the others are left out everywhere
     notes: list  # lines about boxes that were clipped or left out
@@ -76,8 +74,9 @@ def usable_boxes(objects, images, source):
     Raises:
         UserError: boxes that seem to be shares of the image, or [x1, y1, x2, y2].
     """
-    size_of = {image["id"]: (image["width"], image["height"]) for image in images}
-    extent = np.array([size_of[note["image_id"]] * 2 for note in objects], np.float64).reshape(-1, 4)
+    index_of = {image["id"]: i for i, image in enumerate(images)}
+    owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
+    extent = np.array([[image["width"], image["height"]] * 2 for image in images], np.float64).reshape(-1, 4)[owner]
     corners = np.array([note["bbox"] for note in objects], np.float64).reshape(-1, 4)
     shares = bool(len(corners)) and (corners >= 0).all() and (corners <= 1).all()
     # all of them would be boxes as [x1, y1, x2, y2], which of many true ones is next to impossible
@@ -88,16 +87,29 @@ def usable_boxes(objects, images, source):
     clipped = (np.abs(inside - corners) > 1).any(1) & kept
     left_out, cut, usable = int((~kept).sum()), int(clipped.sum()), int(kept.sum())
     if source is None:
-        return UsableBoxes(inside, kept, [])
+        return UsableBoxes(owner, inside, kept, [])
     if left_out and not usable and (shares or left_out >= 5):
         raise UserError(f"{source}: all {left_out} box(es) are thinner than one pixel: bbox must be [x, y, width, "
                         "height] in pixels, not in shares of the image")
-    if cut > usable / 2 and cut >= (2 if as_corners else 10) or cut and as_corners and usable >= 5:
+    if (cut > usable / 2 and cut >= (2 if as_corners else 10)) or (cut and as_corners and usable >= 5):
         raise UserError(f"{source}: {cut} of {usable} boxes reach out of their image: bbox must be [x, y, width, "
                         "height], not [x1, y1, x2, y2]")
     counts = {"box(es) reached out of their image by more than a pixel and were clipped": cut,
               "box(es) thinner than one pixel were left out": left_out}
-    return UsableBoxes(inside, kept, [f"{source}: {count} {what}" for what, count in counts.items() if count])
+    return UsableBoxes(owner, inside, kept, [f"{source}: {count} {what}" for what, count in counts.items() if count])
+
+
+def image_by_image(owner, kept, count):
+    """Order objects by their images, and within one as they were.
+
+    Args:
+        owner: (M,) of UsableBoxes; kept: (M,) bool; count: of images.
+    Returns:
+        (n,) indices of the kept objects; (count + 1,) ends: those of image i are indices[ends[i]:ends[i + 1]].
+    """
+    chosen = np.flatnonzero(kept)
+    ends = np.cumsum([0, *np.bincount(owner[chosen], minlength=count)])
+    return chosen[np.argsort(owner[chosen], kind="stable")], ends
 
 
 def notes_on_images(images, source):

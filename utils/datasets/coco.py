@@ -13,6 +13,7 @@ from utils.datasets import image_check
 from utils.datasets.annotations import (
     ADVICE,
     coco_split,
+    image_by_image,
     label_table,
     notes_on_images,
     one_category_each,
@@ -70,14 +71,11 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or
         left out."""
-        index_of = {image["id"]: i for i, image in enumerate(images)}
-        objects = [note for note in annotations if note["image_id"] in index_of and not note.get("iscrowd", 0)
+        ids = {image["id"] for image in images}
+        objects = [note for note in annotations if note["image_id"] in ids and not note.get("iscrowd", 0)
                    and note["category_id"] in self.label_of]
         usable = usable_boxes(objects, images, self.annotation_file.as_posix())
-        owner = np.array([index_of[note["image_id"]] for note in objects], np.int64)
-        order = np.flatnonzero(usable.kept)
-        order = order[np.argsort(owner[order], kind="stable")]
-        self.ends = np.cumsum([0, *np.bincount(owner[order], minlength=len(images))])
+        order, self.ends = image_by_image(usable.owner, usable.kept, len(images))
         self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels
         self.labels = np.array([self.label_of[objects[i]["category_id"]] for i in order], np.int64)
         return usable.notes + notes_on_images(images, self.annotation_file.as_posix())

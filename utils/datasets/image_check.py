@@ -137,7 +137,8 @@ def _odd_pairs(pairs):
 def thumbnail(image):
     """Open PIL image -> (n,) float32 of mean 0 and norm 1, whose products are correlations."""
     _draft(image)
-    grey = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    small = system.upright(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    grey = np.asarray(small, np.float32).ravel()
     grey = grey - grey.mean()
     return grey / max(float(np.linalg.norm(grey)), 1e-6)
 

@@ -5,7 +5,6 @@ rain and 15% recall on real rain, mist and snow. Hence the width of `add_weather
 both classes the same JPEG artefacts, resize kernels, blur, noise and brightness, so that none of them tells.
 """
 
-import hashlib
 import io
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from utils.config import UserError
-from utils.datasets.samples import epoch_and_index, read_image, sample_randomness
+from utils.datasets.samples import digest, epoch_and_index, read_image, sample_randomness
 from utils.weather import rain
 from utils.weather.windshield import add_drops
 
@@ -46,8 +45,7 @@ def add_weather(image, rng, kind=None):
 def in_validation(path, share):
     """Whether an image belongs to the validation part: a function of its file name without extension alone, so that a
     clean image and its rainy twin never end up on different sides."""
-    digest = hashlib.blake2b(Path(path).stem.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    return int.from_bytes(digest(Path(path).stem), "big") / 2**64 < share
 
 
 def break_shortcuts(side):

@@ -22,20 +22,16 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             system.require_eight_bits(image)
-            turned = system.orientation(image)
-            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-            return pixels if turned == 1 else upright(pixels, turned)
+            return torch.from_numpy(np.asarray(system.upright(image).convert("RGB")).copy()).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"image not found: {Path(path).as_posix()}") from None
     except system.FAULTS as error:
         raise UserError(f"cannot read image {Path(path).as_posix()}: {error}") from error
 
 
-def upright(image, orientation):
-    """(3, H, W) as it is stored -> turned and mirrored; orientation: of system.orientation."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 2)
-    return image.flip({2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())).contiguous()
+def digest(text):
+    """-> 8 bytes that depend on the text alone, on every machine; also for file names that UTF-8 lacks."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
@@ -45,8 +41,7 @@ def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
     """
     if not 0 < percent <= 100:
         raise UserError(f"PERCENT_DATASET = {percent}: choose a number above 0, up to 100")
-    digests = [hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogatepass"), digest_size=8).digest()
-               for name in names]
+    digests = [digest(f"{seed}:{name}") for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)[:max(1, round(len(names) * percent / 100))]
     return sorted(order[round(part[0] * len(order)):round(part[1] * len(order))])
 

@@ -7,7 +7,6 @@ A split never cuts through a pair, and with SEQUENCE_SEPARATOR not through the f
 that lie a second apart are nearly one picture: a split through a sequence would measure memory.
 """
 
-import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from utils import system
 from utils.config import UserError
 from utils.datasets import image_check, image_pairs
 from utils.datasets.coco import require_clean_and_rainy
-from utils.datasets.samples import images_by_name
+from utils.datasets.samples import digest, images_by_name
 from utils.weather import rain, windshield
 
 PARTS = ("train", "val", "test")
@@ -120,8 +119,7 @@ def split_names(names, counts, seed=0, separator=""):
     if len(sequences) < sum(count > 0 for count in counts):
         raise UserError(f"{len(names)} pair(s) in {len(sequences)} sequence(s) are too few for a split: add images, or "
                         f"choose another SEQUENCE_SEPARATOR than {separator!r}")
-    order = sorted(sequences, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogatepass"),
-                                                                   digest_size=8).digest())
+    order = sorted(sequences, key=lambda name: digest(f"{seed}:{name}"))
     scale = min(1.0, len(names) / sum(counts))
     wanted = {part: max(1, round(count * scale)) for part, count in zip(PARTS, counts, strict=True)}
     if scale < 1:  # rounding must not take the last pair from training

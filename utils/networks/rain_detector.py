@@ -6,7 +6,6 @@ Its probability is calibrated by a temperature (Guo et al., "On Calibration of M
 it carries the threshold that its training chose for a wanted rate of false alarms.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn

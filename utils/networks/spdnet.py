@@ -348,9 +348,9 @@ def load_spdnet(path, n_feats: int | None = None, n_resblocks: int | None = None
     holds the path) or not a SPDNet's state dict.
     """
     name = f"{constant} = '{Path(path).as_posix()}'" if constant else str(path)
-    if constant and not Path(path).is_file():
+    if constant and (problem := system.absent(path)):
         raise checkpoint.CheckpointError(
-            f"{name} {system.absent(path)}. Train one with Training_SPDNet.py, "
+            f"{name} {problem}. Train one with Training_SPDNet.py, "
             "take the published model_spa.pt (github.com/Joyies/SPDNet), or try --demo.")
     state = checkpoint.load_state(path)
     if n_feats is None:

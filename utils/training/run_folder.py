@@ -24,7 +24,7 @@ OWNER, LOCK = ".run.json", ".run.lock"
 BEAT_SECONDS = 10     # between two signs of life of a run
 PATIENCE_SECONDS = 15  # for the lock of a killed run, whose loader processes hold it until they see that it is gone
 
-_held = {}            # {folder: how many `claimed` are open in this process}
+_held = set()          # folders that this process has claimed
 
 
 @contextmanager
@@ -36,19 +36,12 @@ def claimed(folder):
     Raises:
         UserError: another run has it (the text says which), or it cannot be written.
     """
-    if not processes.is_main():
+    folder = Path(folder).resolve()
+    if not processes.is_main() or folder in _held:
         yield
         return
-    folder = Path(folder).resolve()
-    if folder in _held:
-        _held[folder] += 1
-        try:
-            yield
-        finally:
-            _held[folder] -= 1
-        return
     lock = _acquired(folder)
-    _held[folder] = 1
+    _held.add(folder)
     ended = threading.Event()
     try:
         _require_nobody_elsewhere(folder)
@@ -58,7 +51,7 @@ def claimed(folder):
         yield
     finally:
         ended.set()
-        del _held[folder]
+        _held.remove(folder)
         if _owner_of(folder) == _self():
             with suppress(OSError):
                 (folder / OWNER).unlink()
@@ -83,13 +76,9 @@ def _acquired(folder):
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # a drive without locks: .run.json has to do
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                owner = _owner_of(folder)
-                here = owner and owner["host"] == socket.gethostname()
-                lock.acquire(timeout=PATIENCE_SECONDS if here and not psutil.pid_exists(owner["process"]) else 1)
+        owner = _owner_of(folder)
+        killed = owner and owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["process"])
+        lock.acquire(timeout=PATIENCE_SECONDS if killed else 1)
     except Timeout:
         raise _in_use(folder, _owner_of(folder)) from None
     except OSError as error:
@@ -102,7 +91,7 @@ def _require_nobody_elsewhere(folder):
     with itself."""
     owner = _owner_of(folder)
     if not owner or owner["host"] == socket.gethostname():
-        return  # this machine's lock is ours, so that run is over
+        return  # that run held the lock that this one has now, so it is over
     print(f"{folder.as_posix()} was last written by a run on {owner['host']}: waiting {2.5 * BEAT_SECONDS:.0f} s for "
           "signs of life", flush=True)
     before = _time_of(folder / OWNER)
@@ -120,7 +109,7 @@ def _in_use(folder, owner):
 def _owner_of(folder):
     """-> {"host", "process"} of who says that the folder is theirs, None where nobody does."""
     try:
-        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        owner = system.read_json(folder / OWNER)
         return owner if isinstance(owner["host"], str) and isinstance(owner["process"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -220,18 +220,18 @@ class Run:
         if value is not None and math.isnan(value):
             raise self.diverged(f"{self.score} is not a number after epoch {self.epoch + 1}")
         better = value is None or self.best_score is None or value > self.best_score
+        if self.main and better:  # first: where this fails, the epoch's validation is done again by a resumed run
+            content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
+                       "constants": self.constants, "epoch": self.epoch + 1, "metrics": record}
+            checkpoint.save(self.extras | content, self.folder / "best.pt")
+            if on_best:
+                on_best(plain)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.history.append(record)
         if better:
             self.best_score, self.best_epoch, self.bad_epochs = value, self.epoch, 0
         else:
             self.bad_epochs += 1
-        if self.main and better:
-            content = {"model": plain.state_dict(), "model_args": getattr(plain, "model_args", {}),
-                       "constants": self.constants, "epoch": self.epoch, "metrics": record}
-            checkpoint.save(self.extras | content, self.folder / "best.pt")
-            if on_best:
-                on_best(plain)
         return better
 
     def report_epoch(self, record, better, pictures):
@@ -257,12 +257,12 @@ class Run:
         """curves.png of all epochs so far, where it does not show them yet."""
         if not self.main or self.drawn_epochs == len(self.history):
             return
-        self.drawn_epochs = len(self.history)
+        self.drawn_at = time.monotonic()
         try:
             visualize.curves(self.history, self.folder / "curves.png", self.curve.points)
-        except OSError as error:
+            self.drawn_epochs = len(self.history)
+        except OSError as error:  # open in another program on Windows
             print(f"note: {error}: drawn again after a later epoch")
-        self.drawn_at = time.monotonic()
 
     def _line(self, record, better):
         hidden = {"epoch", "step", "loss", "images_per_s", "time"}

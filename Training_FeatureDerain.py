@@ -27,7 +27,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import ema, engine, run_folder, run_state
-from utils.training.plan import Plan, not_negative
+from utils.training.plan import Plan, not_negative, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -208,8 +208,7 @@ def sample_images(model, dataset, device, id2label):
 def build_plans(cfg):
     """-> {phase: Plan} of the phases to run; UserError where the constants leave nothing, or what cannot be done."""
     for name in ("PHASE1_EPOCHS", "PHASE2_EPOCHS"):
-        if getattr(cfg, name) < 0:
-            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose 0 (leaves the phase out) or more")
+        whole(0, "leaves the phase out")(name, getattr(cfg, name))
     for name in ("PHASE1_LR", "PHASE2_DERAIN_LR", "PHASE2_DETECTOR_LR"):  # also of a phase that is left out
         not_negative(name, getattr(cfg, name))
     terms = loss_constants(cfg)

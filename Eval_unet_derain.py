@@ -26,10 +26,11 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
 from utils.images import to_bytes, to_floats
+from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size
-from utils.networks.unet import load_unet, require_tiles, restore
+from utils.networks.tiling import require_tiles, restore
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
@@ -263,7 +264,7 @@ def main(**overrides):
     if cfg.LABELED_RAIN_DIR:
         require_size(cfg.DETECTOR_SIZE)
     device = processes.announced_device()
-    model = load_unet(cfg.UNET_PATH, device)
+    model = load_trained(cfg.UNET_PATH, device)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
     folder, results = Path(cfg.OUTPUT_DIR), {"pairs": [], "real": [], "detection": []}
     if cfg.RAINY_DIR:

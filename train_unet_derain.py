@@ -28,7 +28,9 @@ from utils.datasets.samples import images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
 from utils.images import to_floats
-from utils.networks.unet import new_unet, require_tiles, restore
+from utils.networks import derainers, nafnet
+from utils.networks.tiling import require_tiles, restore
+from utils.networks.unet import new_unet
 from utils.training import engine
 from utils.training.plan import Plan, not_negative, whole
 
@@ -44,20 +46,36 @@ SEQUENCE_SEPARATOR = ""                 # "_" keeps drive07_0001, drive07_0002, 
 IMAGE_SIZE = 256                        # side of the square that is trained on; 512 for quality
 RANDOM_CROP = False                     # True cuts a random square (keeps the aspect ratio), False stretches
 FLIP = 0.5                              # probability of mirroring
+CROP_SIZES = ()                         # instead: sides of squares cut at the images' own scale, so that rain keeps its
+                                        # width; several share the run out, such as (64, 96, 128)
+CROPS_PER_PAIR = 1                      # random squares of each pair in an epoch
 COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the same on both images; 0 for none
+CACHE_GB = 0.0                          # decoded pairs that every loading process keeps in memory; 0 reads files anew
 
 # --- model --------------------------------------------------------------------------------------------------------
-ARCH = "resnet34"                       # encoder of segmentation_models_pytorch, or "unet" for the plan's own
+ARCH = "resnet34"                       # encoder of segmentation_models_pytorch, "unet" for the plan's own, "nafnet",
+                                        # or a published network: prenet, rescan, ddn, derainnet, spdnet
 ENCODER_WEIGHTS: str | None = "imagenet"  # downloaded once; a local file of torchvision's; "" starts from random
 BASE_WIDTH = 64                         # "unet": channels of the first level
 DROPOUT = 0.2                           # share of channels dropped at the deepest levels, against overfitting
 RESIDUAL = True                         # predict the correction of the input; False: the image itself
+NAFNET_WIDTH = 48                       # "nafnet": channels of the first level, twice as many at each further one
+NAFNET_ENCODER = (2, 2)                 # blocks of each level on the way down ...
+NAFNET_MIDDLE = 4                       # ... of the deepest level ...
+NAFNET_DECODER = (2, 2)                 # ... and on the way up
+NAFNET_PATCH = 2                        # side of the squares that it works on: 1 in the paper, 2 is three times as fast
+NAFNET_WINDOW = nafnet.WINDOW           # pixels that its channel attention averages over: about the training crop
+NAFNET_RAIN_CHANNELS = 3                # 1 where the rain is grey (added streaks): one correction for all colours
 
 # --- loss ---------------------------------------------------------------------------------------------------------
 L1_WEIGHT = 1.0                         # pixels
 PERCEPTUAL_WEIGHT = 0.1                 # VGG16 features, 0.1 to 0.5; 0 leaves VGG out
 PERCEPTUAL_WEIGHTS = "imagenet"         # VGG16: downloaded once (528 MB), or a local file of torchvision's
 SSIM_WEIGHT = 0.2                       # 1 - SSIM, 0.1 to 0.3
+CHARBONNIER_WEIGHT = 0.0                # a smooth L1, sqrt(error^2 + 0.001^2); 1 in the place of L1_WEIGHT
+PSNR_WEIGHT = 0.0                       # 10 log10 of the mean squared error, in dB; 0.1 in the place of L1_WEIGHT
+FFT_WEIGHT = 0.0                        # L1 of the Fourier spectra; 0.05 beside one of the others
+EARLY_STAGES_WEIGHT = 0.0               # of the losses of earlier stages, where there are; 1 for rescan and spdnet
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 100                            # the plan's; most runs stop before
@@ -70,7 +88,9 @@ PLATEAU_FACTOR = 0.5                    # plateau: the rate is multiplied by thi
 PLATEAU_PATIENCE = 5                    # ... after so many epochs without a lower validation loss
 DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shares of the run
 WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
+BETAS = (0.9, 0.999)                    # of adam and adamw; (0.9, 0.9) in NAFNet's recipe
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
+EMA_DECAY = 0.0                         # moving average of the weights, such as 0.999; it is then what best.pt holds
 PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
 CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
 TARGET_PSNR = 28.0                      # stop when both targets are reached on the validation pairs ...
@@ -96,11 +116,11 @@ DEMO = {
     "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
     "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
 }
-_OPTIMIZERS = {"adam": (torch.optim.AdamW, 0.0), "adamw": (torch.optim.AdamW, 0.01),
-               "sgd": (partial(torch.optim.SGD, momentum=0.9), 0.0)}
+_OPTIMIZERS = {"adam": 0.0, "adamw": 0.01, "sgd": 0.0}  # weight decay
 _OVERFITTING_WINDOW = 5  # epochs that are compared with as many before
 _SHOWN, _SMALL = 480, 192  # widths of a photograph and, about, of a small image on the sheets
 _MULTIPLE = 32  # IMAGE_SIZE: nothing is padded in training
+_SMALLEST_CROP = 16  # of CROP_SIZES: SSIM takes 11 pixels
 
 
 def check(cfg):
@@ -109,6 +129,15 @@ def check(cfg):
         raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of {_MULTIPLE}, such as 256 or 512")
     if cfg.OPTIMIZER not in _OPTIMIZERS:
         raise config.UserError(f"OPTIMIZER = {cfg.OPTIMIZER!r}: choose one of {', '.join(_OPTIMIZERS)}")
+    if len(cfg.BETAS) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in cfg.BETAS):
+        raise config.UserError(f"BETAS = {cfg.BETAS}: choose two numbers in [0, 1), such as (0.9, 0.999)")
+    for size in cfg.CROP_SIZES:
+        if not isinstance(size, int) or size < _SMALLEST_CROP:
+            raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: choose whole numbers of at least {_SMALLEST_CROP}, "
+                                   "such as (64,) or (64, 96, 128)")
+    whole(1)("CROPS_PER_PAIR", cfg.CROPS_PER_PAIR)
+    for name in ("CACHE_GB", "EARLY_STAGES_WEIGHT"):
+        not_negative(name, getattr(cfg, name))
     if not (0 <= cfg.FLIP <= 1 and cfg.COLOR_JITTER >= 0):
         raise config.UserError(f"FLIP = {cfg.FLIP} must be in [0, 1], COLOR_JITTER = {cfg.COLOR_JITTER} at least 0")
     for name in ("CHECKPOINT_EVERY", "SAMPLE_EVERY", "REAL_EVERY"):
@@ -121,7 +150,8 @@ def check(cfg):
 def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
     plan = Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
-                   loss_weights={"l1": "L1_WEIGHT", "perceptual": "PERCEPTUAL_WEIGHT", "ssim_loss": "SSIM_WEIGHT"},
+                   loss_weights={"l1": "L1_WEIGHT", "perceptual": "PERCEPTUAL_WEIGHT", "ssim_loss": "SSIM_WEIGHT",
+                                 "charbonnier": "CHARBONNIER_WEIGHT", "psnr_loss": "PSNR_WEIGHT", "fft": "FFT_WEIGHT"},
                    given={"plateau_metric": "val/loss", "precisions": ("float32", "bf16", "fp16")})
     return dataclasses.replace(plan, patience=0)  # of the score; here the loss stops a run early, see stop_reason
 
@@ -141,16 +171,23 @@ def build_data(cfg):
         notes += [note] if note else []
     for note in notes:
         processes.say(f"note: {note}")
-    train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
-    still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
-    return {part: windshield_pairs.WindshieldPairs(found, names[part], train if part == "train" else still, cfg.SEED)
-            for part in windshield_pairs.PARTS}
+    if cfg.CROP_SIZES:
+        train = presets.over_epochs([presets.crops(size, cfg.FLIP, cfg.COLOR_JITTER) for size in cfg.CROP_SIZES],
+                                    cfg.EPOCHS)
+        still = presets.scaled(1.0, cfg.IMAGE_SIZE)
+    else:
+        train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
+        still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
+    return {part: windshield_pairs.WindshieldPairs(
+        found, names[part], train if part == "train" else still, cfg.SEED,
+        crops=cfg.CROPS_PER_PAIR if part == "train" else 1, cache_gb=0 if part == "test" else cfg.CACHE_GB)
+        for part in windshield_pairs.PARTS}
 
 
 def build_loaders(cfg, data):
     """-> loader of the training pairs, loader of the validation pairs."""
     return (loaders.training_loader(data["train"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
-            loaders.validation_loader(data["val"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS))
+            loaders.validation_loader(data["val"], 1 if cfg.CROP_SIZES else cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS))
 
 
 def real_photographs(cfg, count=6):
@@ -169,9 +206,16 @@ def real_photographs(cfg, count=6):
 # ---- model and loss --------------------------------------------------------------------------------------------
 
 def build_model(cfg, device):
-    """The U-Net, on the device."""
-    model = new_unet(cfg.ARCH, cfg.BASE_WIDTH, cfg.DROPOUT, cfg.RESIDUAL, cfg.ENCODER_WEIGHTS)
-    processes.say(freeze.describe({f"U-Net ({cfg.ARCH})": model}))
+    """The network, on the device."""
+    if cfg.ARCH == "nafnet":
+        model = derainers.Derainer("nafnet", width=cfg.NAFNET_WIDTH, encoder=list(cfg.NAFNET_ENCODER),
+                                   middle=cfg.NAFNET_MIDDLE, decoder=list(cfg.NAFNET_DECODER), patch=cfg.NAFNET_PATCH,
+                                   window=cfg.NAFNET_WINDOW, rain_channels=cfg.NAFNET_RAIN_CHANNELS)
+    elif cfg.ARCH in derainers.TRAINABLE:
+        model = derainers.Derainer(cfg.ARCH)
+    else:
+        model = new_unet(cfg.ARCH, cfg.BASE_WIDTH, cfg.DROPOUT, cfg.RESIDUAL, cfg.ENCODER_WEIGHTS)
+    processes.say(freeze.describe({cfg.ARCH if cfg.ARCH in derainers.TRAINABLE else f"U-Net ({cfg.ARCH})": model}))
     return model.to(device, memory_format=torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format)
 
 
@@ -181,21 +225,28 @@ def build_perceptual(cfg, device):
 
 
 def losses_of(restored, targets, weights, perceptual=None):
-    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: of {"l1", "perceptual",
-    "ssim_loss": ()} those in `weights`."""
-    terms = {"l1": losses.pixel_l1, "perceptual": perceptual, "ssim_loss": losses.ssim_loss}
+    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: those of `weights`."""
+    terms = {"l1": losses.pixel_l1, "perceptual": perceptual, "ssim_loss": losses.ssim_loss,
+             "charbonnier": losses.charbonnier, "psnr_loss": losses.psnr_loss, "fft": losses.fft_l1}
     return {name: terms[name](restored, targets) for name in weights}
 
 
-def compute_losses(model, batch, weights, perceptual=None):
-    """Named losses of one batch, see `losses_of`."""
-    return losses_of(model(batch["images"]), batch["twins"], weights, perceptual)
+def compute_losses(model, batch, weights, perceptual=None, early=0.0):
+    """Named losses of one batch, see `losses_of`; of a network with stages the earlier ones' losses times `early` are
+    added."""
+    if not early:
+        return losses_of(model(batch["images"]), batch["twins"], weights, perceptual)
+    *others, last = (losses_of(restored, batch["twins"], weights, perceptual)
+                     for restored in model(batch["images"], every_stage=True))
+    return {name: value + early * sum(other[name] for other in others) for name, value in last.items()}
 
 
 def build_optimizer(cfg, model):
     """-> what engine.fit takes as `optimizer`, parameter groups."""
-    make, decay = _OPTIMIZERS[cfg.OPTIMIZER]
-    return make, [{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE, "weight_decay": decay}]
+    make = (partial(torch.optim.SGD, momentum=0.9) if cfg.OPTIMIZER == "sgd" else
+            partial(torch.optim.AdamW, betas=tuple(cfg.BETAS)))
+    return make, [{"params": list(model.parameters()), "lr": cfg.LEARNING_RATE,
+                   "weight_decay": _OPTIMIZERS[cfg.OPTIMIZER]}]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------
@@ -330,7 +381,8 @@ def main(**overrides):
     optimizer, groups = build_optimizer(cfg, model)
 
     result = engine.fit(
-        model, train_loader, partial(compute_losses, weights=weights, perceptual=perceptual), plan,
+        model, train_loader, partial(compute_losses, weights=weights, perceptual=perceptual,
+                                     early=cfg.EARLY_STAGES_WEIGHT), plan,
         output_dir=cfg.CHECKPOINT_DIR, parameters=groups, optimizer=optimizer,
         evaluate=partial(evaluate, loader=val_loader, device=device, weights=weights, perceptual=perceptual),
         score="val/psnr", sample_images=partial(sample_images, dataset=data["val"], device=device),
@@ -343,7 +395,7 @@ def main(**overrides):
                    "val/psnr_y": "PSNR (Y)", "val/ssim_y": "SSIM (Y)"}
         processes.say(report.table([{"images": "rainy input"} | untouched, {"images": "derained"} | best], columns))
         processes.say(f"gain: {best['val/psnr'] - untouched['val/psnr']:+.2f} dB\n"
-                      f"U-Net: {(Path(cfg.CHECKPOINT_DIR) / 'best.pt').as_posix()}")
+                      f"network: {(Path(cfg.CHECKPOINT_DIR) / 'best.pt').as_posix()}")
     return result | {"rainy_input": untouched}
 
 

@@ -15,7 +15,7 @@ from utils import losses
 from utils.config import UserError
 from utils.datasets import presets, windshield_pairs
 from utils.evaluation import image_quality
-from utils.networks import unet
+from utils.networks import derainers, tiling, unet
 from utils.training import schedule
 from utils.weather import rain, windshield
 
@@ -102,15 +102,15 @@ def test_dropout_only_acts_in_training():
 
 def test_reflection_at_the_border():
     row = torch.arange(4.0).view(1, 1, 1, 4)
-    assert unet.reflected(row, 5, 0).flatten().tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2]  # more than the image has
-    assert unet.reflected(row[..., :1], 2, 1).shape == (1, 1, 2, 3)
+    assert tiling.reflected(row, 5, 0).flatten().tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2]  # more than the image has
+    assert tiling.reflected(row[..., :1], 2, 1).shape == (1, 1, 2, 3)
 
 
 def test_a_checkpoint_reproduces_the_output(tmp_path):
     for arch, residual in (("unet", False), ("resnet34", True)):
         model, images = trained(arch, residual=residual), picture(50, 70)
         torch.save({"model": model.state_dict(), "model_args": model.model_args}, tmp_path / "best.pt")
-        assert torch.equal(unet.load_unet(tmp_path / "best.pt")(images), model(images))
+        assert torch.equal(derainers.load_trained(tmp_path / "best.pt")(images), model(images))
 
 
 def test_clear_lines_for_wrong_architectures_and_files(tmp_path):
@@ -123,8 +123,8 @@ def test_clear_lines_for_wrong_architectures_and_files(tmp_path):
         (lambda: unet.new_unet("resnet34", encoder_weights=str(tmp_path / "other.pt")), "ENCODER_WEIGHTS.*missing"),
         (lambda: unet.new_unet("unet", 0), "BASE_WIDTH = 0"),
         (lambda: unet.new_unet("unet", 4, dropout=1.0), "DROPOUT = 1.0"),
-        (lambda: unet.load_unet(tmp_path / "none.pt"), "UNET_PATH = .*train_unet_derain.py"),
-        (lambda: unet.load_unet(tmp_path / "other.pt"), "UNET_PATH = .*no model_args"),
+        (lambda: derainers.load_trained(tmp_path / "none.pt"), "UNET_PATH = .*train_unet_derain.py"),
+        (lambda: derainers.load_trained(tmp_path / "other.pt"), "UNET_PATH = .*no model_args"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()
@@ -150,17 +150,17 @@ def test_tiles_equal_the_whole_image_where_the_context_is_wide_enough():
     with torch.no_grad():
         whole = small(images)
     for tile, overlap in ((64, 32), (96, 32), (128, 64), (512, 128)):
-        torch.testing.assert_close(unet.restore(small, images, tile, overlap), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(tiling.restore(small, images, tile, overlap), whole, rtol=0, atol=1e-6)
 
 
 def test_no_seam_shows_in_the_unets_tiles():
     model, images = trained(), picture(384, 448)
-    whole = unet.restore(model, images)
-    tiled = unet.restore(model, images, 256, 128)
+    whole = tiling.restore(model, images)
+    tiled = tiling.restore(model, images, 256, 128)
     difference = (tiled - whole).abs()
     assert (whole - images).abs().mean() > 0.02  # the network does something
     assert difference.max() < 2 / 255 and difference.mean() < 0.1 / 255
-    no_overlap = (unet.restore(model, images, 256, 0) - whole).abs()
+    no_overlap = (tiling.restore(model, images, 256, 0) - whole).abs()
     assert no_overlap.max() > 4 * difference.max()  # that is what the overlap is good for
 
 
@@ -171,11 +171,11 @@ def test_every_tile_is_small_and_every_pixel_is_covered():
         sizes.append(images.shape[-2:])
         return images
     images = picture(100, 333)
-    torch.testing.assert_close(unet.restore(note, images, 96, 32), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiling.restore(note, images, 96, 32), images, rtol=0, atol=1e-6)
     assert max(max(size) for size in sizes) == 96 and len(sizes) == 2 * 5
     for tile, overlap in ((100, 32), (96, 64), (96, 20), (-32, 0)):
         with pytest.raises(UserError, match="TILE"):
-            unet.restore(note, images, tile, overlap)
+            tiling.restore(note, images, tile, overlap)
 
 
 # ---- losses and metrics ----------------------------------------------------------------------------------------

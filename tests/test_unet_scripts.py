@@ -22,7 +22,7 @@ from utils.datasets import windshield_pairs
 from utils.demo import windshield as demo_windshield
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import MARKER
-from utils.networks import unet
+from utils.networks import derainers
 from utils.weather import windshield
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,8 @@ def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):
     content = torch.load(out / "best.pt")
     cfg = train.config.resolve(vars(train), settings | {"RESUME": True})  # the split of that run
     _, loader = train.build_loaders(cfg, train.build_data(cfg))
-    measured = train.evaluate(unet.load_unet(out / "best.pt"), loader, "cpu", train.build_plan(cfg).loss_weights)
+    model = derainers.load_trained(out / "best.pt")
+    measured = train.evaluate(model, loader, "cpu", train.build_plan(cfg).loss_weights)
     assert len(loader.dataset) == 5  # odd: the processes hold 3 and 2
     for name in ("val/psnr", "val/ssim", "val/psnr_y", "val/ssim_y"):
         assert content["metrics"][name] == pytest.approx(measured[name], rel=1e-5), name
@@ -118,7 +119,8 @@ def test_variants_train(base, changes):
     assert all(value.dtype in (torch.float32, torch.int64) for value in state["model"].values())
     if changes.get("PRECISION") == "fp16":
         assert state["scaler"]["scale"] > 1 and state["step"] == 4
-    assert unet.load_unet(Path(base["CHECKPOINT_DIR"]) / "best.pt").model_args["arch"] == changes.get("ARCH", "unet")
+    model = derainers.load_trained(Path(base["CHECKPOINT_DIR"]) / "best.pt")
+    assert model.model_args["arch"] == changes.get("ARCH", "unet")
 
 
 def test_the_perceptual_loss_takes_part(base, tmp_path):
@@ -286,7 +288,7 @@ def test_sweep_trains_for_real(base, tmp_path):
     result = sweep_unet_derain.main(BASE=fixed, VARIABLES={"BASE_WIDTH": (2,)}, SWEEP_EPOCHS=1,
                                     OUTPUT_DIR=str(tmp_path / "sweep"))
     assert [row["variable"] for row in result["trials"]] == ["baseline", "BASE_WIDTH"]
-    assert unet.load_unet(tmp_path / "sweep" / "BASE_WIDTH=2" / "run" / "best.pt").model_args["width"] == 2
+    assert derainers.load_trained(tmp_path / "sweep" / "BASE_WIDTH=2" / "run" / "best.pt").model_args["width"] == 2
 
 
 def test_demo_data_is_drawn_once(tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ from utils.boxes import decode
 from utils.demo.scene import render_scene
 from utils.images import to_floats
 from utils.integrated_model import load_integrated_model
+from utils.networks.derainers import load_trained
 from utils.networks.rtdetr import id2label_of
-from utils.networks.unet import load_unet, restore
+from utils.networks.tiling import restore
 from utils.weather import rain, windshield
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "readme_strip.jpg")  # the strip
@@ -89,7 +90,7 @@ def windshield_panels(cfg):
     """-> [(caption, PIL image), ...]: a scene through a wet windshield, and what the U-Net makes of it."""
     scene, _ = render_scene(cfg.PANE_SCENE, size=(cfg.SIDE, cfg.SIDE))
     wet = as_floats(windshield.add_windshield_rain(np.asarray(scene), rain.rng_for(cfg.PANE, "strip"), "medium"))
-    model = load_unet(cfg.UNET_PATH)
+    model = load_trained(cfg.UNET_PATH)
     small = resize(wet, [cfg.UNET_SIDE] * 2, antialias=True)
     correction = restore(model, small) - small
     restored = (wet + resize(correction, [cfg.SIDE] * 2, antialias=True)).clamp(0, 1)

@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from utils import system
 from utils.config import UserError
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "params")  # keys under which published files keep their weights
+WRAPPERS = ("model", "state_dict", "model_state_dict", "params", "net")  # keys under which published files keep weights
 
 
 class CheckpointError(UserError):
@@ -64,11 +65,14 @@ def replace_folder(write, folder):
 
 
 def load(path, device="cpu"):
-    """-> the content of a checkpoint file. Foreign files may hold an argparse.Namespace; nothing else is unpickled."""
+    """-> the content of a checkpoint file, or the tensors of a .safetensors file. Foreign files may hold an
+    argparse.Namespace; nothing else is unpickled."""
     path = Path(path)
     if problem := system.absent(path):
         raise CheckpointError(f"weight file {path.as_posix()} {problem}")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(device))
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
@@ -179,7 +183,7 @@ def load_network(path, build, arguments, constant, script, device="cpu"):
 
     Args:
         path: file with "model" (its state dict) and "model_args"; build: (**model_args) -> nn.Module.
-        arguments: the names that model_args must have; constant: the script's constant that holds `path`.
+        arguments: names that model_args must have at least; constant: the script's constant that holds `path`.
         script: what writes such files, for messages.
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
@@ -188,9 +192,13 @@ def load_network(path, build, arguments, constant, script, device="cpu"):
         raise UserError(f"{constant} = '{path}' {problem}: train one with {script}")
     content = load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
-    if not isinstance(args, dict) or set(args) != set(arguments) or "model" not in content:
-        raise UserError(f"{constant} = '{path}' is not a file of {script} (no model_args of its network in it)")
-    network = build(**args)
+    foreign = UserError(f"{constant} = '{path}' is not a file of {script} (no model_args of its network in it)")
+    if not isinstance(args, dict) or not set(args) >= set(arguments) or "model" not in content:
+        raise foreign
+    try:
+        network = build(**args)
+    except TypeError as error:  # arguments that it does not take, or of another kind
+        raise foreign from error
     load_into(network, content["model"], f"{constant} = '{path}'")
     return network.to(device).eval()
 

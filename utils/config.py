@@ -4,7 +4,8 @@ A script keeps its UPPER_CASE constants at module level, each with its reason in
 dict with the values that differ for `--demo`. `resolve` turns them, plus overrides, into one object; nothing is
 registered anywhere and nothing happens on import.
 
-A constant takes values of its default's type. Where that says too little, an annotation says what it takes:
+A constant takes values of its default's type, as utils/constant_types.json has it: the default at the top of a script
+is what people edit, so it cannot say itself whether it is right. Where a type says too little, an annotation does:
 
     RAIN_THRESHOLD: float | None = 0.5  # a number, or None
     PERCENT_DATASET: float = 10         # fractions as well; a whole number stays one
@@ -19,15 +20,19 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import io
+import json
 import sys
 import tokenize
 import types
 import typing
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 
 CONSTANT_TYPES = (bool, int, float, str, tuple, list, dict, type(None))
+_SLIPS = (PurePath, set, frozenset, bytes, complex)  # what a person writes and no constant is: converted, or refused
+TYPES_FILE = Path(__file__).with_name("constant_types.json")  # python -m tools.constant_types
 _PATHS = ("_DIR", "_DIRS", "_PATH", "_FILE")  # endings of constants that name files and folders
 ANYTHING = (object,)  # what a constant without annotation takes whose default is None
 
@@ -49,8 +54,17 @@ def constants_of(namespace):
     return {
         name: value
         for name, value in namespace.items()
-        if name.isupper() and not name.startswith("_") and name != "DEMO" and isinstance(value, CONSTANT_TYPES)
+        if name.isupper() and not name.startswith("_") and name != "DEMO"
+        and isinstance(value, CONSTANT_TYPES + _SLIPS)
     }
+
+
+@functools.cache
+def _known_types():
+    """-> {constant: (types, types of its elements)} of TYPES_FILE."""
+    classes = {kind.__name__: kind for kind in CONSTANT_TYPES}
+    return {name: tuple(tuple(classes[kind] for kind in entry[key]) for key in ("types", "elements"))
+            for name, entry in json.loads(TYPES_FILE.read_text(encoding="utf-8")).items()}
 
 
 def annotated_types(namespace):
@@ -76,8 +90,10 @@ def annotated_types(namespace):
 
 
 def _taken_types(defaults, annotated):
-    """-> {name: types, a tuple of classes} of every constant: its annotation's, else its default's."""
-    return {name: ANYTHING if default is None else (type(default),) for name, default in defaults.items()} | annotated
+    """-> {name: types, a tuple of classes} of every constant: its annotation's, TYPES_FILE's or its default's."""
+    known = _known_types()
+    return {name: known[name][0] if name in known else ANYTHING if default is None else (type(default),)
+            for name, default in defaults.items()} | annotated
 
 
 def _words(kinds):
@@ -112,8 +128,9 @@ def resolve(namespace, overrides):
     for name, value in values.items():
         if isinstance(value, str) and str not in annotated.get(name, ()) and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
-        if name in annotated:
-            _checked(name, value, kinds[name], defaults[name])  # the default, where a person has edited it
+        value = _checked(name, value, kinds[name], defaults[name])  # also the default, which a person may have edited
+        if name not in annotated and isinstance(value, (tuple, list)):
+            value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
         values[name] = _not_empty(name, value, kinds[name], defaults[name])
     return Config(demo=use_demo, **values)
 
@@ -166,7 +183,7 @@ def _checked(name, value, kinds, default):
 
     A whole number stays an int where the default of a float constant is one: checkpoints keep 10, not 10.0.
     """
-    if isinstance(value, Path):
+    if isinstance(value, PurePath):
         value = str(value)
     if kinds == ANYTHING or (bool in kinds if isinstance(value, bool) else isinstance(value, kinds)):
         return value
@@ -175,8 +192,21 @@ def _checked(name, value, kinds, default):
     for sequence in (tuple, list):
         if sequence in kinds and isinstance(value, (tuple, list)):
             return sequence(value)
-    raise UserError(f"{name} = {value!r} is a {type(value).__name__}, but {name} must be a {_words(kinds)} "
-                    f"(default {default!r})")
+    advice = (f"write a comma after a single element: ({value!r},)" if tuple in kinds and isinstance(value, (str, int))
+              else "" if value is default else f"default {default!r}")
+    raise UserError(f"{name} = {value!r} is a {type(value).__name__}, but {name} must be a {_words(kinds)}"
+                    + (f" ({advice})" if advice else ""))
+
+
+def _elements_checked(name, values, kinds):
+    """-> the elements of a tuple or list, Paths as text; UserError where one is of none of the types (if any is known).
+    """
+    values = type(values)(str(value) if isinstance(value, PurePath) else value for value in values)
+    for value in values:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if kinds and not (type(value) in kinds or whole and float in kinds):
+            raise UserError(f"{name} holds {value!r}, a {type(value).__name__}: each element must be a {_words(kinds)}")
+    return values
 
 
 def from_command_line(namespace, argv=None):

@@ -106,6 +106,31 @@ def pixel_l1(images, targets):
         return F.l1_loss(images.float(), targets.float())
 
 
+def charbonnier(images, targets, eps=1e-3):
+    """Mean of sqrt(error^2 + eps^2), an L1 that is smooth at zero (Charbonnier et al. 1994), of images in [0, 1]:
+    scalar Tensor, eps for equal images."""
+    with float32(images.device.type):
+        return ((images.float() - targets.float()).square() + eps**2).sqrt().mean()
+
+
+def psnr_loss(images, targets):
+    """10 log10 of each image's mean squared error: minus its PSNR in dB (Chen et al. 2022), averaged; scalar Tensor.
+
+    Its gradient grows as the error falls; equal images count as 80 dB.
+    """
+    with float32(images.device.type):
+        error = (images.float() - targets.float()).square().flatten(1).mean(1)
+        return 10 * (error + 1e-8).log10().mean()
+
+
+def fft_l1(images, targets):
+    """Mean absolute difference of the real and imaginary parts of the spectra (orthonormal, so that it has the size of
+    `pixel_l1`): scalar Tensor. Cho et al., "Rethinking Coarse-to-Fine Approach in Single Image Deblurring", ICCV 2021.
+    """
+    with float32(images.device.type):
+        return torch.view_as_real(torch.fft.rfft2(images.float() - targets.float(), norm="ortho")).abs().mean()
+
+
 def staged_mse(stages, target):
     """Mean squared error of every stage's image against the target, summed (SPDNet supervises all three stages).
 

@@ -10,6 +10,7 @@ from utils.config import UserError
 from utils.datasets import image_check
 from utils.datasets.annotations import ADVICE
 from utils.datasets.coco import require_clean_and_rainy
+from utils.datasets.presets import OverEpochs
 from utils.datasets.samples import epoch_and_index, images_by_name, read_image, sample_randomness, seeded_subset
 
 
@@ -25,6 +26,9 @@ class PairedRainDataset(torch.utils.data.Dataset):
         percent, part, seed: see `seeded_subset`; two data sets with parts (0, 0.9) and (0.9, 1) never share a pair.
         limit: at most so many pairs (a seeded choice), None for all.
     """
+
+    crops = 1         # samples of each pair in an epoch
+    cache_bytes = 0   # of decoded pairs that are kept in memory
 
     def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
                  part=(0.0, 1.0), limit=None, check=True):
@@ -49,17 +53,32 @@ class PairedRainDataset(torch.utils.data.Dataset):
                                      partners=clean + (None,) * len(clean))
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.pairs) * self.crops
+
+    def read(self, index):
+        """-> rainy and clean image of a pair, (3, H, W) uint8; kept for the next time while the cache has room."""
+        cache = self.__dict__.setdefault("_cache", {})
+        if index not in cache:
+            rainy, clean = (read_image(path) for path in self.pairs[index])
+            if rainy.shape != clean.shape:
+                raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "
+                                f"partner is {clean.shape[2]}x{clean.shape[1]}")
+            if sum(image.numel() for pair in cache.values() for image in pair) + 2 * rainy.numel() > self.cache_bytes:
+                return rainy, clean
+            cache[index] = rainy, clean
+        return cache[index]
+
+    def __getstate__(self):  # a loading process fills a cache of its own
+        return {name: value for name, value in vars(self).items() if name != "_cache"}
 
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
-        rainy, clean = (read_image(path) for path in self.pairs[index])
-        if rainy.shape != clean.shape:
-            raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "
-                            f"partner is {clean.shape[2]}x{clean.shape[1]}")
+        number, index = index, index % len(self.pairs)
+        rainy, clean = self.read(index)
         size = tuple(rainy.shape[-2:])
-        with sample_randomness(self.seed, epoch, index):
-            sample = self.transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
+        transform = self.transform.at(epoch) if isinstance(self.transform, OverEpochs) else self.transform
+        with sample_randomness(self.seed, epoch, number):
+            sample = transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
         return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
                          "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
 

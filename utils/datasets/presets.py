@@ -95,6 +95,30 @@ def paired_patches(size, scale=1.0):
     return v2.Compose([Scaled(scale), PairedPatch(size)])
 
 
+def crops(size, flip=0.5, jitter=0.0):
+    """Random `size` x `size` squares at the images' own scale, reflected at the border where the image is smaller; one
+    geometry and one colour change for image and twin, see `unet_training`."""
+    colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
+    return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, padding_mode="symmetric"),
+                       v2.RandomHorizontalFlip(flip), *colour])
+
+
+class OverEpochs:
+    """See `over_epochs`."""
+
+    def __init__(self, transforms, epochs):
+        self.transforms, self.epochs = list(transforms), epochs
+
+    def at(self, epoch):
+        """-> the transform of an epoch, counted from 0."""
+        return self.transforms[min(epoch * len(self.transforms) // self.epochs, len(self.transforms) - 1)]
+
+
+def over_epochs(transforms, epochs):
+    """Transforms that share the epochs of a run out, equal parts in this order; what PairedRainDataset takes as one."""
+    return OverEpochs(transforms, epochs)
+
+
 def unet_training(size, random_crop=False, flip=0.5, jitter=0.1):
     """The U-Net's training pairs, (size, size): one geometry and one colour change for image and twin.
 

@@ -32,11 +32,12 @@ class WindshieldPairs(image_pairs.PairedRainDataset):
     Args:
         pairs: {name: (rainy path, clear path)} from `find_pairs`; names: the chosen ones, in this order.
         transform: one of utils.datasets.presets; seed: of its randomness.
+        crops: samples of each pair in an epoch; cache_gb: of decoded pairs that every process keeps in memory.
     """
 
-    def __init__(self, pairs, names, transform, seed=0):
+    def __init__(self, pairs, names, transform, seed=0, crops=1, cache_gb=0.0):
         self.names, self.pairs = list(names), [pairs[name] for name in names]
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.crops, self.cache_bytes = transform, seed, crops, int(cache_gb * 1e9)
 
 
 def find_pairs(rainy_dir, clear_dir):

@@ -1,4 +1,4 @@
-"""U-Net that takes rain off a windshield, and how it is run on images of any size.
+"""U-Net that takes rain off a windshield.
 
 Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, in the form of the
 plan: five levels of two Conv-BN-ReLU, max-pooling down, transposed convolutions up, concatenated skips, tanh. Different
@@ -7,8 +7,6 @@ deepest levels, and by default the network predicts the correction of its input,
 `arch` may also name an encoder of segmentation_models_pytorch, whose U-Net then takes the plain one's place.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +14,7 @@ from torch import nn
 from utils import checkpoint
 from utils.config import UserError
 from utils.networks.clamp import clamp_with_return
+from utils.networks.tiling import reflected
 
 LEVELS = 4  # halvings of the plain U-Net: 64-128-256-512 and a bottleneck of 1024 for width 64
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -115,16 +114,6 @@ class UNetDerainer(nn.Module):
         return clamp_with_return(images.float() + value) if self.residual else (value + 1) / 2
 
 
-def reflected(images, right, below):
-    """(B, 3, H, W) -> (B, 3, H + below, W + right), mirrored at the border as often as it takes."""
-    for dim, amount in ((-1, right), (-2, below)):
-        if amount:
-            size = images.shape[dim]
-            at = torch.arange(size + amount, device=images.device) % max(2 * size - 2, 1)
-            images = images.index_select(dim, torch.where(at < size, at, 2 * size - 2 - at))
-    return images
-
-
 def _smp():
     """The optional package, or one line that says how to get it."""
     try:
@@ -172,78 +161,3 @@ def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weig
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
-def load_unet(path, device="cpu", constant="UNET_PATH"):
-    """-> the UNetDerainer of a best.pt, last.pt or epoch_*.pt of train_unet_derain.py, in eval mode.
-
-    Raises:
-        UserError: the file is missing or holds something else; names `constant`.
-    """
-    return checkpoint.load_network(path, UNetDerainer, ("arch", "width", "dropout", "residual"), constant,
-                                   "train_unet_derain.py", device)
-
-
-# ---- whole images ----------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def restore(model, images, tile=0, overlap=128):
-    """Restore images at their own resolution, in tiles where they are larger than one.
-
-    Neighbouring tiles overlap. The outer quarter of the overlap is context alone, over its middle half one tile fades
-    into the next, so that no seam shows; tiles start at multiples of 32, where the network's grids agree.
-
-    Args:
-        model: UNetDerainer in eval mode, or any (1, 3, h, w) -> (1, 3, h, w) in [0, 1].
-        images: (B, 3, H, W) in [0, 1], on any device; tiles travel to the model's one by one.
-        tile: side of a tile in pixels, 0 for none; overlap: pixels that two neighbours share.
-    Returns:
-        (B, 3, H, W) float32 on the device of `images`.
-    Raises:
-        UserError: sides that are no multiples of 32, or an overlap of more than half a tile; names TILE.
-    """
-    require_tiles(tile, overlap)
-    device = next(model.parameters(), images).device if isinstance(model, nn.Module) else images.device
-    height, width = images.shape[-2:]
-    if not tile or max(height, width) <= tile:
-        return model(images.to(device)).float().to(images.device)
-    rows, columns = (_starts(side, tile, overlap) for side in (height, width))
-    total = images.new_zeros(images.shape, dtype=torch.float32)
-    weight = images.new_zeros(1, 1, height, width, dtype=torch.float32)
-    for top in rows:
-        for left in columns:
-            part = images[..., top:top + tile, left:left + tile]
-            h, w = part.shape[-2:]
-            share = (_fade(top, h, height, overlap)[:, None] * _fade(left, w, width, overlap)).to(images.device)
-            for i in range(len(images)):  # one by one: the memory is that of a single tile
-                found = model(part[i:i + 1].to(device)).float().to(images.device)
-                total[i:i + 1, :, top:top + h, left:left + w] += found * share
-            weight[..., top:top + h, left:left + w] += share
-    return total / weight
-
-
-def require_tiles(tile, overlap):
-    """UserError unless TILE and OVERLAP go together; see `restore`."""
-    if tile < 0 or tile % 32 or overlap < 0 or overlap % 32 or tile and 2 * overlap > tile:
-        raise UserError(f"TILE = {tile}, OVERLAP = {overlap}: choose multiples of 32 with an overlap of at most half a "
-                        "tile, such as 512 and 128, or TILE = 0 for whole images")
-
-
-def _starts(side, tile, overlap):
-    """-> first pixels of the tiles along a side, multiples of 32; the last tile may be smaller."""
-    step = tile - overlap
-    count = max(1, math.ceil((side - overlap) / step))
-    return [i * step for i in range(count)]
-
-
-def _fade(start, length, side, overlap):
-    """-> (length,) weights of a tile along one side: 0 in the outer quarter of the overlap, a ramp over its middle
-    half, then 1; where the tile ends with the image there is nothing to fade into."""
-    position = torch.arange(length, dtype=torch.float32) + 0.5
-    ramp = max(overlap / 2, 1e-6)
-    weight = torch.ones(length)
-    if start > 0:
-        weight = weight * ((position - overlap / 4) / ramp).clamp(0, 1)
-    if start + length < side:
-        weight = weight * ((length - position - overlap / 4) / ramp).clamp(0, 1)
-    return weight

@@ -1,0 +1,235 @@
+"""Every de-raining network behind one interface: RGB in [0, 1] in, RGB in [0, 1] out, any size.
+
+    load_derainer("prenet", "PReNet_latest.pth", "cpu")(images)      published weights
+    load_derainer("nafnet", "outputs_unet/best.pt")(images)          of train_unet_derain.py
+
+The networks keep the units, the channel order and the names of tensors that their published weights need; what they
+need beyond that (padding, BGR, 0 to 255) is done here and nowhere else. MPRNet and Restormer come from the optional
+packages of requirements-derain.txt. No weights are part of this project: `Source` says whose they are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from utils import checkpoint, system
+from utils.config import UserError
+from utils.networks import rescan
+from utils.networks.clamp import clamp_with_return
+from utils.networks.ddn import new_ddn
+from utils.networks.derainnet import DerainNet
+from utils.networks.nafnet import NAFNet
+from utils.networks.prenet import PReNet
+from utils.networks.spdnet import SPDNet, load_spdnet
+from utils.networks.tiling import reflected
+from utils.networks.unet import UNetDerainer
+
+OWN = "train_unet_derain.py"  # writes checkpoints that say how to build their network
+
+
+class Source(NamedTuple):
+    """Where a network and its published weights come from."""
+
+    paper: str
+    year: int
+    licence: str  # of the published weights, as their authors state it
+    trained_on: str  # what the published weights have seen
+    get: str  # where the published weights are
+
+
+class Network(NamedTuple):
+    """How to build a network, and how to call it."""
+
+    build: Callable | None  # (**settings) -> nn.Module; None: from a state dict, by spandrel
+    stages: Callable  # (network, images (B, 3, H, W) in [0, 1]) -> the images of its stages, the last is the result
+    multiple: int  # that the sides must be of
+    source: Source
+
+
+# ---- how each is called ----------------------------------------------------------------------------------------
+
+def _only(net, images):
+    return [net(images)]
+
+
+def _rescan(net, images):
+    images = images.flip(1)  # BGR, as its authors' code reads files
+    return [(images - rain).flip(1) for rain in net(images)]
+
+
+def _spdnet(net, images):
+    return [stage / 255 for stage in reversed(net(images * 255))]
+
+
+def _mprnet(net, images):
+    return list(reversed(net(images)))
+
+
+_PRENET = Source("Ren et al., Progressive Image Deraining Networks: A Better and Simpler Baseline", 2019, "none stated",
+                 "Rain100L, Rain100H or Rain1400, by the file", "github.com/csdwren/PReNet, logs/")
+_RESCAN = Source("Li et al., Recurrent Squeeze-and-Excitation Context Aggregation Net", 2018, "MIT (code)",
+                 "Rain100H or Rain800", "github.com/XiaLiPKU/RESCAN")
+_DDN = Source("Fu et al., Removing Rain from Single Images via a Deep Detail Network", 2017, "non-commercial use only",
+              "Rain1400", "github.com/XMU-smartdsp/Removing_Rain")
+_OURS = Source("this project", 2026, "the project's", "the pairs of its run", f"python {OWN}")
+
+NETWORKS = {
+    "nafnet": Network(NAFNet, _only, 1, _OURS._replace(
+        paper="Chen et al., Simple Baselines for Image Restoration", year=2022)),
+    "prenet": Network(PReNet, lambda net, images: net(images), 1, _PRENET),
+    "prenet_r": Network(partial(PReNet, shared=True), lambda net, images: net(images), 1, _PRENET),
+    "prn": Network(partial(PReNet, memory=False), lambda net, images: net(images), 1, _PRENET),
+    "prn_r": Network(partial(PReNet, memory=False, shared=True), lambda net, images: net(images), 1, _PRENET),
+    "rescan": Network(rescan.RESCAN, _rescan, 1, _RESCAN),
+    "rescan_add": Network(partial(rescan.RESCAN, additive=True), _rescan, 1, _RESCAN),
+    "rescan_lstm": Network(partial(rescan.RESCAN, unit=rescan.LSTM), _rescan, 1, _RESCAN),
+    "ddn": Network(new_ddn, _only, 1, _DDN),
+    "ddn_matlab": Network(partial(new_ddn, "matlab"), _only, 1, _DDN._replace(licence="none stated")),
+    "ddn_port": Network(partial(new_ddn, "port"), _only, 1, _DDN._replace(
+        licence="none stated", trained_on="Rain100L or Rain100H, by the file",
+        get="github.com/HanshuYAN/Deep_Detailed_Network-PyTorch")),
+    "derainnet": Network(DerainNet, _only, 1, Source(
+        "Fu et al., Clearing the Skies: A Deep Network Architecture for Single-Image Rain Removal", 2017,
+        "non-commercial use only", "the paper's own streaks", "none are public in PyTorch's form: train it here")),
+    "spdnet": Network(SPDNet, _spdnet, 1, Source(
+        "Yi et al., Structure-Preserving Deraining with Residue Channel Prior Guidance", 2021, "none stated",
+        "SPA-Data", "github.com/Joyies/SPDNet, model_spa.pt")),
+    "mprnet": Network(None, _mprnet, 8, Source(
+        "Zamir et al., Multi-Stage Progressive Image Restoration", 2021, "Academic Public License, non-commercial",
+        "Rain13K", "github.com/swz30/MPRNet, Deraining/pretrained_models/model_deraining.pth")),
+    "restormer": Network(None, _only, 8, Source(
+        "Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration", 2022,
+        "Academic Public License, non-commercial", "Rain13K",
+        "github.com/swz30/Restormer/releases/download/v1.0/deraining.pth")),
+}
+TRAINABLE = tuple(name for name, network in NETWORKS.items() if network.build)
+_SMALLEST = 8  # side in pixels below which images are mirrored: SPDNet needs 5, networks with halvings a few
+
+
+# ---- the wrapper -----------------------------------------------------------------------------------------------
+
+class Derainer(nn.Module):
+    """A network of NETWORKS in this project's unit.
+
+    Args:
+        arch: its name; settings: of its class, such as NAFNet's `width`.
+        net: the network itself where it is there already.
+    """
+
+    def __init__(self, arch, net=None, **settings):
+        super().__init__()
+        self.model_args = {"arch": arch} | settings
+        self.net = NETWORKS[arch].build(**settings) if net is None else net
+        self.source = NETWORKS[arch].source
+        self.multiple = getattr(self.net, "multiple", NETWORKS[arch].multiple)
+
+    def forward(self, images, every_stage=False):
+        """De-rain a batch; mirrored at the border up to the network's multiple and cut back.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1], any size.
+            every_stage: also the images of the network's earlier stages or passes.
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], or the list of them, the result last.
+        """
+        height, width = images.shape[-2:]
+        right, below = (max(-side % self.multiple, _SMALLEST - side) for side in (width, height))
+        right, below = (amount + -(side + amount) % self.multiple for amount, side in ((right, width), (below, height)))
+        stages = NETWORKS[self.model_args["arch"]].stages(self.net, reflected(images, right, below))
+        stages = [clamp_with_return(stage[..., :height, :width].float())
+                  for stage in (stages if every_stage else stages[-1:])]
+        return stages if every_stage else stages[0]
+
+
+# ---- from files ------------------------------------------------------------------------------------------------
+
+def load_derainer(name, weights, device="cpu", constant="weights"):
+    """-> the de-rainer in eval mode, with `.source`: (B, 3, H, W) RGB in [0, 1] -> the same without rain.
+
+    Args:
+        name: of NETWORKS, or "unet" for the U-Nets of train_unet_derain.py.
+        weights: the published file (a state dict, .pth or .safetensors), or a checkpoint of train_unet_derain.py.
+        constant: the script's constant that holds the path, for messages.
+    Raises:
+        UserError: an unknown name, a missing file (it says where to get it), or one that does not fit.
+    """
+    if name != "unet" and name not in NETWORKS:
+        raise UserError(f"{constant}: no de-rainer is called {name!r}; choose one of unet, {', '.join(NETWORKS)}")
+    if problem := system.absent(weights):
+        source = NETWORKS[name].source if name in NETWORKS else _OURS
+        raise UserError(f"{constant} = '{weights}' {problem}. Weights of {name}: {source.get}")
+    if is_own(weights):
+        model = load_trained(weights, device, constant)
+        found = model.model_args["arch"]
+        if name != found and (name != "unet" or found in NETWORKS):
+            raise UserError(f"{constant} = '{weights}' holds a network with ARCH = {found!r}, not {name!r}")
+        return model
+    if name in ("unet", "nafnet"):
+        raise UserError(f"{constant} = '{weights}' is not a file of {OWN} (no model_args of its network in it)")
+    if NETWORKS[name].build is None:
+        return Derainer(name, _by_spandrel(name, weights, constant)).to(device).eval()
+    if name == "spdnet":
+        net = load_spdnet(weights, constant=constant)
+        return Derainer(name, net, n_feats=net.n_feats, n_resblocks=net.n_resblocks).to(device).eval()
+    model = Derainer(name)
+    state = {key: value.float() if value.is_floating_point() else value
+             for key, value in checkpoint.load_state(weights).items()}
+    checkpoint.load_into(model.net, state, f"{constant} = '{weights}'", name, _other_kinds(name, state))
+    return model.to(device).eval()
+
+
+def is_own(path):
+    """-> whether a file is a checkpoint of train_unet_derain.py."""
+    content = checkpoint.load(path)
+    arguments = content.get("model_args") if isinstance(content, dict) else None
+    return isinstance(arguments, dict) and "arch" in arguments
+
+
+def load_trained(path, device="cpu", constant="UNET_PATH"):
+    """-> the network of a best.pt, last.pt or epoch_*.pt of train_unet_derain.py, in eval mode: UNetDerainer or
+    Derainer.
+
+    Raises:
+        UserError: the file is missing or holds something else; names `constant`.
+    """
+    def build(arch, **settings):
+        if arch in TRAINABLE:
+            return Derainer(arch, **settings)
+        model = UNetDerainer(arch, **settings)
+        model.source = _OURS
+        return model
+    return checkpoint.load_network(path, build, ("arch",), constant, OWN, device)
+
+
+def _other_kinds(name, state):
+    """-> a sentence that names the network that a state dict fits, "" where none does."""
+    shapes = {key: value.shape for key, value in state.items()}
+    for other in TRAINABLE:
+        if other not in (name, "nafnet", "spdnet"):
+            own = {key: value.shape for key, value in NETWORKS[other].build().state_dict().items()}
+            if own == shapes:
+                return f"It fits {other}"
+    return ""
+
+
+def _by_spandrel(name, weights, constant):
+    """-> MPRNet or Restormer from its published file, by the optional package spandrel."""
+    try:
+        import spandrel
+        import spandrel_extra_arches
+    except ImportError:
+        raise UserError(f"{constant}: {name} needs optional packages: pip install -r requirements-derain.txt (their "
+                        "architectures' licences are non-commercial)") from None
+    spandrel_extra_arches.install(ignore_duplicates=True)
+    state = checkpoint.load_state(weights)
+    if all(key.startswith("generator.") for key in state):  # mmagic's copy
+        state = {key.removeprefix("generator."): value for key, value in state.items()}
+    try:
+        found = spandrel.ModelLoader().load_from_state_dict(dict(state))
+    except (spandrel.UnsupportedModelError, KeyError, RuntimeError) as error:
+        raise UserError(f"{constant} = '{weights}' does not fit {name}: spandrel finds no network for it") from error
+    if found.architecture.id.lower() != name:
+        raise UserError(f"{constant} = '{weights}' holds {found.architecture.name}, not {name}")
+    return found.model

@@ -16,7 +16,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
+from utils import config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, mixedrain, presets
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
@@ -62,6 +62,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_feature_derain/eval", "EVAL_BATCH_SIZE": 8, "NUM_WORKERS": 0,
 }
 _DATASETS = ("coco_rain", "mixedrain")
+_FILES = ("results.json", "masks.png", "latency_map.png")
 _VANILLA, _MULTISCALE, _LIGHTWEIGHT = "Vanilla RT-DETR", "Feature-Level (Multiscale)", "Feature-Level (Lightweight)"
 _ORIGINAL, _ADAPTED, _FINETUNED = "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR", "Fine-tuned RT-DETR"
 
@@ -217,8 +218,8 @@ def main(**overrides):
         raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
     if cfg.demo:
         ensure_demo()
-    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
-    checkpoint.require_writable(folder)
+    comparison.require_page(cfg)
+    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
     if cfg.COMPILE:
         comparison.require_compiler(device)
     models = build_models(cfg, device)
@@ -230,7 +231,7 @@ def main(**overrides):
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}
     rows = [row for loader in found.values()
             for row in comparison.evaluate_models(fast, loader, device, parts_of(cfg, loader.dataset))]
-    twins = "clean" in found and found["rainy"].dataset.files == found["clean"].dataset.files
+    twins = "clean" in found and comparison.are_twins(found["rainy"].dataset, found["clean"].dataset)
     latency = comparison.milliseconds_per_image(fast, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     cost = measure_cost(cfg, models, latency, device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in models if name != _VANILLA}
@@ -242,7 +243,7 @@ def main(**overrides):
         score = {row["model"]: row["mAP"] for row in rows if row["images"] == first}
         visualize.cost_against_accuracy({name: (latency[name]["batch 1"], score[name]) for name in models},
                                         folder / "latency_map.png", "ms per image, batch 1", f"mAP on {first} images")
-        print(f"\nwritten: {(folder / 'results.json').as_posix()}, masks.png, latency_map.png")
+        print(f"\nwritten: {', '.join([(folder / _FILES[0]).as_posix(), *_FILES[1:]])}")
     return results
 
 

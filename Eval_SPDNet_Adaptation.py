@@ -13,7 +13,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, visualize
+from utils import config, datasets, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after, comparison
@@ -50,6 +50,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0,
 }
+_FILES = ("results.json", "detections.png", "latency_map.png")
 _VANILLA, _ORIGINAL, _ADAPTED = before_after.VANILLA, before_after.ORIGINAL, before_after.ADAPTED
 
 
@@ -125,8 +126,9 @@ def main(**overrides):
     require_size(cfg.IMAGE_SIZE)
     if cfg.demo:
         ensure_demo()
-    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
-    checkpoint.require_writable(folder)
+    comparison.require_page(cfg)
+    comparison.note_same(cfg, ("SPDNET_MODEL_PATH", "ADAPTED_MODEL_PATH"))
+    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
     models = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),
                                  "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
@@ -137,7 +139,7 @@ def main(**overrides):
     rainy, clean = found["rainy"].dataset, found["clean"].dataset
     rows = (comparison.evaluate_models(models, found["rainy"], device, comparison.ids_by_prefix(rainy, cfg.PREFIXES))
             + comparison.evaluate_models(models, found["clean"], device, {}))
-    twins = rainy.files == clean.files
+    twins = comparison.are_twins(rainy, clean)
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
@@ -148,7 +150,7 @@ def main(**overrides):
         on_rain = {row["model"]: row["mAP"] for row in rows if row["images"] == "rainy"}
         visualize.cost_against_accuracy({name: (latency[name]["batch 1"], on_rain[name]) for name in models},
                                         folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")
-        print(f"\nwritten: {(folder / 'results.json').as_posix()}, detections.png, latency_map.png")
+        print(f"\nwritten: {', '.join([(folder / _FILES[0]).as_posix(), *_FILES[1:]])}")
     return results
 
 

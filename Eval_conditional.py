@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from utils import checkpoint, config, datasets, freeze, integrated_model, processes, report, system, visualize
+from utils import config, datasets, freeze, integrated_model, processes, report, system, visualize
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
@@ -27,7 +27,7 @@ from utils.evaluation import comparison, gates, rain_report
 from utils.evaluation.coco import detect
 from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ DEMO = {
     "HARD_PIPELINE_DIR": "./demo/outputs_conditional_hard/pipeline",
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
 }
+_FILES = ("results.json", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
 _OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "soft-trained": "SOFT_PIPELINE_DIR",
              "hard-trained": "HARD_PIPELINE_DIR"}
@@ -283,9 +284,12 @@ def main(**overrides):
         for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
             if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
                 setattr(cfg, constant, "")
-    device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
-    checkpoint.require_writable(folder)
+    comparison.require_page(cfg)
+    comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
+                         ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
+    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
     rain_detector, branches, pipelines = build_models(cfg, device)
+    comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
     id2label = id2label_of(branches["vanilla"])
     require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
     loaders_of = build_loaders(cfg, id2label)

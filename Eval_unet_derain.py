@@ -25,11 +25,12 @@ from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
+from utils.evaluation.comparison import note_other_sizes
 from utils.images import to_bytes, to_floats
 from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size, trained_size
 from utils.networks.tiling import require_tiles, restore
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -163,12 +164,23 @@ def rain_probability(rain_detector, image, device):
     return rain_detector.probability(to_floats(small, device)).item()
 
 
+def require_apart(cfg):
+    """UserError where restored pictures would take the place of photographs, or be taken for some the next time."""
+    if cfg.REAL_DIR:
+        real, output = Path(cfg.REAL_DIR).resolve(), Path(cfg.OUTPUT_DIR).resolve()
+        if output.is_relative_to(real) or real.is_relative_to(output / "restored"):
+            raise config.UserError(f"OUTPUT_DIR = '{cfg.OUTPUT_DIR}' and REAL_DIR = '{cfg.REAL_DIR}' lie within each "
+                                   "other: the restored pictures would get among the photographs. Choose another "
+                                   "OUTPUT_DIR")
+
+
 def detection_rows(cfg, model, device):
     """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
     rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
     data = datasets.CocoDetectionDataset(
         cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
         constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
+    note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.DETECTOR_SIZE, "DETECTOR_SIZE")
     loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     calls = {"RT-DETR": lambda images: rtdetr(pixel_values=images),
              "U-Net + RT-DETR": lambda images: rtdetr(pixel_values=model(images))}
@@ -263,10 +275,12 @@ def main(**overrides):
         ensure_windshield_demo()
     if cfg.LABELED_RAIN_DIR:
         require_size(cfg.DETECTOR_SIZE)
+    require_apart(cfg)
     device = processes.announced_device()
     model = load_trained(cfg.UNET_PATH, device)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
-    folder, results = Path(cfg.OUTPUT_DIR), {"pairs": [], "real": [], "detection": []}
+    folder = report.output_folder(cfg.OUTPUT_DIR, ("results.json", "pairs.png", "real_rain.png", "restored"))
+    results = {"pairs": [], "real": [], "detection": []}
     if cfg.RAINY_DIR:
         results["pairs"], chosen = evaluate_pairs(cfg, model, device, lpips_or_note(cfg, device))
         draw_pairs(cfg, model, chosen, folder / "pairs.png")

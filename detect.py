@@ -25,11 +25,12 @@ from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
+from utils.evaluation import comparison
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
 from utils.inference import detections, video
 from utils.integrated_model import load_integrated_model, require_trained_scale
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -100,6 +101,10 @@ def build_models(cfg, device):
     if cfg.MODEL == "vanilla" and (cfg.COMPARE or cfg.SHOW_DERAINED):
         raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
                                "MODEL, or leave them out")
+    gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
+    if gate and cfg.RAINY_BRANCH != "spdnet" and cfg.SHOW_DERAINED:
+        raise config.UserError(f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
+                               "there is no image to show")
     if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
         raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
     chosen = build_model(cfg, device)
@@ -318,6 +323,8 @@ def main(**overrides):
     require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.THRESHOLD <= 1:
         raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")
+    if cfg.RAINY_BRANCH.lower() == "spdnet":
+        cfg.RAINY_BRANCH = "spdnet"
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
@@ -325,7 +332,10 @@ def main(**overrides):
         ensure_clip(cfg.SOURCE, video.VideoWriter)
     device = processes.announced_device()
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
+        for note in source.notes:
+            processes.say(f"note: {note}")
         models = build_models(cfg, device)
+        comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
         folder = new_folder(cfg.OUTPUT)
         try:
             tally = run(cfg, models, source, folder, device)

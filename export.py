@@ -16,7 +16,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch import nn
 
-from utils import checkpoint, config, feature_derain, processes, report, system
+from utils import config, feature_derain, processes, report, system
 from utils.networks import onnx_file
 from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of
 
@@ -108,8 +108,9 @@ def main(**overrides):
                 raise
             processes.say(f"note: no ONNX files: {error}")
             cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind != "onnx")
-    checkpoint.require_writable(cfg.OUTPUT_DIR)
-    results = {name: export(model, name, cfg) for name, model in build_models(cfg).items()}
+    models = build_models(cfg)
+    report.output_folder(cfg.OUTPUT_DIR, [f"{name}{_SUFFIXES[kind]}" for name in models for kind in cfg.FORMATS])
+    results = {name: export(model, name, cfg) for name, model in models.items()}
     rows = [{"file": f"{name}{_SUFFIXES[kind]}", "difference": f"{value:.1e}",
              "size": f"{(Path(cfg.OUTPUT_DIR) / (name + _SUFFIXES[kind])).stat().st_size / 2**20:.1f}"}
             for name, differences in results.items() for kind, value in differences.items()]

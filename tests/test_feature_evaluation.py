@@ -62,7 +62,7 @@ def test_missing_optional_models_are_notes_and_required_ones_errors(evaluation_b
     shown = capsys.readouterr().out
     assert "was trained at" not in shown
     Eval_FeatureDerain.main(**few | {"IMAGE_SIZE": 128, "PICTURES": 1})
-    assert "MULTISCALE_MODEL_NAME was trained at IMAGE_SIZE = 96, not 128" in capsys.readouterr().out
+    assert "MULTISCALE_MODEL_NAME was trained at IMAGE_SIZE = 96, IMAGE_SIZE is 128" in capsys.readouterr().out
     for note in ("note: LIGHTWEIGHT_MODEL_NAME is empty", "note: SPDNET_MODEL_PATH './none.pt' does not exist"):
         assert note in shown
     for change, message in (({"MULTISCALE_MODEL_NAME": "./none"}, "MULTISCALE_MODEL_NAME.*Training_FeatureDerain"),

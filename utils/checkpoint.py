@@ -203,6 +203,30 @@ def load_network(path, build, arguments, constant, script, device="cpu"):
     return network.to(device).eval()
 
 
+def keep_earlier(folder, names, what="results"):
+    """Move the files of `names` that are in `folder` into folder/previous_<n>, so that new ones replace nothing.
+
+    Returns:
+        Path of that folder, None where there was nothing to move.
+    Raises:
+        UserError: they cannot be moved.
+    """
+    folder = Path(folder)
+    earlier = [folder / name for name in names if (folder / name).exists()]
+    if not earlier:
+        return None
+    number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
+    target = folder / f"previous_{number}"
+    try:
+        target.mkdir()
+        for path in earlier:
+            shutil.move(str(path), target / path.name)
+    except OSError as error:  # Windows: TensorBoard or another program still has a file open
+        raise UserError(f"cannot move the earlier {what} in {folder.as_posix()} aside ({error}): close what has them "
+                        "open, or choose another folder") from error
+    return target
+
+
 def require_writable(folder, megabytes=100):
     """Make `folder`, prove that it can be written and has `megabytes` free; UserError before training otherwise."""
     folder = Path(folder)

@@ -91,9 +91,11 @@ def annotated_types(namespace):
 
 def _taken_types(defaults, annotated):
     """-> {name: types, a tuple of classes} of every constant: its annotation's, TYPES_FILE's or its default's."""
-    known = _known_types()
-    return {name: known[name][0] if name in known else ANYTHING if default is None else (type(default),)
-            for name, default in defaults.items()} | annotated
+    def usual(name, default):
+        types = _known_types().get(name, ((), ()))[0]
+        own = ANYTHING if default is None else (type(default),)
+        return own if not types or own[0] in types else types  # RESUME is a bool, and of some scripts a folder
+    return {name: usual(name, default) for name, default in defaults.items()} | annotated
 
 
 def _words(kinds):
@@ -131,7 +133,7 @@ def resolve(namespace, overrides):
         value = _checked(name, value, kinds[name], defaults[name])  # also the default, which a person may have edited
         if name not in annotated and isinstance(value, (tuple, list)):
             value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
-        values[name] = _not_empty(name, value, kinds[name], defaults[name])
+        values[name] = _not_empty(name, _as_path(name, value), kinds[name], defaults[name])
     return Config(demo=use_demo, **values)
 
 
@@ -146,6 +148,17 @@ def _beside(namespace, value):
             return value if root == Path() else (root / inside).as_posix()
     raise UserError(f"--demo needs {value}, which is missing beside the scripts: it is part of this project, get it "
                     "again (git checkout assets)")
+
+
+def _as_path(name, value):
+    """-> text that begins with "~/" with the home folder in its place, as a shell would have it; all else as it is."""
+    texts = [one for one in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(one, str)]
+    if any("\0" in text for text in texts):
+        raise UserError(f"{name} = {value!r} holds a NUL character, which no file's name has")
+    if isinstance(value, str) and value[:2] in ("~/", "~\\"):
+        with contextlib.suppress(RuntimeError):  # nobody knows where it is
+            return str(Path(value).expanduser())
+    return value
 
 
 def _not_empty(name, value, kinds, default):
@@ -262,8 +275,9 @@ def _several(name, words, kinds, default):
         with contextlib.suppress(ValueError, SyntaxError):
             if isinstance(literal := ast.literal_eval(words[0]), (tuple, list)):
                 return literal
-    of = type(default[0]) if default and isinstance(default[0], (int, float)) else str
-    return [_parsed(name, word, (of,)) for word in words]
+    elements = _known_types().get(name, ((), ()))[1] or {type(one) for one in default or ()}
+    numbers = {int, float} & set(elements)
+    return [_parsed(name, word, tuple(numbers) or (str,)) for word in words]
 
 
 def _parsed(name, text, kinds):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from utils import system
+from utils import checkpoint, processes, system
+from utils.config import UserError
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "faster-coco-eval", "numpy",
              "pillow")
@@ -22,6 +23,29 @@ def write_json(path, content):
     with system.written(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8",
                              errors="backslashreplace")  # half a character of a file name: as JSON writes it
+
+
+def output_folder(path, names):
+    """Make a folder ready for an evaluation's files, before anything is computed.
+
+    Args:
+        path: the folder; names: of the files and folders that will be written into it. Those of an earlier evaluation
+        are moved into previous_<n>, and one line says so.
+    Returns:
+        Path of the folder.
+    Raises:
+        UserError: it cannot be written, or something of another kind has one of the names.
+    """
+    folder = Path(path)
+    if processes.is_main():
+        checkpoint.require_writable(folder)
+        for name in names:
+            if Path(name).suffix and (folder / name).is_dir():
+                raise UserError(f"{(folder / name).as_posix()} is a folder, and a file of that name is to be written: "
+                                "choose another OUTPUT_DIR")
+        if earlier := checkpoint.keep_earlier(folder, names):
+            print(f"{folder.as_posix()} held earlier results: moved to {earlier.as_posix()}")
+    return folder
 
 
 def write_results(path, constants, results):

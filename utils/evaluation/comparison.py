@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils import processes
+from utils import processes, system
 from utils.config import UserError
 from utils.evaluation import latency
 from utils.evaluation.coco import coco_scores, detection_scores, entries, ground_truth
@@ -46,11 +46,46 @@ def require_compiler(device):
                         "or COMPILE = False")
 
 
-def note_other_sizes(trained, image_size):
-    """Say which models know images of another size; trained: {the script's constant: side, None where unknown}."""
-    for constant, size in trained.items():
+def note_other_sizes(trained, image_size, constant="IMAGE_SIZE"):
+    """Say which models know images of another size; trained: {the script's constant of a model: side, None where
+    unknown}, constant: the script's for the size."""
+    for model, size in trained.items():
         if size not in (None, image_size):
-            processes.say(f"note: {constant} was trained at IMAGE_SIZE = {size}, not {image_size}: its scores suffer")
+            processes.say(f"note: {model} was trained at IMAGE_SIZE = {size}, {constant} is {image_size}: its scores "
+                          "suffer")
+
+
+def note_same(cfg, *pairs):
+    """Say where two constants, whose models are to be compared, name the same file or folder."""
+    for first, second in pairs:
+        one, other = getattr(cfg, first), getattr(cfg, second)
+        if one and other and Path(one).resolve() == Path(other).resolve():
+            processes.say(f"note: {first} and {second} are the same, '{one}': their rows will be equal")
+
+
+def require_page(cfg):
+    """UserError unless PICTURES and SCORE_THRESHOLD are a number of pictures and a probability."""
+    if cfg.PICTURES < 1:
+        raise UserError(f"PICTURES = {cfg.PICTURES}: choose 1 or more")
+    if not 0 <= cfg.SCORE_THRESHOLD <= 1:
+        raise UserError(f"SCORE_THRESHOLD = {cfg.SCORE_THRESHOLD}: choose a number from 0 to 1, such as 0.4")
+
+
+def are_twins(rainy, clean):
+    """-> whether two data sets hold the same files; says so where their objects are not the same nevertheless."""
+    if rainy.files != clean.files:
+        return False
+
+    def objects(data):
+        truth = ground_truth(data.annotation_file)
+        return [sorted((truth.cats[one["category_id"]]["name"], *map(round, one["bbox"]))
+                       for one in truth.imgToAnns.get(image_id, ())) for image_id in data.image_ids]
+
+    pairs = list(zip(rainy.files, objects(rainy), objects(clean), strict=True))
+    if other := [str(name) for name, one, two in pairs if one != two]:
+        processes.say(f"note: {len(other)} of {len(pairs)} rainy images have other boxes than the clean images of the "
+                      f"same name ({system.listed(other, 3)}): scores on rainy and clean images cannot be compared")
+    return True
 
 
 def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):

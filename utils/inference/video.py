@@ -8,6 +8,7 @@ next one goes on; lost packets show as a jump of the time stamps, and frames are
 FFmpeg has patched up cannot be told from a sound one.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from utils import datasets, system
 from utils.config import UserError
@@ -41,10 +43,11 @@ class ImageFiles:
 
     fps, live, cut_short = None, False, None
 
-    def __init__(self, paths):
+    def __init__(self, paths, notes=()):
         self.paths = list(paths)
         self.total = len(self.paths)
         self.name = self.paths[0].name
+        self.notes = list(notes)
 
     def __iter__(self):
         for path in self.paths:
@@ -74,7 +77,7 @@ class Video:
 
     def __init__(self, address, name, constant="SOURCE"):
         cv2 = opencv(f"{constant} = '{address}'")
-        self.name = name
+        self.name, self.notes = name, []
         self.capture = cv2.VideoCapture(address if isinstance(address, int) else str(address))
         if not self.capture.isOpened():
             advice = ("no camera of that number, or another program uses it" if isinstance(address, int) else
@@ -233,7 +236,8 @@ def open_source(source, constant="SOURCE"):
 
     Returns:
         ImageFiles or Video: iterate over it for Frames; `name`, `total` (frames, None where nobody knows), `fps` (None
-        for images), `live` (a camera or URL), `cut_short` (None, or what was missing at the end), `close()`.
+        for images), `live` (a camera or URL), `cut_short` (None, or what was missing at the end), `notes` (lines on
+        what is left out), `close()`.
     Raises:
         UserError: empty, missing, unreadable, or a folder without images.
     """
@@ -249,8 +253,33 @@ def open_source(source, constant="SOURCE"):
         if not found:
             raise UserError(f"{constant} = '{path.as_posix()}' is a folder without images "
                             f"({' '.join(system.SUFFIXES)}); videos are given one by one")
-        return ImageFiles(found)
+        return ImageFiles(found, _left_out(path, found, constant))
     if not path.is_file():
         raise UserError(f"{constant} = '{path.as_posix()}' does not exist; give an image, a folder, a video or a "
                         "camera's number, or try --demo")
-    return ImageFiles([path]) if system.is_image(path) else Video(path, path.name, constant)
+    if not system.is_image(path):
+        return Video(path, path.name, constant)
+    return ImageFiles([path], _frames_left_out([path], constant))
+
+
+def _left_out(folder, images, constant):
+    """-> lines about what lies in a folder and is not looked at: images below it, other files, further frames."""
+    notes, begin = [], f"{constant} = '{folder.as_posix()}'"
+    if below := len(system.images_in(folder)) - len(images):
+        notes.append(f"{begin}: {below} image(s) in its folders are not looked at; give those folders one by one")
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and not system.is_image(path)
+                    and not path.name.startswith("."))
+    if others:
+        notes.append(f"{begin}: {len(others)} file(s) that are no images ({' '.join(system.SUFFIXES)}) are left out: "
+                     f"{system.listed(others)}")
+    return notes + _frames_left_out(images, constant)
+
+
+def _frames_left_out(paths, constant):
+    """-> a line about image files that hold several pictures, of which only the first is looked at."""
+    several = []
+    for path in paths:
+        with contextlib.suppress(*system.FAULTS), Image.open(path) as image:
+            several += [path.name] if getattr(image, "n_frames", 1) > 1 else []
+    return [f"{constant}: {len(several)} file(s) hold several pictures, of which the first is looked at: "
+            f"{system.listed(several)}"] if several else []

@@ -1,6 +1,7 @@
 """Write an exported program as ONNX and run the file: what export.py and rfdetr/detr.py share."""
 
 import importlib
+import importlib.util
 import logging
 import warnings
 
@@ -15,6 +16,10 @@ def require_opset(opset, constant):
     """UserError for an opset that cannot be written; constant: the name to complain about."""
     if opset < OLDEST_OPSET:
         raise UserError(f"{constant} = {opset}: torch's exporter writes these detectors with {OLDEST_OPSET} or newer")
+    if importlib.util.find_spec("onnx"):
+        import onnx
+        if opset > (newest := onnx.defs.onnx_opset_version()):
+            raise UserError(f"{constant} = {opset}: this onnx ({onnx.__version__}) knows opsets up to {newest}")
 
 
 def require_packages(what, otherwise=""):

@@ -71,8 +71,9 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     looks_local = (Path(name).exists() or name.startswith((".", "/", "~")) or "/" not in name  # hub ids: owner/name
                    or os.sep in name.replace("/", "", 1))
     if looks_local and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{constant} = '{name}': no config.json in that folder. Give a folder that save_pretrained "
-                        "wrote, or a Hugging Face hub id such as PekingU/rtdetr_r18vd.")
+        problem = system.absent(name, folder=True) or "has no config.json in it"
+        raise UserError(f"{constant} = '{name}' {problem}. Give a folder that save_pretrained wrote, or a Hugging Face "
+                        "hub id such as PekingU/rtdetr_r18vd.")
     changes = {} if new_classes is None else {
         "id2label": new_classes, "label2id": {text: label for label, text in new_classes.items()},
         "ignore_mismatched_sizes": True}

@@ -1,7 +1,6 @@
 """The state of one `engine.fit`: what it counts, what last.pt holds so that a killed run goes on, what it writes."""
 
 import math
-import shutil
 import time
 
 import torch
@@ -296,17 +295,8 @@ def is_last(content):
 
 def set_aside(folder, names, resume_hint="RESUME = True"):
     """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
-    earlier = [folder / name for name in names if (folder / name).exists()]
-    if not earlier:
+    target = checkpoint.keep_earlier(folder, names, "run")
+    if target is None:
         return
-    number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
-    target = folder / f"previous_{number}"
-    try:
-        target.mkdir()
-        for path in earlier:
-            shutil.move(str(path), target / path.name)
-    except OSError as error:  # Windows: TensorBoard or another program still has a file open
-        raise UserError(f"cannot move the earlier run in {folder.as_posix()} aside ({error}): close what has it open, "
-                        "or choose another OUTPUT_DIR") from error
     print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (with {resume_hint} it would have "
           "gone on; for that, move these files back)")

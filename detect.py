@@ -320,6 +320,7 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
+    processes.require_one("detect.py")
     require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.THRESHOLD <= 1:
         raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")

@@ -94,6 +94,7 @@ def export(model, name, cfg):
 def main(**overrides):
     """Export; -> {model: {format: largest difference}}."""
     cfg = config.resolve(globals(), overrides)
+    processes.require_one("export.py")
     require_size(cfg.IMAGE_SIZE)
     if cfg.BATCH_SIZE < 1:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE}: choose 1 or more")

@@ -209,6 +209,7 @@ def next_command(size, source, target, dataset):
 def main(**overrides):
     """Shrink; -> the new checkpoint's content."""
     cfg = config.resolve(globals(), overrides)
+    processes.require_one("shrink_head.py")
     usable_seed("SEED", cfg.SEED)
     source, target = require_paths(cfg.IN_CKPT, cfg.OUT_CKPT)
     content, name = weights.content_of(source)

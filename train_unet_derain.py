@@ -30,7 +30,7 @@ from utils.evaluation import image_quality
 from utils.images import to_floats
 from utils.networks import derainers, nafnet
 from utils.networks.tiling import require_tiles, restore
-from utils.networks.unet import new_unet
+from utils.networks.unet import new_unet, require_arch
 from utils.training import engine
 from utils.training.plan import Plan, not_negative, whole
 
@@ -131,6 +131,8 @@ def check(cfg):
         raise config.UserError(f"OPTIMIZER = {cfg.OPTIMIZER!r}: choose one of {', '.join(_OPTIMIZERS)}")
     if len(cfg.BETAS) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in cfg.BETAS):
         raise config.UserError(f"BETAS = {cfg.BETAS}: choose two numbers in [0, 1), such as (0.9, 0.999)")
+    if cfg.ARCH not in derainers.TRAINABLE:
+        require_arch(cfg.ARCH)
     for size in cfg.CROP_SIZES:
         if not isinstance(size, int) or size < _SMALLEST_CROP:
             raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: choose whole numbers of at least {_SMALLEST_CROP}, "
@@ -165,6 +167,9 @@ def build_data(cfg):
     file = cfg.SPLITS_FILE or (kept.as_posix() if cfg.RESUME and kept.is_file() else "")
     if file:
         names = windshield_pairs.read_splits(file, found)
+        if not cfg.SPLITS_FILE:
+            notes.append(f"the pairs are split as {kept.as_posix()} says, whatever TRAIN_PAIRS, VAL_PAIRS, TEST_PAIRS "
+                         "and SEQUENCE_SEPARATOR are now")
     else:
         names, note = windshield_pairs.split_names(found, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, cfg.TEST_PAIRS), cfg.SEED,
                                                    cfg.SEQUENCE_SEPARATOR)

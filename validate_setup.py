@@ -164,18 +164,24 @@ def check_dataset(found, cfg):
     for note in notes:
         found.ok(note)
     found.ok(f"{len(names)} classes to train: {system.listed(names, 20)}")
+    data = {}
     for split in roboflow.SPLITS:
         if split == "test" and not (root / split).is_dir():
             found.ok(f"{root.as_posix()}: no test/, which is optional (--run_test 1 needs it)")
         elif split == "valid" and not (root / split).is_dir() and (root / "val").is_dir():
             found.fail(f"{root.as_posix()} has a folder val: it must be called valid")
         else:
-            check_split(found, root, split, names)
+            data[split] = check_split(found, root, split, names)
+    for split in ("valid", "test"):
+        if data.get("train") and data.get(split):
+            if note := roboflow.note_on_shared_images(data["train"], data[split], split):
+                found.warn(note)
     return names
 
 
 def check_split(found, root, split, names):
-    """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings."""
+    """One split: JSON, classes, boxes, image files, masks. What is wrong with test/ stops no training: warnings.
+    -> RoboflowDataset, None where it cannot be read."""
     from rfdetr.datasets import roboflow
     from utils.datasets import image_check
 
@@ -191,7 +197,7 @@ def check_split(found, root, split, names):
                                         check=False)
     except UserError as error:
         bad(str(error))
-        return
+        return None
     listed = {c["name"] for c in content["categories"]} & set(names)
     counts = {name: int((data.labels == row).sum()) for row, name in enumerate(names)}
     empty = int((data.ends[1:] == data.ends[:-1]).sum())
@@ -215,18 +221,25 @@ def check_split(found, root, split, names):
     if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
         found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
     check_masks(found, bad, split, content)
+    return data
 
 
 def check_masks(found, bad, split, content):
     """How many objects have a mask, and whether all of those can be decoded; bad: of `check_split`."""
+    import numpy as np
+
     from rfdetr.datasets import roboflow
     images = {image["id"]: image for image in content["images"]}
     objects = [note for note in content["annotations"] if not note.get("iscrowd", 0)]
-    with_mask, broken = 0, []
+    with_mask, broken, codes, owners = 0, [], [], []
     for note in objects:
         image = images[note["image_id"]]
         try:
-            with_mask += roboflow.mask_code(note.get("segmentation"), image["height"], image["width"]) is not None
+            code = roboflow.mask_code(note.get("segmentation"), image["height"], image["width"])
+            with_mask += code is not None
+            if code is not None:
+                codes.append(code)
+                owners.append((image, note["bbox"]))
         except ValueError as error:
             broken.append(f"annotation {note['id']} of {image['file_name']} ({error})")
     if broken:
@@ -238,6 +251,9 @@ def check_masks(found, bad, split, content):
                    "out")
     elif objects:
         found.ok(f"{split}: all {with_mask} masks can be decoded")
+    corners = np.array([[x, y, x + w, y + h] for _, (x, y, w, h) in owners], float).reshape(-1, 4)
+    if elsewhere := roboflow.masks_elsewhere(codes, [image for image, _ in owners], corners):
+        found.warn(f"{split}: {elsewhere} {roboflow.ELSEWHERE}")
 
 
 # ---- weights and batch ---------------------------------------------------------------------------------------------
@@ -322,7 +338,8 @@ def next_command(cfg, ready, names, batch):
     """-> the command to go on with."""
     if cfg.demo and ready:
         return "python train_detector_stage1.py --demo"
-    changed = "".join(f' --{name.lower()} "{getattr(cfg, name)}"' for name in ("DATASET_DIR", "PRETRAIN_WEIGHTS")
+    names_kept = ("DATASET_DIR", "PRETRAIN_WEIGHTS", "RUNS_DIR")
+    changed = "".join(f' --{name.lower()} "{getattr(cfg, name)}"' for name in names_kept
                       if getattr(cfg, name) != globals()[name])
     if not ready:
         if not names and not Path(cfg.DATASET_DIR).exists():

@@ -37,15 +37,19 @@ def resolve(namespace, overrides, name):
     """A run's constants: the script's or the earlier run's, under those that were given.
 
     Args:
-        namespace: the script's globals(); overrides: of `main`; its RESUME is an earlier run's folder, or "last" for
-        the newest one of that kind. name: what the folders begin with ("detector", "segmentation", "single_stage").
+        namespace: the script's globals(); overrides: of `main`; RESUME, in them or in the script, is an earlier run's
+        folder, or "last" for the newest one of that kind. name: what the folders begin with ("detector",
+        "segmentation", "single_stage").
     Returns:
         Config, its RESUME a folder, and the content of that folder's last.pt; None without RESUME.
     Raises:
-        UserError: no such run, a run of another script.
+        UserError: no such run, a run of another script, another size or resolution than that run's.
     """
-    last = None
-    if overrides.get("RESUME", ""):
+    last, wanted = None, overrides.get("RESUME", namespace["RESUME"])
+    if not isinstance(wanted, str):
+        raise UserError(f"RESUME = {wanted!r}: give the folder of an earlier run, or 'last' for the newest one")
+    if wanted:
+        overrides = overrides | {"RESUME": wanted}
         folder = earlier_run(namespace, overrides, name)
         last = checkpoint.load(folder / "last.pt")
         if not is_last(last):
@@ -55,8 +59,30 @@ def resolve(namespace, overrides, name):
         if unknown or not {"args", "class_rows"} <= last.keys():
             raise UserError(f"--resume {folder.as_posix()} is a run of another script"
                             + (f": it has {', '.join(sorted(unknown))}" if unknown else ""))
+        _require_kind(last, name, folder)
+        _require_fixed(last, overrides, folder)
         overrides = constants | overrides | {"RESUME": str(folder)}
     return config.resolve(namespace, overrides), last
+
+
+def _require_kind(last, name, folder):
+    """UserError unless the content of a last.pt is that of a run whose folder begins with `name`."""
+    kind = ("segmentation" if "STAGE1_RUN" in last["constants"] else
+            "single_stage" if last["args"].get("mask_head") else "detector")
+    if kind != name:
+        scripts = {"segmentation": "train_seg_stage2.py", "single_stage": "train_seg_single_stage.py",
+                   "detector": "train_detector_stage1.py"}
+        raise UserError(f"--resume {folder.as_posix()} is a run of {scripts[kind]}: resume it with that")
+
+
+def _require_fixed(last, overrides, folder):
+    """UserError where a constant is given anew that decided on the network of the run that shall go on."""
+    fixed = {name: last["constants"].get(name) for name in ("SIZE", "RESOLUTION", "STAGE1_RUN", "CHECKPOINT")}
+    fixed["RESOLUTION"] = fixed["RESOLUTION"] or last["args"].get("resolution")
+    for name, value in fixed.items():
+        if name in overrides and value is not None and overrides[name] != value:
+            raise UserError(f"--{name.lower()} {overrides[name]}, but the run in {folder.as_posix()} has {value}: "
+                            "leave it out with --resume, or start a new run without")
 
 
 def earlier_run(namespace, overrides, name):
@@ -226,8 +252,12 @@ def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=Fal
 
 def open_splits(cfg, class_rows, resolution, with_masks=False, augment=True):
     """-> {"train", "valid", with RUN_TEST "test": RoboflowDataset}; only "train" is augmented."""
-    return {split: open_dataset(cfg, split, class_rows, resolution, split == "train" and augment, with_masks)
-            for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    found = {split: open_dataset(cfg, split, class_rows, resolution, split == "train" and augment, with_masks)
+             for split in (["train", "valid", "test"] if cfg.RUN_TEST else ["train", "valid"])}
+    for split in found.keys() - {"train"}:
+        if note := roboflow.note_on_shared_images(found["train"], found[split], split):
+            processes.say(f"note: {note}")
+    return found
 
 
 def batch_sizes(cfg, size, resolution):
@@ -261,7 +291,7 @@ def evaluation_splits(cfg, data, resolution):
 
 def cached_loader(cfg, model, data, resolution):
     """-> training loader over the frozen detector's features of `data` (opened without augmentation, with masks)."""
-    if cfg.MULTI_SCALE:
+    if cfg.MULTI_SCALE or cfg.AUGMENTATION != "mirror":
         processes.say("note: cached features are those of one size: no multi-scale, no augmentation but mirroring")
     folder = Path(cfg.CACHE_DIR) if cfg.CACHE_DIR else Path(cfg.RUNS_DIR) / "feature_cache"
     data = features.CachedDataset(folder, model, data, resolution, cfg.BATCH, cfg.WORKERS)

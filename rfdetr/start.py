@@ -37,6 +37,7 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
         UserError: weights that are not there, not reachable, or of another network.
     """
     if last:  # engine.fit loads the weights
+        _require_same_classes(cfg, last, class_names)
         return Start(RFDETR(**last["args"]), class_names, last["class_rows"], resolution, last)
     source = _pretrained(cfg)
     rows, known = weights.rows_of(source) if source else (len(class_names) + 1, None)
@@ -50,6 +51,15 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
                           f"{system.listed(loaded['left_out'], 4)}")
     processes.say(_class_head_line(class_rows, rows, known))
     return Start(model, class_names, class_rows, resolution)
+
+
+def _require_same_classes(cfg, last, class_names):
+    """UserError unless the data set has the classes of the run that goes on."""
+    if set(class_names) != set(last["class_rows"]):
+        raise UserError(f"--resume {Path(cfg.RESUME).as_posix()} was trained on the classes "
+                        f"{system.listed(last['class_rows'], 8)}, --dataset_dir {Path(cfg.DATASET_DIR).as_posix()} has "
+                        f"{system.listed(class_names, 8)}: give that run's data set, or start a new run without "
+                        "--resume")
 
 
 def _pretrained(cfg):
@@ -84,6 +94,9 @@ def stage1_checkpoint(cfg):
     if not cfg.STAGE1_RUN:
         raise UserError("which detector? Give --stage1_run runs/detector_<size>_<resolution>_<n> (and the shrunken "
                         "file as --checkpoint), or try --demo")
+    if Path(cfg.STAGE1_RUN).is_file():
+        raise UserError(f"--stage1_run {Path(cfg.STAGE1_RUN).as_posix()} is a file: give the folder of the run, and a "
+                        "file as --checkpoint")
     for name in ("best.pt", "last.pt"):
         if (Path(cfg.STAGE1_RUN) / name).is_file():
             return Path(cfg.STAGE1_RUN) / name
@@ -103,6 +116,7 @@ def frozen_detector_with_masks(cfg, last, source, class_names):
         UserError: another size, a head that was not shrunk to the data set's classes, other classes.
     """
     if last:  # with its weights: engine.fit checks that the frozen ones are those of last.pt
+        _require_same_classes(cfg, last, class_names)
         model, found = weights.load_detector(last)
         freeze.freeze(model.detector)
         return Start(model, class_names, found["class_rows"], found["args"]["resolution"], last)
@@ -122,6 +136,11 @@ def _require_stage2_fit(cfg, source, args, known, class_names):
         raise UserError(f"--size {cfg.SIZE}, but {source.as_posix()} holds a detector of size {args['size']}")
     best = source.parent / "checkpoint_best_regular.pth"  # stage 1's best weights, if they are still there
     shrink = run_report.shrink_command(best if best.is_file() else source, class_names)
+    whole = weights.rows_of(best)[1] if best.is_file() and best != source else known
+    if unknown := [name for name in class_names if name not in whole]:
+        raise UserError(f"{source.as_posix()} knows {system.listed(whole, 8)}, but not {system.listed(unknown, 8)} of "
+                        "the data set: train stage 1 on this data set first (train_detector_stage1.py --dataset_dir "
+                        f"{run_report.pasted(Path(cfg.DATASET_DIR))})")
     if args["num_rows"] != len(class_names) + 1:
         raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(class_names) + 1}): cut "
                         "the head to the data set's classes first, then give the new file as --checkpoint:\n"

@@ -197,7 +197,11 @@ def _known_rows(state, rest):
     """-> (rows of the class head, {class name: row})."""
     rows = state["class_embed.0.weight"].shape[0]
     if isinstance(rest.get("class_rows"), dict):
-        return rows, {str(name): int(row) for name, row in rest["class_rows"].items()}
+        known = rest["class_rows"]
+        if not all(type(row) is int and 0 <= row < rows for row in known.values()):
+            raise checkpoint.CheckpointError(f"the checkpoint's class_rows ({system.listed(map(str, known.items()))}) "
+                                             f"name rows that its class head of {rows} rows lacks: it is damaged")
+        return rows, {str(name): row for name, row in known.items()}
     return rows, dict(COCO_ROWS) if rows == COCO_HEAD_ROWS else {}
 
 

@@ -334,7 +334,7 @@ def test_a_mask_beside_its_box_is_noted(tmp_path):
     edited(tmp_path / "train" / roboflow.ANNOTATIONS,
            lambda content: content["annotations"][0].update(segmentation=[[40, 30, 60, 30, 60, 46, 40, 46]]))
     data = roboflow.RoboflowDataset(tmp_path, "train", {"cat": 0, "dog": 1}, 64, train=False, masks=True)
-    assert any("1 mask(s) lie outside of their box" in note for note in data.notes)
+    assert any("1 mask(s) do not fit their box" in note for note in data.notes)
 
 
 @pytest.mark.parametrize("name", ["000000000001.gif", "000000000001"])

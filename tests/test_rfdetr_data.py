@@ -398,7 +398,8 @@ def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_with
     edit(write_dataset(tmp_path, "polygon"), _set("annotations", 0, segmentation=shape))
     if shape != {"size": [48, 64], "counts": []}:  # that one is refused: it is not as long as the image
         assert roboflow.mask_code(shape, 48, 64) is None
-        assert "1 object(s) without a mask were left out" in opened(tmp_path).notes[0]
+        what = "whose mask covers no pixel of the image" if shape else "without a mask"
+        assert f"1 object(s) {what} were left out" in opened(tmp_path).notes[0]
     truth = ground_truth(tmp_path / "train" / roboflow.ANNOTATIONS)
     masks = with_masks_only(truth)
     assert [note["iscrowd"] for note in masks.dataset["annotations"]] == [1, 0, 0]
@@ -478,3 +479,57 @@ def test_batches_do_not_depend_on_workers_and_go_on_in_the_middle(tmp_path):
         assert one["paths"] == other["paths"] and torch.equal(one["images"], other["images"])
         assert torch.equal(one["labels"][0]["masks"], other["labels"][0]["masks"])
         assert torch.equal(one["labels"][0]["boxes"], other["labels"][0]["boxes"])
+
+
+# ---- masks in another layout, masks elsewhere, images in two splits -------------------------------------------------
+
+@pytest.mark.parametrize("shape, words", [
+    ([[[1, 1], [9, 1], [9, 9], [1, 9]]], r"list of points .*\[x, y, x, y, \.\.\.\]"),  # four corners: eight numbers
+    ([[{"x": 1, "y": 1}]], "list of points"),
+    ({"size": [48.0, 64.0], "counts": [0, 48 * 64]}, "size"),
+    ({"size": [48, 64], "counts": [10**30]}, "whole numbers from 0 to"),
+    ({"size": [48, 64], "counts": [2**63 - 1, 2**63 - 1, 48 * 64 + 2]}, "whole numbers from 0 to"),
+    ({"size": [48, 64], "counts": [True, 48 * 64 - 1]}, "whole numbers"),
+])
+def test_a_mask_in_another_layout_is_refused_and_never_taken_for_none(tmp_path, shape, words):
+    edit(write_dataset(tmp_path, "polygon"), _set("annotations", 0, segmentation=shape))
+    with pytest.raises(UserError, match=f"annotation 1 of 1.png.*{words}"):
+        opened(tmp_path)
+
+
+def test_polygons_in_shares_of_the_image_are_told_what_they_should_be(tmp_path):
+    def in_shares(content):
+        for note in content["annotations"]:
+            note["segmentation"] = [[value / 100 for value in part] for part in note["segmentation"]]
+    edit(write_dataset(tmp_path, "polygon"), in_shares)
+    with pytest.raises(UserError, match="not in shares"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda part: [part[i ^ 1] for i in range(len(part))],       # x and y swapped
+    lambda part: [0, 0, 64, 0, 64, 48, 0, 48],                  # the whole image
+])
+def test_masks_that_do_not_fit_their_boxes_are_counted(tmp_path, change):
+    root = write_dataset(tmp_path, "polygon")
+    assert not any("do not fit" in note for note in opened(root).notes)
+    edit(root, lambda content: content["annotations"][0].update(
+        segmentation=[change(part) for part in content["annotations"][0]["segmentation"]]))
+    assert any("1 mask(s) do not fit their box" in note for note in opened(root).notes)
+
+
+def test_a_training_split_of_crowd_regions_alone_says_so(tmp_path):
+    edit(write_dataset(tmp_path), lambda content: [note.update(iscrowd=1) for note in content["annotations"]])
+    with pytest.raises(UserError, match="3 of its 3 annotation.*crowd"):
+        opened(tmp_path, train=True, masks=False)
+
+
+def test_images_of_two_splits_are_compared_by_content(tmp_path):
+    root = write_dataset(tmp_path)
+    train, valid = (opened(root, split) for split in ("train", "valid"))
+    assert "3 of 3 images of valid/ are in train/" in roboflow.note_on_shared_images(train, valid, "valid")
+    for name in valid.files:
+        with Image.open(valid.folder / name) as image:
+            image.rotate(180).save(valid.folder / name)
+    shared = roboflow.note_on_shared_images(train, opened(root, "valid"), "valid")
+    assert shared is None or "1 of 3" in shared  # the image without objects is black either way round

@@ -14,6 +14,7 @@ from pathlib import Path
 import Training_FeatureDerain as Training
 from tools.ablation_spdnet_adaptation import demo_constants, once, score, spread
 from utils import config, report
+from utils.demo.coco import ensure_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +64,7 @@ def main(**overrides):
     unknown = set(cfg.VARIANTS) - _VARIANTS.keys()
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
+    ensure_demo()
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     runs = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import Eval_SPDNet_Adaptation as Eval
 import Training_SPDNet_Adaptation as Adaptation
 from utils import config, integrated_model, processes, report
+from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores
 from utils.networks.rtdetr import id2label_of, load_rtdetr, rtdetr_of
 
@@ -91,6 +92,7 @@ def main(**overrides):
     unknown = set(cfg.VARIANTS) - _LOSSES.keys()
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _LOSSES ({', '.join(_LOSSES)})")
+    ensure_demo()
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     start = config.resolve(vars(Eval), {"demo": True}).SPDNET_MODEL_PATH

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import config
+from utils import config, system
 from utils.demo.scene import render_scene
 from utils.weather import rain
 
@@ -25,6 +25,8 @@ QUALITY = 80            # JPEG quality; the sheet is to stay below 400 KB
 def main(**overrides):
     """Draw the sheet; -> its path."""
     cfg = config.resolve(globals(), overrides)
+    if not system.is_image(cfg.OUT):
+        raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
     width, height = cfg.TILE
     band = 24
     sheet = Image.new("RGB", (4 * width, band + len(cfg.SCENES) * height), "white")

@@ -13,10 +13,14 @@ finished trials are read, the one that was cut off is resumed.
 """
 
 import json
+import string
 from pathlib import Path
 
 import train_unet_derain
-from utils import checkpoint, config, processes, report, visualize
+from utils import checkpoint, config, processes, report, system, visualize
+from utils.datasets.samples import digest
+from utils.demo.windshield import ensure_windshield_demo
+from utils.training.plan import not_negative
 
 # --- what is tried ------------------------------------------------------------------------------------------------
 VARIABLES = {  # the plan's list; losses first, because what follows is measured with them
@@ -38,10 +42,12 @@ DEMO = {
     "BASE": {"TRAIN_PAIRS": 300, "VAL_PAIRS": 60, "TEST_PAIRS": 0, "BASE_WIDTH": 8},
     "OUTPUT_DIR": "./demo/outputs_unet_sweep",
 }
+_PLAIN = set(string.ascii_letters + string.digits + "._/-")  # what needs no quotes in any shell
 
 
 def check(cfg):
     """UserError for constants that train_unet_derain.py does not have, and for an empty search."""
+    not_negative("MARGIN", cfg.MARGIN)
     if cfg.SWEEP_EPOCHS < 1:
         raise config.UserError(f"SWEEP_EPOCHS = {cfg.SWEEP_EPOCHS}: choose 1 or more")
     fixed = {"CHECKPOINT_DIR", "EPOCHS", "RESUME"} & (set(cfg.VARIABLES) | set(cfg.BASE))
@@ -49,11 +55,31 @@ def check(cfg):
         raise config.UserError(f"VARIABLES and BASE cannot hold {', '.join(sorted(fixed))}: the sweep sets them")
     if not any(cfg.VARIABLES.values()):
         raise config.UserError("VARIABLES is empty: there is nothing to search")
+    known = config.constants_of(vars(train_unet_derain))
+    if unknown := [name for name in (*cfg.VARIABLES, *cfg.BASE) if name not in known]:
+        raise config.UserError(f"VARIABLES and BASE hold {system.listed([repr(name) for name in unknown])}: "
+                               "train_unet_derain.py has no such constant (names in capitals, in quotes)")
     for name, values in cfg.VARIABLES.items():
         if not isinstance(values, (tuple, list)):
             raise config.UserError(f"VARIABLES['{name}'] = {values!r}: give a tuple of values, such as ({values!r},)")
         for value in values:
             train_settings(cfg, {name: value})
+    before = defaults_of(cfg)
+    if all(value == before[name] for name, values in cfg.VARIABLES.items() for value in values):
+        raise config.UserError("VARIABLES holds only the values that training has anyway: there is nothing to search")
+
+
+def defaults_of(cfg):
+    """-> {constant: value} of the baseline."""
+    return vars(config.resolve(vars(train_unet_derain), {"demo": cfg.demo} | cfg.BASE))
+
+
+def data_of(cfg):
+    """-> a digest of the names and sizes of the pairs, so that a trial on other pairs is not taken for one on these."""
+    settings, found = defaults_of(cfg), []
+    for folder in (settings["RAINY_DIR"], settings["CLEAR_DIR"]):
+        found += [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in system.images_in(folder)]
+    return digest(json.dumps(found)).hex()
 
 
 def train_settings(cfg, changes):
@@ -77,7 +103,8 @@ def run_trial(cfg, changes):
     A finished trial is read from its folder if it ran with the same settings; anything else there is resumed.
     """
     folder = folder_of(cfg, changes)
-    wanted = json.loads(json.dumps({"settings": train_settings(cfg, changes), "epochs": cfg.SWEEP_EPOCHS}))
+    wanted = json.loads(json.dumps({"settings": train_settings(cfg, changes), "epochs": cfg.SWEEP_EPOCHS,
+                                    "pairs": data_of(cfg)}))
     done = read_json(folder / "trial.json")
     if done and done["wanted"] == wanted:
         return done["result"]
@@ -109,7 +136,7 @@ def search(cfg):
     rows, kept = [], {}
     best = run_trial(cfg, {})
     rows.append({"variable": "baseline", "value": "", "kept": "yes"} | best)
-    defaults = vars(config.resolve(vars(train_unet_derain), {"demo": cfg.demo} | cfg.BASE))
+    defaults = defaults_of(cfg)
     for name, values in cfg.VARIABLES.items():
         before, winner = dict(kept), None
         for value in values:
@@ -133,17 +160,26 @@ def write(cfg, rows, kept):
                    Path(cfg.OUTPUT_DIR) / "sweep.png", "gain in PSNR on the validation pairs, dB")
 
 
+def as_words(value):
+    """-> a constant's value as the command line takes it, in PowerShell as well."""
+    if isinstance(value, (tuple, list)):
+        return f'"{tuple(value)!r}"'
+    return f'"{value}"' if isinstance(value, str) and (not value or set(value) - _PLAIN) else str(value)
+
+
 def main(**overrides):
     """Search; -> {"trials": rows, "kept": {constant: value}}."""
     cfg = config.resolve(globals(), overrides)
+    if cfg.demo:
+        ensure_windshield_demo()
     check(cfg)
     checkpoint.require_writable(cfg.OUTPUT_DIR)
     rows, kept = search(cfg)
     columns = {"variable": "variable", "value": "value", "gain": "gain (dB)", "val/psnr": "PSNR", "val/ssim": "SSIM",
                "best_epoch": "best epoch", "images_per_s": "images/s", "kept": "kept"}
     processes.say("\n" + report.table(rows, columns))
-    flags = " ".join(f"--{name} {value}" for name, value in kept.items())
-    processes.say(f"\nbest: python train_unet_derain.py{' --demo' if cfg.demo else ''}{' ' if flags else ''}{flags}\n"
+    flags = "".join(f" --{name} {as_words(value)}" for name, value in (cfg.BASE | kept).items())
+    processes.say(f"\nbest: python train_unet_derain.py{' --demo' if cfg.demo else ''}{flags}\n"
                   f"written: {(Path(cfg.OUTPUT_DIR) / 'sweep.json').as_posix()}, sweep.png")
     return {"trials": rows, "kept": kept}
 

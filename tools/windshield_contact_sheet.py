@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import config
+from utils import config, system
 from utils.demo.scene import render_scene
 from utils.weather import rain, windshield
 
@@ -26,6 +26,8 @@ QUALITY = 80             # JPEG quality; the sheet is to stay below 400 KB
 def main(**overrides):
     """Draw the sheet; -> its path."""
     cfg = config.resolve(globals(), overrides)
+    if not system.is_image(cfg.OUT):
+        raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
     columns = ("clean", *windshield.INTENSITIES)
     width, height = cfg.TILE
     band = 24

@@ -41,8 +41,18 @@ class UserError(Exception):
     """Something that the user can fix (a path, a constant, a broken file); shown as one line without a traceback."""
 
 
+class MissingConstant(UserError, AttributeError):
+    """A constant that a script uses and that is not at its top any more."""
+
+
 class Config(SimpleNamespace):
     """The resolved constants as attributes, plus `demo` (bool). `as_dict()` goes into checkpoints and reports."""
+
+    def __getattr__(self, name):
+        if name.isupper():
+            raise MissingConstant(f"the constant {name} is missing at the top of the script: was it renamed or "
+                                  "deleted?")
+        raise AttributeError(name)
 
     def as_dict(self):
         """-> {name: value} of the constants alone, JSON-serialisable as long as the script's constants are."""
@@ -153,8 +163,9 @@ def _beside(namespace, value):
 def _as_path(name, value):
     """-> text that begins with "~/" with the home folder in its place, as a shell would have it; all else as it is."""
     texts = [one for one in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(one, str)]
-    if any("\0" in text for text in texts):
-        raise UserError(f"{name} = {value!r} holds a NUL character, which no file's name has")
+    if any(ord(character) < 32 for text in texts for character in text):
+        raise UserError(f"{name} = {value!r} holds a control character: in a path write / for \\, or r\"...\" with the "
+                        "r in front")
     if isinstance(value, str) and value[:2] in ("~/", "~\\"):
         with contextlib.suppress(RuntimeError):  # nobody knows where it is
             return str(Path(value).expanduser())
@@ -255,9 +266,13 @@ def from_command_line(namespace, argv=None):
                  {"nargs": "+"} if tuple in kinds[name] or list in kinds[name] else {})
         parser.add_argument(*[f"--{spelling}" for spelling in dict.fromkeys([name, *small])], dest=name,
                             metavar="VALUE", default=argparse.SUPPRESS, help=text, **words)
-    found, unknown = parser.parse_known_args(argv)
+    parser.error = lambda message: parser.exit(2, f"Error: {message} (--help lists all constants)\n")
+    found, unknown = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if unknown:
         word = unknown[0].split("=")[0]
+        if not word.startswith("-"):
+            parser.exit(2, f"Error: {word} belongs to no constant: a flag takes one value, text with spaces in quotes, "
+                           "and instead of several files their folder\n")
         close = difflib.get_close_matches(word.lstrip("-").replace("-", "_").upper(), constants, n=1)
         parser.exit(2, f"Error: unknown argument {word}{f'; did you mean --{close[0]}?' if close else ''} "
                        "(--help lists them all)\n")
@@ -265,6 +280,18 @@ def from_command_line(namespace, argv=None):
             _several(name, value, kinds[name], constants[name]) if isinstance(value, list) else
             _parsed(name, value, kinds[name])
             for name, value in vars(found).items()}
+
+
+def _joined(words):
+    """-> command line words, a flag and a negative number after it as one: argparse takes -1e-4 for another flag."""
+    found = []
+    for word in words:
+        negative = word.startswith("-") and _is_number(word)
+        if negative and found and found[-1].startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _several(name, words, kinds, default):
@@ -295,7 +322,8 @@ def _parsed(name, text, kinds):
     except (ValueError, SyntaxError):
         if kinds == ANYTHING:
             return text
-        raise UserError(f"--{name} {text}: not a {_words(kinds)}") from None
+        wanted = "choose True or False" if kinds == (bool,) else f"not a {_words(kinds)}"
+        raise UserError(f"--{name} {text}: {wanted}") from None
 
 
 def _comments(file):
@@ -312,6 +340,14 @@ def _comments(file):
         elif token.type == tokenize.NEWLINE:
             name = None
     return comments
+
+
+def short_errors_in_notebook():
+    """Make a notebook show a UserError as one line instead of a traceback; elsewhere nothing happens."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        shell.set_custom_exc((UserError,), lambda self, kind, error, traceback, tb_offset=None:
+                             print(f"Error: {error}", file=sys.stderr))
 
 
 def _show_user_errors(kind, error, traceback, otherwise=sys.excepthook):  # that of utils/__init__.py, for Ctrl+C

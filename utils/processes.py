@@ -24,6 +24,12 @@ def accelerator():
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(f"the environment variable {name} = '{os.environ[name]}' must be a whole number; torchrun "
                             "sets it, without torchrun remove it")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in os.environ]
+    if missing or rank >= max(world, 1):
+        raise UserError(f"the environment variables WORLD_SIZE = {world} and RANK = {rank} do not go together"
+                        + (f", {', '.join(missing)} not being set" if missing else "")
+                        + ": torchrun sets them, without torchrun remove them")
     # find_unused_parameters: published SPDNet weights hold tensors that its forward never touches
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if sys.platform == "win32" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -31,6 +37,12 @@ def accelerator():
     # without a GPU torchrun's processes only find each other when they are told that it is a CPU run
     many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     return Accelerator(mixed_precision="no", kwargs_handlers=handlers, cpu=many_on_cpu)
+
+
+def require_one(script):
+    """UserError where torchrun has started several processes of a script that does its work in one."""
+    if accelerator().num_processes > 1:
+        raise UserError(f"{script} runs in one process: start it with python instead of torchrun")
 
 
 def device():

@@ -6,6 +6,7 @@ Masks may be polygons, compressed or uncompressed RLE; in memory they are compre
 sample is a function of (seed, epoch, index) alone, the size of a batch of (seed, keys in the batch) alone.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from utils.datasets.annotations import (
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
 NO_MASKS = "No segmentation masks found in COCO annotations"
+ELSEWHERE = "mask(s) do not fit their box: they share less than half of their extent with it (are x and y swapped?)"
 
 
 # ---- annotation files ----------------------------------------------------------------------------------------------
@@ -127,11 +129,11 @@ def mask_code(segmentation, height, width):
 def _rle_code(segmentation, height, width):
     """`mask_code` of {"size", "counts"}, compressed (str) or not (list)."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or size != [height, width]:
+    if not isinstance(size, list) or size != [height, width] or not all(type(side) is int for side in size):
         raise ValueError(f"its RLE has the size {size}, the image is {height} high and {width} wide")
     if isinstance(counts, list):
-        if not all(isinstance(n, int) and n >= 0 for n in counts):
-            raise ValueError("its RLE counts are not whole numbers from 0 on")
+        if not all(type(n) is int and 0 <= n <= height * width for n in counts):
+            raise ValueError(f"its RLE counts are not whole numbers from 0 to the image's {height * width} pixels")
         runs = np.array(counts, np.int64)
     elif isinstance(counts, str):
         runs = _runs(counts)
@@ -146,8 +148,10 @@ def _rle_code(segmentation, height, width):
 
 def _polygons_code(segmentation, height, width):
     """`mask_code` of [[x, y, x, y, ...], ...]."""
-    polygons = [part for part in segmentation if len(part) >= 6]  # two points are no area
     far = 10 * max(height, width)  # pycocotools walks along every edge, pixel by pixel
+    if any(isinstance(value, (list, dict)) for part in segmentation for value in part):
+        raise ValueError("its polygon is a list of points [[x, y], ...]; COCO has plain numbers, [x, y, x, y, ...]")
+    polygons = [part for part in segmentation if len(part) >= 6]  # two points are no area
     for part in polygons:
         if len(part) % 2 or not all(isinstance(v, (int, float)) and -far <= v <= far for v in part):
             raise ValueError("its polygon is not a list of x, y in the image")
@@ -178,6 +182,50 @@ def _runs(counts):
     numbers -= np.where(digits[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # the sign bit
     numbers[1::2], numbers[2::2] = numbers[1::2].cumsum(), numbers[2::2].cumsum()
     return numbers
+
+
+def masks_elsewhere(codes, images, corners):
+    """-> how many of n masks do not fit their boxes: the extent of the mask and the box share less than half of what
+    they cover together.
+
+    Args:
+        codes: of `mask_code`; images: entries of the annotation file; corners: (n, 4) xyxy pixels.
+    """
+    if not len(codes):
+        return 0
+    found = rle.toBbox([{"size": [image["height"], image["width"]], "counts": code}
+                        for code, image in zip(codes, images, strict=True)]).reshape(-1, 4)
+    found[:, 2:] += found[:, :2]
+    sides = np.minimum(found[:, 2:], corners[:, 2:]) - np.maximum(found[:, :2], corners[:, :2])
+    shared = sides.clip(min=0).prod(1)
+    together = sum((one[:, 2:] - one[:, :2]).prod(1) for one in (found, corners)) - shared
+    return int((shared < 0.5 * together).sum())
+
+
+def note_on_shared_images(train, other, split):
+    """-> a line about image files of another split whose content is in the training split as well, or None.
+
+    Args:
+        train, other: RoboflowDatasets; split: the other's name.
+    """
+    def by_size(data):
+        found = {}
+        for name in data.files:
+            with contextlib.suppress(OSError):  # missing files are reported elsewhere
+                found.setdefault((data.folder / name).stat().st_size, []).append(data.folder / name)
+        return found
+
+    def content(path):
+        return hashlib.blake2b(path.read_bytes()).digest()
+    ours, shared = by_size(train), []
+    for size, paths in by_size(other).items():
+        if size in ours:
+            known = {content(path) for path in ours[size]}
+            shared += [path.name for path in paths if content(path) in known]
+    if not shared:
+        return None
+    return (f"{len(shared)} of {len(other.files)} images of {split}/ are in train/ as well "
+            f"({system.listed(shared, 3)}): scores on {split}/ say little")
 
 
 def stretched_masks(masks, size):
@@ -243,7 +291,10 @@ class RoboflowDataset(torch.utils.data.Dataset):
         self.image_ids = [image["id"] for image in content["images"]]
         self.notes = self._index_objects(content["images"], content["annotations"], row_of, masks)
         if train and not len(self.labels):
-            raise UserError(f"{self.annotation_file.as_posix()} has no object to train on")
+            crowd = sum(bool(note.get("iscrowd", 0)) for note in content["annotations"])
+            raise UserError(f"{self.annotation_file.as_posix()} has no object to train on"
+                            + (f": {crowd} of its {len(content['annotations'])} annotation(s) are crowd regions "
+                               "(\"iscrowd\": 1), which are not trained on" if crowd else ""))
         if check:
             image_check.check_images([self.folder / name for name in self.files],
                                      f"{flag} {Path(root).as_posix()} ({split})",
@@ -261,11 +312,13 @@ class RoboflowDataset(torch.utils.data.Dataset):
         if masks:
             codes = self._mask_codes(objects, [(images[i]["height"], images[i]["width"]) for i in owner])
             without = np.array([code is None for code in codes], bool)
-            counts["object(s) without a mask were left out"] = (kept & without).sum()
+            empty = np.array([bool(note.get("segmentation")) for note in objects], bool)
+            counts["object(s) without a mask were left out"] = (kept & without & ~empty).sum()
+            counts["object(s) whose mask covers no pixel of the image were left out"] = (kept & without & empty).sum()
             kept &= ~without
             chosen = np.flatnonzero(kept)
-            counts["mask(s) lie outside of their box"] = self._masks_elsewhere(
-                [codes[i] for i in chosen], [images[owner[i]] for i in chosen], usable.corners[chosen])
+            counts[ELSEWHERE] = masks_elsewhere([codes[i] for i in chosen], [images[owner[i]] for i in chosen],
+                                                 usable.corners[chosen])
         order, self.ends = image_by_image(owner, kept, len(images))
         self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels of the original image
         self.labels = np.array([row_of[objects[i]["category_id"]] for i in order], np.int64)
@@ -276,17 +329,6 @@ class RoboflowDataset(torch.utils.data.Dataset):
             self.code_ends = np.cumsum([0, *map(len, chosen)])
         return usable.notes + notes_on_images(images, self.annotation_file.as_posix()) + [
             f"{self.annotation_file.as_posix()}: {count} {what}" for what, count in counts.items() if count]
-
-    @staticmethod
-    def _masks_elsewhere(codes, images, corners):
-        """-> how many of n masks share no pixel with their box; corners: (n, 4) xyxy pixels."""
-        if not codes:
-            return 0
-        found = rle.toBbox([{"size": [image["height"], image["width"]], "counts": code}
-                            for code, image in zip(codes, images, strict=True)]).reshape(-1, 4)
-        found[:, 2:] += found[:, :2]
-        overlap = np.minimum(found[:, 2:], corners[:, 2:]) - np.maximum(found[:, :2], corners[:, :2])
-        return int((overlap <= 0).any(1).sum())
 
     def _mask_codes(self, objects, sizes):
         """-> one `mask_code` per object; UserError that names those that are broken, or says that there are none."""
@@ -305,7 +347,9 @@ class RoboflowDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.annotation_file.as_posix()}: {len(broken)} mask(s) cannot be decoded: "
                             f"{system.listed(broken, 3, '; ')}. Fix or remove them.")
         if objects and not any(codes):
-            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): every mask in it covers no pixel")
+            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): every mask in it covers no pixel. "
+                            "Polygons are x, y, x, y, ... in pixels of the image, not in shares of it; export the data "
+                            "set as COCO Segmentation")
         return codes
 
     def __len__(self):

@@ -64,6 +64,9 @@ def _is_complete(root, settings):
 
 def _refuse_foreign(root):
     """Never delete what we did not make. A killed run may leave folders of ours without the marker."""
+    for folder in (root, *(root / split for split in SPLITS)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder.as_posix()} is a file, a folder is to be made there: choose another")
     for split in SPLITS:
         folder = root / split
         if not folder.exists() or not any(folder.iterdir()):

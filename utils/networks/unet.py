@@ -124,6 +124,14 @@ def _smp():
     return smp
 
 
+def require_arch(arch):
+    """UserError unless `arch` is "unet" or an encoder of segmentation_models_pytorch."""
+    if arch != "unet" and arch not in _smp().encoders.encoders:
+        raise UserError(f"ARCH = {arch!r}: choose 'unet', 'nafnet' or another network of utils/networks/derainers.py, "
+                        "or an encoder of segmentation_models_pytorch such as 'resnet34', 'resnet50' or "
+                        "'efficientnet-b0'")
+
+
 def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weights=""):
     """A U-Net that is still to be trained.
 
@@ -134,9 +142,7 @@ def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weig
     Raises:
         UserError: unknown architecture, weights that cannot be reached or do not fit; names the constant.
     """
-    if arch != "unet" and arch not in _smp().encoders.encoders:
-        raise UserError(f"ARCH = {arch!r}: choose 'unet', or an encoder of segmentation_models_pytorch such as "
-                        "'resnet34', 'resnet50' or 'efficientnet-b0'")
+    require_arch(arch)
     model = UNetDerainer(arch, width, dropout, residual)
     if arch == "unet" or not encoder_weights:
         return model

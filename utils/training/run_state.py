@@ -67,7 +67,11 @@ class Run:
                 raise UserError(f"{self.last.as_posix()} was scored by {content['score']}, now it would be by "
                                 f"{self.score}: resume with that run's constants, or start anew without "
                                 f"{self.plan.resume_hint}")
-            checkpoint.load_into(self.model, content["model"], self.last.as_posix())
+            changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
+                                for name, value in self.changed_constants(content))
+            checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=changed and (
+                f"That run had other constants ({changed}): set back what decides on the network, or start anew "
+                f"without {self.plan.resume_hint}"))
             for name, (module, before) in self.frozen.items():
                 if freeze.fingerprint(module) != before:
                     raise UserError(f"{self.last.as_posix()} was trained with another frozen {name}: resume with the "
@@ -134,10 +138,13 @@ class Run:
             self.batch, self.sums = 0, {}
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
-            earlier = content["constants"]
-            for name, value in self.constants.items():
-                if name != "RESUME" and earlier.get(name, "unknown") != value:
-                    print(f"  note: {name} was {earlier.get(name, 'unknown')!r}, is now {value!r}")
+            for name, value in self.changed_constants(content):
+                print(f"  note: {name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}")
+
+    def changed_constants(self, content):
+        """-> [(name, value now), ...] of the constants that a last.pt's run had otherwise; content: of the file."""
+        return [(name, value) for name, value in self.constants.items()
+                if name != "RESUME" and content["constants"].get(name, "unknown") != value]
 
     def save_last(self):
         """Write last.pt, from which a killed run goes on; every rank calls it, the main one writes.

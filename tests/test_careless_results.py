@@ -1,0 +1,285 @@
+"""Careless hands on what is there already: results of an earlier evaluation, files in the way, runs to go on with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_coco
+from PIL import Image
+from test_careless_hands import ROOT, edited, refused, script
+from test_rfdetr_data import write_dataset
+from test_unet import write_pairs
+
+import train_detector_stage1
+import train_seg_single_stage
+import train_unet_derain
+from rfdetr import weights
+from tools import sweep_unet_derain
+from utils import config, datasets, processes, report
+from utils.config import UserError
+from utils.datasets import presets
+from utils.evaluation import comparison
+from utils.inference import video
+from utils.networks import onnx_file
+
+STAGE1 = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
+          "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
+
+
+# ---- files that are there already --------------------------------------------------------------------------------
+
+def test_earlier_results_are_kept(tmp_path, capsys):
+    for number in (1, 2, 3):
+        folder = report.output_folder(tmp_path, ("results.json", "restored"))
+        (folder / "results.json").write_text(str(number))
+        (folder / "restored").mkdir()
+    places = (tmp_path / "previous_1", tmp_path / "previous_2", tmp_path)
+    assert [(place / "results.json").read_text() for place in places] == ["1", "2", "3"]
+    assert (tmp_path / "previous_2" / "restored").is_dir() and "previous_2" in capsys.readouterr().out
+    (tmp_path / "notes.txt").write_text("mine")
+    report.output_folder(tmp_path, ("results.json",))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_stands_in_the_way_of_results_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    refused(lambda: report.output_folder(tmp_path, ("results.json",)), "results.json", "folder")
+    (tmp_path / "file").write_text("x")
+    refused(lambda: report.output_folder(tmp_path / "file", ("results.json",)), "file")
+
+
+@pytest.mark.parametrize("real, output", [("photos", "photos"), ("photos", "photos/out"), ("out/restored", "out")])
+def test_restored_pictures_never_get_among_the_photographs(tmp_path, real, output):
+    (tmp_path / real).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / real / "a.png")
+    before = (tmp_path / real / "a.png").read_bytes()
+    refused(lambda: script("Eval_unet_derain").main(RAINY_DIR="", REAL_DIR=str(tmp_path / real),
+                                                    OUTPUT_DIR=str(tmp_path / output)), "OUTPUT_DIR", "REAL_DIR")
+    assert (tmp_path / real / "a.png").read_bytes() == before
+
+
+def test_export_keeps_a_file_of_the_same_name_and_knows_the_opsets(tmp_path):
+    (tmp_path / "vanilla.pt2").write_text("mine")
+    settings = {"RTDETR_MODEL_NAME": str(ROOT / "assets/demo/rtdetr"), "MODEL_NAME": "", "IMAGE_SIZE": 160,
+                "FORMATS": ("torch.export",), "OUTPUT_DIR": str(tmp_path)}
+    script("export").main(**settings)
+    assert (tmp_path / "previous_1" / "vanilla.pt2").read_text() == "mine"
+    assert (tmp_path / "vanilla.pt2").stat().st_size > 1000
+    pytest.importorskip("onnx")
+    refused(lambda: onnx_file.require_opset(99, "OPSET"), "OPSET", "99")
+
+
+# ---- comparisons that compare nothing ----------------------------------------------------------------------------
+
+def test_twins_with_other_boxes_are_noted(tmp_path, capsys):
+    names = {0: "person", 1: "car"}
+    clean, rainy = write_coco(tmp_path / "clean"), write_coco(tmp_path / "rainy")
+
+    def opened():
+        return [datasets.CocoDetectionDataset(root, "val", names, presets.evaluation(64), constant="COCO_DIR",
+                                              domain="clean") for root in (rainy, clean)]
+    assert comparison.are_twins(*opened()) and "other boxes" not in capsys.readouterr().out
+    edited(rainy / "annotations" / "instances_val2017.json",
+           lambda content: content["annotations"][0].update(bbox=[1, 1, 5, 5]))
+    assert comparison.are_twins(*opened())
+    assert "1 of 8 rainy images have other boxes" in capsys.readouterr().out
+
+
+def test_the_same_model_twice_is_noted(tmp_path, capsys):
+    cfg = config.Config(A="x/y.pt", B=str(Path("x") / "." / "y.pt"), C="")
+    comparison.note_same(cfg, ("A", "B"), ("A", "C"))
+    assert capsys.readouterr().out.count("note: A and B are the same") == 1
+
+
+@pytest.mark.parametrize("name", ["Eval_SPDNet_Adaptation", "Eval_FeatureDerain", "Eval_conditional"])
+@pytest.mark.parametrize("values", [{"PICTURES": -3}, {"SCORE_THRESHOLD": 40.0}])
+def test_pages_of_nothing_are_refused(name, values, tmp_path):
+    refused(lambda: script(name).main(**values, OUTPUT_DIR=str(tmp_path)), *values)
+
+
+# ---- detect.py: what is not looked at ----------------------------------------------------------------------------
+
+def test_what_a_folder_holds_besides_images_is_said(tmp_path):
+    image = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    image.save(tmp_path / "a.png")
+    assert video.open_source(str(tmp_path)).notes == []
+    (tmp_path / "day1").mkdir()
+    image.save(tmp_path / "day1" / "b.png")
+    image.save(tmp_path / "c.gif")
+    image.save(tmp_path / "d.tiff", save_all=True, append_images=[image])
+    notes = "\n".join(video.open_source(str(tmp_path)).notes)
+    assert "1 image(s) in its folders" in notes and "c.gif" in notes and "d.tiff" in notes
+    assert "several pictures" in video.open_source(str(tmp_path / "d.tiff")).notes[0]
+
+
+def test_nothing_de_rained_to_show(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    refused(lambda: script("detect").main(
+        SOURCE=str(tmp_path / "a.png"), MODEL="conditional", RAINY_BRANCH=str(ROOT / "assets/demo/rtdetr"),
+        SHOW_DERAINED=True, OUTPUT=str(tmp_path / "out")), "SHOW_DERAINED", "RAINY_BRANCH")
+
+
+# ---- runs to go on with ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """-> (settings, result) of a finished run of stage 1."""
+    root = tmp_path_factory.mktemp("careless")
+    settings = STAGE1 | {"DATASET_DIR": str(write_dataset(root / "dataset")), "RUNS_DIR": str(root / "runs")}
+    return settings, train_detector_stage1.main(**settings)
+
+
+def test_resume_edited_in_the_script_is_the_flag(stage1, monkeypatch):
+    settings, result = stage1
+    for value, words in ((True, ("RESUME", "'last'")), ("runs/typo_1", ("typo_1", "last.pt"))):
+        monkeypatch.setattr(train_detector_stage1, "RESUME", value)
+        refused(lambda: train_detector_stage1.main(**settings), *words)
+    monkeypatch.setattr(train_detector_stage1, "RESUME", "last")
+    cfg, last = train_detector_stage1.training.resolve(vars(train_detector_stage1), settings, "detector")
+    assert Path(cfg.RESUME) == Path(result["run_dir"]) and last
+
+
+@pytest.mark.parametrize("values", [{"RESOLUTION": 96}, {"SIZE": "nano"}])
+def test_a_resumed_run_keeps_its_network(stage1, values):
+    settings, result = stage1
+    refused(lambda: train_detector_stage1.main(**settings | values | {"RESUME": result["run_dir"]}),
+            f"--{next(iter(values)).lower()}", "--resume")
+
+
+def test_a_run_of_another_script_or_of_other_classes(stage1, tmp_path):
+    settings, result = stage1
+    refused(lambda: train_seg_single_stage.main(RESUME=result["run_dir"]), "train_detector_stage1.py")
+    other = write_dataset(tmp_path / "other")
+    for split in ("train", "valid"):
+        edited(other / split / "_annotations.coco.json",
+               lambda content: content["categories"][1].update(name="ferret"))
+    refused(lambda: train_detector_stage1.main(**settings | {"DATASET_DIR": str(other), "RESUME": result["run_dir"]}),
+            "ferret", "cat")
+
+
+def test_stage_2_advises_only_what_works(stage1, tmp_path):
+    stage2 = script("train_seg_stage2")
+    settings, result = stage1
+    given = {name: settings[name] for name in ("SIZE", "RESOLUTION", "EPOCHS", "WORKERS")}
+    refused(lambda: stage2.main(**given, DATASET_DIR=settings["DATASET_DIR"],
+                                STAGE1_RUN=str(Path(result["run_dir"]) / "best.pt")), "--stage1_run", "file")
+    other = write_dataset(tmp_path / "other")
+    for split in ("train", "valid"):
+        edited(other / split / "_annotations.coco.json",
+               lambda content: content["categories"][1].update(name="ferret"))
+    line = refused(lambda: stage2.main(**given, DATASET_DIR=str(other), STAGE1_RUN=result["run_dir"]), "ferret")
+    assert "shrink_head" not in line and "train_detector_stage1.py" in line
+
+
+@pytest.mark.parametrize("rows", [{"cat": 99}, {"cat": "one"}, {"cat": -1}])
+def test_class_rows_that_the_head_lacks(stage1, rows, tmp_path):
+    content = torch.load(Path(stage1[1]["run_dir"]) / "best.pt")
+    torch.save(content | {"class_rows": rows}, tmp_path / "best.pt")
+    refused(lambda: weights.rows_of(tmp_path / "best.pt"), "class_rows")
+
+
+def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypatch):
+    write_pairs(tmp_path)
+    monkeypatch.setattr(train_unet_derain, "ensure_windshield_demo", lambda: None)
+    settings = {"demo": True, "CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"),
+                "REAL_DIR": "", "IMAGE_SIZE": 32, "BASE_WIDTH": 2, "EPOCHS": 1, "CHECKPOINT_DIR": str(tmp_path / "run")}
+    train_unet_derain.main(**settings)
+    wider = settings | {"RESUME": True, "BASE_WIDTH": 4}
+    refused(lambda: train_unet_derain.main(**wider), "BASE_WIDTH was 2", "RESUME")
+    capsys.readouterr()
+    train_unet_derain.main(**settings | {"RESUME": True, "TRAIN_PAIRS": 5, "EPOCHS": 2})
+    assert "split as" in capsys.readouterr().out
+
+
+# ---- the sweep ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values, words", [
+    ({"VARIABLES": {1: (2,)}}, ("1", "no such constant")), ({"VARIABLES": {"demo": (False,)}}, ("'demo'",)),
+    ({"VARIABLES": {"LEARNING_RATE": (1e-4,)}}, ("nothing to search",)), ({"MARGIN": float("nan")}, ("MARGIN",)),
+    ({"MARGIN": -5.0}, ("MARGIN",)), ({"VARIABLES": {"ARCH": ("unet", "resnet999")}}, ("ARCH", "resnet999")),
+])
+def test_a_search_that_cannot_be(values, words, tmp_path):
+    refused(lambda: sweep_unet_derain.main(**values, OUTPUT_DIR=str(tmp_path)), *words)
+
+
+def test_a_search_ends_in_a_command_that_trains_what_was_searched():
+    cfg = config.resolve(vars(sweep_unet_derain), {"BASE": {"CLEAR_DIR": "a b/c", "BETAS": (0.9, 0.99)}})
+    words = [sweep_unet_derain.as_words(value) for value in (*cfg.BASE.values(), "unet", 1e-3, True, "")]
+    assert words == ['"a b/c"', '"(0.9, 0.99)"', "unet", "0.001", "True", '""']
+
+
+def test_other_pairs_are_another_search(tmp_path):
+    write_pairs(tmp_path)
+    cfg = config.resolve(vars(sweep_unet_derain), {"BASE": {"CLEAR_DIR": str(tmp_path / "clear"),
+                                                            "RAINY_DIR": str(tmp_path / "rainy")}})
+    before = sweep_unet_derain.data_of(cfg)
+    assert sweep_unet_derain.data_of(cfg) == before
+    next((tmp_path / "rainy").iterdir()).write_bytes(b"another")
+    assert sweep_unet_derain.data_of(cfg) != before
+
+
+# ---- command line and environment --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, expected", [
+    (["--IMAGE_SIZE"], "expected one argument"), (["-help"], "help"), (["--MODEL_NAME", "a", "b.png"], "b.png"),
+])
+def test_the_command_line_is_refused_in_one_line(words, expected):
+    answer = subprocess.run([sys.executable, "export.py", *words], cwd=ROOT, capture_output=True, text=True,
+                            timeout=300)
+    assert answer.returncode == 2 and expected in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_negative_numbers_and_truth_values_of_the_command_line():
+    namespace = {"RATE": 1e-4, "SHOW": False}
+    assert config.from_command_line(namespace, ["--RATE", "-1e-4"]) == {"RATE": -1e-4}
+    refused(lambda: config.from_command_line(namespace, ["--SHOW=off"]), "True or False")
+
+
+@pytest.mark.parametrize("text", ["C:\new\table.png", "a\0b"])
+def test_control_characters_in_a_path(text):
+    refused(lambda: config.resolve(vars(script("detect")), {"SOURCE": text}), "SOURCE", "control character")
+
+
+def test_a_home_folder_is_one():
+    cfg = config.resolve(vars(script("detect")), {"SOURCE": "~/a.png"})
+    assert cfg.SOURCE == str(Path.home() / "a.png")
+
+
+def test_a_constant_that_was_renamed():
+    namespace = {name: value for name, value in vars(script("export")).items() if name != "IMAGE_SIZE"}
+    cfg = config.resolve(namespace, {})
+    refused(lambda: cfg.IMAGE_SIZE, "IMAGE_SIZE", "renamed")
+    assert not hasattr(cfg, "IMAGE_SIZE")
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "1"}])
+def test_variables_of_torchrun_without_torchrun(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(processes.accelerator, "WORLD_SIZE", "torchrun")
+
+
+def test_a_notebook_shows_one_line(capsys):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    try:
+        config.short_errors_in_notebook()
+        shell.run_cell("from utils.config import UserError\nraise UserError('IMAGE_SIZE = 250: choose 256')")
+        answer = capsys.readouterr()
+        assert "Error: IMAGE_SIZE = 250" in answer.err and "Traceback" not in answer.out + answer.err
+    finally:
+        shell.set_custom_exc((), None)
+        shell.clear_instance()
+
+
+def test_a_demo_data_set_where_a_file_is(tmp_path):
+    (tmp_path / "dataset").write_text("mine")
+    refused(lambda: script("tools.make_demo_dataset").main(OUT=str(tmp_path / "dataset")), "dataset", "file")
+
+
+def test_a_constant_that_is_missing_is_an_error_of_the_user():
+    assert issubclass(config.MissingConstant, UserError) and issubclass(config.MissingConstant, AttributeError)
+    assert json.dumps(config.Config(A=1).as_dict()) == '{"A": 1}'

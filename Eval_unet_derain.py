@@ -25,7 +25,7 @@ from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
-from utils.evaluation.comparison import note_other_sizes
+from utils.evaluation.comparison import evenly, note_other_sizes
 from utils.images import to_bytes, to_floats
 from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE
@@ -197,12 +197,6 @@ def sheet(rows, headings, path):
         return picture.resize((max(1, round(picture.width * share)), max(1, round(picture.height * share))),
                               Image.Resampling.LANCZOS)
     visualize.grid([[shrunk(cell) for cell in row] for row in rows], headings, path)
-
-
-def evenly(items, count):
-    """-> up to `count` of the items, evenly chosen."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def draw_pairs(cfg, model, chosen, path):

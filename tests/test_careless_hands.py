@@ -122,7 +122,8 @@ def test_a_demo_finds_its_weights_from_any_folder(name, tmp_path, monkeypatch):
             assert Path(getattr(cfg, constant)).exists(), constant
             monkeypatch.setattr(module, "__file__", str(tmp_path / "elsewhere" / "script.py"))
             refused(lambda: config.resolve(vars(module), {"demo": True}), "assets", "part of this project")
-            config.resolve(vars(module), {"demo": True} | {one: "x" for one, text in module.DEMO.items()
+            config.resolve(vars(module), {"demo": True} | {one: {} if isinstance(text, dict) else "x"
+                                                           for one, text in module.DEMO.items()
                                                            if "assets/" in str(text)})
             break
 

@@ -259,7 +259,7 @@ def test_errors_name_the_constant(weights, tmp_path, small_detector):
             (lambda: create_feature_derain_rtdetr(rtdetr, "heavy"), "DERAIN_TYPE = 'heavy'.*multiscale, lightweight"),
             (lambda: create_feature_derain_rtdetr(rtdetr, num_residual_blocks=0), "NUM_RESIDUAL_BLOCKS = 0"),
             (lambda: create_feature_derain_rtdetr(rtdetr, width=0.0), "REFINE_WIDTH = 0.0"),
-            (lambda: create_feature_derain_rtdetr("./none"), "RTDETR_MODEL_NAME.*no config.json"),
+            (lambda: create_feature_derain_rtdetr("./none"), "RTDETR_MODEL_NAME.*none.*does not exist"),
             (lambda: FeatureDerainRTDETR.from_pretrained(tmp_path, constant="MULTISCALE_MODEL_NAME"),
              "MULTISCALE_MODEL_NAME.*feature_derain.json.*Training_FeatureDerain.py")):
         with pytest.raises(UserError, match=message) as error:

@@ -161,7 +161,7 @@ def test_errors_name_the_constant(weights, tmp_path):
     rtdetr, spdnet = str(weights / "rtdetr"), weights / "spdnet.pt"
     with pytest.raises(UserError, match="SPDNET_MODEL_PATH.*does not exist.*--demo"):
         load_integrated_model(tmp_path / "none.pt", rtdetr, 2)
-    with pytest.raises(UserError, match="RTDETR_MODEL_NAME.*no config.json"):
+    with pytest.raises(UserError, match="RTDETR_MODEL_NAME.*none.*does not exist"):
         load_integrated_model(spdnet, str(tmp_path / "none"), 2)
     with pytest.raises(UserError, match="has 2 classes, 80 were expected"):
         load_integrated_model(spdnet, rtdetr)

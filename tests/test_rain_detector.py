@@ -239,7 +239,7 @@ def test_training_resumes(base, roots):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"CLEAN_DIRS": ("./none",)}, "CLEAN_DIRS: 'none' does not exist"),
-    ({"CLEAN_DIRS": (1,)}, "CLEAN_DIRS: '1' does not exist"),
+    ({"CLEAN_DIRS": (1,)}, "CLEAN_DIRS holds 1"),
     ({"RAINY_DIRS": (), "RENDERED_SHARE": 0.0}, "no rain to learn"),
     ({"VALIDATION_SHARE": 0.0}, "VALIDATION_SHARE"),
     ({"FALSE_ALARM_RATE": 1.5}, "FALSE_ALARM_RATE"),

@@ -16,7 +16,7 @@ from tools.ablation_spdnet_adaptation import demo_constants, once, score, spread
 from utils import config, report
 from utils.demo.coco import ensure_demo
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("both phases", "fine-tuning", "detection", "consistency", "detection+consistency+identity",
@@ -60,7 +60,7 @@ def run(variant, seed, folder, cfg):
 def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
-    os.chdir(ROOT)
+    os.chdir(_ROOT)
     unknown = set(cfg.VARIANTS) - _VARIANTS.keys()
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")

@@ -18,7 +18,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores
 from utils.networks.rtdetr import id2label_of, load_rtdetr, rtdetr_of
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("detection+features", "detection", "features", "detection+encoder", "detection+both levels",
@@ -88,7 +88,7 @@ def run(variant, seed, folder, cfg):
 def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
-    os.chdir(ROOT)
+    os.chdir(_ROOT)
     unknown = set(cfg.VARIANTS) - _LOSSES.keys()
     if unknown:
         raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _LOSSES ({', '.join(_LOSSES)})")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from utils import config
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def scripts():
     """-> the modules of the scripts in the root, and of the tool that users edit as well."""
-    names = [path.stem for path in sorted(ROOT.glob("*.py"))] + ["tools.sweep_unet_derain"]
+    names = [path.stem for path in sorted(_ROOT.glob("*.py"))] + ["tools.sweep_unet_derain"]
     return [importlib.import_module(name) for name in names]
 
 
@@ -47,7 +47,7 @@ def text():
 def main():
     """Write the file."""
     config.TYPES_FILE.write_text(text(), encoding="utf-8")
-    print(f"written: {config.TYPES_FILE.relative_to(ROOT).as_posix()}")
+    print(f"written: {config.TYPES_FILE.relative_to(_ROOT).as_posix()}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores
 from utils.networks.rtdetr import id2label_of, load_rtdetr
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 COARSE = 20                             # pixels a side to which "coarse" shrinks an image
 
@@ -59,7 +59,7 @@ def bounds(side, scale):
 def main(**overrides):
     """Print mAP and the share of the rain gap for every bound."""
     side = config.resolve(globals(), overrides).COARSE
-    os.chdir(ROOT)
+    os.chdir(_ROOT)
     ensure_demo()
     cfg, device = config.resolve(vars(Eval), {"demo": True}), processes.device()
     model = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)

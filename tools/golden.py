@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 TRAIN_IMAGES, VAL_IMAGES = 8, 4         # scenes; at batches of 4 an epoch is two optimizer steps
 TIMEOUT = 3600                          # seconds for one script; a minute is usual, on a busy machine far more
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
@@ -142,7 +142,7 @@ def draw_scenes(demo):
 
 def demo_of(script):
     """-> ({constant: value} of a script's DEMO dict, names of all its constants), read from its source."""
-    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    source = (_ROOT / f"{script}.py").read_text(encoding="utf-8")
     names = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=\n]+)? = ", source, re.MULTILINE)
     demo = next((node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)
                  and getattr(node.targets[0], "id", "") == "DEMO"), None)
@@ -175,10 +175,10 @@ def run(name, step, work, part=""):
     """Run a step (part: "", "stopped" or "resumed"). -> its entries, {"failed": ...} where it did not work."""
     words = [sys.executable]
     try:
-        script = str(ROOT / f"{step.script}.py")
+        script = str(_ROOT / f"{step.script}.py")
         words += ["-c", INTERRUPTED, script, str(step.stop_after)] if part == "stopped" else [script]
         words += command_line(name, step, work) + (["--RESUME", str(step.resume)] if part == "resumed" else [])
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}  # for the scripts in tools/
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(_ROOT)}  # for the scripts in tools/
         done = subprocess.run(words, cwd=work, env=env, timeout=TIMEOUT, text=True,
                               encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         (work / "logs" / f"{name} {part}.txt").write_text(done.stdout, encoding="utf-8")
@@ -362,7 +362,7 @@ def main():
     if work.exists() and any(work.iterdir()):
         parser.error(f"--work {cfg.work.as_posix()} is not empty: give a new folder")
     (work / "logs").mkdir(parents=True)
-    shutil.copytree(ROOT / "assets", work / "assets")
+    shutil.copytree(_ROOT / "assets", work / "assets")
     start = time.monotonic()
     if cfg.command == "record":
         found = record(work, cfg.only, cfg.jobs)

@@ -36,7 +36,7 @@ from utils.demo.roboflow import ensure_dataset
 from utils.evaluation.coco import detection_scores
 from utils.networks.rtdetr import id2label_of, load_rtdetr
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 SCENES = 10000                          # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
@@ -97,7 +97,7 @@ def keep(source, target):
 def main(**overrides):
     """Draw, train, copy the best epochs into ASSETS_DIR."""
     cfg = config.resolve(globals(), overrides)
-    os.chdir(ROOT)
+    os.chdir(_ROOT)
     if unknown := [stage for stage in cfg.STAGES if stage not in STAGES]:
         raise config.UserError(f"STAGES: {', '.join(map(repr, unknown))} is not one of {', '.join(STAGES)}")
     work, assets = Path(cfg.WORK_DIR), Path(cfg.ASSETS_DIR)

@@ -103,7 +103,7 @@ def _taken_types(defaults, annotated):
     """-> {name: types, a tuple of classes} of every constant: its annotation's, TYPES_FILE's or its default's."""
     def usual(name, default):
         types = _known_types().get(name, ((), ()))[0]
-        own = ANYTHING if default is None else (type(default),)
+        own = ANYTHING if default is None else (str,) if isinstance(default, PurePath) else (type(default),)
         return own if not types or own[0] in types else types  # RESUME is a bool, and of some scripts a folder
     return {name: usual(name, default) for name, default in defaults.items()} | annotated
 
@@ -149,7 +149,11 @@ def resolve(namespace, overrides):
 
 def _beside(namespace, value):
     """-> a DEMO value; where it names a file of this project (./assets/...), that file, whatever folder the script was
-    started from. UserError where it is missing, before anything is drawn or computed."""
+    started from, also within a tuple or a dict. UserError where it is missing, before anything is drawn or computed."""
+    if isinstance(value, dict):
+        return {name: _beside(namespace, one) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_beside(namespace, one) for one in value)
     if not isinstance(value, str) or not value.startswith("./assets/") or "__file__" not in namespace:
         return value
     inside = Path(value)

@@ -3,6 +3,7 @@
 import warnings
 
 import lpips
+import numpy as np
 import torch
 from pytorch_msssim import ssim
 from torchvision.models import AlexNet_Weights
@@ -35,6 +36,36 @@ def image_quality(images, targets):
     return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0, size_average=False),
             "psnr_y": psnr(y, y_target, 255.0),
             "ssim_y": ssim(y, y_target, data_range=255.0, size_average=False)}
+
+
+def quality_by_protocol(images, targets):
+    """PSNR and SSIM as three communities measure them; figures of one protocol say nothing beside those of another.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1], sides of at least 11 pixels.
+    Returns:
+        {"psnr_y", "ssim_y": PReNet's (result cut to 8 bits, Y of MATLAB's rgb2ycbcr as it is), "psnr_y8", "ssim_y8":
+        MPRNet's and Restormer's (result and Y rounded to 8 bits), "psnr", "ssim": on RGB, result rounded: (B,) each}.
+    """
+    images, targets = images.double().clamp(0, 1), targets.double()
+    cut, rounded = (images * 255 + 1e-6).floor() / 255, (images * 255).round() / 255  # 1e-6: 8 bits are no loss
+    found = {}
+    for end, y, y_target in (("y", luma(cut), luma(targets)), ("y8", luma(rounded).round(), luma(targets).round())):
+        found |= {f"psnr_{end}": psnr(y, y_target, 255.0),
+                  f"ssim_{end}": ssim(y, y_target, data_range=255.0, size_average=False)}
+    return found | {"psnr": psnr(rounded, targets, 1.0),
+                    "ssim": ssim(rounded, targets, data_range=1.0, size_average=False)}
+
+
+def bootstrap_interval(values, level=0.95, resamples=2000, seed=0):
+    """-> (low, high), the percentile bootstrap interval of the mean of `values` (Efron 1979); None, None for one value.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return None, None
+    means = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(1)
+    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
 
 
 def full_quality(images, targets, lpips_model=None):

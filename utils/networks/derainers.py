@@ -158,8 +158,7 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     if name != "unet" and name not in NETWORKS:
         raise UserError(f"{constant}: no de-rainer is called {name!r}; choose one of unet, {', '.join(NETWORKS)}")
     if problem := system.absent(weights):
-        source = NETWORKS[name].source if name in NETWORKS else _OURS
-        raise UserError(f"{constant} = '{weights}' {problem}. Weights of {name}: {source.get}")
+        raise UserError(f"{constant} = '{weights}' {problem}. Weights of {name}: {source_of(name).get}")
     if is_own(weights):
         model = load_trained(weights, device, constant)
         found = model.model_args["arch"]
@@ -178,6 +177,11 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
              for key, value in checkpoint.load_state(weights).items()}
     checkpoint.load_into(model.net, state, f"{constant} = '{weights}'", name, _other_kinds(name, state))
     return model.to(device).eval()
+
+
+def source_of(name):
+    """-> Source of a network of NETWORKS, or of "unet"."""
+    return NETWORKS[name].source if name in NETWORKS else _OURS
 
 
 def is_own(path):

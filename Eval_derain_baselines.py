@@ -1,0 +1,369 @@
+"""Compare de-rainers, published and own, on test pairs, on real rain, and by what a detector finds after each.
+
+    python Eval_derain_baselines.py --demo      (after python train_unet_derain.py --demo)
+    python Eval_derain_baselines.py --TEST_SETS ./data/Rain100L/test --MODELS "{'PReNet': ('prenet', 'PReNet.pth')}"
+
+Per test set and method: PSNR and SSIM by three protocols, LPIPS, their 95% bootstrap intervals over images; per method
+milliseconds, parameters and multiply-adds; with LABELED_RAIN_DIR the detector's mAP behind each de-rainer, because the
+better picture is not always the one that is better to detect on. Whatever has no weights is a row that says so.
+
+Writes OUTPUT_DIR/results.json, results.csv, results.md, crops.png (where the methods differ most), real_rain.png,
+latency_quality.png and, with a detector, map_quality.png. docs/derain_baselines.md has the layouts and protocols.
+"""
+
+import csv
+from pathlib import Path
+
+import utils.threads  # noqa: F401 (before torch)
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils import config, datasets, processes, report, system, visualize
+from utils.datasets import derain_sets, loaders, presets
+from utils.datasets.samples import images_below, read_image
+from utils.demo.coco import ensure_demo
+from utils.demo.windshield import ensure_windshield_demo
+from utils.evaluation import comparison, image_quality, latency
+from utils.evaluation.coco import detection_scores
+from utils.images import to_floats
+from utils.networks import derainers
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size, trained_size
+from utils.networks.tiling import require_tiles, restore
+
+# --- data ---------------------------------------------------------------------------------------------------------
+TEST_SETS = ("./data/Rain100L/test",)   # folders of test pairs, known by their layout (docs/derain_baselines.md)
+SPLITS_FILE: str | None = ""            # splits.json of train_unet_derain.py: of its pairs only the test part; "" all
+REAL_DIR: str | None = ""               # photographs of real rain without ground truth, only looked at; "" for none
+LABELED_RAIN_DIR: str | None = ""       # COCO-layout root of rainy images with boxes (its val split); "" for no mAP
+MAX_IMAGES = 0                          # of each test set, evenly chosen; 0 for all
+
+# --- methods ------------------------------------------------------------------------------------------------------
+MODELS = {                              # {row: (network of utils/networks/derainers.py, weights)}; absent ones say so
+    "U-Net": ("unet", "./outputs_unet/best.pt"), "NAFNet": ("nafnet", "./outputs_nafnet/best.pt"),
+    "SPDNet": ("spdnet", "./model_spa.pt"), "DerainNet": ("derainnet", "./weights/derainnet.pth"),
+    "DDN": ("ddn", "./weights/ddn.pth"), "RESCAN": ("rescan", "./weights/rescan.pth"),
+    "PReNet": ("prenet", "./weights/prenet.pth"), "MPRNet": ("mprnet", "./weights/model_deraining.pth"),
+    "Restormer": ("restormer", "./weights/deraining.pth"),
+}
+RESULTS_DIRS = ()                       # "NAME=FOLDER": images that other code wrote, with the rainy files' names
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # detects in LABELED_RAIN_DIR
+LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a local file of torchvision's, or ""
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+TILE = 1024                             # larger images are restored in tiles: bounded memory; 0 for whole images
+OVERLAP = 128                           # pixels that neighbouring tiles share
+LATENCY_SIZE = 256                      # side of the square that is timed, batch 1
+IMAGE_SIZE = 640                        # RT-DETR's square input, which the de-rainer sees
+UNKNOWN_CATEGORIES = "ignore"           # "error" refuses labels that RT-DETR does not know
+EVAL_BATCH_SIZE = 4                     # for RT-DETR
+DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
+PICTURES = 4                            # rows of each sheet
+CROP = 96                               # side of the zoomed crops
+OUTPUT_DIR = "./outputs_derain_baselines"
+
+DEMO = {
+    "TEST_SETS": ("./demo/windshield",), "SPLITS_FILE": "./demo/outputs_unet/splits.json", "MAX_IMAGES": 60,
+    "LABELED_RAIN_DIR": "./demo/coco_rain",
+    "MODELS": {"U-Net": ("unet", "./demo/outputs_unet/best.pt"), "SPDNet": ("spdnet", "./assets/demo/spdnet.pt"),
+               "PReNet": ("prenet", "./weights/prenet.pth")},
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
+    "LATENCY_SIZE": 160, "CROP": 32, "OUTPUT_DIR": "./demo/outputs_derain_baselines",
+}
+_RAINY = "rainy input"
+_FILES = ("results.json", "results.csv", "results.md", "crops.png", "real_rain.png", "latency_quality.png",
+          "map_quality.png")
+_METRICS = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_y8": "PSNR Y8", "ssim_y8": "SSIM Y8", "psnr": "PSNR RGB",
+            "ssim": "SSIM RGB", "lpips": "LPIPS"}
+# Published PSNR / SSIM: {method: {part of the set's name: (figure, protocol, source)}}; other training data, other code
+_PUBLISHED = {
+    "prenet": {"rain100l": ("37.48 / 0.979", "Y, its weights are trained on the set", "Ren et al. 2019"),
+               "rain100h": ("29.46 / 0.899", "Y", "Ren et al. 2019"),
+               "rain1400": ("32.60 / 0.946", "Y", "Ren et al. 2019")},
+    "rescan": {"rain100h": ("28.88 / 0.866", "Y, trained again", "Ren et al. 2019")},
+    "ddn_port": {"rain100l": ("33.58 / -", "RGB", "the port's README")},
+    "mprnet": {"rain100l": ("36.40 / 0.965", "Y8, Rain13K", "Zamir et al. 2021"),
+               "rain100h": ("30.41 / 0.890", "Y8, Rain13K", "Zamir et al. 2021")},
+    "restormer": {"rain100l": ("38.99 / 0.978", "Y8, Rain13K", "Zamir et al. 2022"),
+                  "rain100h": ("31.46 / 0.904", "Y8, Rain13K", "Zamir et al. 2022")},
+}
+
+
+def check(cfg):
+    """UserError for constants that cannot be, before anything is loaded."""
+    require_tiles(cfg.TILE, cfg.OVERLAP)
+    for name, least in (("MAX_IMAGES", 0), ("PICTURES", 1), ("CROP", 8), ("LATENCY_SIZE", 16)):
+        if getattr(cfg, name) < least:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose {least} or more")
+    if not cfg.TEST_SETS and not cfg.REAL_DIR and not cfg.LABELED_RAIN_DIR:
+        raise config.UserError("TEST_SETS, REAL_DIR and LABELED_RAIN_DIR are all empty: there is nothing to compare on")
+    for row, entry in cfg.MODELS.items():
+        if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and all(isinstance(text, str) for text in entry)):
+            raise config.UserError(f"MODELS['{row}'] = {entry!r}: give a network and its weights, such as "
+                                   "('prenet', './weights/prenet.pth')")
+        if entry[0] != "unet" and entry[0] not in derainers.NETWORKS:
+            raise config.UserError(f"MODELS['{row}']: no de-rainer is called {entry[0]!r}; choose one of unet, "
+                                   f"{', '.join(derainers.NETWORKS)}")
+    if wrong := [text for text in cfg.RESULTS_DIRS if not isinstance(text, str) or "=" not in text]:
+        raise config.UserError(f"RESULTS_DIRS holds {wrong[0]!r}: write NAME=FOLDER, such as 'DRSformer=./results/drs'")
+    titles = [_RAINY, *cfg.MODELS, *(text.partition("=")[0] for text in cfg.RESULTS_DIRS)]
+    if len(set(titles)) < len(titles):
+        raise config.UserError(f"MODELS and RESULTS_DIRS: a name is there twice ({', '.join(titles)})")
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------
+
+def load_models(cfg, device):
+    """-> {row: network in eval mode}, {row: why it is absent}."""
+    models, absent = {}, {}
+    for row, (name, weights) in cfg.MODELS.items():
+        if system.absent(weights):
+            absent[row] = f"{weights} {system.absent(weights)}; {derainers.source_of(name).get}"
+        else:
+            models[row] = derainers.load_derainer(name, weights, device, f"MODELS['{row}']")
+    return models, absent
+
+
+def result_files(cfg, pairs, name):
+    """-> {row: {pair: path}} of RESULTS_DIRS for one test set: FOLDER/<set>/ where that is there, else FOLDER."""
+    found = {}
+    for text in cfg.RESULTS_DIRS:
+        row, _, folder = text.partition("=")
+        folder = Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
+        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in images_below([folder],
+                                                                                                    "RESULTS_DIRS")}
+        missing = [pair for pair in pairs if pair not in files and Path(pair).name not in files]
+        if missing:
+            raise config.UserError(f"RESULTS_DIRS: '{text}' has no image for {system.listed(missing, 3)} of {name}")
+        found[row] = {pair: files.get(pair) or files[Path(pair).name] for pair in pairs}
+    return found
+
+
+def costs(cfg, models, device):
+    """-> {row: {"ms", "parameters", "GMAC"}} at LATENCY_SIZE, batch 1; timed in turns."""
+    images = torch.rand(1, 3, cfg.LATENCY_SIZE, cfg.LATENCY_SIZE, device=device)
+    found = {}
+    for row, milliseconds in latency.latencies(models, images, warmup=1, repeats=5).items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            models[row](images)
+        found[row] = {"ms": milliseconds, "parameters": sum(p.numel() for p in models[row].parameters()),
+                      "GMAC": counter.get_total_flops() / 2e9}
+    return found
+
+
+# ---- test pairs ------------------------------------------------------------------------------------------------
+
+def test_part(cfg, pairs):
+    """-> the pairs that SPLITS_FILE does not name as training or validation pairs."""
+    if not cfg.SPLITS_FILE:
+        return pairs
+    if problem := system.absent(cfg.SPLITS_FILE):
+        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' {problem}: run python train_unet_derain.py"
+                               f"{' --demo' if cfg.demo else ''} first, or set it to \"\" for pairs that nothing was "
+                               "trained on")
+    try:
+        content = system.read_json(cfg.SPLITS_FILE)
+        seen = {*content["train"], *content["val"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' is not a splits.json of train_unet_derain.py"
+                               ) from error
+    left = {name: pair for name, pair in pairs.items() if name not in seen}
+    if not left:
+        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}': all pairs of the test set were trained on")
+    return left
+
+
+def score_set(cfg, models, name, pairs, device, lpips_model):
+    """-> {row: {metric: [value per image]}} of one test set, one image at a time."""
+    others, found = result_files(cfg, pairs, name), {}
+    for pair, files in processes.progress(list(pairs.items()), name):
+        rainy, clean = (to_floats(image[None], device) for image in files.read())
+        images = {_RAINY: rainy} | {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
+        for row, paths in others.items():
+            images[row] = to_floats(read_image(paths[pair])[None], device)
+            if images[row].shape != clean.shape:
+                raise config.UserError(f"RESULTS_DIRS: {paths[pair].as_posix()} has another size than the clean image")
+        for row, image in images.items():
+            values = image_quality.quality_by_protocol(image, clean)
+            if lpips_model is not None:
+                values["lpips"] = lpips_model(image.float(), clean.float(), normalize=True).flatten()
+            for metric, value in values.items():
+                found.setdefault(row, {}).setdefault(metric, []).append(float(value))
+    return found
+
+
+def rows_of(name, scores, models_of, absent):
+    """-> [{"set", "method", "count", metric: mean, metric_low, metric_high, "published"}, ...] of one test set."""
+    rows = []
+    for row, metrics in scores.items():
+        values = {}
+        for metric, found in metrics.items():
+            low, high = image_quality.bootstrap_interval(found)
+            values |= {metric: float(np.mean(found)), f"{metric}_low": low, f"{metric}_high": high}
+        rows.append({"set": name, "method": row, "count": len(next(iter(metrics.values())))} | values
+                    | {"published": published(models_of.get(row), name)})
+    return rows + [{"set": name, "method": row, "count": 0, "published": f"absent: {why}"} for row, why in
+                   absent.items()]
+
+
+def published(network, name):
+    """-> the published figure of a network on a set of this name, with protocol and source, or None."""
+    for part, words in _PUBLISHED.get(network, {}).items():
+        if part in name.lower():
+            return "{} ({}; {})".format(*words)
+    return None
+
+
+# ---- detection -------------------------------------------------------------------------------------------------
+
+def detection_rows(cfg, models, device):
+    """-> [{"method", "count", "mAP", ...}]: RT-DETR behind every de-rainer, on the labelled rainy images."""
+    rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
+    comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
+    data = datasets.CocoDetectionDataset(
+        cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.IMAGE_SIZE),
+        constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
+    loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    calls = {_RAINY: lambda images: rtdetr(pixel_values=images)} | {
+        row: (lambda images, model=model: rtdetr(pixel_values=model(images))) for row, model in models.items()}
+    return [{"method": row, "count": len(data)} | detection_scores(call, loader, device, name=row)[0]
+            for row, call in calls.items()]
+
+
+# ---- pictures and report ---------------------------------------------------------------------------------------
+
+def draw_crops(cfg, models, pairs, device, path):
+    """Page: of evenly chosen pairs the square where the methods differ most, rainy | each method | clean."""
+    rows, scale = [], visualize.enlargement(cfg.CROP)
+    for pair in comparison.evenly(list(pairs.values()), cfg.PICTURES):
+        rainy, clean = (to_floats(image[None], device) for image in pair.read())
+        images = [rainy, *(restore(model, rainy, cfg.TILE, cfg.OVERLAP) for model in models.values()), clean]
+        side = min(cfg.CROP, *rainy.shape[-2:])
+        spread = torch.stack(images[1:-1] if len(models) > 1 else images).std(0).mean(1, keepdim=True)  # (1, 1, H, W)
+        at = torch.nn.functional.avg_pool2d(spread, side, 1).flatten().argmax().item()
+        top, left = divmod(at, rainy.shape[-1] - side + 1)
+        cells = [visualize.to_pil(image[0, :, top:top + side, left:left + side]) for image in images]
+        rows.append([cell.resize((side * scale, side * scale)) for cell in cells])
+    visualize.grid(rows, [_RAINY, *models, "clean"], path)
+
+
+def draw_real(cfg, models, device, path):
+    """Page: photographs of real rain | each method."""
+    rows = []
+    for photograph in comparison.evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), cfg.PICTURES):
+        image = to_floats(read_image(photograph)[None])
+        cells = [visualize.to_pil(picture[0]) for picture in
+                 (image, *(restore(model, image, cfg.TILE, cfg.OVERLAP) for model in models.values()))]
+        width = min(320, cells[0].width)
+        size = (width, max(1, round(cells[0].height * width / cells[0].width)))
+        rows.append([cell.resize(size) for cell in cells])
+    visualize.grid(rows, ["real rain", *models], path)
+
+
+def shown(rows, cost):
+    """-> the same rows for a table: "mean (low to high)" where there is an interval, and what each method costs."""
+    found = []
+    for row in rows:
+        one = {"set": row["set"], "method": row["method"], "n": row["count"]}
+        for metric in _METRICS:
+            if metric in row:
+                digits = 2 if metric.startswith("psnr") else 4
+                interval = (f" ({row[f'{metric}_low']:.{digits}f} to {row[f'{metric}_high']:.{digits}f})"
+                            if row[f"{metric}_low"] is not None and metric in ("psnr_y", "ssim_y") else "")
+                one[metric] = f"{row[metric]:.{digits}f}{interval}"
+        if spent := cost.get(row["method"]):
+            one |= {"ms": f"{spent['ms']:.1f}", "parameters": f"{spent['parameters'] / 1e6:.2f} M",
+                    "GMAC": f"{spent['GMAC']:.1f}"}
+        found.append(one | {"published": row["published"]})
+    return found
+
+
+def markdown(rows, columns):
+    """-> a Markdown table of {key: text} rows."""
+    lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(str(row.get(key) if row.get(key) is not None else "-") for key in columns) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def write_tables(folder, rows, table, columns, detection):
+    """results.csv (numbers) and results.md (what the console shows)."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with system.written(folder / "results.csv") as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, keys)
+            writer.writeheader()
+            writer.writerows(rows)
+    text = markdown(table, columns)
+    if detection:
+        text += "\n" + markdown(detection, {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"})
+    with system.written(folder / "results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main(**overrides):
+    """Compare; -> {"pairs": rows, "costs": {row: ...}, "detection": rows, "absent": {row: why}}."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    processes.require_one("Eval_derain_baselines.py")
+    if cfg.LABELED_RAIN_DIR:
+        require_size(cfg.IMAGE_SIZE)
+    if cfg.demo:
+        ensure_windshield_demo()
+        ensure_demo()
+    device = processes.announced_device()
+    sets = {Path(root).resolve().name if Path(root).name not in ("test", "val") else Path(root).resolve().parent.name:
+            derain_sets.find_pairs(root) for root in cfg.TEST_SETS}
+    if len(sets) < len(cfg.TEST_SETS):
+        raise config.UserError(f"TEST_SETS = {cfg.TEST_SETS}: two of them have the same name, rename a folder")
+    models, absent = load_models(cfg, device)
+    for row, why in absent.items():
+        processes.say(f"note: no row '{row}': {why}")
+    if not models and not cfg.RESULTS_DIRS:
+        raise config.UserError("MODELS: none of the weights is there, and RESULTS_DIRS is empty: nothing to compare")
+    lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)
+    cost, rows, scores = costs(cfg, models, device), [], {}
+    models_of = {row: entry[0] for row, entry in cfg.MODELS.items()}
+    for name, (pairs, notes) in sets.items():
+        for note in notes:
+            processes.say(f"note: {note}")
+        pairs = test_part(cfg, pairs)
+        if cfg.MAX_IMAGES:
+            pairs = dict(comparison.evenly(list(pairs.items()), cfg.MAX_IMAGES))
+        scores[name] = score_set(cfg, models, name, pairs, device, lpips_model)
+        rows += rows_of(name, scores[name], models_of, absent)
+        if len(sets) == 1 or name == next(iter(sets)):
+            draw_crops(cfg, models, pairs, device, folder / "crops.png")
+    detection = detection_rows(cfg, models, device) if cfg.LABELED_RAIN_DIR else []
+    if cfg.REAL_DIR:
+        draw_real(cfg, models, device, folder / "real_rain.png")
+    table = shown(rows, cost)
+    columns = {"set": "set", "method": "method", "n": "n"} | {
+        metric: title for metric, title in _METRICS.items() if rows and metric in rows[0]} | {
+        "ms": f"ms, {cfg.LATENCY_SIZE}", "parameters": "parameters", "GMAC": "GMAC", "published": "published"}
+    results = {"pairs": rows, "costs": cost, "detection": detection, "absent": absent, "images": scores}
+    print("\n" + report.table(table, columns))
+    if detection:
+        print("\n" + report.table(detection, {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"}))
+    write_tables(folder, rows, table, columns, detection)
+    report.write_results(folder / "results.json", cfg.as_dict(), results)
+    draw_plots(cfg, rows, cost, detection, folder)
+    print(f"\nwritten: {(folder / _FILES[0]).as_posix()}, results.csv, results.md and pictures beside them")
+    return results
+
+
+def draw_plots(cfg, rows, cost, detection, folder):
+    """Latency against PSNR, and the detector's mAP against PSNR, of the first test set."""
+    first = {row["method"]: row["psnr_y"] for row in rows if row["count"] and row["set"] == rows[0]["set"]}
+    if points := {name: (cost[name]["ms"], value) for name, value in first.items() if name in cost}:
+        visualize.cost_against_accuracy(points, folder / "latency_quality.png",
+                                        f"ms, {cfg.LATENCY_SIZE} x {cfg.LATENCY_SIZE}", f"PSNR (Y), {rows[0]['set']}")
+    scores = {row["method"]: row["mAP"] for row in detection}
+    if points := {name: (value, scores[name]) for name, value in first.items() if name in scores}:
+        visualize.cost_against_accuracy(points, folder / "map_quality.png", f"PSNR (Y), {rows[0]['set']}",
+                                        "mAP behind the de-rainer")
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

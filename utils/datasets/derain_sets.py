@@ -1,0 +1,134 @@
+"""Test sets of the de-raining literature, known by their layout: which rainy file belongs to which clean one.
+
+| set | layout |
+|---|---|
+| this project's, Rain100L of ../shared | rainy/NAME, clean/NAME |
+| Rain100L, Rain100H (Yang et al. 2017) | rainy/rain-001.png with norain-001.png beside or above; rain/, norain/ |
+| Rain200L, Rain200H | rain/1x2.png, norain/1.png |
+| Rain800 (Zhang et al.), Rain1200 (Zhang & Patel 2018) | one wide file: both images side by side |
+| Rain1400 (Fu et al. 2017) | rainy_image/901_1.jpg to 901_14.jpg, ground_truth/901.jpg |
+| SPA-Data (Wang et al. 2019) | rain/NAME_rain.png (or NAME.png), gt/NAMEgt.png (or gt/NAME.png) |
+| RainDrop (Qian et al. 2018) | data/0_rain.png, gt/0_clean.png |
+| RainDS (Quan et al. 2021) | raindrop/, rainstreak/, rainstreak_raindrop/ with rd-1.png, ..., gt/norain-1.png |
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from utils import system
+from utils.config import UserError
+from utils.datasets.samples import read_image
+
+RAINY = ("rainy", "rain", "rainy_image", "data", "input", "lq", "rainstreak_raindrop", "rainstreak", "raindrop",
+         "windshield_rainy_v40")
+CLEAN = ("clean", "clear", "norain", "gt", "ground_truth", "target", "hq")
+_WIDE = 1.6  # files that are so much wider than high, in a folder without partners, hold two images side by side
+# what names say beside the number: "norain-001", "0_clean", "12gt", "3x2", "rd-rs-7"
+_WORDS = re.compile(r"^(?:norain|rain|rd-rs|rd|rs|im)[-_]?(?=\d)|[-_]?(?:norain|rain|clean|gt)$|(?<=\d)x2$",
+                    re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rainy image and its clean one; of a wide file the halves, where `halves` says which is the rainy one."""
+
+    rainy: Path
+    clean: Path
+    halves: str = ""  # "left" or "right": the rainy half of one wide file
+
+    def read(self):
+        """-> rainy, clean, (3, H, W) uint8 each; UserError where they cannot be read or their sizes differ."""
+        if not self.halves:
+            found = read_image(self.rainy), read_image(self.clean)
+        else:
+            left, right = _halves(read_image(self.rainy))
+            found = (left, right) if self.halves == "left" else (right, left)
+        if found[0].shape != found[1].shape:
+            sizes = ["{2}x{1}".format(*image.shape) for image in found]
+            raise UserError(f"{self.rainy.as_posix()} is {sizes[0]}, its clean partner {self.clean.as_posix()} "
+                            f"{sizes[1]}")
+        return found
+
+
+def find_pairs(root, constant="TEST_SETS"):
+    """The pairs of one test set.
+
+    Args:
+        root: folder of the set, see the top of this file; constant: the script's constant that holds it.
+    Returns:
+        {name: Pair}, sorted by name; lines about what is odd but can be used.
+    Raises:
+        UserError: no folder, no pairs, rainy images without partner (all are named); names `constant`.
+    """
+    root = Path(root)
+    if problem := system.absent(root, folder=True):
+        raise UserError(f"{constant}: '{root.as_posix()}' {problem}")
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    clean_folder = next((folders[name] for name in CLEAN if name in folders), None)
+    rainy_folders = [folders[name] for name in RAINY if name in folders]
+    if rainy_folders:
+        return _by_name(root, rainy_folders, clean_folder or root, constant), []
+    images = system.images_in(root, below=False)
+    if images and all(_is_wide(path) for path in images):
+        side = _rainy_half(images)
+        return ({path.stem: Pair(path, path, side) for path in images},
+                [f"{root.as_posix()}: wide files of two images, the rainy one taken to be on the {side} (more detail)"])
+    raise UserError(f"{constant}: '{root.as_posix()}' is no known test set: expected a folder of rainy images "
+                    f"({', '.join(RAINY[:5])}) and one of clean ones ({', '.join(CLEAN[:5])}), or wide files of both")
+
+
+def _by_name(root, rainy_folders, clean_folder, constant):
+    clean = {}
+    for path in system.images_in(clean_folder, below=clean_folder != root):
+        key = _key(path.relative_to(clean_folder))
+        if clean.setdefault(key, path) != path:
+            raise UserError(f"{constant}: {clean[key].as_posix()} and {path.name} could both be the clean image {key}")
+    pairs, alone = {}, []
+    for folder in rainy_folders:
+        for path in system.images_in(folder):
+            key = _key(path.relative_to(folder))
+            partner = clean.get(key) or clean.get(key.rsplit("_", 1)[0])  # Rain1400: 901_1 to 901_14 belong to 901
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            name = f"{folder.name}/{name}" if len(rainy_folders) > 1 else name
+            if partner is None:
+                alone.append(path.as_posix())
+            else:
+                pairs[name] = Pair(path, partner)
+    if alone:
+        raise UserError(f"{constant}: '{root.as_posix()}': no clean partner for {system.listed(alone, 3)}")
+    if not pairs:
+        raise UserError(f"{constant}: '{root.as_posix()}' holds no images")
+    return dict(sorted(pairs.items()))
+
+
+def _key(path):
+    """-> what a rainy and a clean name have in common: "rain/norain-001.png" -> "001"."""
+    stem, before = path.stem, None
+    while before != stem:
+        before, stem = stem, _WORDS.sub("", stem)
+    return (path.parent / (stem or path.stem)).as_posix().lower()
+
+
+def _is_wide(path):
+    try:
+        with Image.open(path) as image:
+            return image.width % 2 == 0 and image.width / image.height >= _WIDE
+    except system.FAULTS as error:
+        raise UserError(f"cannot read image {path.as_posix()}: {error}") from error
+
+
+def _halves(image):
+    width = image.shape[-1] // 2
+    return image[..., :width], image[..., width:]
+
+
+def _rainy_half(paths, most=20):
+    """-> "left" or "right": the half with more detail in most of the files, since rain adds some."""
+    votes = []
+    for path in paths[::max(1, len(paths) // most)]:
+        left, right = (half.float().diff(dim=-1).abs().mean() for half in _halves(read_image(path)))
+        votes.append(bool(left > right))
+    return "left" if 2 * sum(votes) > len(votes) else "right"

@@ -1,0 +1,142 @@
+"""train_unet_derain.py with NAFNet and the published networks: crops at the images' own scale, newer losses, resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Killed, dies_after
+from test_unet import picture, write_pairs
+
+import train_unet_derain as train
+from utils import losses
+from utils.config import UserError
+from utils.datasets import image_pairs, presets, windshield_pairs
+from utils.networks import derainers
+
+SMALL_NAFNET = {"ARCH": "nafnet", "NAFNET_WIDTH": 4, "NAFNET_ENCODER": (1,), "NAFNET_MIDDLE": 1, "NAFNET_DECODER": (1,)}
+RECIPE = {"CROP_SIZES": (16, 24), "CROPS_PER_PAIR": 2, "CACHE_GB": 1.0, "EMA_DECAY": 0.9, "OPTIMIZER": "adamw",
+          "BETAS": (0.9, 0.9), "SCHEDULER": "cosine", "L1_WEIGHT": 0.0, "SSIM_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1,
+          "FFT_WEIGHT": 0.05, "CHARBONNIER_WEIGHT": 1.0}
+
+
+@pytest.fixture
+def base(tmp_path):
+    write_pairs(tmp_path / "data", count=12)
+    return {"CLEAR_DIR": str(tmp_path / "data" / "clear"), "RAINY_DIR": str(tmp_path / "data" / "rainy"),
+            "REAL_DIR": "", "CHECKPOINT_DIR": str(tmp_path / "out"), "IMAGE_SIZE": 32, "PERCEPTUAL_WEIGHT": 0.0,
+            "TRAIN_PAIRS": 8, "VAL_PAIRS": 3, "TEST_PAIRS": 1, "EPOCHS": 1, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-3,
+            "DATALOADER_WORKERS": 0}
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    SMALL_NAFNET, SMALL_NAFNET | {"NAFNET_RAIN_CHANNELS": 1, "NAFNET_PATCH": 1}, {"ARCH": "prn_r"},
+    {"ARCH": "rescan", "EARLY_STAGES_WEIGHT": 1.0}, {"ARCH": "ddn"}, {"ARCH": "derainnet"}], ids=str)
+def test_every_network_trains_by_a_constant(base, changes):
+    result = train.main(**base | changes)
+    assert result["history"][0]["loss"] == pytest.approx(result["history"][0]["l1"] + 0.2 *
+                                                         result["history"][0]["ssim_loss"], rel=1e-4)
+    best = Path(base["CHECKPOINT_DIR"]) / "best.pt"
+    model = derainers.load_trained(best)
+    start = train.build_model(train.config.resolve(vars(train), base | changes), "cpu")
+    assert model.model_args["arch"] == changes["ARCH"] and type(start.net) is type(model.net)
+    x = picture(30, 40)
+    with torch.no_grad():
+        assert torch.equal(model(x), derainers.load_derainer(changes["ARCH"], best)(x))
+
+
+def test_nafnet_learns_by_its_recipe(base):
+    result = train.main(**base | SMALL_NAFNET | RECIPE | {"EPOCHS": 6, "LEARNING_RATE": 1e-2})
+    assert result["history"][-1]["val/psnr"] > result["rainy_input"]["val/psnr"] + 0.5
+    assert {"psnr_loss", "fft", "charbonnier"} <= set(result["history"][0])
+
+
+def test_a_stopped_run_of_the_recipe_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    settings = base | SMALL_NAFNET | RECIPE | {"EPOCHS": 4, "CHECKPOINT_STEPS": 1}
+    train.main(**settings | {"CHECKPOINT_DIR": str(tmp_path / "whole"), "CACHE_GB": 0.0})  # a cache changes nothing
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "compute_losses", dies_after(10, train.compute_losses))  # where crops are larger already
+        train.main(**settings)
+    train.main(**settings | {"RESUME": True})
+    a, b = (torch.load(Path(out) / "last.pt") for out in (tmp_path / "whole", base["CHECKPOINT_DIR"]))
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+    assert all(torch.equal(one, other) for one, other in zip(a["average"], b["average"], strict=True))
+
+
+def test_earlier_stages_are_supervised_where_they_are_weighted():
+    model = derainers.Derainer("rescan")
+    batch = {"images": picture(24, 24), "twins": picture(24, 24, seed=1)}
+    stages = model(batch["images"], every_stage=True)
+    single = [losses.pixel_l1(stage, batch["twins"]) for stage in stages]
+    for early, expected in ((0.0, single[-1]), (0.5, single[-1] + 0.5 * sum(single[:-1]))):
+        found = train.compute_losses(model, batch, {"l1": 1.0}, early=early)
+        torch.testing.assert_close(found["l1"], expected)
+
+
+@pytest.mark.parametrize("values", [
+    {"CROP_SIZES": (8,)}, {"CROP_SIZES": ("64",)}, {"CROPS_PER_PAIR": 0}, {"CACHE_GB": -1.0}, {"BETAS": (0.9,)},
+    {"EARLY_STAGES_WEIGHT": -1.0}, {"BETAS": (0.9, 1.5)}, {"ARCH": "nafnett"},
+    {"NAFNET_ENCODER": (1, 2, 3), "ARCH": "nafnet"}])
+def test_settings_that_cannot_be(values, base):
+    with pytest.raises(UserError, match=next(iter(values))):
+        train.main(**base | values)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+def test_crops_keep_the_images_own_scale(base):
+    found, _ = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
+    data = windshield_pairs.WindshieldPairs(found, list(found), presets.crops(16, flip=0.0), seed=1, crops=3)
+    assert len(data) == 36
+    whole = windshield_pairs.WindshieldPairs(found, list(found), presets.scaled(1.0))
+    seen = set()
+    for number in (2, 14, 26):  # three crops of one pair
+        sample, image = data[(0, number)], whole[2]
+        squares = image["image"].unfold(1, 16, 1).unfold(2, 16, 1)  # (3, H', W', 16, 16)
+        equal = (squares == sample["image"][:, None, None]).all(-1).all(-1).all(0).nonzero()
+        assert len(equal) >= 1
+        top, left = equal[0].tolist()
+        assert torch.equal(sample["twin"], image["twin"][:, top:top + 16, left:left + 16])  # one geometry for both
+        seen.add((top, left))
+    assert len(seen) > 1 and torch.equal(data[(0, 2)]["image"], data[(0, 2)]["image"])
+    large = windshield_pairs.WindshieldPairs(found, list(found), presets.crops(80))[0]  # larger than the images
+    assert large["image"].shape == large["twin"].shape == (3, 80, 80)
+
+
+def test_sizes_share_the_run_out():
+    transform = presets.over_epochs(["a", "b", "c"], 7)
+    assert [transform.at(epoch) for epoch in range(9)] == ["a", "a", "a", "b", "b", "c", "c", "c", "c"]
+
+
+def test_a_cache_reads_files_once_and_ends_at_its_limit(base, monkeypatch):
+    found, _ = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
+    read, original = [], image_pairs.read_image
+    monkeypatch.setattr(image_pairs, "read_image", lambda path: read.append(path) or original(path))
+    one = 2 * 3 * 64 * 48  # bytes of a pair
+    for room, expected in ((12, 24), (2, 24 + 20), (0, 48)):
+        read.clear()
+        data = windshield_pairs.WindshieldPairs(found, list(found), presets.scaled(1.0),
+                                                cache_gb=(room + 0.5) * one / 1e9)
+        for _ in range(2):
+            for i in range(len(data)):
+                data[i]
+        assert len(read) == expected
+    assert "_cache" not in data.__getstate__()  # a loading process begins with an empty one
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+def test_the_newer_losses_have_their_values():
+    x = torch.rand(2, 3, 16, 16)
+    assert losses.charbonnier(x, x).item() == pytest.approx(1e-3)
+    assert losses.charbonnier(x, x + 0.5).item() == pytest.approx(0.5, abs=1e-3)
+    assert losses.psnr_loss(x, x + 0.1).item() == pytest.approx(-20, abs=1e-3)
+    assert losses.psnr_loss(x, x).item() == pytest.approx(-80)
+    assert losses.fft_l1(x, x).item() == 0
+    in_one_coefficient = 0.1 * 16 / (16 * 9 * 2)
+    assert losses.fft_l1(x, x + 0.1).item() == pytest.approx(in_one_coefficient, rel=1e-4)
+    y = x.clone().requires_grad_()
+    for loss in (losses.charbonnier, losses.psnr_loss, losses.fft_l1):
+        gradient, = torch.autograd.grad(loss(y, x.flip(0)), y)
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0

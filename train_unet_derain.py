@@ -129,14 +129,17 @@ def check(cfg):
         raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of {_MULTIPLE}, such as 256 or 512")
     if cfg.OPTIMIZER not in _OPTIMIZERS:
         raise config.UserError(f"OPTIMIZER = {cfg.OPTIMIZER!r}: choose one of {', '.join(_OPTIMIZERS)}")
-    if len(cfg.BETAS) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in cfg.BETAS):
+    if len(cfg.BETAS) != 2 or not all(0 <= beta < 1 for beta in cfg.BETAS):
         raise config.UserError(f"BETAS = {cfg.BETAS}: choose two numbers in [0, 1), such as (0.9, 0.999)")
     if cfg.ARCH not in derainers.TRAINABLE:
-        require_arch(cfg.ARCH)
+        require_arch(cfg.ARCH, derainers.TRAINABLE)
     for size in cfg.CROP_SIZES:
         if not isinstance(size, int) or size < _SMALLEST_CROP:
             raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: choose whole numbers of at least {_SMALLEST_CROP}, "
                                    "such as (64,) or (64, 96, 128)")
+    if len(cfg.CROP_SIZES) > cfg.EPOCHS:
+        raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: {len(cfg.CROP_SIZES)} sizes need as many EPOCHS at "
+                               f"least, not {cfg.EPOCHS}")
     whole(1)("CROPS_PER_PAIR", cfg.CROPS_PER_PAIR)
     for name in ("CACHE_GB", "EARLY_STAGES_WEIGHT"):
         not_negative(name, getattr(cfg, name))

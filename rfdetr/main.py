@@ -172,7 +172,19 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,
                                   class_rows=start.class_rows),
             constants=cfg.as_dict(), extras=extras, last=start.last)
+        _require_best(folder, result, best_file, extras)
         return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
+
+
+def _require_best(folder, result, best_file, extras):
+    """Say where a resumed run's best epoch was deleted; write `best_file` again where only that is gone."""
+    if not processes.is_main() or not result["history"]:
+        return
+    if not (folder / "best.pt").is_file():
+        processes.say(f"note: {(folder / 'best.pt').as_posix()} of epoch {result['best_epoch']} is no longer there, so "
+                      "there is nothing to evaluate; last.pt holds the latest weights")
+    elif best_file and not (folder / best_file).is_file():
+        checkpoint.save(extras | {"model": checkpoint.load(folder / "best.pt")["model"]}, folder / best_file)
 
 
 def save_weights(model, history=None, *, extras, path):

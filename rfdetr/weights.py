@@ -193,13 +193,13 @@ def read(source):
     return Checkpoint(state, {key: value for key, value in content.items() if key != "model"}, name)
 
 
-def _known_rows(state, rest):
+def _known_rows(state, rest, what):
     """-> (rows of the class head, {class name: row})."""
     rows = state["class_embed.0.weight"].shape[0]
     if isinstance(rest.get("class_rows"), dict):
         known = rest["class_rows"]
         if not all(type(row) is int and 0 <= row < rows for row in known.values()):
-            raise checkpoint.CheckpointError(f"the checkpoint's class_rows ({system.listed(map(str, known.items()))}) "
+            raise checkpoint.CheckpointError(f"{what}: its class_rows ({system.listed(map(str, known.items()))}) "
                                              f"name rows that its class head of {rows} rows lacks: it is damaged")
         return rows, {str(name): row for name, row in known.items()}
     return rows, dict(COCO_ROWS) if rows == COCO_HEAD_ROWS else {}
@@ -211,8 +211,8 @@ def rows_of(source):
     Args:
         source: path, content or Checkpoint. A file without "class_rows" but with COCO's 91 rows knows COCO's classes.
     """
-    state, rest, _ = read(source)
-    return _known_rows(state, rest)
+    state, rest, what = read(source)
+    return _known_rows(state, rest, what)
 
 
 def model_args_of(source):
@@ -247,7 +247,7 @@ def load_detector(source, device="cpu"):
     args = model_args_of(source)
     model = RFDETR(**{key: args[key] for key in MODEL_ARGS if key in args})
     checkpoint.load_into(model, state, what, f"RF-DETR {args['size']}", _ADVICE)
-    _, rows = _known_rows(state, rest)
+    _, rows = _known_rows(state, rest, what)
     info = {"args": dict(args) | model.model_args, "class_rows": rows,
             "class_names": list(rest.get("class_names") or sorted(rows, key=rows.get))}
     return model.to(device).eval(), info
@@ -277,7 +277,7 @@ def load_pretrained(model, source, exclude=()):
         if not fnmatch.filter(own, _ours(pattern)):
             raise UserError(f"--pretrain_exclude_keys '{pattern}' matches no tensor of RF-DETR "
                             f"{model.model_args['size']}; names look like {POSITIONS}")
-    rows, known = _known_rows(state, rest)
+    rows, known = _known_rows(state, rest, what)
     anew = [_ours(pattern) for pattern in exclude]
     if rows != model.model_args["num_rows"]:
         anew += CLASS_HEADS
@@ -327,7 +327,7 @@ def export_roboflow(path_in, path_out):
     path_out = Path(path_out)
     if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
         raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")
-    rows, known = _known_rows(state, rest)
+    rows, known = _known_rows(state, rest, what)
     args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
     detector = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
     checkpoint.save({"model": names.published_file(detector), "args": {

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -96,6 +97,14 @@ def test_a_float_constant_keeps_the_whole_number_of_its_default():
         value = config.resolve(script, overrides).EPOCHS
         assert value == wanted and type(value) is type(wanted)
     assert type(config.resolve(script, {"RATE": 1}).RATE) is float
+
+
+def test_words_of_a_tuple_that_is_empty_by_default_have_its_types():
+    cases = {"CROP_SIZES": (["64", "96"], [64, 96]), "PREFIXES": (["7_", "rain_"], ["7_", "rain_"])}
+    for name, (words, expected) in cases.items():
+        assert config.from_command_line({name: ()}, [f"--{name}", *words]) == {name: expected}
+    known = json.loads(config.TYPES_FILE.read_text(encoding="utf-8"))
+    assert all(entry["elements"] for entry in known.values() if entry["types"] == ["tuple"])
 
 
 def test_the_command_line_and_its_help_follow_the_annotation(capsys):

@@ -14,6 +14,8 @@ from pathlib import Path
 from utils import config
 
 _ROOT = Path(__file__).resolve().parent.parent
+# of tuples that are empty by default
+_ELEMENTS = {"CROP_SIZES": "int", "PREFIXES": "str", "TEST_PREFIXES": "str", "RESULTS_DIRS": "str"}
 
 
 def scripts():
@@ -33,6 +35,8 @@ def table():
                 continue
             entry = found.setdefault(name, {"types": set(), "elements": set()})
             entry["types"].add(type(default).__name__)
+            if name in _ELEMENTS:
+                entry["elements"].add(_ELEMENTS[name])
             for value in (default, module.DEMO.get(name)):
                 if isinstance(value, (tuple, list)):
                     entry["elements"] |= {type(element).__name__ for element in value}

@@ -230,6 +230,8 @@ def keep_earlier(folder, names, what="results"):
 def require_writable(folder, megabytes=100):
     """Make `folder`, prove that it can be written and has `megabytes` free; UserError before training otherwise."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write to {folder.as_posix()}: it is a file, a folder is needed: choose another")
     probe = folder / f".write_test.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -70,13 +70,30 @@ class PairedPatch:
         top, left, turns, mirror = (_draw(n) for n in (height - self.size + 1, width - self.size + 1, 2, 2))
         result = dict(sample)
         for key in ("image", "twin"):
-            patch = sample[key][..., top:top + self.size, left:left + self.size]
-            if min(patch.shape[-2:]) < self.size:
-                rows, columns = (_reflected(side, self.size) for side in patch.shape[-2:])
-                patch = patch[..., rows, :][..., columns]
+            patch = _square(sample[key], top, left, self.size)
             patch = patch.flip(-1) if mirror else patch
             result[key] = tv_tensors.Image(patch.transpose(-1, -2) if turns else patch)
         return result
+
+
+class Crop:
+    """See `crops`."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, sample):
+        top, left = (_draw(side - self.size + 1) for side in sample["image"].shape[-2:])
+        return sample | {key: tv_tensors.Image(_square(sample[key], top, left, self.size)) for key in ("image", "twin")}
+
+
+def _square(image, top, left, size):
+    """-> (3, size, size) from (top, left) on; a smaller image is reflected at its border as often as needed."""
+    patch = image[..., top:top + size, left:left + size]
+    if min(patch.shape[-2:]) < size:
+        rows, columns = (_reflected(side, size) for side in patch.shape[-2:])
+        patch = patch[..., rows, :][..., columns]
+    return patch
 
 
 def _draw(number):
@@ -99,8 +116,7 @@ def crops(size, flip=0.5, jitter=0.0):
     """Random `size` x `size` squares at the images' own scale, reflected at the border where the image is smaller; one
     geometry and one colour change for image and twin, see `unet_training`."""
     colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
-    return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, padding_mode="symmetric"),
-                       v2.RandomHorizontalFlip(flip), *colour])
+    return v2.Compose([Crop(size), v2.RandomHorizontalFlip(flip), *colour])
 
 
 class OverEpochs:

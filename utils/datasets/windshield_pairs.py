@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import system
+from utils import processes, system
 from utils.config import UserError
 from utils.datasets import image_check, image_pairs
 from utils.datasets.coco import require_clean_and_rainy
@@ -52,7 +52,11 @@ def find_pairs(rainy_dir, clear_dir):
     rainy, clear = (images_by_name(folder, constant, _ADVICE) for folder, constant in ((rainy_dir, "RAINY_DIR"),
                                                                                        (clear_dir, "CLEAR_DIR")))
     require_clean_and_rainy(clear_dir, rainy_dir, ("CLEAR_DIR", "RAINY_DIR"))
+    folders = f"RAINY_DIR = '{Path(rainy_dir).as_posix()}', CLEAR_DIR = '{Path(clear_dir).as_posix()}'"
     pairs = {name: (rainy[name], clear[name]) for name in sorted(rainy.keys() & clear.keys())}
+    if not pairs:
+        raise UserError(f"{folders}: no rainy image has a clear one of the same name, such as "
+                        f"{min(rainy)} and {min(clear)}: partners have equal names relative to these folders")
     faults = [f"{path.as_posix()} has no partner in CLEAR_DIR" for name, path in sorted(rainy.items())
               if name not in clear]
     notes, thumbnails = [], []
@@ -62,9 +66,13 @@ def find_pairs(rainy_dir, clear_dir):
             faults += [fault] if fault else []
             thumbnails.append(small)
     if faults:
-        raise UserError(f"RAINY_DIR = '{Path(rainy_dir).as_posix()}', CLEAR_DIR = '{Path(clear_dir).as_posix()}': "
-                        f"{len(faults)} bad pair(s): {system.listed(faults, separator='; ')}. Fix or remove these "
-                        "files.")
+        raise UserError(f"{folders}: {len(faults)} bad pair(s): {system.listed(faults, separator='; ')}. Fix or remove "
+                        "these files.")
+    equal = [name for name, (wet, dry) in zip(pairs, thumbnails, strict=True) if np.abs(wet - dry).max() < 1e-6]
+    if equal and len(equal) == len(pairs):
+        raise UserError(f"{folders}: every rainy image is its clear one over again, there is no rain to learn from")
+    if equal:
+        notes.append(f"{len(equal)} rainy image(s) are the same as their clear partners: {system.listed(equal, 3)}")
     if unused := len(clear.keys() - rainy.keys()):
         notes.append(f"{unused} image(s) in CLEAR_DIR have no rainy partner and are not used")
     odd = image_check.more_like_another(np.array(thumbnails))
@@ -120,6 +128,9 @@ def split_names(names, counts, seed=0, separator=""):
     if len(sequences) < sum(count > 0 for count in counts):
         raise UserError(f"{len(names)} pair(s) in {len(sequences)} sequence(s) are too few for a split: add images, or "
                         f"choose another SEQUENCE_SEPARATOR than {separator!r}")
+    if separator and not any(separator in name for name in names):
+        processes.say(f"note: SEQUENCE_SEPARATOR = {separator!r} is in no name, so each image is taken for a sequence "
+                      "of its own")
     order = sorted(sequences, key=lambda name: digest(f"{seed}:{name}"))
     scale = min(1.0, len(names) / sum(counts))
     wanted = {part: max(1, round(count * scale)) for part, count in zip(PARTS, counts, strict=True)}
@@ -167,6 +178,8 @@ def read_splits(path, names):
             parts[part].append(name)
     if not parts["train"] or not parts["val"]:
         raise UserError(f"SPLITS_FILE = '{path}': train and val need at least one name each")
+    if left := len(known) - len(seen):
+        processes.say(f"note: {left} of {len(known)} pairs are in no part of {Path(path).as_posix()} and are not used")
     return {part: sorted(found) for part, found in parts.items()}
 
 

@@ -99,11 +99,12 @@ class UNetDerainer(nn.Module):
             nn.init.zeros_(self.net.head.weight)
             nn.init.zeros_(self.net.head.bias)
 
-    def forward(self, images):
+    def forward(self, images, every_stage=False):
         """Restore a batch; reflected at the border up to the next multiple of 16 or 32 and cut back.
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1], any size.
+            every_stage: as a list, for callers of networks with several stages; this one has one.
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
@@ -111,7 +112,8 @@ class UNetDerainer(nn.Module):
         right, below = -width % self.multiple, -height % self.multiple
         padded = reflected(images, right, below)
         value = torch.tanh(self.net((padded - self.mean) / self.std)[..., :height, :width].float())
-        return clamp_with_return(images.float() + value) if self.residual else (value + 1) / 2
+        restored = clamp_with_return(images.float() + value) if self.residual else (value + 1) / 2
+        return [restored] if every_stage else restored
 
 
 def _smp():
@@ -124,12 +126,12 @@ def _smp():
     return smp
 
 
-def require_arch(arch):
-    """UserError unless `arch` is "unet" or an encoder of segmentation_models_pytorch."""
+def require_arch(arch, others=()):
+    """UserError unless `arch` is "unet" or an encoder of segmentation_models_pytorch; others: what else may be chosen.
+    """
     if arch != "unet" and arch not in _smp().encoders.encoders:
-        raise UserError(f"ARCH = {arch!r}: choose 'unet', 'nafnet' or another network of utils/networks/derainers.py, "
-                        "or an encoder of segmentation_models_pytorch such as 'resnet34', 'resnet50' or "
-                        "'efficientnet-b0'")
+        raise UserError(f"ARCH = {arch!r}: choose one of {', '.join(['unet', *others])}, or an encoder of "
+                        "segmentation_models_pytorch such as resnet34, resnet50 or efficientnet-b0")
 
 
 def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weights=""):

@@ -74,6 +74,8 @@ def _self():
 def _acquired(folder):
     """-> the folder's lock, held."""
     lock = FileLock(folder / LOCK)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write to {folder.as_posix()}: it is a file, a folder is needed: choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         owner = _owner_of(folder)

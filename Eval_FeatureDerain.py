@@ -18,6 +18,7 @@ import torch
 
 from utils import config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, mixedrain, presets
+from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import comparison
@@ -164,9 +165,8 @@ def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: detections of vanilla and of the feature models, where each scale of the latter sees rain, ground truth."""
     scale = visualize.enlargement(cfg.IMAGE_SIZE)
     features = {name: model for name, model in models.items() if name in (_MULTISCALE, _LIGHTWEIGHT)}
-    count = min(cfg.PICTURES, len(dataset))
     rows, headings = [], []
-    for sample in (dataset[i * len(dataset) // count] for i in range(count)):
+    for sample in evenly(dataset, cfg.PICTURES):
         batch = datasets.to_device(datasets.collate([sample]), device)
         side = cfg.IMAGE_SIZE * scale
         cells = {name: visualize.draw_detections(batch["images"], model(batch["images"]), id2label,

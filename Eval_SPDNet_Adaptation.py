@@ -15,6 +15,7 @@ import torch
 
 from utils import config, datasets, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, presets
+from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after, comparison
 from utils.evaluation import coco as coco_evaluation
@@ -82,11 +83,9 @@ def build_loaders(cfg, id2label):
 @torch.no_grad()
 def draw_page(cfg, models, dataset, device, id2label, path):
     """Page: rainy with vanilla | original's image | adapted's image, each with its detections | ground truth."""
-    count = min(cfg.PICTURES, len(dataset))
-    picked = [dataset[i * len(dataset) // count] for i in range(count)]
     scale = visualize.enlargement(cfg.IMAGE_SIZE)
     rows = []
-    for sample in picked:
+    for sample in evenly(dataset, cfg.PICTURES):
         batch = datasets.to_device(datasets.collate([sample]), device)
         cells = []
         for name, model in models.items():

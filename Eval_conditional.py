@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from utils import config, datasets, freeze, integrated_model, processes, report, system, visualize
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
 from utils.datasets import loaders, presets
+from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison, gates, rain_report
 from utils.evaluation.coco import detect
@@ -221,9 +222,7 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     rows = []
     scale = visualize.enlargement(cfg.IMAGE_SIZE)
     for domain in ("rainy", "clean"):
-        data = loaders_of[domain].dataset
-        for i in range(min(cfg.PICTURES, len(data))):
-            sample = data[i * len(data) // cfg.PICTURES]
+        for sample in evenly(loaders_of[domain].dataset, cfg.PICTURES):
             batch = datasets.to_device(datasets.collate([sample]), device)
             outputs, vanilla = pipeline(batch["images"]), pipeline.detection_module(pixel_values=batch["images"])
             cells = [visualize.draw_detections(images, result, id2label, cfg.SCORE_THRESHOLD, scale)[0]

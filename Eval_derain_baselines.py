@@ -21,8 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils import config, datasets, processes, report, system, visualize
-from utils.datasets import derain_sets, loaders, presets
-from utils.datasets.samples import images_below, read_image
+from utils.datasets import derain_sets, loaders, presets, windshield_pairs
+from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import comparison, image_quality, latency
@@ -105,7 +105,7 @@ def check(cfg):
         if entry[0] != "unet" and entry[0] not in derainers.NETWORKS:
             raise config.UserError(f"MODELS['{row}']: no de-rainer is called {entry[0]!r}; choose one of unet, "
                                    f"{', '.join(derainers.NETWORKS)}")
-    if wrong := [text for text in cfg.RESULTS_DIRS if not isinstance(text, str) or "=" not in text]:
+    if wrong := [text for text in cfg.RESULTS_DIRS if "=" not in text]:
         raise config.UserError(f"RESULTS_DIRS holds {wrong[0]!r}: write NAME=FOLDER, such as 'DRSformer=./results/drs'")
     titles = [_RAINY, *cfg.MODELS, *(text.partition("=")[0] for text in cfg.RESULTS_DIRS)]
     if len(set(titles)) < len(titles):
@@ -118,8 +118,8 @@ def load_models(cfg, device):
     """-> {row: network in eval mode}, {row: why it is absent}."""
     models, absent = {}, {}
     for row, (name, weights) in cfg.MODELS.items():
-        if system.absent(weights):
-            absent[row] = f"{weights} {system.absent(weights)}; {derainers.source_of(name).get}"
+        if problem := system.absent(weights):
+            absent[row] = f"{weights} {problem}; {derainers.source_of(name).get}"
         else:
             models[row] = derainers.load_derainer(name, weights, device, f"MODELS['{row}']")
     return models, absent
@@ -131,8 +131,7 @@ def result_files(cfg, pairs, name):
     for text in cfg.RESULTS_DIRS:
         row, _, folder = text.partition("=")
         folder = Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
-        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in images_below([folder],
-                                                                                                    "RESULTS_DIRS")}
+        files = images_by_name(folder, "RESULTS_DIRS", "Set the constant to a folder of images.")
         missing = [pair for pair in pairs if pair not in files and Path(pair).name not in files]
         if missing:
             raise config.UserError(f"RESULTS_DIRS: '{text}' has no image for {system.listed(missing, 3)} of {name}")
@@ -154,6 +153,12 @@ def costs(cfg, models, device):
 
 # ---- test pairs ------------------------------------------------------------------------------------------------
 
+def name_of(root):
+    """-> what a test set is called: its folder's name, of Rain100L/test the folder's above."""
+    root = Path(root).resolve()
+    return root.parent.name if root.name in ("test", "val") else root.name
+
+
 def test_part(cfg, pairs):
     """-> the pairs that SPLITS_FILE does not name as training or validation pairs."""
     if not cfg.SPLITS_FILE:
@@ -162,12 +167,8 @@ def test_part(cfg, pairs):
         raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' {problem}: run python train_unet_derain.py"
                                f"{' --demo' if cfg.demo else ''} first, or set it to \"\" for pairs that nothing was "
                                "trained on")
-    try:
-        content = system.read_json(cfg.SPLITS_FILE)
-        seen = {*content["train"], *content["val"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' is not a splits.json of train_unet_derain.py"
-                               ) from error
+    parts = windshield_pairs.splits_of(cfg.SPLITS_FILE)
+    seen = {windshield_pairs.name_of_entry(entry, pairs) for part in ("train", "val") for entry in parts[part]}
     left = {name: pair for name, pair in pairs.items() if name not in seen}
     if not left:
         raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}': all pairs of the test set were trained on")
@@ -236,7 +237,7 @@ def detection_rows(cfg, models, device):
 def draw_crops(cfg, models, pairs, device, path):
     """Page: of evenly chosen pairs the square where the methods differ most, rainy | each method | clean."""
     rows, scale = [], visualize.enlargement(cfg.CROP)
-    for pair in comparison.evenly(list(pairs.values()), cfg.PICTURES):
+    for pair in evenly(list(pairs.values()), cfg.PICTURES):
         rainy, clean = (to_floats(image[None], device) for image in pair.read())
         images = [rainy, *(restore(model, rainy, cfg.TILE, cfg.OVERLAP) for model in models.values()), clean]
         side = min(cfg.CROP, *rainy.shape[-2:])
@@ -251,7 +252,7 @@ def draw_crops(cfg, models, pairs, device, path):
 def draw_real(cfg, models, device, path):
     """Page: photographs of real rain | each method."""
     rows = []
-    for photograph in comparison.evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), cfg.PICTURES):
+    for photograph in evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), cfg.PICTURES):
         image = to_floats(read_image(photograph)[None])
         cells = [visualize.to_pil(picture[0]) for picture in
                  (image, *(restore(model, image, cfg.TILE, cfg.OVERLAP) for model in models.values()))]
@@ -312,8 +313,7 @@ def main(**overrides):
         ensure_windshield_demo()
         ensure_demo()
     device = processes.announced_device()
-    sets = {Path(root).resolve().name if Path(root).name not in ("test", "val") else Path(root).resolve().parent.name:
-            derain_sets.find_pairs(root) for root in cfg.TEST_SETS}
+    sets = {name_of(root): derain_sets.find_pairs(root) for root in cfg.TEST_SETS}
     if len(sets) < len(cfg.TEST_SETS):
         raise config.UserError(f"TEST_SETS = {cfg.TEST_SETS}: two of them have the same name, rename a folder")
     models, absent = load_models(cfg, device)
@@ -330,10 +330,10 @@ def main(**overrides):
             processes.say(f"note: {note}")
         pairs = test_part(cfg, pairs)
         if cfg.MAX_IMAGES:
-            pairs = dict(comparison.evenly(list(pairs.items()), cfg.MAX_IMAGES))
+            pairs = dict(evenly(list(pairs.items()), cfg.MAX_IMAGES))
         scores[name] = score_set(cfg, models, name, pairs, device, lpips_model)
         rows += rows_of(name, scores[name], models_of, absent)
-        if len(sets) == 1 or name == next(iter(sets)):
+        if name == next(iter(sets)):
             draw_crops(cfg, models, pairs, device, folder / "crops.png")
     detection = detection_rows(cfg, models, device) if cfg.LABELED_RAIN_DIR else []
     if cfg.REAL_DIR:

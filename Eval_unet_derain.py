@@ -20,12 +20,12 @@ from torchvision.transforms import v2
 
 from utils import config, datasets, processes, report, visualize
 from utils.datasets import image_check, loaders, presets, windshield_pairs
-from utils.datasets.samples import images_below
+from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import image_quality
 from utils.evaluation.coco import detection_scores
-from utils.evaluation.comparison import evenly, note_other_sizes
+from utils.evaluation.comparison import note_other_sizes
 from utils.images import to_bytes, to_floats
 from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE

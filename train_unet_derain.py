@@ -24,7 +24,7 @@ from PIL import Image
 
 from utils import config, datasets, freeze, losses, processes, report, system, visualize
 from utils.datasets import image_check, loaders, presets, windshield_pairs
-from utils.datasets.samples import images_below
+from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
 from utils.images import to_floats
@@ -134,7 +134,7 @@ def check(cfg):
     if cfg.ARCH not in derainers.TRAINABLE:
         require_arch(cfg.ARCH, derainers.TRAINABLE)
     for size in cfg.CROP_SIZES:
-        if not isinstance(size, int) or size < _SMALLEST_CROP:
+        if size < _SMALLEST_CROP:
             raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: choose whole numbers of at least {_SMALLEST_CROP}, "
                                    "such as (64,) or (64, 96, 128)")
     if len(cfg.CROP_SIZES) > cfg.EPOCHS:
@@ -205,8 +205,7 @@ def real_photographs(cfg, count=6):
     if problem := system.absent(cfg.REAL_DIR, folder=True):
         processes.say(f"note: REAL_DIR = '{cfg.REAL_DIR}' {problem}, so no real rain is looked at during training")
         return []
-    paths = images_below([cfg.REAL_DIR], "REAL_DIR")
-    chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    chosen = evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), count)
     image_check.check_images(chosen, "REAL_DIR")  # now, not in the epoch that draws them
     return chosen
 
@@ -304,10 +303,9 @@ def is_overfitting(history, window=_OVERFITTING_WINDOW):
 @torch.no_grad()
 def pair_sheet(model, dataset, device, count=4):
     """-> PIL page of rainy | derained | ground truth, evenly chosen pairs."""
-    count = min(count, len(dataset))
     rows = []
-    for i in range(count):
-        batch = datasets.to_device(datasets.collate([dataset[i * len(dataset) // count]]), device)
+    for sample in evenly(dataset, count):
+        batch = datasets.to_device(datasets.collate([sample]), device)
         cells = [visualize.to_pil(images[0]) for images in (batch["images"], model(batch["images"]), batch["twins"])]
         scale = max(1, round(_SMALL / cells[0].width))  # small images are enlarged
         rows.append([cell.resize((cell.width * scale, cell.height * scale), Image.Resampling.BICUBIC)

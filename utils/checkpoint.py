@@ -86,7 +86,11 @@ def load(path, device="cpu"):
 
 def load_state(path, device="cpu"):
     """-> {name: Tensor}, the state dict in a file, without the usual wrappings ({"model": ...}, "module." prefixes)."""
-    content = load(path, device)
+    return state_of(load(path, device), path)
+
+
+def state_of(content, path):
+    """-> `load_state` of a file whose content was read already; path: of the file, for messages."""
     while isinstance(content, dict) and not _is_state(content):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -178,19 +182,19 @@ def _kind(value):
     return "complex" if value.is_complex() else "real" if value.is_floating_point() else "whole"
 
 
-def load_network(path, build, arguments, constant, script, device="cpu"):
+def load_network(path, build, arguments, constant, script, device="cpu", content=None):
     """-> the network of a checkpoint that says how to build it, in eval mode.
 
     Args:
         path: file with "model" (its state dict) and "model_args"; build: (**model_args) -> nn.Module.
         arguments: names that model_args must have at least; constant: the script's constant that holds `path`.
-        script: what writes such files, for messages.
+        script: what writes such files, for messages; content: of the file, where it was read already.
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
     """
     if problem := system.absent(path):
         raise UserError(f"{constant} = '{path}' {problem}: train one with {script}")
-    content = load(path)
+    content = load(path) if content is None else content
     args = content.get("model_args") if isinstance(content, dict) else None
     foreign = UserError(f"{constant} = '{path}' is not a file of {script} (no model_args of its network in it)")
     if not isinstance(args, dict) or not set(args) >= set(arguments) or "model" not in content:

@@ -2,7 +2,7 @@
 
 | set | layout |
 |---|---|
-| this project's, Rain100L of ../shared | rainy/NAME, clean/NAME |
+| plain pairs | rainy/NAME, clean/NAME (what make_rain.py writes: windshield_rainy_v40/, clear/) |
 | Rain100L, Rain100H (Yang et al. 2017) | rainy/rain-001.png with norain-001.png beside or above; rain/, norain/ |
 | Rain200L, Rain200H | rain/1x2.png, norain/1.png |
 | Rain800 (Zhang et al.), Rain1200 (Zhang & Patel 2018) | one wide file: both images side by side |
@@ -20,6 +20,7 @@ from PIL import Image
 
 from utils import system
 from utils.config import UserError
+from utils.datasets.image_pairs import read_pair
 from utils.datasets.samples import read_image
 
 RAINY = ("rainy", "rain", "rainy_image", "data", "input", "lq", "rainstreak_raindrop", "rainstreak", "raindrop",
@@ -42,15 +43,9 @@ class Pair:
     def read(self):
         """-> rainy, clean, (3, H, W) uint8 each; UserError where they cannot be read or their sizes differ."""
         if not self.halves:
-            found = read_image(self.rainy), read_image(self.clean)
-        else:
-            left, right = _halves(read_image(self.rainy))
-            found = (left, right) if self.halves == "left" else (right, left)
-        if found[0].shape != found[1].shape:
-            sizes = ["{2}x{1}".format(*image.shape) for image in found]
-            raise UserError(f"{self.rainy.as_posix()} is {sizes[0]}, its clean partner {self.clean.as_posix()} "
-                            f"{sizes[1]}")
-        return found
+            return read_pair(self.rainy, self.clean)
+        left, right = _halves(read_image(self.rainy))
+        return (left, right) if self.halves == "left" else (right, left)
 
 
 def find_pairs(root, constant="TEST_SETS"):

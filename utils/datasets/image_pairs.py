@@ -28,7 +28,8 @@ class PairedRainDataset(torch.utils.data.Dataset):
     """
 
     crops = 1         # samples of each pair in an epoch
-    cache_bytes = 0   # of decoded pairs that are kept in memory
+    cache_bytes = 0   # of decoded pairs that may be kept in memory ...
+    cached_bytes = 0  # ... and that are
 
     def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
                  part=(0.0, 1.0), limit=None, check=True):
@@ -59,17 +60,15 @@ class PairedRainDataset(torch.utils.data.Dataset):
         """-> rainy and clean image of a pair, (3, H, W) uint8; kept for the next time while the cache has room."""
         cache = self.__dict__.setdefault("_cache", {})
         if index not in cache:
-            rainy, clean = (read_image(path) for path in self.pairs[index])
-            if rainy.shape != clean.shape:
-                raise UserError(f"{self.pairs[index][0].as_posix()} is {rainy.shape[2]}x{rainy.shape[1]}, its clean "
-                                f"partner is {clean.shape[2]}x{clean.shape[1]}")
-            if sum(image.numel() for pair in cache.values() for image in pair) + 2 * rainy.numel() > self.cache_bytes:
-                return rainy, clean
-            cache[index] = rainy, clean
+            pair = read_pair(*self.pairs[index])
+            if self.cached_bytes + 2 * pair[0].numel() > self.cache_bytes:
+                return pair
+            cache[index] = pair
+            self.cached_bytes += 2 * pair[0].numel()
         return cache[index]
 
     def __getstate__(self):  # a loading process fills a cache of its own
-        return {name: value for name, value in vars(self).items() if name != "_cache"}
+        return {name: value for name, value in vars(self).items() if name not in ("_cache", "cached_bytes")}
 
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
@@ -81,6 +80,19 @@ class PairedRainDataset(torch.utils.data.Dataset):
             sample = transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
         return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
                          "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
+
+
+def read_pair(rainy, clean):
+    """-> the two images, (3, H, W) uint8 each.
+
+    Raises:
+        UserError: a file cannot be read, or their sizes differ; names the files.
+    """
+    images = read_image(rainy), read_image(clean)
+    if images[0].shape != images[1].shape:
+        sizes = ["{2}x{1}".format(*image.shape) for image in images]
+        raise UserError(f"{rainy.as_posix()} is {sizes[0]}, its clean partner {clean.as_posix()} is {sizes[1]}")
+    return images
 
 
 def without_annotations(clean_dir, rainy_dir):

@@ -46,6 +46,12 @@ def seeded_subset(names, percent, seed, part=(0.0, 1.0)):
     return sorted(order[round(part[0] * len(order)):round(part[1] * len(order))])
 
 
+def evenly(items, count):
+    """-> up to `count` of the items of a sequence (samples of a data set as well), evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 @contextlib.contextmanager
 def sample_randomness(seed, epoch, index):
     """Within, torch's CPU randomness is a function of the three numbers; outside, it goes on untouched."""

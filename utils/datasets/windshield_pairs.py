@@ -152,12 +152,8 @@ def split_names(names, counts, seed=0, separator=""):
     return parts, note
 
 
-def read_splits(path, names):
-    """-> {"train", "val", "test": sorted names} of a splits.json of that form (with or without file extensions).
-
-    Raises:
-        UserError: no such file, unknown names, a name in two parts; names SPLITS_FILE.
-    """
+def splits_of(path):
+    """-> {"train", "val", "test": entries as they stand} of a splits.json; UserError, which names SPLITS_FILE."""
     try:
         content = system.read_json(path)
     except (OSError, ValueError) as error:
@@ -166,10 +162,25 @@ def read_splits(path, names):
             isinstance(content.get(part, []), list) and all(isinstance(name, str) for name in content.get(part, []))
             for part in PARTS):
         raise UserError(f"SPLITS_FILE = '{path}': expected {{\"train\": [names], \"val\": [names], \"test\": [names]}}")
+    return {part: content.get(part, []) for part in PARTS}
+
+
+def name_of_entry(entry, known):
+    """-> the pair's name that an entry of a splits.json means, which may have a file extension; known: all names."""
+    return entry if entry in known else Path(entry).with_suffix("").as_posix()
+
+
+def read_splits(path, names):
+    """-> {"train", "val", "test": sorted names} of a splits.json of that form (with or without file extensions).
+
+    Raises:
+        UserError: no such file, unknown names, a name in two parts; names SPLITS_FILE.
+    """
+    content = splits_of(path)
     known, parts, seen = set(names), {part: [] for part in PARTS}, {}
     for part in PARTS:
-        for entry in content.get(part, []):
-            name = entry if entry in known else Path(entry).with_suffix("").as_posix()
+        for entry in content[part]:
+            name = name_of_entry(entry, known)
             if name not in known:
                 raise UserError(f"SPLITS_FILE = '{path}': '{entry}' of {part} is no pair of RAINY_DIR and CLEAR_DIR")
             if name in seen:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from utils import datasets, report, visualize
+from utils.datasets.samples import evenly
 from utils.evaluation.coco import detection_scores
 
 VANILLA, ORIGINAL, ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
@@ -52,8 +53,7 @@ def scenes(dataset, count):
     chosen = np.flatnonzero((objects >= FEW) & (objects <= MANY))
     if not len(chosen):
         chosen = np.arange(len(dataset))
-    count = min(count, len(chosen))
-    return [int(chosen[i * len(chosen) // count]) for i in range(count)]
+    return [int(i) for i in evenly(chosen, count)]
 
 
 @torch.no_grad()

@@ -88,12 +88,6 @@ def are_twins(rainy, clean):
     return True
 
 
-def evenly(items, count):
-    """-> up to `count` of the items, evenly chosen."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 def ids_by_prefix(dataset, prefixes, constant="PREFIXES"):
     """-> {"rain_*": [image id, ...], ...} of the files whose names begin so; UserError where none does."""
     if isinstance(prefixes, str):

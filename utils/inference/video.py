@@ -24,6 +24,7 @@ from utils.config import UserError
 
 FALLBACK_FPS = 30.0   # where a camera does not tell
 LONGEST_GAP = 300     # frames in a row that may be missing; then the video counts as ended
+_OF_SEVERAL = (".png", ".webp", ".tif", ".tiff")  # image files that can hold more than one picture
 TOLERANCE = 0.02      # many files announce a few frames more than they hold: their number is duration times rate
 
 
@@ -279,6 +280,8 @@ def _frames_left_out(paths, constant):
     """-> a line about image files that hold several pictures, of which only the first is looked at."""
     several = []
     for path in paths:
+        if path.suffix.lower() not in _OF_SEVERAL:
+            continue
         with contextlib.suppress(*system.FAULTS), Image.open(path) as image:
             several += [path.name] if getattr(image, "n_frames", 1) > 1 else []
     return [f"{constant}: {len(several)} file(s) hold several pictures, of which the first is looked at: "

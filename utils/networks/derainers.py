@@ -23,7 +23,7 @@ from utils.networks.derainnet import DerainNet
 from utils.networks.nafnet import NAFNet
 from utils.networks.prenet import PReNet
 from utils.networks.spdnet import SPDNet, load_spdnet
-from utils.networks.tiling import reflected
+from utils.networks.tiling import to_multiple
 from utils.networks.unet import UNetDerainer
 
 OWN = "train_unet_derain.py"  # writes checkpoints that say how to build their network
@@ -54,6 +54,10 @@ def _only(net, images):
     return [net(images)]
 
 
+def _all(net, images):
+    return net(images)
+
+
 def _rescan(net, images):
     images = images.flip(1)  # BGR, as its authors' code reads files
     return [(images - rain).flip(1) for rain in net(images)]
@@ -78,10 +82,10 @@ _OURS = Source("this project", 2026, "the project's", "the pairs of its run", f"
 NETWORKS = {
     "nafnet": Network(NAFNet, _only, 1, _OURS._replace(
         paper="Chen et al., Simple Baselines for Image Restoration", year=2022)),
-    "prenet": Network(PReNet, lambda net, images: net(images), 1, _PRENET),
-    "prenet_r": Network(partial(PReNet, shared=True), lambda net, images: net(images), 1, _PRENET),
-    "prn": Network(partial(PReNet, memory=False), lambda net, images: net(images), 1, _PRENET),
-    "prn_r": Network(partial(PReNet, memory=False, shared=True), lambda net, images: net(images), 1, _PRENET),
+    "prenet": Network(PReNet, _all, 1, _PRENET),
+    "prenet_r": Network(partial(PReNet, shared=True), _all, 1, _PRENET),
+    "prn": Network(partial(PReNet, memory=False), _all, 1, _PRENET),
+    "prn_r": Network(partial(PReNet, memory=False, shared=True), _all, 1, _PRENET),
     "rescan": Network(rescan.RESCAN, _rescan, 1, _RESCAN),
     "rescan_add": Network(partial(rescan.RESCAN, additive=True), _rescan, 1, _RESCAN),
     "rescan_lstm": Network(partial(rescan.RESCAN, unit=rescan.LSTM), _rescan, 1, _RESCAN),
@@ -135,9 +139,8 @@ class Derainer(nn.Module):
             (B, 3, H, W) float32 in [0, 1], or the list of them, the result last.
         """
         height, width = images.shape[-2:]
-        right, below = (max(-side % self.multiple, _SMALLEST - side) for side in (width, height))
-        right, below = (amount + -(side + amount) % self.multiple for amount, side in ((right, width), (below, height)))
-        stages = NETWORKS[self.model_args["arch"]].stages(self.net, reflected(images, right, below))
+        padded = to_multiple(images, self.multiple, _SMALLEST)
+        stages = NETWORKS[self.model_args["arch"]].stages(self.net, padded)
         stages = [clamp_with_return(stage[..., :height, :width].float())
                   for stage in (stages if every_stage else stages[-1:])]
         return stages if every_stage else stages[0]
@@ -159,8 +162,9 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
         raise UserError(f"{constant}: no de-rainer is called {name!r}; choose one of unet, {', '.join(NETWORKS)}")
     if problem := system.absent(weights):
         raise UserError(f"{constant} = '{weights}' {problem}. Weights of {name}: {source_of(name).get}")
-    if is_own(weights):
-        model = load_trained(weights, device, constant)
+    content = checkpoint.load(weights)
+    if _is_own(content):
+        model = load_trained(weights, device, constant, content)
         found = model.model_args["arch"]
         if name != found and (name != "unet" or found in NETWORKS):
             raise UserError(f"{constant} = '{weights}' holds a network with ARCH = {found!r}, not {name!r}")
@@ -168,14 +172,15 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     if name in ("unet", "nafnet"):
         raise UserError(f"{constant} = '{weights}' is not a file of {OWN} (no model_args of its network in it)")
     if NETWORKS[name].build is None:
-        return Derainer(name, _by_spandrel(name, weights, constant)).to(device).eval()
+        return Derainer(name, _by_spandrel(name, weights, content, constant)).to(device).eval()
     if name == "spdnet":
         net = load_spdnet(weights, constant=constant)
         return Derainer(name, net, n_feats=net.n_feats, n_resblocks=net.n_resblocks).to(device).eval()
     model = Derainer(name)
     state = {key: value.float() if value.is_floating_point() else value
-             for key, value in checkpoint.load_state(weights).items()}
-    checkpoint.load_into(model.net, state, f"{constant} = '{weights}'", name, _other_kinds(name, state))
+             for key, value in checkpoint.state_of(content, weights).items()}
+    fits = _shapes(state) == _shapes(model.net.state_dict())
+    checkpoint.load_into(model.net, state, f"{constant} = '{weights}'", name, "" if fits else _other_kinds(name, state))
     return model.to(device).eval()
 
 
@@ -184,16 +189,15 @@ def source_of(name):
     return NETWORKS[name].source if name in NETWORKS else _OURS
 
 
-def is_own(path):
-    """-> whether a file is a checkpoint of train_unet_derain.py."""
-    content = checkpoint.load(path)
+def _is_own(content):
+    """-> whether a file's content is a checkpoint of train_unet_derain.py."""
     arguments = content.get("model_args") if isinstance(content, dict) else None
     return isinstance(arguments, dict) and "arch" in arguments
 
 
-def load_trained(path, device="cpu", constant="UNET_PATH"):
+def load_trained(path, device="cpu", constant="UNET_PATH", content=None):
     """-> the network of a best.pt, last.pt or epoch_*.pt of train_unet_derain.py, in eval mode: UNetDerainer or
-    Derainer.
+    Derainer. content: of the file, where it is there already.
 
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
@@ -204,22 +208,23 @@ def load_trained(path, device="cpu", constant="UNET_PATH"):
         model = UNetDerainer(arch, **settings)
         model.source = _OURS
         return model
-    return checkpoint.load_network(path, build, ("arch",), constant, OWN, device)
+    return checkpoint.load_network(path, build, ("arch",), constant, OWN, device, content)
 
 
 def _other_kinds(name, state):
     """-> a sentence that names the network that a state dict fits, "" where none does."""
-    shapes = {key: value.shape for key, value in state.items()}
     for other in TRAINABLE:
-        if other not in (name, "nafnet", "spdnet"):
-            own = {key: value.shape for key, value in NETWORKS[other].build().state_dict().items()}
-            if own == shapes:
-                return f"It fits {other}"
+        if other not in (name, "nafnet", "spdnet") and _shapes(NETWORKS[other].build().state_dict()) == _shapes(state):
+            return f"It fits {other}"
     return ""
 
 
-def _by_spandrel(name, weights, constant):
-    """-> MPRNet or Restormer from its published file, by the optional package spandrel."""
+def _shapes(state):
+    return {key: value.shape for key, value in state.items()}
+
+
+def _by_spandrel(name, weights, content, constant):
+    """-> MPRNet or Restormer from its published file's content, by the optional package spandrel."""
     try:
         import spandrel
         import spandrel_extra_arches
@@ -227,7 +232,7 @@ def _by_spandrel(name, weights, constant):
         raise UserError(f"{constant}: {name} needs optional packages: pip install -r requirements-derain.txt (their "
                         "architectures' licences are non-commercial)") from None
     spandrel_extra_arches.install(ignore_duplicates=True)
-    state = checkpoint.load_state(weights)
+    state = checkpoint.state_of(content, weights)
     if all(key.startswith("generator.") for key in state):  # mmagic's copy
         state = {key.removeprefix("generator."): value for key, value in state.items()}
     try:

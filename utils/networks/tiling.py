@@ -8,6 +8,12 @@ from torch import nn
 from utils.config import UserError
 
 
+def to_multiple(images, multiple, least=1):
+    """(B, 3, H, W) -> the same, `reflected` to the next sides that are multiples of `multiple` and at least `least`."""
+    right, below = (-(-max(side, least) // multiple) * multiple - side for side in (images.shape[-1], images.shape[-2]))
+    return reflected(images, right, below)
+
+
 def reflected(images, right, below):
     """(B, 3, H, W) -> (B, 3, H + below, W + right), mirrored at the border as often as it takes."""
     for dim, amount in ((-1, right), (-2, below)):

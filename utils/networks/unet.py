@@ -14,7 +14,7 @@ from torch import nn
 from utils import checkpoint
 from utils.config import UserError
 from utils.networks.clamp import clamp_with_return
-from utils.networks.tiling import reflected
+from utils.networks.tiling import to_multiple
 
 LEVELS = 4  # halvings of the plain U-Net: 64-128-256-512 and a bottleneck of 1024 for width 64
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,8 +109,7 @@ class UNetDerainer(nn.Module):
             (B, 3, H, W) float32 in [0, 1].
         """
         height, width = images.shape[-2:]
-        right, below = -width % self.multiple, -height % self.multiple
-        padded = reflected(images, right, below)
+        padded = to_multiple(images, self.multiple)
         value = torch.tanh(self.net((padded - self.mean) / self.std)[..., :height, :width].float())
         restored = clamp_with_return(images.float() + value) if self.residual else (value + 1) / 2
         return [restored] if every_stage else restored

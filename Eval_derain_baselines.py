@@ -4,8 +4,9 @@
     python Eval_derain_baselines.py --TEST_SETS ./data/Rain100L/test --MODELS "{'PReNet': ('prenet', 'PReNet.pth')}"
 
 Per test set and method: PSNR and SSIM by three protocols, LPIPS, their 95% bootstrap intervals over images; per method
-milliseconds, parameters and multiply-adds; with LABELED_RAIN_DIR the detector's mAP behind each de-rainer, because the
-better picture is not always the one that is better to detect on. Whatever has no weights is a row that says so.
+milliseconds, parameters, multiply-adds and memory; with LABELED_RAIN_DIR the detector's mAP behind each de-rainer,
+because the better picture is not always the one that is better to detect on. Whatever has no weights is a row that says
+so.
 
 Writes OUTPUT_DIR/results.json, results.csv, results.md, crops.png (where the methods differ most), real_rain.png,
 latency_quality.png and, with a detector, map_quality.png. docs/derain_baselines.md has the layouts and protocols.
@@ -21,16 +22,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils import config, datasets, processes, report, system, visualize
-from utils.datasets import derain_sets, loaders, presets, windshield_pairs
+from utils.datasets import derain_sets, image_check, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import comparison, image_quality, latency
+from utils.evaluation import comparison, image_quality, latency, memory
 from utils.evaluation.coco import detection_scores
 from utils.images import to_floats
 from utils.networks import derainers
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size, trained_size
 from utils.networks.tiling import require_tiles, restore
+from utils.weather import windshield
 
 # --- data ---------------------------------------------------------------------------------------------------------
 TEST_SETS = ("./data/Rain100L/test",)   # folders of test pairs, known by their layout (docs/derain_baselines.md)
@@ -74,6 +76,7 @@ DEMO = {
 _RAINY = "rainy input"
 _FILES = ("results.json", "results.csv", "results.md", "crops.png", "real_rain.png", "latency_quality.png",
           "map_quality.png")
+_IDENTICAL = 100.0  # dB: no method is that good
 _METRICS = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_y8": "PSNR Y8", "ssim_y8": "SSIM Y8", "psnr": "PSNR RGB",
             "ssim": "SSIM RGB", "lpips": "LPIPS"}
 # Published PSNR / SSIM: {method: {part of the set's name: (figure, protocol, source)}}; other training data, other code
@@ -99,17 +102,24 @@ def check(cfg):
     if not cfg.TEST_SETS and not cfg.REAL_DIR and not cfg.LABELED_RAIN_DIR:
         raise config.UserError("TEST_SETS, REAL_DIR and LABELED_RAIN_DIR are all empty: there is nothing to compare on")
     for row, entry in cfg.MODELS.items():
+        if not isinstance(row, str) or not row.strip():
+            raise config.UserError(f"MODELS: {row!r} is no name of a row, write text such as 'PReNet'")
         if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and all(isinstance(text, str) for text in entry)):
             raise config.UserError(f"MODELS['{row}'] = {entry!r}: give a network and its weights, such as "
                                    "('prenet', './weights/prenet.pth')")
         if entry[0] != "unet" and entry[0] not in derainers.NETWORKS:
             raise config.UserError(f"MODELS['{row}']: no de-rainer is called {entry[0]!r}; choose one of unet, "
                                    f"{', '.join(derainers.NETWORKS)}")
-    if wrong := [text for text in cfg.RESULTS_DIRS if "=" not in text]:
-        raise config.UserError(f"RESULTS_DIRS holds {wrong[0]!r}: write NAME=FOLDER, such as 'DRSformer=./results/drs'")
+    for text in cfg.RESULTS_DIRS:
+        row, _, folder = text.partition("=")
+        if not row.strip() or not folder.strip():
+            raise config.UserError(f"RESULTS_DIRS holds {text!r}: write NAME=FOLDER, such as "
+                                   "'DRSformer=./results/drsformer'")
     titles = [_RAINY, *cfg.MODELS, *(text.partition("=")[0] for text in cfg.RESULTS_DIRS)]
     if len(set(titles)) < len(titles):
         raise config.UserError(f"MODELS and RESULTS_DIRS: a name is there twice ({', '.join(titles)})")
+    report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [
+        ("TEST_SETS", folder) for folder in cfg.TEST_SETS] + [("REAL_DIR", cfg.REAL_DIR)])
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------
@@ -126,28 +136,43 @@ def load_models(cfg, device):
 
 
 def result_files(cfg, pairs, name):
-    """-> {row: {pair: path}} of RESULTS_DIRS for one test set: FOLDER/<set>/ where that is there, else FOLDER."""
+    """-> {row: {pair: path}} of RESULTS_DIRS for one test set: FOLDER/<set>/ where that is there, else FOLDER.
+
+    Raises:
+        UserError: a missing, unreadable or differently sized image, or a test set's own images; names RESULTS_DIRS.
+    """
+    own = {path.resolve() for pair in pairs.values() for path in (pair.rainy, pair.clean)}
+    plain = [Path(pair).name for pair in pairs]
     found = {}
     for text in cfg.RESULTS_DIRS:
         row, _, folder = text.partition("=")
         folder = Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
         files = images_by_name(folder, "RESULTS_DIRS", "Set the constant to a folder of images.")
-        missing = [pair for pair in pairs if pair not in files and Path(pair).name not in files]
-        if missing:
+        # the file's name alone will do where no other pair has it
+        paths = {pair: files.get(pair) or (files.get(last) if plain.count(last) == 1 else None)
+                 for pair, last in zip(pairs, plain, strict=True)}
+        if missing := [pair for pair, path in paths.items() if path is None]:
             raise config.UserError(f"RESULTS_DIRS: '{text}' has no image for {system.listed(missing, 3)} of {name}")
-        found[row] = {pair: files.get(pair) or files[Path(pair).name] for pair in pairs}
+        if same := [path.as_posix() for path in paths.values() if path.resolve() in own]:
+            raise config.UserError(f"RESULTS_DIRS: '{text}' holds images of the test set {name} itself, such as "
+                                   f"{same[0]}, and no method's results")
+        image_check.check_images(list(paths.values()), "RESULTS_DIRS")
+        for pair, path in paths.items():
+            if derain_sets.size_of(path) != pairs[pair].size():
+                raise config.UserError(f"RESULTS_DIRS: {path.as_posix()} has another size than the clean image")
+        found[row] = paths
     return found
 
 
 def costs(cfg, models, device):
-    """-> {row: {"ms", "parameters", "GMAC"}} at LATENCY_SIZE, batch 1; timed in turns."""
+    """-> {row: {"ms", "parameters", "GMAC", "GB"}} at LATENCY_SIZE, batch 1; timed in turns."""
     images = torch.rand(1, 3, cfg.LATENCY_SIZE, cfg.LATENCY_SIZE, device=device)
     found = {}
     for row, milliseconds in latency.latencies(models, images, warmup=1, repeats=5).items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             models[row](images)
         found[row] = {"ms": milliseconds, "parameters": sum(p.numel() for p in models[row].parameters()),
-                      "GMAC": counter.get_total_flops() / 2e9}
+                      "GMAC": counter.get_total_flops() / 2e9, "GB": memory.peak_gigabytes(models[row], images)}
     return found
 
 
@@ -159,32 +184,53 @@ def name_of(root):
     return root.parent.name if root.name in ("test", "val") else root.name
 
 
-def test_part(cfg, pairs):
-    """-> the pairs that SPLITS_FILE does not name as training or validation pairs."""
+def load_sets(cfg):
+    """-> {set: {name: Pair}}: the pairs of TEST_SETS that nothing was trained on, at most MAX_IMAGES of each."""
+    sets = {}
+    for root in cfg.TEST_SETS:
+        if name_of(root) in sets:
+            raise config.UserError(f"TEST_SETS = {cfg.TEST_SETS}: two of them have the same name, rename a folder")
+        sets[name_of(root)], notes = derain_sets.find_pairs(root)
+        for note in notes:
+            processes.say(f"note: {note}")
+    sets = unseen(cfg, sets)
+    return {name: dict(evenly(list(pairs.items()), cfg.MAX_IMAGES or len(pairs))) for name, pairs in sets.items()}
+
+
+def unseen(cfg, sets):
+    """-> {set: {name: Pair}} without the pairs that SPLITS_FILE names as training or validation pairs."""
     if not cfg.SPLITS_FILE:
-        return pairs
+        return sets
     if problem := system.absent(cfg.SPLITS_FILE):
         raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' {problem}: run python train_unet_derain.py"
                                f"{' --demo' if cfg.demo else ''} first, or set it to \"\" for pairs that nothing was "
                                "trained on")
-    parts = windshield_pairs.splits_of(cfg.SPLITS_FILE)
-    seen = {windshield_pairs.name_of_entry(entry, pairs) for part in ("train", "val") for entry in parts[part]}
-    left = {name: pair for name, pair in pairs.items() if name not in seen}
-    if not left:
-        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}': all pairs of the test set were trained on")
-    return left
+    parts, kept, known = windshield_pairs.splits_of(cfg.SPLITS_FILE), {}, False
+    for name, pairs in sets.items():
+        used, test = ({windshield_pairs.name_of_entry(entry, pairs) for part in names for entry in parts[part]}
+                      & set(pairs) for names in (("train", "val"), ("test",)))
+        kept[name] = {pair: files for pair, files in pairs.items() if pair not in used}
+        known |= bool(used or test)
+        if used:
+            processes.say(f"note: {name}: {len(used)} of {len(pairs)} pairs were trained on, as SPLITS_FILE says, and "
+                          "are left out")
+        if not kept[name]:
+            raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}': all pairs of the test set {name} were trained "
+                                   "on")
+    if not known:
+        raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' names no pair of TEST_SETS = {cfg.TEST_SETS}: it "
+                               "belongs to other data; set it to \"\" for pairs that nothing was trained on")
+    return kept
 
 
-def score_set(cfg, models, name, pairs, device, lpips_model):
-    """-> {row: {metric: [value per image]}} of one test set, one image at a time."""
-    others, found = result_files(cfg, pairs, name), {}
+def score_set(cfg, models, name, pairs, others, device, lpips_model):
+    """-> {row: {metric: [value per image]}} of one test set, one image at a time; others: of `result_files`."""
+    found = {}
     for pair, files in processes.progress(list(pairs.items()), name):
         rainy, clean = (to_floats(image[None], device) for image in files.read())
         images = {_RAINY: rainy} | {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
         for row, paths in others.items():
             images[row] = to_floats(read_image(paths[pair])[None], device)
-            if images[row].shape != clean.shape:
-                raise config.UserError(f"RESULTS_DIRS: {paths[pair].as_posix()} has another size than the clean image")
         for row, image in images.items():
             values = image_quality.quality_by_protocol(image, clean)
             if lpips_model is not None:
@@ -208,6 +254,33 @@ def rows_of(name, scores, models_of, absent):
                    absent.items()]
 
 
+def note_oddities(rows):
+    """A line for each row whose figures say that something else was measured than its name."""
+    rainy = {row["set"]: row["psnr_y"] for row in rows if row["method"] == _RAINY}
+    for row in rows:
+        if row["count"] and row["method"] != _RAINY and row["psnr_y"] < rainy[row["set"]]:
+            processes.say(f"note: {row['set']}: '{row['method']}' is further from the clean images than the rainy "
+                          "input is; weights of another form of the network (ddn, ddn_matlab, ddn_port; rescan, "
+                          "rescan_add) or made for other rain do that")
+        if row["count"] and row["psnr_y"] > _IDENTICAL:
+            processes.say(f"note: {row['set']}: '{row['method']}' equals the clean images")
+
+
+def rows_by_intensity(sets, scores):
+    """-> [{"set", "method", "light", "medium", "heavy": mean PSNR Y}, ...] of windshield pairs whose rain is known."""
+    rows = []
+    for name, pairs in sets.items():
+        rainy = next(iter(pairs.values())).rainy.parent
+        known = windshield_pairs.intensities(rainy, {pair: (files.rainy, files.clean) for pair, files in pairs.items()})
+        for method, metrics in scores[name].items() if known else ():
+            values = {}
+            for pair, value in zip(pairs, metrics["psnr_y"], strict=True):
+                values.setdefault(known[pair], []).append(value)
+            rows.append({"set": name, "method": method} | {word: float(np.mean(found))
+                                                           for word, found in values.items()})
+    return rows
+
+
 def published(network, name):
     """-> the published figure of a network on a set of this name, with protocol and source, or None."""
     for part, words in _PUBLISHED.get(network, {}).items():
@@ -218,17 +291,25 @@ def published(network, name):
 
 # ---- detection -------------------------------------------------------------------------------------------------
 
-def detection_rows(cfg, models, device):
-    """-> [{"method", "count", "mAP", ...}]: RT-DETR behind every de-rainer, on the labelled rainy images."""
+def load_detection(cfg, device):
+    """-> RT-DETR, loader of the labelled rainy images; None, None without LABELED_RAIN_DIR."""
+    if not cfg.LABELED_RAIN_DIR:
+        return None, None
     rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
     data = datasets.CocoDetectionDataset(
         cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.IMAGE_SIZE),
         constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
-    loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    return rtdetr, loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+
+
+def detection_rows(models, rtdetr, loader, device):
+    """-> [{"method", "count", "mAP", ...}]: RT-DETR behind every de-rainer, on the labelled rainy images."""
+    if rtdetr is None:
+        return []
     calls = {_RAINY: lambda images: rtdetr(pixel_values=images)} | {
         row: (lambda images, model=model: rtdetr(pixel_values=model(images))) for row, model in models.items()}
-    return [{"method": row, "count": len(data)} | detection_scores(call, loader, device, name=row)[0]
+    return [{"method": row, "count": len(loader.dataset)} | detection_scores(call, loader, device, name=row)[0]
             for row, call in calls.items()]
 
 
@@ -249,10 +330,17 @@ def draw_crops(cfg, models, pairs, device, path):
     visualize.grid(rows, [_RAINY, *models, "clean"], path)
 
 
-def draw_real(cfg, models, device, path):
+def real_photographs(cfg):
+    """-> up to PICTURES paths of REAL_DIR, evenly chosen; [] without it."""
+    chosen = evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), cfg.PICTURES) if cfg.REAL_DIR else []
+    image_check.check_images(chosen, "REAL_DIR")
+    return chosen
+
+
+def draw_real(cfg, models, photographs, path):
     """Page: photographs of real rain | each method."""
     rows = []
-    for photograph in evenly(images_below([cfg.REAL_DIR], "REAL_DIR"), cfg.PICTURES):
+    for photograph in photographs:
         image = to_floats(read_image(photograph)[None])
         cells = [visualize.to_pil(picture[0]) for picture in
                  (image, *(restore(model, image, cfg.TILE, cfg.OVERLAP) for model in models.values()))]
@@ -275,7 +363,7 @@ def shown(rows, cost):
                 one[metric] = f"{row[metric]:.{digits}f}{interval}"
         if spent := cost.get(row["method"]):
             one |= {"ms": f"{spent['ms']:.1f}", "parameters": f"{spent['parameters'] / 1e6:.2f} M",
-                    "GMAC": f"{spent['GMAC']:.1f}"}
+                    "GMAC": f"{spent['GMAC']:.1f}", "GB": f"{spent['GB']:.3f}"}
         found.append(one | {"published": row["published"]})
     return found
 
@@ -287,23 +375,34 @@ def markdown(rows, columns):
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def write_tables(folder, rows, table, columns, detection):
-    """results.csv (numbers) and results.md (what the console shows)."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+def write(cfg, results, folder):
+    """The tables on the console, results.md with the same, results.csv with the numbers, results.json, the plots."""
+    rows = results["pairs"]
+    columns = {"set": "set", "method": "method", "n": "n"} | {
+        metric: title for metric, title in _METRICS.items() if rows and metric in rows[0]} | {
+        "ms": f"ms, {cfg.LATENCY_SIZE}", "parameters": "parameters", "GMAC": "GMAC", "GB": "GB",
+        "published": "published"}
+    tables = [(shown(rows, results["costs"]), columns),
+              (results["intensities"], {"set": "set", "method": "PSNR Y in rain that is"} | {
+                  word: word for word in windshield.INTENSITIES}),
+              (results["detection"], {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"})]
+    for table, titles in tables:
+        if table:
+            print("\n" + report.table(table, titles))
+    with system.written(folder / "results.md") as temporary:
+        temporary.write_text("\n".join(markdown(*table) for table in tables if table[0]), encoding="utf-8")
     with system.written(folder / "results.csv") as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, keys)
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
-    text = markdown(table, columns)
-    if detection:
-        text += "\n" + markdown(detection, {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"})
-    with system.written(folder / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    report.write_results(folder / "results.json", cfg.as_dict(), results)
+    draw_plots(cfg, rows, results["costs"], results["detection"], folder)
 
 
 def main(**overrides):
-    """Compare; -> {"pairs": rows, "costs": {row: ...}, "detection": rows, "absent": {row: why}}."""
+    """Compare; -> {"pairs": rows, "costs": {row: ...}, "detection": rows, "intensities": rows, "absent": {row: why},
+    "images": {set: {row: {metric: values}}}}."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
     processes.require_one("Eval_derain_baselines.py")
@@ -313,42 +412,30 @@ def main(**overrides):
         ensure_windshield_demo()
         ensure_demo()
     device = processes.announced_device()
-    sets = {name_of(root): derain_sets.find_pairs(root) for root in cfg.TEST_SETS}
-    if len(sets) < len(cfg.TEST_SETS):
-        raise config.UserError(f"TEST_SETS = {cfg.TEST_SETS}: two of them have the same name, rename a folder")
+    sets = load_sets(cfg)
+    others = {name: result_files(cfg, pairs, name) for name, pairs in sets.items()}
+    photographs = real_photographs(cfg)
     models, absent = load_models(cfg, device)
     for row, why in absent.items():
         processes.say(f"note: no row '{row}': {why}")
     if not models and not cfg.RESULTS_DIRS:
         raise config.UserError("MODELS: none of the weights is there, and RESULTS_DIRS is empty: nothing to compare")
+    rtdetr, labelled = load_detection(cfg, device)
     lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
-    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)
-    cost, rows, scores = costs(cfg, models, device), [], {}
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # everything that a user can mistake is found by now
     models_of = {row: entry[0] for row, entry in cfg.MODELS.items()}
-    for name, (pairs, notes) in sets.items():
-        for note in notes:
-            processes.say(f"note: {note}")
-        pairs = test_part(cfg, pairs)
-        if cfg.MAX_IMAGES:
-            pairs = dict(evenly(list(pairs.items()), cfg.MAX_IMAGES))
-        scores[name] = score_set(cfg, models, name, pairs, device, lpips_model)
-        rows += rows_of(name, scores[name], models_of, absent)
-        if name == next(iter(sets)):
-            draw_crops(cfg, models, pairs, device, folder / "crops.png")
-    detection = detection_rows(cfg, models, device) if cfg.LABELED_RAIN_DIR else []
-    if cfg.REAL_DIR:
-        draw_real(cfg, models, device, folder / "real_rain.png")
-    table = shown(rows, cost)
-    columns = {"set": "set", "method": "method", "n": "n"} | {
-        metric: title for metric, title in _METRICS.items() if rows and metric in rows[0]} | {
-        "ms": f"ms, {cfg.LATENCY_SIZE}", "parameters": "parameters", "GMAC": "GMAC", "published": "published"}
-    results = {"pairs": rows, "costs": cost, "detection": detection, "absent": absent, "images": scores}
-    print("\n" + report.table(table, columns))
-    if detection:
-        print("\n" + report.table(detection, {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"}))
-    write_tables(folder, rows, table, columns, detection)
-    report.write_results(folder / "results.json", cfg.as_dict(), results)
-    draw_plots(cfg, rows, cost, detection, folder)
+    cost = costs(cfg, models, device)
+    scores = {name: score_set(cfg, models, name, pairs, others[name], device, lpips_model)
+              for name, pairs in sets.items()}
+    rows = [row for name in sets for row in rows_of(name, scores[name], models_of, absent)]
+    results = {"pairs": rows, "costs": cost, "detection": detection_rows(models, rtdetr, labelled, device),
+               "intensities": rows_by_intensity(sets, scores), "absent": absent, "images": scores}
+    for pairs in list(sets.values())[:1]:
+        draw_crops(cfg, models, pairs, device, folder / "crops.png")
+    if photographs:
+        draw_real(cfg, models, photographs, folder / "real_rain.png")
+    write(cfg, results, folder)
+    note_oddities(rows)
     print(f"\nwritten: {(folder / _FILES[0]).as_posix()}, results.csv, results.md and pictures beside them")
     return results
 

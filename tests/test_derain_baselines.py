@@ -11,9 +11,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_unet import picture, trained
 
 import Eval_derain_baselines as script
+import make_rain
 from utils.config import UserError
 from utils.datasets import derain_sets
-from utils.evaluation import image_quality
+from utils.evaluation import image_quality, memory
 from utils.networks.derainers import NETWORKS
 
 
@@ -82,9 +83,54 @@ def test_test_sets_that_cannot_be_used_are_named(tmp_path):
     write(tmp_path / "set" / "clean" / "b.png", pixels(0))
     with pytest.raises(UserError, match="no clean partner.*a.png"):
         derain_sets.find_pairs(tmp_path / "set")
-    write(tmp_path / "set" / "clean" / "a.png", pixels(0, 30, 30))
+
+
+def test_a_test_set_that_is_ambiguous_is_refused(tmp_path):
+    for folder in ("rainy", "clean"):
+        write(tmp_path / folder / "a.png", pixels(0))
+    for folder, other in (("rain", "rainy"), ("gt", "clean")):
+        write(tmp_path / folder / "a.png", pixels(0))
+        with pytest.raises(UserError, match=f"TEST_SETS.*{other}, {folder}|TEST_SETS.*{folder}, {other}"):
+            derain_sets.find_pairs(tmp_path)
+        (tmp_path / folder / "a.png").unlink()
+        (tmp_path / folder).rmdir()
+    write(tmp_path / "rainy" / "a.jpg", pixels(0))
+    with pytest.raises(UserError, match="a.jpg and a.png share a name"):
+        derain_sets.find_pairs(tmp_path)
+
+
+def test_photographs_are_no_wide_pairs(tmp_path):
+    for n in range(4):
+        write(tmp_path / f"{n}.png", pixels(n, 90, 160))
+    with pytest.raises(UserError, match="no known test set"):
+        derain_sets.find_pairs(tmp_path)
+
+
+def test_only_rain1400_names_end_in_a_number_of_the_rain(tmp_path):
+    write(tmp_path / "rainy" / "drive07_1.png", pixels(0))
+    write(tmp_path / "clean" / "drive07.png", pixels(0))
+    with pytest.raises(UserError, match="no clean partner.*drive07_1"):
+        derain_sets.find_pairs(tmp_path)
+
+
+def test_what_is_wrong_with_files_is_found_at_once(tmp_path):
+    for folder in ("rainy", "clean"):
+        for n in (0, 1):
+            write(tmp_path / folder / f"{n}.png", pixels(n))
+    write(tmp_path / "clean" / "2.png", pixels(2))
+    assert "1 clean image(s)" in derain_sets.find_pairs(tmp_path)[1][0]
+    whole = (tmp_path / "clean" / "1.png").read_bytes()
+    for content, words in ((whole[:200], "1.png"), (b"", "1.png")):
+        (tmp_path / "clean" / "1.png").write_bytes(content)
+        with pytest.raises(UserError, match=f"TEST_SETS.*{words}"):
+            derain_sets.find_pairs(tmp_path)
+    write(tmp_path / "clean" / "1.png", pixels(1, 30, 30))
     with pytest.raises(UserError, match="48x40.*30x30"):
-        derain_sets.find_pairs(tmp_path / "set")[0]["a"].read()
+        derain_sets.find_pairs(tmp_path)
+    for folder in ("rainy", "clean"):
+        write(tmp_path / folder / "1.png", pixels(1, 10, 30))
+    with pytest.raises(UserError, match="TEST_SETS.*1.png.*11 pixels"):
+        derain_sets.find_pairs(tmp_path)
 
 
 # ---- protocols -----------------------------------------------------------------------------------------------------
@@ -168,6 +214,77 @@ def test_one_method_alone_and_images_without_a_model(settings):
     assert [row["method"] for row in none["pairs"]] == ["rainy input", "Theirs"]
 
 
+def test_files_are_checked_before_anything_is_computed(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "costs", lambda *_: pytest.fail("the long work began"))
+    test, others = tmp_path / "Rain100L" / "test", str(tmp_path / "others")
+    for values, words in (
+            ({"REAL_DIR": str(tmp_path / "rael")}, "REAL_DIR.*rael"),
+            ({"LABELED_RAIN_DIR": str(tmp_path / "labbeled"), "RTDETR_MODEL_NAME": "./assets/demo/rtdetr"},
+             "LABELED_RAIN_DIR.*labbeled"),
+            ({"LABELED_RAIN_DIR": others, "RTDETR_MODEL_NAME": f"{others}/rt-detr"}, "RTDETR_MODEL_NAME.*rt-detr"),
+            ({"OUTPUT_DIR": str(test / "rainy" / "out")}, "OUTPUT_DIR.*TEST_SETS"),
+            ({"OUTPUT_DIR": others, "REAL_DIR": others}, "OUTPUT_DIR.*REAL_DIR"),
+            ({"RESULTS_DIRS": (f"Theirs={test / 'clean'}",)}, "RESULTS_DIRS.*test set")):
+        with pytest.raises(UserError, match=words):
+            script.main(**settings | values)
+    write(tmp_path / "others" / "3.png", pixels(3, 20, 20))
+    with pytest.raises(UserError, match="3.png has another size"):
+        script.main(**settings)
+
+
+def test_results_of_equal_names_are_not_counted_twice(settings, tmp_path):
+    root = tmp_path / "RainDS"
+    for kind in ("raindrop", "rainstreak"):
+        write(root / kind / "1.png", wet(pixels(1)))
+    write(root / "gt" / "1.png", pixels(1))
+    write(tmp_path / "flat" / "1.png", pixels(1))
+    cfg = settings | {"TEST_SETS": (str(root),), "RESULTS_DIRS": (f"Theirs={tmp_path / 'flat'}",), "MODELS": {}}
+    with pytest.raises(UserError, match="RESULTS_DIRS.*no image for raindrop/1, rainstreak/1"):
+        script.main(**cfg)
+    for kind in ("raindrop", "rainstreak"):
+        write(tmp_path / "flat" / kind / "1.png", pixels(1))
+    assert script.main(**cfg)["pairs"][1]["count"] == 2
+
+
+def test_figures_that_cannot_be_are_noted(settings, tmp_path, capsys):
+    for n in range(4):
+        write(tmp_path / "others" / f"{n}.png", pixels(n))
+        write(tmp_path / "worse" / f"{n}.png", 255 - pixels(n))
+    others = (f"Same={tmp_path / 'others'}", f"Worse={tmp_path / 'worse'}")
+    script.main(**settings | {"MODELS": {}, "RESULTS_DIRS": others})
+    text = capsys.readouterr().out
+    assert "'Same' equals the clean images" in text and "'Worse' is further from the clean images" in text
+    assert "'Worse' equals" not in text and "'Same' is further" not in text
+
+
+def test_windshield_pairs_are_told_apart_by_their_rain(settings, tmp_path):
+    for n in range(12):
+        write(tmp_path / "panes" / "clear" / f"{n}.png", pixels(n, 64, 64))
+    rainy = tmp_path / "panes" / "rainy"
+    make_rain.main(KIND="windshield", CLEAR=str(tmp_path / "panes" / "clear"), OUT=str(rainy))
+    result = script.main(**settings | {"TEST_SETS": (str(tmp_path / "panes"),), "RESULTS_DIRS": ()})
+    rows = {row["method"]: row for row in result["intensities"]}
+    assert list(rows) == ["rainy input", "U-Net", "PRN"]
+    assert rows["rainy input"]["light"] > rows["rainy input"]["heavy"]
+
+
+def test_memory_of_a_call_counts_what_lives_at_once():
+    images = torch.rand(1, 3, 100, 100)
+
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return ((x * 2) + 1) * 3  # never more than two of them
+
+    class Held(torch.nn.Module):
+        def forward(self, x):
+            part = (x * 2)[..., :5]  # a view holds all of it
+            return part, x + 1, x + 2
+    assert memory.peak_gigabytes(Two(), images) * 1e9 == 2 * images.nbytes
+    assert memory.peak_gigabytes(Held(), images) * 1e9 == 3 * images.nbytes
+    layer = torch.nn.Conv2d(3, 3, 1)
+    assert memory.peak_gigabytes(layer, images) * 1e9 >= images.nbytes + 12 * 4
+
+
 def test_published_figures_belong_to_network_and_set():
     assert script.published("prenet", "Rain100L").startswith("37.48") and script.published("prenet", "mine") is None
     assert script.published(None, "Rain100L") is None
@@ -177,6 +294,9 @@ def test_only_pairs_that_nothing_was_trained_on(settings, tmp_path):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"train": ["0", "1"], "val": ["2"], "test": []}), encoding="utf-8")
     assert {row["count"] for row in script.main(**settings, SPLITS_FILE=str(splits))["pairs"]} == {1, 0}
+    splits.write_text(json.dumps({"train": ["x"], "val": ["y"]}), encoding="utf-8")
+    with pytest.raises(UserError, match="SPLITS_FILE.*names no pair of TEST_SETS"):
+        script.main(**settings, SPLITS_FILE=str(splits))
     splits.write_text(json.dumps({"train": list("0123"), "val": []}), encoding="utf-8")
     with pytest.raises(UserError, match="SPLITS_FILE.*trained on"):
         script.main(**settings, SPLITS_FILE=str(splits))
@@ -184,7 +304,9 @@ def test_only_pairs_that_nothing_was_trained_on(settings, tmp_path):
 
 @pytest.mark.parametrize("values, words", [
     ({"MODELS": {"A": "prenet"}}, "MODELS\\['A'\\]"), ({"MODELS": {"A": ("prenext", "x")}}, "prenext"),
-    ({"RESULTS_DIRS": ("others",)}, "NAME=FOLDER"), ({"RESULTS_DIRS": ("rainy input=x",)}, "twice"),
+    ({"MODELS": {1: ("prenet", "x")}}, "MODELS.*1"), ({"MODELS": {" ": ("prenet", "x")}}, "MODELS"),
+    ({"RESULTS_DIRS": ("others",)}, "NAME=FOLDER"), ({"RESULTS_DIRS": ("=others",)}, "NAME=FOLDER"),
+    ({"RESULTS_DIRS": ("X=",)}, "NAME=FOLDER"), ({"RESULTS_DIRS": ("rainy input=x",)}, "twice"),
     ({"RESULTS_DIRS": ("A=nowhere",)}, "RESULTS_DIRS.*nowhere"), ({"CROP": 0}, "CROP"), ({"TILE": 100}, "TILE"),
     ({"TEST_SETS": ()}, "empty"), ({"RESULTS_DIRS": (), "MODELS": {}}, "nothing to compare"),
 ])

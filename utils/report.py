@@ -48,6 +48,18 @@ def output_folder(path, names):
     return folder
 
 
+def require_apart(name, path, sources):
+    """UserError where files that a script writes would lie among the images that it reads, and be read the next time.
+
+    Args:
+        name, path: of the constant that says where to write; sources: [(constant, folder or None), ...].
+    """
+    for constant, folder in sources:
+        if folder and Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"{name} = '{path}' lies in {constant} = '{Path(folder).as_posix()}' and would be "
+                            "taken for a part of it the next time: choose a folder elsewhere")
+
+
 def write_results(path, constants, results):
     """results.json: the constants, where and with what it was measured, and {name: anything JSON} `results`."""
     write_json(path, {"results": results, "constants": constants, "environment": environment()})

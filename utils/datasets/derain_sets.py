@@ -16,17 +16,25 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from utils import system
 from utils.config import UserError
+from utils.datasets import image_check
 from utils.datasets.image_pairs import read_pair
 from utils.datasets.samples import read_image
 
 RAINY = ("rainy", "rain", "rainy_image", "data", "input", "lq", "rainstreak_raindrop", "rainstreak", "raindrop",
          "windshield_rainy_v40")
 CLEAN = ("clean", "clear", "norain", "gt", "ground_truth", "target", "hq")
-_WIDE = 1.6  # files that are so much wider than high, in a folder without partners, hold two images side by side
+_TOGETHER = ("raindrop", "rainstreak", "rainstreak_raindrop")  # RainDS: three rainy folders of one test set
+_WIDE = 1.1   # wide files of two images, in a folder without partners, are at least so much wider than high (Rain800
+              # has portraits beside each other), ...
+_ALIKE = 0.3  # ... and their halves show one scene: correlation of the details, of photographs 0.0, of pairs 0.75 to 1
+_LOOKED_AT = 20  # wide files
+SMALLEST = 11  # side in pixels: SSIM's window
 # what names say beside the number: "norain-001", "0_clean", "12gt", "3x2", "rd-rs-7"
 _WORDS = re.compile(r"^(?:norain|rain|rd-rs|rd|rs|im)[-_]?(?=\d)|[-_]?(?:norain|rain|clean|gt)$|(?<=\d)x2$",
                     re.IGNORECASE)
@@ -39,6 +47,11 @@ class Pair:
     rainy: Path
     clean: Path
     halves: str = ""  # "left" or "right": the rainy half of one wide file
+
+    def size(self):
+        """-> (width, height) of either image."""
+        width, height = size_of(self.rainy)
+        return (width // 2 if self.halves else width), height
 
     def read(self):
         """-> rainy, clean, (3, H, W) uint8 each; UserError where they cannot be read or their sizes differ."""
@@ -56,23 +69,48 @@ def find_pairs(root, constant="TEST_SETS"):
     Returns:
         {name: Pair}, sorted by name; lines about what is odd but can be used.
     Raises:
-        UserError: no folder, no pairs, rainy images without partner (all are named); names `constant`.
+        UserError: no folder, no pairs, rainy images without partner, files that are broken, of unequal sizes or too
+        small (all are named); names `constant`.
     """
-    root = Path(root)
+    pairs, notes = _by_layout(Path(root), constant)
+    _check(pairs, f"{constant}: {Path(root).as_posix()}")
+    return pairs, notes
+
+
+def _by_layout(root, constant):
     if problem := system.absent(root, folder=True):
         raise UserError(f"{constant}: '{root.as_posix()}' {problem}")
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    clean_folder = next((folders[name] for name in CLEAN if name in folders), None)
-    rainy_folders = [folders[name] for name in RAINY if name in folders]
+    clean_folders, rainy_folders = ([folders[name] for name in names if name in folders] for names in (CLEAN, RAINY))
+    for found in (clean_folders, rainy_folders):
+        if len(found) > 1 and any(folder.name.lower() not in _TOGETHER for folder in found):
+            raise UserError(f"{constant}: '{root.as_posix()}' has {system.listed([path.name for path in found])}: make "
+                            "each a set of its own")
     if rainy_folders:
-        return _by_name(root, rainy_folders, clean_folder or root, constant), []
+        return _by_name(root, rainy_folders, clean_folders[0] if clean_folders else root, constant)
     images = system.images_in(root, below=False)
-    if images and all(_is_wide(path) for path in images):
-        side = _rainy_half(images)
+    if images and all(_is_wide(path) for path in images) and (side := _rainy_half(images)):
         return ({path.stem: Pair(path, path, side) for path in images},
                 [f"{root.as_posix()}: wide files of two images, the rainy one taken to be on the {side} (more detail)"])
     raise UserError(f"{constant}: '{root.as_posix()}' is no known test set: expected a folder of rainy images "
                     f"({', '.join(RAINY[:5])}) and one of clean ones ({', '.join(CLEAN[:5])}), or wide files of both")
+
+
+def _check(pairs, what):
+    """UserError for files that cannot be read, are unequal or too small, before anything is computed."""
+    rainy, clean = zip(*((pair.rainy, pair.clean) for pair in pairs.values()), strict=True)
+    wide = [pair for pair in pairs.values() if pair.halves]
+    image_check.check_images(list(rainy) + ([] if wide else sorted(set(clean))), what,
+                             partners=None if wide else list(clean) + [None] * len(set(clean)))
+    if small := [pair.rainy.as_posix() for pair in pairs.values() if min(pair.size()) < SMALLEST]:
+        raise UserError(f"{what}: {system.listed(small, 3)}: sides of at least {SMALLEST} pixels are needed, SSIM's "
+                        "window")
+
+
+def size_of(path):
+    """-> (width, height) of an image file, upright."""
+    with Image.open(path) as image:
+        return system.upright_size(image)
 
 
 def _by_name(root, rainy_folders, clean_folder, constant):
@@ -85,18 +123,25 @@ def _by_name(root, rainy_folders, clean_folder, constant):
     for folder in rainy_folders:
         for path in system.images_in(folder):
             key = _key(path.relative_to(folder))
-            partner = clean.get(key) or clean.get(key.rsplit("_", 1)[0])  # Rain1400: 901_1 to 901_14 belong to 901
+            if folder.name.lower() == "rainy_image":  # Rain1400: 901_1 to 901_14 belong to 901
+                partner = clean.get(key) or clean.get(key.rsplit("_", 1)[0])
+            else:
+                partner = clean.get(key)
             name = path.relative_to(folder).with_suffix("").as_posix()
             name = f"{folder.name}/{name}" if len(rainy_folders) > 1 else name
             if partner is None:
                 alone.append(path.as_posix())
-            else:
-                pairs[name] = Pair(path, partner)
+            elif pairs.setdefault(name, Pair(path, partner)).rainy != path:
+                raise UserError(f"{constant}: {pairs[name].rainy.as_posix()} and {path.name} share a name; keep one of "
+                                "them")
     if alone:
         raise UserError(f"{constant}: '{root.as_posix()}': no clean partner for {system.listed(alone, 3)}")
     if not pairs:
         raise UserError(f"{constant}: '{root.as_posix()}' holds no images")
-    return dict(sorted(pairs.items()))
+    unused = sorted(set(clean.values()) - {pair.clean for pair in pairs.values()})
+    notes = [f"{constant}: {len(unused)} clean image(s) of '{root.as_posix()}' have no rainy one and are not used: "
+             f"{system.listed([path.name for path in unused], 3)}"] if unused else []
+    return dict(sorted(pairs.items())), notes
 
 
 def _key(path):
@@ -120,10 +165,22 @@ def _halves(image):
     return image[..., :width], image[..., width:]
 
 
-def _rainy_half(paths, most=20):
-    """-> "left" or "right": the half with more detail in most of the files, since rain adds some."""
-    votes = []
-    for path in paths[::max(1, len(paths) // most)]:
-        left, right = (half.float().diff(dim=-1).abs().mean() for half in _halves(read_image(path)))
-        votes.append(bool(left > right))
+def _details(half, side=32, around=5):
+    """(3, H, W) uint8 -> (side^2,) of mean 0 and norm 1: a small grey image less its blur, in which the halves of a
+    photograph have nothing in common and rain hardly shows."""
+    grey = F.interpolate(half.float().mean(0, keepdim=True)[None], (side, side), mode="area")
+    fine = (grey - F.avg_pool2d(grey, around, 1, around // 2, count_include_pad=False)).flatten()
+    return F.normalize(fine - fine.mean(), dim=0)
+
+
+def _rainy_half(paths):
+    """-> "left" or "right": the half with more detail in most of the files, since rain adds some; "" where the halves
+    do not show one scene."""
+    votes, alike = [], []
+    for path in paths[::max(1, len(paths) // _LOOKED_AT)]:
+        left, right = _halves(read_image(path))
+        alike.append(_details(left) @ _details(right))
+        votes.append(bool(left.float().diff(dim=-1).abs().mean() > right.float().diff(dim=-1).abs().mean()))
+    if torch.stack(alike).median() < _ALIKE:
+        return ""
     return "left" if 2 * sum(votes) > len(votes) else "right"

@@ -38,6 +38,8 @@ from utils.training.plan import Plan, not_negative, whole
 CLEAR_DIR = "./data/clear"              # clear images, searched recursively
 RAINY_DIR = "./data/windshield_rainy_v40"  # the same names through a wet windshield
 REAL_DIR: str | None = "./data/real_rainy"  # photographs of real rain without ground truth, only looked at; "" for none
+MORE_PAIRS = ()                         # further pairs to train on: (("CLEAR", "RAINY", 0.3), ...), folders and their
+                                        # share of each epoch; they are not validated on
 TRAIN_PAIRS = 1200                      # the plan's split of 1550 pairs; fewer are shared out in proportion
 VAL_PAIRS = 150                         # for "best", early stopping and the learning rate
 TEST_PAIRS = 200                        # kept for Eval_unet_derain.py
@@ -141,6 +143,13 @@ def check(cfg):
         raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: {len(cfg.CROP_SIZES)} sizes need as many EPOCHS at "
                                f"least, not {cfg.EPOCHS}")
     whole(1)("CROPS_PER_PAIR", cfg.CROPS_PER_PAIR)
+    for entry in cfg.MORE_PAIRS:
+        if [type(part) for part in entry] != [str, str, float] or not 0 < entry[2] < 1:
+            raise config.UserError(f"MORE_PAIRS holds {entry!r}: write (\"clear folder\", \"rainy folder\", share), "
+                                   "with a share between 0 and 1, and a comma after a single one: ((...),)")
+    if (total := sum(entry[2] for entry in cfg.MORE_PAIRS)) >= 1:
+        raise config.UserError(f"MORE_PAIRS: the shares add up to {total:g}, which leaves nothing of RAINY_DIR's own "
+                               "pairs; they must stay below 1")
     for name in ("CACHE_GB", "EARLY_STAGES_WEIGHT"):
         not_negative(name, getattr(cfg, name))
     if not (0 <= cfg.FLIP <= 1 and cfg.COLOR_JITTER >= 0):
@@ -186,10 +195,26 @@ def build_data(cfg):
     else:
         train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
         still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
-    return {part: windshield_pairs.WindshieldPairs(
+    data = {part: windshield_pairs.WindshieldPairs(
         found, names[part], train if part == "train" else still, cfg.SEED,
         crops=cfg.CROPS_PER_PAIR if part == "train" else 1, cache_gb=0 if part == "test" else cfg.CACHE_GB)
         for part in windshield_pairs.PARTS}
+    data["train"] = with_more_pairs(cfg, data["train"])
+    return data
+
+
+def with_more_pairs(cfg, own):
+    """-> the training pairs with those of MORE_PAIRS mixed in; `own` where there are none."""
+    parts, shares = [own], [1 - sum(share for *_, share in cfg.MORE_PAIRS)]
+    for clear, rainy, share in cfg.MORE_PAIRS:
+        found, notes = windshield_pairs.find_pairs(rainy, clear, ("MORE_PAIRS (rainy)", "MORE_PAIRS (clear)"))
+        for note in notes:
+            processes.say(f"note: MORE_PAIRS: {rainy}: {note}")
+        parts.append(windshield_pairs.WindshieldPairs(found, sorted(found), own.transform, cfg.SEED,
+                                                      cache_gb=cfg.CACHE_GB))
+        shares.append(share)
+        processes.say(f"MORE_PAIRS: {len(found)} pairs of {rainy} are {share:.0%} of each epoch")
+    return windshield_pairs.PairMixture(parts, shares) if cfg.MORE_PAIRS else own
 
 
 def build_loaders(cfg, data):

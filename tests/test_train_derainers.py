@@ -64,6 +64,51 @@ def test_a_stopped_run_of_the_recipe_resumes_bit_for_bit(base, tmp_path, monkeyp
     assert all(torch.equal(one, other) for one, other in zip(a["average"], b["average"], strict=True))
 
 
+def with_more(base, tmp_path, share=0.25):
+    write_pairs(tmp_path / "more", count=20)
+    return base | SMALL_NAFNET | {"CROP_SIZES": (16,), "CROPS_PER_PAIR": 5, "MORE_PAIRS": (
+        (str(tmp_path / "more" / "clear"), str(tmp_path / "more" / "rainy"), share),)}
+
+
+def test_several_folders_share_every_epoch(base, tmp_path, capsys):
+    cfg = train.config.resolve(vars(train), with_more(base, tmp_path))
+    data = train.build_data(cfg)
+    assert "20 pairs" in capsys.readouterr().out and len(data["train"]) == 40 and len(data["val"]) == 3
+    seen, own = [], set()
+    for epoch in range(2):
+        samples = [data["train"][(epoch, index)] for index in range(40)]
+        more = [sample for sample in samples if "/more/" in sample["path"]]
+        assert len(more) == 10
+        seen += [sample["path"] for sample in more]
+        own |= {sample["path"] for sample in samples} - set(seen)
+        ours = [sample["image"] for sample in samples if "/more/" not in sample["path"]]
+        assert not any(torch.equal(a, b) for i, a in enumerate(ours) for b in ours[:i])  # no crop is there twice
+    assert len(set(seen)) == 20 and len(own) == 8  # each of the larger folder once in two epochs, all of the own pairs
+    again = train.build_data(cfg)["train"]
+    assert torch.equal(again[(1, 39)]["image"], data["train"][(1, 39)]["image"])
+
+
+def test_a_run_on_several_folders_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    settings = with_more(base, tmp_path) | {"EPOCHS": 2, "CHECKPOINT_STEPS": 1}
+    train.main(**settings | {"CHECKPOINT_DIR": str(tmp_path / "whole")})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "compute_losses", dies_after(14, train.compute_losses))
+        train.main(**settings)
+    train.main(**settings | {"RESUME": True})
+    a, b = (torch.load(Path(out) / "last.pt") for out in (tmp_path / "whole", base["CHECKPOINT_DIR"]))
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+
+
+@pytest.mark.parametrize("entry", [("a", "b"), ("a", "b", 1.5), ("a", "b", "half"), (1, "b", 0.5)], ids=str)
+def test_more_pairs_that_cannot_be(base, entry, tmp_path):
+    with pytest.raises(UserError, match="MORE_PAIRS holds"):
+        train.main(**base | {"MORE_PAIRS": (entry,)})
+    with pytest.raises(UserError, match="MORE_PAIRS.*add up to 1.2"):
+        train.main(**base | {"MORE_PAIRS": (("a", "b", 0.6), ("c", "d", 0.6))})
+    with pytest.raises(UserError, match="MORE_PAIRS.*does not exist"):
+        train.main(**base | SMALL_NAFNET | {"MORE_PAIRS": (("a", "b", 0.6),)})
+
+
 def test_earlier_stages_are_supervised_where_they_are_weighted():
     model = derainers.Derainer("rescan")
     batch = {"images": picture(24, 24), "twins": picture(24, 24, seed=1)}

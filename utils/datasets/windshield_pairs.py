@@ -7,18 +7,20 @@ A split never cuts through a pair, and with SEQUENCE_SEPARATOR not through the f
 that lie a second apart are nearly one picture: a split through a sequence would measure memory.
 """
 
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utils import processes, system
 from utils.config import UserError
 from utils.datasets import image_check, image_pairs
 from utils.datasets.coco import require_clean_and_rainy
-from utils.datasets.samples import digest, images_by_name
+from utils.datasets.samples import digest, epoch_and_index, images_by_name
 from utils.weather import rain, windshield
 
 PARTS = ("train", "val", "test")
@@ -40,24 +42,54 @@ class WindshieldPairs(image_pairs.PairedRainDataset):
         self.transform, self.seed, self.crops, self.cache_bytes = transform, seed, crops, int(cache_gb * 1e9)
 
 
-def find_pairs(rainy_dir, clear_dir):
+class PairMixture(torch.utils.data.Dataset):
+    """Several sets of pairs in fixed shares of every epoch, which walk through each set in turn.
+
+    An epoch has as many samples as the first set has crops; a small set is repeated, of a large one each epoch sees
+    another part. A sample is a function of (seed, epoch, index), as those of its parts are.
+
+    Args:
+        parts: WindshieldPairs; shares: of an epoch's samples, one per part, that add up to 1.
+    """
+
+    def __init__(self, parts, shares):
+        self.parts, self.names = list(parts), parts[0].names
+        ends = np.rint(np.cumsum(shares) * len(parts[0])).astype(int)
+        self.starts = [0, *ends[:-1].tolist()]
+        self.counts = np.diff([0, *ends]).tolist()
+
+    def __len__(self):
+        return sum(self.counts)
+
+    def __getitem__(self, key):
+        epoch, index = epoch_and_index(key)
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        part, count, number = self.parts[which], self.counts[which], index - self.starts[which]
+        pairs = len(part.pairs)
+        # neighbours in a folder are often alike, so the walk takes long steps, which share no factor with its length
+        step = next(step for step in range(max(1, round(0.618 * pairs)), 2 * pairs + 1) if math.gcd(step, pairs) == 1)
+        pair = (epoch * count + number) * step % pairs
+        return part[(epoch, pair + pairs * (number // pairs))]  # the second part of the sum: another crop of it
+
+
+def find_pairs(rainy_dir, clear_dir, constants=("RAINY_DIR", "CLEAR_DIR")):
     """Look at every pair once, before anything is trained.
 
     Returns:
         {name: (rainy path, clear path)}, lines about what is odd but can be used.
     Raises:
         UserError: swapped folders; a rainy image without its partner, unequal sizes, unreadable files, all in one
-        report; names RAINY_DIR and CLEAR_DIR.
+        report; names the two `constants` that hold the folders.
     """
-    rainy, clear = (images_by_name(folder, constant, _ADVICE) for folder, constant in ((rainy_dir, "RAINY_DIR"),
-                                                                                       (clear_dir, "CLEAR_DIR")))
-    require_clean_and_rainy(clear_dir, rainy_dir, ("CLEAR_DIR", "RAINY_DIR"))
-    folders = f"RAINY_DIR = '{Path(rainy_dir).as_posix()}', CLEAR_DIR = '{Path(clear_dir).as_posix()}'"
+    rainy, clear = (images_by_name(folder, constant, _ADVICE)
+                    for folder, constant in zip((rainy_dir, clear_dir), constants, strict=True))
+    require_clean_and_rainy(clear_dir, rainy_dir, constants[::-1])
+    folders = f"{constants[0]} = '{Path(rainy_dir).as_posix()}', {constants[1]} = '{Path(clear_dir).as_posix()}'"
     pairs = {name: (rainy[name], clear[name]) for name in sorted(rainy.keys() & clear.keys())}
     if not pairs:
         raise UserError(f"{folders}: no rainy image has a clear one of the same name, such as "
                         f"{min(rainy)} and {min(clear)}: partners have equal names relative to these folders")
-    faults = [f"{path.as_posix()} has no partner in CLEAR_DIR" for name, path in sorted(rainy.items())
+    faults = [f"{path.as_posix()} has no partner in {constants[1]}" for name, path in sorted(rainy.items())
               if name not in clear]
     notes, thumbnails = [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, system.available_cores())) as pool:
@@ -74,7 +106,7 @@ def find_pairs(rainy_dir, clear_dir):
     if equal:
         notes.append(f"{len(equal)} rainy image(s) are the same as their clear partners: {system.listed(equal, 3)}")
     if unused := len(clear.keys() - rainy.keys()):
-        notes.append(f"{unused} image(s) in CLEAR_DIR have no rainy partner and are not used")
+        notes.append(f"{unused} image(s) in {constants[1]} have no rainy partner and are not used")
     odd = image_check.more_like_another(np.array(thumbnails))
     doubtful = [name for name, is_odd in zip(pairs, odd, strict=True) if is_odd]
     if doubtful:

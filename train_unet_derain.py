@@ -95,8 +95,8 @@ CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.0                         # moving average of the weights, such as 0.999; it is then what best.pt holds
 PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
 CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
-TARGET_PSNR = 28.0                      # stop when both targets are reached on the validation pairs ...
-TARGET_SSIM = 0.85                      # ... 0 and 0 train on to the end
+TARGET_PSNR = 0.0                       # stop when both targets are reached on the validation pairs, such as the plan's
+TARGET_SSIM = 0.0                       # 28 dB and 0.85; 0 and 0 never stop a run that still gets better
 EARLY_STOPPING_PATIENCE = 15            # epochs without a lower validation loss; 0: never stop early
 DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
 SEED = 0                                # split, order, augmentation, initial weights
@@ -115,8 +115,8 @@ DEMO = {
     "REAL_DIR": "./demo/windshield/real_rainy", "CHECKPOINT_DIR": "./demo/outputs_unet", "IMAGE_SIZE": 64,
     "TRAIN_PAIRS": 2050, "SEQUENCE_SEPARATOR": "_",  # each scene is there behind two panes
     "ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "COLOR_JITTER": 0.0, "PERCEPTUAL_WEIGHT": 0.0,
-    "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine", "TARGET_PSNR": 0.0,
-    "TARGET_SSIM": 0.0, "DATALOADER_WORKERS": 0,
+    "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine",
+    "DATALOADER_WORKERS": 0,
 }
 _OPTIMIZERS = {"adam": 0.0, "adamw": 0.01, "sgd": 0.0}  # weight decay
 _OVERFITTING_WINDOW = 5  # epochs that are compared with as many before

@@ -158,7 +158,7 @@ def result_files(cfg, pairs, name):
                                    f"{same[0]}, and no method's results")
         image_check.check_images(list(paths.values()), "RESULTS_DIRS")
         for pair, path in paths.items():
-            if derain_sets.size_of(path) != pairs[pair].size():
+            if image_check.size_of(path) != pairs[pair].size():
                 raise config.UserError(f"RESULTS_DIRS: {path.as_posix()} has another size than the clean image")
         found[row] = paths
     return found

@@ -24,7 +24,7 @@ from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
-from utils.training import engine
+from utils.training import engine, run_state
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -170,6 +170,10 @@ def main(**overrides):
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
+    run_state.require_free(cfg.OUTPUT_DIR, plan, "score")
+    if cfg.GATE == "soft" and min(cfg.COCO_RATIO, cfg.RAIN_RATIO) == 0:
+        processes.say(f"note: COCO_RATIO = {cfg.COCO_RATIO}, RAIN_RATIO = {cfg.RAIN_RATIO}: a soft gate that sees one "
+                      "kind of image alone learns to say always the same")
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
     model = build_model(cfg, device)
     require_queries(model.detection_module, cfg.IMAGE_SIZE)

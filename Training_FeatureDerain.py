@@ -338,6 +338,7 @@ def main(**overrides):
     best = BestModel(model, pretrained, val_loaders, truths, device, cfg)
     results = {}
     with run_folder.claimed(cfg.OUTPUT_DIR):
+        require_same_first_phase(cfg)
         if processes.is_main() and not cfg.RESUME:  # as a whole: no old phase 2 may be resumed after a new phase 1
             run_state.set_aside(Path(cfg.OUTPUT_DIR), ("phase1", "phase2", "model"))
         for phase, plan in plans.items():
@@ -346,6 +347,17 @@ def main(**overrides):
                 return results
     print_summary(results, cfg)
     return results
+
+
+def require_same_first_phase(cfg):
+    """UserError where a resumed run would train phase 1 on, although phase 2 has begun from its earlier end."""
+    first, second = (Path(cfg.OUTPUT_DIR) / phase / "last.pt" for phase in ("phase1", "phase2"))
+    if cfg.RESUME and first.is_file() and second.is_file():
+        before = (checkpoint.load(first).get("constants") or {}).get("PHASE1_EPOCHS", cfg.PHASE1_EPOCHS)
+        if before != cfg.PHASE1_EPOCHS:
+            raise config.UserError(f"PHASE1_EPOCHS = {cfg.PHASE1_EPOCHS}, but {second.as_posix()} went on from a phase "
+                                   f"1 with {before}: set it back, or move {second.parent.as_posix()} away to train "
+                                   "phase 2 anew")
 
 
 def print_summary(results, cfg):

@@ -84,8 +84,19 @@ def build_data(cfg):
         image_check.check_images(paths, constant)
         for part, held_out in (("train", False), ("val", True)):
             parts[part].append([p for p in paths if rain_or_clean.in_validation(p, cfg.VALIDATION_SHARE) == held_out])
-    if set(map(str, parts["train"][0])) & set(map(str, parts["train"][1])):
+    if {path.resolve() for path in parts["train"][0]} & {path.resolve() for path in parts["train"][1]}:
         raise config.UserError("CLEAN_DIRS and RAINY_DIRS share images: an image cannot be both")
+    counts = [len(parts[part][0]) for part in ("train", "val")]
+    if not all(counts):
+        raise config.UserError(f"VALIDATION_SHARE = {cfg.VALIDATION_SHARE} makes {counts[0]} training and {counts[1]} "
+                               f"validation images of the {sum(counts)} of CLEAN_DIRS: choose another share, or give "
+                               "more images")
+    trained = {path.resolve() for paths in parts["train"] for path in paths}
+    for constant in ("TEST_CLEAN_DIRS", "TEST_RAINY_DIRS"):
+        tested = images_below(getattr(cfg, constant), constant) if getattr(cfg, constant) else []
+        if both := sum(path.resolve() in trained for path in tested):
+            processes.say(f"note: {both} of {len(tested)} images of {constant} are trained on as well: their scores "
+                          "say little")
     return (rain_or_clean.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED, _SIDE),
             rain_or_clean.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED, _SIDE))
 
@@ -178,6 +189,9 @@ def main(**overrides):
     classification.require_rate(cfg.FALSE_ALARM_RATE)
     if bool(cfg.TEST_CLEAN_DIRS) != bool(cfg.TEST_RAINY_DIRS):
         raise config.UserError("TEST_CLEAN_DIRS and TEST_RAINY_DIRS belong together: set both or neither")
+    report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [
+        (name, folder) for name in ("CLEAN_DIRS", "RAINY_DIRS", "TEST_CLEAN_DIRS", "TEST_RAINY_DIRS")
+        for folder in getattr(cfg, name)])
     plan = Plan.of(cfg, loss_weights={"bce": 1.0})
     if cfg.demo:
         ensure_demo()

@@ -19,13 +19,14 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from utils import checkpoint, config, datasets, freeze, losses, processes, report, visualize
-from utils.datasets import loaders, presets
+from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, visualize
+from utils.datasets import image_check, loaders, presets
+from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import image_quality
 from utils.networks.spdnet import SPDNet, load_spdnet
 from utils.networks.spdnet_init import init_near_identity
-from utils.training import engine
+from utils.training import engine, run_state
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -92,14 +93,17 @@ class Derainer(torch.nn.Module):
 
 def build_model(cfg, device):
     """A new SPDNet, or the one in SPDNET_MODEL_PATH."""
+    if cfg.INITIALISATION not in ("identity", "default"):
+        raise config.UserError(f"INITIALISATION = {cfg.INITIALISATION!r}: choose identity or default")
     if cfg.SPDNET_MODEL_PATH:
         spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH")
+        if (spdnet.n_feats, spdnet.n_resblocks) != (cfg.SPDNET_N_FEATS, cfg.SPDNET_N_RESBLOCKS):
+            processes.say(f"note: SPDNET_MODEL_PATH holds an SPDNet with SPDNET_N_FEATS = {spdnet.n_feats} and "
+                          f"SPDNET_N_RESBLOCKS = {spdnet.n_resblocks}, which is trained on, whatever the constants say")
     else:
         spdnet = SPDNet(cfg.SPDNET_N_FEATS, cfg.SPDNET_N_RESBLOCKS)
         if cfg.INITIALISATION == "identity":
             init_near_identity(spdnet)
-        elif cfg.INITIALISATION != "default":
-            raise config.UserError(f"INITIALISATION = {cfg.INITIALISATION!r}: choose identity or default")
     spdnet.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
     processes.say(freeze.describe({"SPDNet": spdnet}))
     return Derainer(spdnet).to(device)
@@ -113,6 +117,12 @@ def build_loaders(cfg):
     whole = presets.scaled(cfg.IMAGE_SCALE, cfg.VAL_LIMIT)
     val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, whole, limit=cfg.VAL_IMAGES, seed=cfg.SEED,
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"))
+    small = [path.as_posix() for path, _ in evenly(train.pairs, 50)
+             if min(image_check.size_of(path)) * cfg.IMAGE_SCALE < cfg.PATCH_SIZE]
+    if small:
+        processes.say(f"note: PATCH_SIZE = {cfg.PATCH_SIZE} is more than the side of some images "
+                      f"({system.listed(small, 2)}{f', scaled by {cfg.IMAGE_SCALE}' if cfg.IMAGE_SCALE < 1 else ''}), "
+                      "which are mirrored to that size: a smaller one trains faster")
     trained = {rainy.absolute() for rainy, _ in train.pairs}
     if both := sum(rainy.absolute() in trained for rainy, _ in val.pairs):
         processes.say(f"note: {both} of {len(val)} validation pairs are trained on as well (does RAINY_DIR hold "
@@ -166,6 +176,7 @@ def main(**overrides):
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
+    run_state.require_free(cfg.OUTPUT_DIR, plan, "val/psnr_y")
     model = build_model(cfg, device)
     train_loader, val_loader = build_loaders(cfg)
     output = Path(cfg.OUTPUT_DIR) / "spdnet_best.pt"

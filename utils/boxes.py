@@ -34,7 +34,8 @@ def decode(logits, boxes, sizes, top=MAX_DETECTIONS):
     """
     logits, boxes = logits.float(), boxes.float()
     if not (torch.isfinite(logits).all() and torch.isfinite(boxes).all()):
-        raise UserError("the detector's outputs are not finite: its weights are damaged, or a training has diverged")
+        raise UserError("the detector's outputs are not finite: its weights are damaged, or the training has "
+                        "diverged; lower LEARNING_RATE or raise WARMUP_STEPS, or look at the weight file")
     classes = logits.shape[-1]
     scores, index = logits.sigmoid().flatten(1).topk(min(top, logits.shape[1] * classes), dim=1)  # (B, n)
     chosen = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))  # (B, n, 4)

@@ -135,6 +135,9 @@ def torchvision_state(weights, published, constant, alternative):
         UserError: not reachable; CheckpointError: not a readable file.
     """
     if weights != "imagenet":
+        if problem := system.absent(weights):
+            raise UserError(f"{constant} = '{weights}' {problem}: choose \"imagenet\" or a file of torchvision's, or "
+                            f"set {constant} {alternative}")
         return load_state(weights)
     try:
         return published.get_state_dict(progress=False, check_hash=True)

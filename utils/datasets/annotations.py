@@ -94,8 +94,13 @@ def usable_boxes(objects, images, source):
     if (cut > usable / 2 and cut >= (2 if as_corners else 10)) or (cut and as_corners and usable >= 5):
         raise UserError(f"{source}: {cut} of {usable} boxes reach out of their image: bbox must be [x, y, width, "
                         "height], not [x1, y1, x2, y2]")
+    same = Counter((note["image_id"], note["category_id"], *note["bbox"]) for note in objects)
+    areas = sum(note.get("area") == 0 for note, used in zip(objects, kept, strict=True) if used)
     counts = {"box(es) reached out of their image by more than a pixel and were clipped": cut,
-              "box(es) thinner than one pixel were left out": left_out}
+              "box(es) thinner than one pixel were left out": left_out,
+              "object(s) stand there twice (same image, category and box): a detector finds one of them, the other "
+              "counts as missed": sum(count - 1 for count in same.values()),
+              "object(s) have the area 0: they count as small, whatever their box is": areas}
     return UsableBoxes(owner, inside, kept, [f"{source}: {count} {what}" for what, count in counts.items() if count])
 
 

@@ -61,12 +61,13 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.annotation_file.as_posix()} has no object of the detector's classes in the "
                             f"{len(chosen)} chosen image(s): there is nothing to score")
         if check:
-            folders = [self.folder] + ([self.twin_folder] if self.twin_folder not in (None, self.folder) else [])
             sizes = [(image["width"], image["height"]) for image in chosen]
-            paths = [[folder / name for name in self.files] for folder in folders]
-            image_check.check_images(
-                sum(paths, []), f"{constant} ({split}{', with twins' if twin_root else ''})", sizes * len(folders),
-                [*paths[1], *[None] * len(chosen)] if len(folders) == 2 else None)
+            paths, twins = [self.folder / name for name in self.files], None
+            if self.twin_folder not in (None, self.folder):
+                twins = [self.twin_folder / name for name in self.files]
+                image_check.check_images(twins, f"{twin_constant} ({split}, twins of {constant}'s images, of the same "
+                                                "names)", sizes)
+            image_check.check_images(paths, f"{constant} ({split})", sizes, twins)
 
     def _index_boxes(self, images, annotations):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines about boxes that were clipped or

@@ -50,7 +50,7 @@ class Pair:
 
     def size(self):
         """-> (width, height) of either image."""
-        width, height = size_of(self.rainy)
+        width, height = image_check.size_of(self.rainy)
         return (width // 2 if self.halves else width), height
 
     def read(self):
@@ -105,12 +105,6 @@ def _check(pairs, what):
     if small := [pair.rainy.as_posix() for pair in pairs.values() if min(pair.size()) < SMALLEST]:
         raise UserError(f"{what}: {system.listed(small, 3)}: sides of at least {SMALLEST} pixels are needed, SSIM's "
                         "window")
-
-
-def size_of(path):
-    """-> (width, height) of an image file, upright."""
-    with Image.open(path) as image:
-        return system.upright_size(image)
 
 
 def _by_name(root, rainy_folders, clean_folder, constant):

@@ -103,6 +103,12 @@ def _problem(path, expected, partner):
     return None, turned
 
 
+def size_of(path):
+    """-> (width, height) of an image file that has been checked, upright."""
+    with Image.open(path) as image:
+        return system.upright_size(image)
+
+
 def _draft(image):
     """Let an open JPEG be decoded at an eighth of its size."""
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))

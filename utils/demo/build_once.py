@@ -58,8 +58,10 @@ def acquired(lock, done, root):
 
 
 def put_in_place(build, root, parts, marker, settings):
-    """Swap the finished folders `parts` in. The marker goes first and comes last: without it nothing counts."""
-    (root / marker).unlink(missing_ok=True)
+    """Swap the finished folders `parts` in. Meanwhile the marker says that they are unfinished: a killed process leaves
+    folders that are ours to replace, and folders without any marker are somebody else's."""
+    with system.written(root / marker) as temporary:
+        temporary.write_text(json.dumps({"unfinished": True}), encoding="utf-8")
     for part in parts:
         system.swap_in(build / part, root / part, build / f"old-{part}")
     (build / marker).write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.config import UserError
 from utils.demo import coco as demo
 from utils.demo.build_once import build_once, put_in_place
-from utils.demo.coco import MAKER, annotation_file, ensure_demo
+from utils.demo.coco import annotation_file, ensure_demo
 
 FORMAT_VERSION = 1   # raise it when the same settings would give other files
 MARKER = "demo_dataset.json"
@@ -63,22 +63,15 @@ def _is_complete(root, settings):
 
 
 def _refuse_foreign(root):
-    """Never delete what we did not make. A killed run may leave folders of ours without the marker."""
+    """Never delete what we did not make, nor a copy that somebody has changed: only the marker beside it makes it ours.
+    """
     for folder in (root, *(root / split for split in SPLITS)):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder.as_posix()} is a file, a folder is to be made there: choose another")
-    for split in SPLITS:
-        folder = root / split
-        if not folder.exists() or not any(folder.iterdir()):
-            continue
-        try:
-            content = json.loads((folder / ANNOTATIONS).read_text(encoding="utf-8"))
-            ours = content["info"]["description"] == MAKER
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{folder.as_posix()} is not demo data of RainSight and will not be replaced. Move it "
-                            "away, or choose another folder.")
+    for folder in (root / split for split in SPLITS):
+        if folder.exists() and any(folder.iterdir()) and not (root / MARKER).is_file():
+            raise UserError(f"{folder.as_posix()} has no {MARKER} beside it, so it is not RainSight's own demo data "
+                            "and will not be replaced: leave --demo out to use it, move it away, or choose another folder")
 
 
 def _copy_split(scenes, source, part, folder):

@@ -31,8 +31,8 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
         batch = datasets.to_device(batch, device)
         logits = rain_detector(batch["images"]).float().cpu().tolist()
         if not np.isfinite(logits).all():
-            raise UserError("the rain detector's outputs are not finite: its weights are damaged, or a training has "
-                            "diverged")
+            raise UserError("the rain detector's outputs are not finite: its weights are damaged, or the training has "
+                            "diverged; lower LEARNING_RATE or raise WARMUP_STEPS, or look at the weight file")
         found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
                   zip(logits, batch["domains"], batch["paths"], strict=True)]
     found = gather_object(found)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -9,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import checkpoint, freeze, processes, report, system, visualize
 from utils.config import UserError
+from utils.training import run_folder
 from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
 from utils.training.schedule import plateau_factor, schedule_factor
@@ -62,11 +64,8 @@ class Run:
         if self.plan.resume and (last or self.last.is_file()):
             content = last or checkpoint.load(self.last)
             if not is_last(content):
-                raise self._not_ours()
-            if content.get("score", self.score) != self.score:
-                raise UserError(f"{self.last.as_posix()} was scored by {content['score']}, now it would be by "
-                                f"{self.score}: resume with that run's constants, or start anew without "
-                                f"{self.plan.resume_hint}")
+                raise _not_ours(self.last, self.plan)
+            _require_score(content, self.score, self.last, self.plan)
             changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
                                 for name, value in self.changed_constants(content))
             checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=changed and (
@@ -87,15 +86,11 @@ class Run:
             except torch.OutOfMemoryError:
                 raise
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-                raise self._not_ours() from error
+                raise _not_ours(self.last, self.plan) from error
             content.clear()  # the caller may hold it as well, and the training needs the memory
         elif self.plan.resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
-
-    def _not_ours(self):
-        return UserError(f"{self.last.as_posix()} is not a last.pt of this project, or damaged: move it away, or start "
-                         f"anew without {self.plan.resume_hint}")
 
     def state(self):
         """-> what last.pt holds: numbers, strings and tensors only."""
@@ -244,7 +239,8 @@ class Run:
         """metrics.json, TensorBoard, a line on the console, now and then curves.png, once last.pt holds the epoch."""
         if not self.main:
             return
-        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score}
+        best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score,
+                "files": list(self.own_files)}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
         except OSError as error:  # open in another program on Windows: no reason to end a training
@@ -300,10 +296,49 @@ def is_last(content):
     return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
 
 
+def require_free(folder, plan, score):
+    """UserError where a run could not begin in a folder; for scripts that compute something long before they train.
+
+    Args:
+        folder: of the run; plan: its Plan; score: the metric that it goes by, which a run that is resumed must share.
+    """
+    with run_folder.claimed(folder):
+        checkpoint.require_writable(folder)
+        last = Path(folder) / "last.pt"
+        if not (plan.resume and last.is_file()):
+            return
+        content = checkpoint.load(last)
+        if not is_last(content):
+            raise _not_ours(last, plan)
+        _require_score(content, score, last, plan)
+
+
+def _not_ours(last, plan):
+    return UserError(f"{last.as_posix()} is not a last.pt of this project, or damaged: move it away, or start anew "
+                     f"without {plan.resume_hint}")
+
+
+def _require_score(content, score, last, plan):
+    if content.get("score", score) != score:
+        raise UserError(f"{last.as_posix()} was scored by {content['score']}, now it would be by {score}: it is "
+                        "another script's run, or had other constants; resume with those, or start anew without "
+                        f"{plan.resume_hint}")
+
+
 def set_aside(folder, names, resume_hint="RESUME = True"):
     """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
+    names = [*names, *(name for name in _products(folder) if name not in names)]
     target = checkpoint.keep_earlier(folder, names, "run")
     if target is None:
         return
-    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (with {resume_hint} it would have "
-          "gone on; for that, move these files back)")
+    print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (to go on with it, move these files "
+          f"back and set {resume_hint})")
+
+
+def _products(folder):
+    """-> what the run in a folder wrote beside its own files, as its metrics.json says: perhaps another script's."""
+    try:
+        names = system.read_json(folder / "metrics.json")["files"]
+        return [name for name in names if Path(name).name == name and not name.startswith(".")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -54,7 +54,7 @@ def comparisons(scenes, methods, most):
     for turn in range(min(scenes, most // len(pairs))):
         for number, pair in enumerate(pairs):
             free = [scene for scene in range(scenes) if (scene, *pair) not in found]
-            scene = min(free, key=lambda scene: (used[scene], (scene - number - turn) % scenes))  # noqa: B023
+            scene = min(free, key=lambda scene: (used[scene], (scene - number - turn) % scenes))
             used[scene] += 1
             found.append((scene, *pair))
     return found

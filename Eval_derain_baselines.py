@@ -9,8 +9,9 @@ milliseconds, parameters and multiply-adds; with LABELED_RAIN_DIR the detector's
 better picture is not always the one that is better to detect on. Whatever has no weights is a row that says so.
 
 Writes OUTPUT_DIR/results.json, results.csv, results.md, crops.png (where the methods differ most), real_rain.png,
-latency_quality.png, with a detector map_quality.png, with --study study.html: a blind comparison of two results at a
-time that people do in a browser; `python -m tools.study_results` reads what they save. docs/derain_baselines.md has the layouts and protocols.
+latency_quality.png and, with a detector, map_quality.png; with --study also study.html, in which people say blindly which
+of two results they prefer (python -m tools.study_results reads what they save). docs/derain_baselines.md has the layouts
+and protocols.
 """
 
 import csv

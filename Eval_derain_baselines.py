@@ -1,7 +1,7 @@
 """Compare de-rainers, published and own, on test pairs, on real rain, and by what a detector finds after each.
 
     python Eval_derain_baselines.py --demo      (after python train_unet_derain.py --demo)
-    python Eval_derain_baselines.py --demo --study                  (also a page that asks people)
+    python Eval_derain_baselines.py --demo --study      (also a page that asks people)
     python Eval_derain_baselines.py --TEST_SETS ./data/Rain100L/test --MODELS "{'PReNet': ('prenet', 'PReNet.pth')}"
 
 Per test set and method: PSNR and SSIM by three protocols, LPIPS, their 95% bootstrap intervals over images; per method
@@ -9,9 +9,9 @@ milliseconds, parameters and multiply-adds; with LABELED_RAIN_DIR the detector's
 better picture is not always the one that is better to detect on. Whatever has no weights is a row that says so.
 
 Writes OUTPUT_DIR/results.json, results.csv, results.md, crops.png (where the methods differ most), real_rain.png,
-latency_quality.png and, with a detector, map_quality.png; with --study also study.html, in which people say blindly which
-of two results they prefer (python -m tools.study_results reads what they save). docs/derain_baselines.md has the layouts
-and protocols.
+latency_quality.png and, with a detector, map_quality.png; with --study also study.html, a page in which people
+say blindly which of two results they prefer (python -m tools.study_results reads what they save).
+docs/derain_baselines.md has the layouts and protocols.
 """
 
 import csv

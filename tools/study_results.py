@@ -4,10 +4,10 @@
     python -m tools.study_results ./answers --OUT results.json      (all *.json of a folder)
 
 The page is study.html of `python Eval_derain_baselines.py --study`. "No difference" counts as half a win for both. A
-win rate's interval is Wilson's (95%); it takes answers as independent of each other, which those of one participant are
-not quite. Strengths are Bradley and Terry's, their geometric mean 1: a method of strength 2 is preferred to one of
-strength 1 in two of three answers. Their intervals, and those of the rank, are 95% bootstrap intervals over participants
-and their answers. One that always wins gets a large strength of which only the rank means something.
+win rate's interval is Wilson's (95%); it takes answers as independent of each other, which those of one participant
+are not quite. Strengths are Bradley and Terry's, their geometric mean 1: a method of strength 2 is preferred to one of
+strength 1 in two of three answers. Their intervals, and those of the rank, are 95% bootstrap intervals over
+participants and their answers. One that always wins gets a large strength of which only the rank means something.
 """
 
 import itertools

@@ -49,7 +49,7 @@ class Page:
                     raise TimeoutError(method)
                 chunk = os.read(self._from, 1 << 16)
                 if not chunk:
-                    raise RuntimeError("the browser has ended")
+                    raise EOFError("the browser has ended")
                 self._left += chunk
             text, _, self._left = self._left.partition(b"\0")
             answer = json.loads(text)
@@ -118,6 +118,10 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
+class NotStarted(RuntimeError):
+    """The program on the PATH is no browser that runs here, such as the stub that only asks to install one."""
+
+
 @contextmanager
 def page(folder, *flags):
     """Yield a Page of a new browser; folder: for its profile, and (downloads/) for what it saves."""
@@ -131,7 +135,10 @@ def page(folder, *flags):
     os.close(to_child)
     os.close(from_child)
     try:
-        tab = Page(to_browser, from_browser)
+        try:
+            tab = Page(to_browser, from_browser)
+        except (BrokenPipeError, EOFError) as error:
+            raise NotStarted(f"{PROGRAM} has ended at once") from error
         (folder / "downloads").mkdir(exist_ok=True)
         tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
         yield tab

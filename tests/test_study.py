@@ -275,6 +275,10 @@ def test_the_order_and_the_sides_differ_and_fast_taps_do_not_count(opened):
     opened.value("document.querySelector('#left').click(); document.querySelector('#left').click()")
     ready(opened, 2)
     assert opened.value("state.answers.filter(Boolean).length") == 1
+    tapped = "document.querySelector('#left').click(); return state.answers.filter(Boolean).length"
+    assert opened.value(f"show(1).then(() => {{ {tapped}; }})") == 1  # as soon as the pictures are there
+    ready(opened, 2)
+    assert opened.value(f"(() => {{ {tapped}; }})()") == 2
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Compare de-rainers, published and own, on test pairs, on real rain, and by what a detector finds after each.
 
     python Eval_derain_baselines.py --demo      (after python train_unet_derain.py --demo)
+    python Eval_derain_baselines.py --demo --study      (also a page that asks people)
     python Eval_derain_baselines.py --TEST_SETS ./data/Rain100L/test --MODELS "{'PReNet': ('prenet', 'PReNet.pth')}"
 
 Per test set and method: PSNR and SSIM by three protocols, LPIPS, their 95% bootstrap intervals over images; per method
@@ -9,7 +10,9 @@ because the better picture is not always the one that is better to detect on. Wh
 so.
 
 Writes OUTPUT_DIR/results.json, results.csv, results.md, crops.png (where the methods differ most), real_rain.png,
-latency_quality.png and, with a detector, map_quality.png. docs/derain_baselines.md has the layouts and protocols.
+latency_quality.png and, with a detector, map_quality.png; with --study also study.html, a page in which people
+say blindly which of two results they prefer (python -m tools.study_results reads what they save).
+docs/derain_baselines.md has the layouts and protocols.
 """
 
 import csv
@@ -26,7 +29,7 @@ from utils.datasets import derain_sets, image_check, loaders, presets, windshiel
 from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import comparison, image_quality, latency, memory
+from utils.evaluation import comparison, image_quality, latency, memory, study
 from utils.evaluation.coco import detection_scores
 from utils.images import to_floats
 from utils.networks import derainers
@@ -65,6 +68,12 @@ PICTURES = 4                            # rows of each sheet
 CROP = 96                               # side of the zoomed crops
 OUTPUT_DIR = "./outputs_derain_baselines"
 
+# --- user study: study.html ---------------------------------------------------------------------------------------
+STUDY = False                           # --study: also write the page in which people compare the results, blindly
+STUDY_PAIRS = 60                        # comparisons at most that a participant is asked for; a few seconds each
+STUDY_SCENES = 12                       # images at most of the first test set (else of REAL_DIR) that it shows
+STUDY_SIDE = 640                        # pixels at most of an image's longer side in it: about 0.1 MB an image
+
 DEMO = {
     "TEST_SETS": ("./demo/windshield",), "SPLITS_FILE": "./demo/outputs_unet/splits.json", "MAX_IMAGES": 60,
     "LABELED_RAIN_DIR": "./demo/coco_rain",
@@ -75,7 +84,7 @@ DEMO = {
 }
 _RAINY = "rainy input"
 _FILES = ("results.json", "results.csv", "results.md", "crops.png", "real_rain.png", "latency_quality.png",
-          "map_quality.png")
+          "map_quality.png", "study.html")
 _IDENTICAL = 100.0  # dB: no method is that good
 _METRICS = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_y8": "PSNR Y8", "ssim_y8": "SSIM Y8", "psnr": "PSNR RGB",
             "ssim": "SSIM RGB", "lpips": "LPIPS"}
@@ -96,11 +105,14 @@ _PUBLISHED = {
 def check(cfg):
     """UserError for constants that cannot be, before anything is loaded."""
     require_tiles(cfg.TILE, cfg.OVERLAP)
-    for name, least in (("MAX_IMAGES", 0), ("PICTURES", 1), ("CROP", 8), ("LATENCY_SIZE", 16)):
+    for name, least in (("MAX_IMAGES", 0), ("PICTURES", 1), ("CROP", 8), ("LATENCY_SIZE", 16), ("STUDY_PAIRS", 1),
+                        ("STUDY_SCENES", 1), ("STUDY_SIDE", 32)):
         if getattr(cfg, name) < least:
             raise config.UserError(f"{name} = {getattr(cfg, name)}: choose {least} or more")
     if not cfg.TEST_SETS and not cfg.REAL_DIR and not cfg.LABELED_RAIN_DIR:
         raise config.UserError("TEST_SETS, REAL_DIR and LABELED_RAIN_DIR are all empty: there is nothing to compare on")
+    if cfg.STUDY and not cfg.TEST_SETS and not cfg.REAL_DIR:
+        raise config.UserError("STUDY shows images of TEST_SETS or of REAL_DIR, and both are empty")
     for row, entry in cfg.MODELS.items():
         if not isinstance(row, str) or not row.strip():
             raise config.UserError(f"MODELS: {row!r} is no name of a row, write text such as 'PReNet'")
@@ -350,6 +362,31 @@ def draw_real(cfg, models, photographs, path):
     visualize.grid(rows, ["real rain", *models], path)
 
 
+def study_scenes(cfg, models, name, pairs, device):
+    """-> {image: {row: small PIL image}} for the user study: of one test set, of REAL_DIR where there is none."""
+    if not name:
+        name = name_of(cfg.REAL_DIR)
+        pairs = {row: derain_sets.Pair(path, path) for row, path in
+                 images_by_name(cfg.REAL_DIR, "REAL_DIR", "Set it to a folder of images.").items()}
+    pairs, found = dict(evenly(list(pairs.items()), cfg.STUDY_SCENES)), {}
+    others = result_files(cfg, pairs, name)
+    for pair, files in processes.progress(list(pairs.items()), "user study"):
+        rainy = to_floats(files.read()[0][None], device)
+        images = {_RAINY: rainy} | {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
+        for row, paths in others.items():
+            images[row] = to_floats(read_image(paths[pair])[None])
+        found[pair] = {row: study.small(image[0], cfg.STUDY_SIDE) for row, image in images.items()}
+    return found
+
+
+def write_study(cfg, models, name, pairs, device, path):
+    """The page of the user study; -> what it holds."""
+    held = study.write_page(path, study_scenes(cfg, models, name, pairs, device), _RAINY, cfg.STUDY_PAIRS)
+    print(f"user study: {path.as_posix()}, {held['comparisons']} comparisons of {held['methods']} methods on "
+          f"{held['scenes']} images, {held['bytes'] / 1e6:.1f} MB")
+    return held
+
+
 def shown(rows, cost):
     """-> the same rows for a table: "mean (low to high)" where there is an interval, and what each method costs."""
     found = []
@@ -402,7 +439,7 @@ def write(cfg, results, folder):
 
 def main(**overrides):
     """Compare; -> {"pairs": rows, "costs": {row: ...}, "detection": rows, "intensities": rows, "absent": {row: why},
-    "images": {set: {row: {metric: values}}}}."""
+    "images": {set: {row: {metric: values}}}, "study": what it holds or None}."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
     processes.require_one("Eval_derain_baselines.py")
@@ -420,6 +457,8 @@ def main(**overrides):
         processes.say(f"note: no row '{row}': {why}")
     if not models and not cfg.RESULTS_DIRS:
         raise config.UserError("MODELS: none of the weights is there, and RESULTS_DIRS is empty: nothing to compare")
+    if cfg.STUDY:
+        study.require_pairs([_RAINY, *models, *cfg.RESULTS_DIRS], cfg.STUDY_PAIRS)
     rtdetr, labelled = load_detection(cfg, device)
     lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # everything that a user can mistake is found by now
@@ -430,10 +469,13 @@ def main(**overrides):
     rows = [row for name in sets for row in rows_of(name, scores[name], models_of, absent)]
     results = {"pairs": rows, "costs": cost, "detection": detection_rows(models, rtdetr, labelled, device),
                "intensities": rows_by_intensity(sets, scores), "absent": absent, "images": scores}
-    for pairs in list(sets.values())[:1]:
-        draw_crops(cfg, models, pairs, device, folder / "crops.png")
+    first = next(iter(sets), "")
+    if first:
+        draw_crops(cfg, models, sets[first], device, folder / "crops.png")
     if photographs:
         draw_real(cfg, models, photographs, folder / "real_rain.png")
+    results["study"] = (write_study(cfg, models, first, sets.get(first, {}), device, folder / "study.html")
+                        if cfg.STUDY else None)
     write(cfg, results, folder)
     note_oddities(rows)
     print(f"\nwritten: {(folder / _FILES[0]).as_posix()}, results.csv, results.md and pictures beside them")

@@ -71,7 +71,8 @@ def _refuse_foreign(root):
     for folder in (root / split for split in SPLITS):
         if folder.exists() and any(folder.iterdir()) and not (root / MARKER).is_file():
             raise UserError(f"{folder.as_posix()} has no {MARKER} beside it, so it is not RainSight's own demo data "
-                            "and will not be replaced: leave --demo out to use it, move it away, or choose another folder")
+                            "and will not be replaced: leave --demo out to use it, move it away, or choose another "
+                            "folder")
 
 
 def _copy_split(scenes, source, part, folder):

@@ -73,6 +73,26 @@ def test_export_keeps_a_file_of_the_same_name_and_knows_the_opsets(tmp_path):
     refused(lambda: onnx_file.require_opset(99, "OPSET"), "OPSET", "99")
 
 
+@pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "val2017/_annotations.coco.json",
+                                  "val2017/000000000001.txt"])
+@pytest.mark.parametrize("before", [True, False])
+def test_rain_overwrites_no_annotations(tmp_path, name, before):
+    """before: the twin was made, then its annotations edited; else they were there first."""
+    source, out = write_coco(tmp_path / "coco", splits=("val",)), tmp_path / "rain"
+    (source / name).write_text((source / "annotations" / "instances_val2017.json").read_text())
+    settings = {"COCO": str(source), "OUT": str(out), "WORKERS": 1}
+    if before:
+        script("make_rain").main(**settings)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    refused(lambda: script("make_rain").main(**settings), "OUT", name)
+    assert (out / name).read_text() == "mine" and (out / "rain.json").exists() == before
+    (out / name).unlink()
+    script("make_rain").main(**settings)
+    script("make_rain").main(**settings)
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
 # ---- comparisons that compare nothing ----------------------------------------------------------------------------
 
 def test_twins_with_other_boxes_are_noted(tmp_path, capsys):

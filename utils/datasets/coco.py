@@ -21,6 +21,7 @@ from utils.datasets.annotations import (
     usable_boxes,
 )
 from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
+from utils.weather.twin import twin_above
 
 
 class CocoDetectionDataset(torch.utils.data.Dataset):
@@ -195,13 +196,13 @@ def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR"
 
 
 def require_no_rain(clean, constants):
-    """UserError where a folder that should hold clean images, or the one above, holds make_rain.py's rain.json.
+    """UserError where a folder that should hold clean images is a twin that make_rain.py wrote, or lies in one.
 
     constants: the names of the one with the clean and of the one with the rainy images.
     """
     clean = Path(str(clean))
-    if any((folder / "rain.json").is_file() for folder in (clean, clean.resolve().parent)):
-        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote (rain.json), not "
-                        f"clean images: are {constants[0]} and {constants[1]} swapped?")
+    if record := twin_above(clean):
+        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote "
+                        f"({record.as_posix()}), not clean images: are {constants[0]} and {constants[1]} swapped?")
 
 

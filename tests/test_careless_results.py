@@ -221,9 +221,96 @@ def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypat
     ({"VARIABLES": {1: (2,)}}, ("1", "no such constant")), ({"VARIABLES": {"demo": (False,)}}, ("'demo'",)),
     ({"VARIABLES": {"LEARNING_RATE": (1e-4,)}}, ("nothing to search",)), ({"MARGIN": float("nan")}, ("MARGIN",)),
     ({"MARGIN": -5.0}, ("MARGIN",)), ({"VARIABLES": {"ARCH": ("unet", "resnet999")}}, ("ARCH", "resnet999")),
+    ({"VARIABLES": {"TARGET_PSNR": (20.0, 0.0)}}, ("TARGET_PSNR",)), ({"BASE": {"TARGET_SSIM": 0.9}}, ("TARGET_SSIM",)),
+    *(({"VARIABLES": {name: values}}, (name, "BASE")) for name, values in {
+        "VAL_PAIRS": (50, 150), "TRAIN_PAIRS": (500,), "TEST_PAIRS": (0,), "SEED": (1, 2), "SEQUENCE_SEPARATOR": ("_",),
+        "RAINY_DIR": ("./a", "./b"), "SPLITS_FILE": ("./a.json",)}.items()),
+    ({"VARIABLES": {"SEED": (1,)}}, ("SEED", "SPLITS_FILE")),
+    ({"VARIABLES": {"BASE_WIDTH": (32,)}}, ("BASE_WIDTH", "ARCH = 'resnet34'")),
+    ({"VARIABLES": {"BASE_WIDTH": (32,), "ARCH": ("unet",)}}, ("BASE_WIDTH", "ARCH = 'resnet34'")),  # too late
+    ({"BASE": {"ARCH": "unet"}, "VARIABLES": {"NAFNET_WIDTH": (32,)}}, ("NAFNET_WIDTH", "ARCH = 'unet'")),
+    ({"BASE": {"ARCH": "nafnet"}, "VARIABLES": {"DROPOUT": (0.1,)}}, ("DROPOUT", "ARCH = 'nafnet'")),
+    ({"VARIABLES": {"DECAY_AT": ((0.5,),)}}, ("DECAY_AT", "SCHEDULER")),
+    ({"BASE": {"OPTIMIZER": "sgd"}, "VARIABLES": {"BETAS": ((0.9, 0.9),)}}, ("BETAS", "OPTIMIZER")),
+    ({"BASE": {"CROP_SIZES": (64,)}, "VARIABLES": {"RANDOM_CROP": (True,)}}, ("RANDOM_CROP", "CROP_SIZES")),
 ])
 def test_a_search_that_cannot_be(values, words, tmp_path):
     refused(lambda: sweep_unet_derain.main(**values, OUTPUT_DIR=str(tmp_path)), *words)
+
+
+def test_searches_that_can_be():
+    for values in ({}, {"VARIABLES": {"SEED": (1,)}, "BASE": {"SPLITS_FILE": "./splits.json"}},
+                   {"VARIABLES": {"ARCH": ("unet",), "BASE_WIDTH": (32,)}},
+                   {"VARIABLES": {"SCHEDULER": ("step",), "DECAY_AT": ((0.5,),)}}, {"demo": True}):
+        sweep_unet_derain.check(config.resolve(vars(sweep_unet_derain), values))
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """-> (call(**settings) of a sweep whose trainings take no time, the settings that were trained, its folder)."""
+    write_pairs(tmp_path)
+    begun = []
+
+    def pretend(**settings):
+        begun.append(settings)
+        folder = Path(settings["CHECKPOINT_DIR"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.pt").write_text(str(len(begun)))
+        record = {"val/psnr": 20.0 - len(begun), "val/ssim": 0.5, "val/loss": 0.1, "images_per_s": 1.0}
+        return {"stopped": "", "history": [record], "best_epoch": 1, "rainy_input": {"val/psnr": 20.0}}
+    monkeypatch.setattr(train_unet_derain, "main", pretend)
+    pairs = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy")}
+
+    def call(variables, base=None, **settings):
+        return sweep_unet_derain.main(BASE=pairs | (base or {}), VARIABLES=variables, SWEEP_EPOCHS=1,
+                                      OUTPUT_DIR=str(tmp_path / "sweep"), **settings)
+    return call, begun, tmp_path / "sweep"
+
+
+@pytest.mark.parametrize("change", ["variables", "base", "margin", "pairs", "another's file"])
+def test_another_search_in_the_same_folder_replaces_nothing(searched, change):
+    call, begun, folder = searched
+    first = call({"DROPOUT": (0.0,)})
+    assert call({"DROPOUT": (0.0,)}) == first and len(begun) == 2 and not (folder / "previous_1").exists()
+    before = {name: (folder / name).read_bytes() for name in ("sweep.json", "sweep.png", "baseline/trial.json")}
+    if change == "variables":  # the baseline is the same, so it is not trained again
+        call({"FLIP": (0.0,)})
+    elif change == "base":
+        call({"DROPOUT": (0.0,)}, {"FLIP": 0.0})
+    elif change == "margin":
+        call({"DROPOUT": (0.0,)}, MARGIN=0.1)
+    elif change == "pairs":
+        for name in ("clear", "rainy"):
+            Image.new("RGB", (48, 48)).save(folder.parent / name / "one_more.png")
+        call({"DROPOUT": (0.0,)})
+    else:
+        (folder / "sweep.json").write_text("[7]")
+        before["sweep.json"] = b"[7]"
+        call({"DROPOUT": (0.0,)})
+    assert len(begun) == {"variables": 3, "base": 4, "margin": 2, "pairs": 4, "another's file": 2}[change]
+    for name in ("sweep.json", "sweep.png"):
+        assert (folder / "previous_1" / name).read_bytes() == before[name] and (folder / name).is_file()
+    retrained = change in ("base", "pairs")
+    kept = folder / "baseline" / ("previous_1" if retrained else "")
+    assert (kept / "trial.json").read_bytes() == before["baseline/trial.json"]
+    assert (kept / "run" / "best.pt").read_text() == "1"
+
+
+def test_a_variable_without_effect_in_its_turn_is_left_out(searched, capsys):
+    call, begun, _ = searched
+    rows = call({"ARCH": ("unet",), "BASE_WIDTH": (32,)})["trials"]  # resnet34 is kept: every further trial is worse
+    assert [row["variable"] for row in rows] == ["baseline", "ARCH"] and len(begun) == 2
+    assert "note: BASE_WIDTH is left out" in capsys.readouterr().out
+
+
+def test_what_was_asked_for_and_does_nothing_is_noted(tmp_path, capsys):
+    """Not what merely stands at the top of the script."""
+    with pytest.raises(UserError, match="RAINY_DIR"):
+        train_unet_derain.main(ARCH="unet", NAFNET_WIDTH=24, BASE_WIDTH=2, ENCODER_WEIGHTS="imagenet", REAL_DIR="",
+                               PERCEPTUAL_WEIGHT=0.0, DECAY_AT=(0.5,), RAINY_DIR=str(tmp_path / "none"),
+                               CLEAR_DIR=str(tmp_path))
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert [line.split()[1] for line in notes] == ["NAFNET_WIDTH", "DECAY_AT"]
 
 
 def test_a_search_ends_in_a_command_that_trains_what_was_searched():

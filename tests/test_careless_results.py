@@ -19,12 +19,14 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import config, datasets, processes, report
+from utils import config, datasets, losses, processes, report
 from utils.config import UserError
-from utils.datasets import presets
-from utils.evaluation import comparison
+from utils.datasets import presets, windshield_pairs
+from utils.evaluation import comparison, image_quality
 from utils.inference import video
-from utils.networks import onnx_file
+from utils.networks import derainers, onnx_file
+from utils.networks.rain_detector import new_rain_detector
+from utils.networks.unet import UNetDerainer, new_unet
 
 STAGE1 = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
           "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
@@ -91,6 +93,81 @@ def test_rain_overwrites_no_annotations(tmp_path, name, before):
     script("make_rain").main(**settings)
     script("make_rain").main(**settings)
     assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.fixture
+def u_net(tmp_path):
+    """-> constants that point Eval_unet_derain.py at small pairs and a network that was trained at 64."""
+    write_pairs(tmp_path, count=6)
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "real" / "a.png")
+    network = UNetDerainer("unet", width=2)
+    torch.save({"model": network.state_dict(), "model_args": network.model_args, "constants": {"IMAGE_SIZE": 64}},
+               tmp_path / "best.pt")
+    return {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "SPLITS_FILE": "",
+            "REAL_DIR": str(tmp_path / "real"), "UNET_PATH": str(tmp_path / "best.pt"), "LPIPS_WEIGHTS": "",
+            "IMAGE_SIZE": 64, "OUTPUT_DIR": str(tmp_path / "eval"), "DATALOADER_WORKERS": 0}
+
+
+@pytest.mark.parametrize("constant, value", [
+    ("REAL_DIR", "typo"), ("LABELED_RAIN_DIR", "typo"), ("RTDETR_MODEL_NAME", "./typo"), ("SPLITS_FILE", "typo.json"),
+    ("CLEAR_DIR", "typo"), ("LPIPS_WEIGHTS", "typo.pt")])
+def test_a_typo_is_found_before_pairs_are_scored_and_moves_no_results(u_net, coco, weights, monkeypatch, constant,
+                                                                      value):
+    module = script("Eval_unet_derain")
+    monkeypatch.setattr(module, "score_pairs", lambda *args: pytest.fail("minutes of work"))
+    (Path(u_net["OUTPUT_DIR"])).mkdir()
+    (Path(u_net["OUTPUT_DIR"]) / "results.json").write_text("earlier")
+    settings = u_net | {"LABELED_RAIN_DIR": str(coco / "coco_rain"), "RTDETR_MODEL_NAME": str(weights / "rtdetr"),
+                        "DETECTOR_SIZE": 96, constant: value}
+    refused(lambda: module.main(**settings), constant, value)
+    assert (Path(u_net["OUTPUT_DIR"]) / "results.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name, values", [
+    ("Eval_SPDNet_Adaptation", {"COCO_RAIN_DIR": "typo"}), ("Eval_SPDNet_Adaptation", {"PREFIXES": ("typo_",)}),
+    ("Eval_FeatureDerain", {"COCO_DIR": "typo"}), ("Eval_FeatureDerain", {"PREFIXES": ("typo_",)}),
+    ("Eval_conditional", {"COCO_RAIN_DIR": "typo"}), ("Eval_conditional", {"RAIN_SHARE": 7.0})])
+def test_a_typo_moves_no_earlier_results(name, values, coco, weights, tmp_path):
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "IMAGE_SIZE": 96,
+                "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
+                "ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"), "ORIGINAL_SPDNET_PATH": "", "DATALOADER_WORKERS": 0,
+                "RAIN_DETECTOR_PATH": str(ROOT / "assets/demo/rain_detector.pt"), "NUM_WORKERS": 0,
+                "MULTISCALE_MODEL_NAME": "", "OUTPUT_DIR": str(tmp_path / "eval")}
+    known = config.constants_of(vars(script(name)))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text("earlier")
+    refused(lambda: script(name).main(**{one: value for one, value in (settings | values).items() if one in known}),
+            *values)
+    assert (tmp_path / "eval" / "results.json").read_text() == "earlier"
+
+
+def test_another_image_size_than_the_trained_one_is_noted(u_net, capsys):
+    results = script("Eval_unet_derain").main(**u_net | {"IMAGE_SIZE": 32, "REAL_DIR": ""})
+    assert "UNET_PATH was trained at IMAGE_SIZE = 64" in capsys.readouterr().out
+    assert {row["size"] for row in results["pairs"]} == {"native", "32"}
+    content = torch.load(u_net["UNET_PATH"])
+    for constants in ({"IMAGE_SIZE": 32}, {"IMAGE_SIZE": 64, "CROP_SIZES": (32,)}, None):
+        torch.save(content | {"constants": constants}, u_net["UNET_PATH"])
+        known = derainers.load_trained(u_net["UNET_PATH"]).image_size
+        assert known == (32 if constants == {"IMAGE_SIZE": 32} else None)
+    results = script("Eval_unet_derain").main(**u_net | {"IMAGE_SIZE": 32, "REAL_DIR": ""})
+    assert "was trained at" not in capsys.readouterr().out
+    assert {row["size"] for row in results["pairs"]} == {"native", "32, as trained"}
+
+
+@pytest.mark.parametrize("name", ["none.json", "."])
+def test_a_missing_splits_file_says_where_there_is_one(tmp_path, name):
+    refused(lambda: windshield_pairs.splits_of(tmp_path / name), "SPLITS_FILE", str(tmp_path), "train_unet_derain.py")
+
+
+@pytest.mark.parametrize("constant", ["LPIPS_WEIGHTS", "PERCEPTUAL_WEIGHTS", "ENCODER_WEIGHTS", "BACKBONE_WEIGHTS"])
+def test_a_missing_file_of_weights_names_its_constant(tmp_path, constant):
+    path = str(tmp_path / "none.pt")
+    calls = {"LPIPS_WEIGHTS": image_quality.load_lpips, "PERCEPTUAL_WEIGHTS": losses.PerceptualLoss,
+             "ENCODER_WEIGHTS": lambda weights: new_unet("resnet34", encoder_weights=weights),
+             "BACKBONE_WEIGHTS": new_rain_detector}
+    refused(lambda: calls[constant](path), constant, path)
 
 
 # ---- comparisons that compare nothing ----------------------------------------------------------------------------

@@ -154,6 +154,9 @@ def split_names(names, counts, seed=0, separator=""):
 
 def splits_of(path):
     """-> {"train", "val", "test": entries as they stand} of a splits.json; UserError, which names SPLITS_FILE."""
+    if problem := system.absent(path):
+        raise UserError(f"SPLITS_FILE = '{path}' {problem}: train_unet_derain.py writes splits.json into its "
+                        "CHECKPOINT_DIR, give the path of that or of your own, or SPLITS_FILE = \"\" for none")
     try:
         content = system.read_json(path)
     except (OSError, ValueError) as error:

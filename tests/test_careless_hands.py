@@ -405,13 +405,15 @@ def test_rain_says_what_an_image_loses(tmp_path, capsys, workers):
 @pytest.mark.parametrize("folder", [".", "train", "train/images"])
 def test_rain_is_not_taken_for_clean_images(tmp_path, capsys, folder):
     """Neither the twin nor a folder in it, nor a folder that has one in it; by no script that has a constant for them.
-    """
+    And how hard it rains is known in all of them."""
     (tmp_path / "all" / "data" / "train" / "images").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "all" / "data" / "train" / "images" / "a.png")
     out, _ = twin_of(tmp_path / "all" / "data", capsys)
     refused(lambda: twin_of(out / folder, capsys, OUT=str(tmp_path / "again")), "CLEAR", "rain.json")
     refused(lambda: twin_of(tmp_path / "all", capsys), "CLEAR", "rain.json")
     refused(lambda: datasets.require_no_rain(out / folder, ("CLEAN_DIR", "RAINY_DIR")), "CLEAN_DIR", "rain.json")
+    pairs = {"a": (out / "train" / "images" / "a.png", None)}
+    assert windshield_pairs.intensities(out / folder, pairs) == {"a": "light"}
     assert not (tmp_path / "again").exists()
 
 

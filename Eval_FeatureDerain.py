@@ -16,7 +16,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from utils import config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
+from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
 from utils.datasets import loaders, mixedrain, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
@@ -219,7 +219,8 @@ def main(**overrides):
     if cfg.demo:
         ensure_demo()
     comparison.require_page(cfg)
-    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
+    device = processes.announced_device()
+    checkpoint.require_writable(cfg.OUTPUT_DIR)
     if cfg.COMPILE:
         comparison.require_compiler(device)
     models = build_models(cfg, device)
@@ -228,9 +229,11 @@ def main(**overrides):
     require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     found = build_loaders(cfg, id2label)
     first = next(iter(found))  # rainy or mixedrain: what latencies and pictures are set against
+    parts = {images: parts_of(cfg, loader.dataset) for images, loader in found.items()}
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}
-    rows = [row for loader in found.values()
-            for row in comparison.evaluate_models(fast, loader, device, parts_of(cfg, loader.dataset))]
+    rows = [row for images, loader in found.items()
+            for row in comparison.evaluate_models(fast, loader, device, parts[images])]
     twins = "clean" in found and comparison.are_twins(found["rainy"].dataset, found["clean"].dataset)
     latency = comparison.milliseconds_per_image(fast, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     cost = measure_cost(cfg, models, latency, device)

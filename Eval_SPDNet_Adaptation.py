@@ -127,7 +127,7 @@ def main(**overrides):
         ensure_demo()
     comparison.require_page(cfg)
     comparison.note_same(cfg, ("SPDNET_MODEL_PATH", "ADAPTED_MODEL_PATH"))
-    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
+    device = processes.announced_device()
     models = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),
                                  "ADAPTED_MODEL_PATH": integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)},
@@ -136,7 +136,9 @@ def main(**overrides):
     require_queries(models[_VANILLA], cfg.IMAGE_SIZE)
     found = build_loaders(cfg, id2label)
     rainy, clean = found["rainy"].dataset, found["clean"].dataset
-    rows = (comparison.evaluate_models(models, found["rainy"], device, comparison.ids_by_prefix(rainy, cfg.PREFIXES))
+    parts = comparison.ids_by_prefix(rainy, cfg.PREFIXES)
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
+    rows = (comparison.evaluate_models(models, found["rainy"], device, parts)
             + comparison.evaluate_models(models, found["clean"], device, {}))
     twins = comparison.are_twins(rainy, clean)
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)

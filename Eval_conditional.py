@@ -286,7 +286,7 @@ def main(**overrides):
     comparison.require_page(cfg)
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
-    device, folder = processes.announced_device(), report.output_folder(cfg.OUTPUT_DIR, _FILES)
+    device = processes.announced_device()
     rain_detector, branches, pipelines = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
     id2label = id2label_of(branches["vanilla"])
@@ -299,6 +299,7 @@ def main(**overrides):
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
     parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     scores = {domain: gate_scores(rain_detector, loader, device)
               for domain, loader in loaders_of.items()}
     decisions = {"rain detector": hard_gate(scores, threshold)}

@@ -65,6 +65,7 @@ DEMO = {
     "LPIPS_WEIGHTS": "", "IMAGE_SIZE": 64, "DETECTOR_SIZE": 160, "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
     "OUTPUT_DIR": "./demo/outputs_unet/eval",
 }
+_FILES = ("results.json", "pairs.png", "real_rain.png", "restored")
 _SHOWN = 480  # width of a picture on the sheets
 
 
@@ -114,31 +115,36 @@ def rows_of(scores, groups, size):
     return rows
 
 
-def evaluate_pairs(cfg, model, device, lpips_model):
-    """-> rows of `rows_of`, native first, and the test pairs."""
-    chosen, intensity = test_pairs(cfg)
+def evaluate_pairs(cfg, model, chosen, intensity, device, lpips_model):
+    """-> rows of `rows_of`, native first; chosen, intensity: from `test_pairs`."""
     groups = {"all": list(chosen)}
     for kind in ("light", "medium", "heavy"):
         if names := [name for name in chosen if intensity.get(name) == kind]:
             groups[kind] = names
-    rows = []
+    rows, trained = [], model.image_size in (None, cfg.IMAGE_SIZE)
     for title, transform in (("native", presets.scaled(1.0)),
-                             (f"{cfg.IMAGE_SIZE}, as trained", presets.evaluation(cfg.IMAGE_SIZE))):
+                             (f"{cfg.IMAGE_SIZE}{', as trained' if trained else ''}",
+                              presets.evaluation(cfg.IMAGE_SIZE))):
         scores = score_pairs(cfg, model, chosen, transform, device, lpips_model, f"pairs, {title}")
         rows += rows_of(scores, groups, title)
-    return rows, chosen
+    return rows
 
 
 # ---- real rain -------------------------------------------------------------------------------------------------
 
-def restore_files(cfg, model, folder, rain_detector, device):
-    """Restore every photograph of REAL_DIR into `folder`.
+def photographs_of(cfg):
+    """-> paths of REAL_DIR's photographs, all of them readable."""
+    paths = images_below([cfg.REAL_DIR], "REAL_DIR")
+    image_check.check_images(paths, "REAL_DIR")
+    return paths
+
+
+def restore_files(cfg, model, paths, folder, rain_detector, device):
+    """Restore the photographs of REAL_DIR, `paths`, into `folder`.
 
     Returns:
         [{"file", "rain before", "rain after": probability or None}, ...], the (photograph, restored) path pairs.
     """
-    paths = images_below([cfg.REAL_DIR], "REAL_DIR")
-    image_check.check_images(paths, "REAL_DIR")
     base, rows, written = Path(cfg.REAL_DIR).resolve(), [], []
     for path in processes.progress(paths, "real rain"):
         image = to_floats(datasets.read_image(path)[None])
@@ -174,17 +180,21 @@ def require_apart(cfg):
                                    "OUTPUT_DIR")
 
 
-def detection_rows(cfg, model, device):
-    """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
+def labelled_rain(cfg, device):
+    """-> RT-DETR, the loader of LABELED_RAIN_DIR's validation images."""
     rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
     data = datasets.CocoDetectionDataset(
         cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
         constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
     note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.DETECTOR_SIZE, "DETECTOR_SIZE")
-    loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    return rtdetr, loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+
+
+def detection_rows(model, rtdetr, loader, device):
+    """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
     calls = {"RT-DETR": lambda images: rtdetr(pixel_values=images),
              "U-Net + RT-DETR": lambda images: rtdetr(pixel_values=model(images))}
-    return [{"network": name, "count": len(data)} | detection_scores(call, loader, device, name=name)[0]
+    return [{"network": name, "count": len(loader.dataset)} | detection_scores(call, loader, device, name=name)[0]
             for name, call in calls.items()]
 
 
@@ -273,16 +283,23 @@ def main(**overrides):
     device = processes.announced_device()
     model = load_trained(cfg.UNET_PATH, device)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
-    folder = report.output_folder(cfg.OUTPUT_DIR, ("results.json", "pairs.png", "real_rain.png", "restored"))
+    # all that is needed, before any of it is scored for minutes
+    photographs = photographs_of(cfg) if cfg.REAL_DIR else []
+    labelled = labelled_rain(cfg, device) if cfg.LABELED_RAIN_DIR else None
+    if cfg.RAINY_DIR:
+        note_other_sizes({"UNET_PATH": model.image_size}, cfg.IMAGE_SIZE)
+        chosen, intensity = test_pairs(cfg)
+        lpips_model = lpips_or_note(cfg, device)
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     results = {"pairs": [], "real": [], "detection": []}
     if cfg.RAINY_DIR:
-        results["pairs"], chosen = evaluate_pairs(cfg, model, device, lpips_or_note(cfg, device))
+        results["pairs"] = evaluate_pairs(cfg, model, chosen, intensity, device, lpips_model)
         draw_pairs(cfg, model, chosen, folder / "pairs.png")
-    if cfg.REAL_DIR:
-        results["real"], written = restore_files(cfg, model, folder / "restored", rain_detector, device)
+    if photographs:
+        results["real"], written = restore_files(cfg, model, photographs, folder / "restored", rain_detector, device)
         draw_real(cfg, written, results["real"], folder / "real_rain.png")
-    if cfg.LABELED_RAIN_DIR:
-        results["detection"] = detection_rows(cfg, model, device)
+    if labelled:
+        results["detection"] = detection_rows(model, *labelled, device)
     print_report(results)
     report.write_results(folder / "results.json", cfg.as_dict(), results)
     print(f"\nwritten: {(folder / 'results.json').as_posix()} and pictures beside it")

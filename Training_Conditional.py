@@ -101,7 +101,7 @@ def build_loaders(cfg, id2label):
         unknown=cfg.UNKNOWN_CATEGORIES)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                          unknown=cfg.UNKNOWN_CATEGORIES)
+                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})

@@ -122,7 +122,8 @@ def build_data(cfg, id2label, weights):
         unknown=cfg.UNKNOWN_CATEGORIES)
     datasets.say_notes(train)
     return train, datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform,
-                                                  domains=("rainy", "clean"), unknown=cfg.UNKNOWN_CATEGORIES)
+                                                  domains=("rainy", "clean"), unknown=cfg.UNKNOWN_CATEGORIES,
+                                                  train=train)
 
 
 def loss_constants(cfg):

@@ -106,7 +106,7 @@ def build_loaders(cfg, id2label):
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
-        domains=[domain for domain, ratio in ratios.items() if ratio > 0])
+        domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})

@@ -123,7 +123,7 @@ def build_data(cfg, id2label):
         unknown=cfg.UNKNOWN_CATEGORIES)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
-                                          unknown=cfg.UNKNOWN_CATEGORIES)
+                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train)
     return Data(train, val["rainy"], labelled=True)
 
 

@@ -1,4 +1,4 @@
-"""Write a rainy twin of a data set: same folders and file names, annotations copied where there are any.
+"""Write a rainy twin of a data set: same folders and file names, annotations (COCO, Roboflow, YOLO) copied.
 
     python make_rain.py --coco ./dataset/coco --out ./dataset/coco_rain
     python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
@@ -6,11 +6,13 @@
     python make_rain.py --kind windshield --demo   # the same scenes through a wet windshield
 
 Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
-A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete.
+A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete. No file is
+ever overwritten.
 The rain itself is in utils/weather/rain.py (falling streaks) and utils/weather/windshield.py (drops on glass);
 docs/rain.md and docs/windshield.md show and measure it.
 """
 
+import filecmp
 import json
 import multiprocessing
 import os
@@ -19,8 +21,10 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +34,7 @@ from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
 from utils import config, system
-from utils.weather import rain, windshield
+from utils.weather import rain, twin, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
 COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
@@ -64,21 +68,47 @@ _KINDS = {
 }
 _TEMPORARY = ".rain-tmp"
 _CHUNK = 8  # images a worker takes at a time
+_SEVERAL, _TRANSPARENT = "hold several pictures, the twin has the first", "are transparent in places, the twin is not"
+
+
+class Loaded(NamedTuple):
+    """An image file."""
+
+    picture: Image.Image  # how it is stored
+    pixels: np.ndarray  # (H, W, 3) uint8, upright
+    lost: tuple  # what of it a twin does not have: _SEVERAL, _TRANSPARENT
+
+
+class Done(NamedTuple):
+    """What became of an image."""
+
+    fault: str | None = None  # why it could not be read
+    lost: tuple = ()  # see Loaded
 
 
 def find_images(source):
     """-> sorted paths, relative to source, of every image below it except in annotations/; links are followed."""
-    found = [path.relative_to(source) for path in system.images_in(source, links=True)]
-    return [path for path in found if path.parts[0] != "annotations"]
+    return twin.files_of(source).images
 
 
 def load_image(path):
-    """-> (the opened PIL image, its upright (H, W, 3) uint8 pixels). Raises on anything but a whole 8-bit image."""
+    """-> Loaded. Raises on anything but a whole 8-bit image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as picture:
             system.require_eight_bits(picture)
-            return picture, np.asarray(system.upright(picture).convert("RGB"))
+            lost = (_SEVERAL,) if _holds_several(picture) else ()
+            pixels = np.asarray(system.upright(picture).convert("RGB"))
+            if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+                lost += (_TRANSPARENT,)
+            return Loaded(picture, pixels, lost)
+
+
+def _holds_several(picture):
+    """-> whether an open image has pages or frames; MPO is a photograph with small copies of itself."""
+    with suppress(*system.FAULTS):  # a damaged page after a sound first one
+        return picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1
+    return True
 
 
 def save_like(pixels, picture, target):
@@ -100,17 +130,17 @@ def save_like(pixels, picture, target):
 
 
 def rain_one(task, add=rain.add_rain):
-    """One image in a worker process: (source, target, seed, intensity) -> None, or why the source is unreadable.
+    """One image in a worker process: (source, target, seed, intensity) -> Done.
 
     add: function (image, rng, intensity) -> image.
     """
     source, target, seed, intensity = task
     try:
-        picture, pixels = load_image(source)
+        image = load_image(source)
     except system.FAULTS as error:
-        return f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    save_like(add(pixels, rain.rng_for(seed, source.name), intensity), picture, target)
-    return None
+        return Done(f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    save_like(add(image.pixels, rain.rng_for(seed, source.name), intensity), image.picture, target)
+    return Done(lost=image.lost)
 
 
 def start_worker():
@@ -139,54 +169,55 @@ def run_tasks(tasks, workers, add=rain.add_rain):
 
 
 def check_source(source, kind):
-    """-> (images, annotation files) of the clean data set, or a UserError that says what is missing."""
+    """-> twin.Files of the clean data set, or a UserError that says what is missing."""
     if not source.is_dir():
         raise config.UserError(f"{kind.source} = {source} is not a folder; {kind.layout}; set --{kind.source.lower()}, "
                                "or try --demo")
-    annotations = sorted((source / "annotations").glob("*.json"))
-    if (source / "annotations").is_dir() and not annotations:
+    if (source / twin.ANNOTATIONS).is_dir() and not any((source / twin.ANNOTATIONS).glob("*.json")):
         raise config.UserError(f"{kind.source} = {source} has an annotations folder without *.json files; "
                                f"{kind.layout}")
-    if (source / "rain.json").is_file():
-        raise config.UserError(f"{kind.source} = {source} is rain that make_rain.py wrote (rain.json): give the clean "
+    files = twin.files_of(source)
+    if record := twin.twin_above(source):
+        raise config.UserError(f"{kind.source} = {source} is rain that make_rain.py wrote ({record}): give the clean "
                                "images")
-    images = find_images(source)
-    if not images:
+    if record := next((path for path in files.others if path.name == twin.RECORD), None):
+        raise config.UserError(f"{kind.source} = {source} has rain in it that make_rain.py wrote ({record}): give the "
+                               "folder of the clean images alone")
+    if not files.images:
         raise config.UserError(f"{kind.source} = {source} has no images ({' '.join(system.SUFFIXES)}); "
                                f"{kind.layout}")
-    return images, annotations
+    return files
 
 
-def require_listed(source, images, annotations):
-    """-> notes; UserError for images that an annotation file lists and that would be left out: they are there, but are
-    of no kind that is read. instances_<folder>.json lists the images in <folder>."""
-    taken, left_out, missing = {path.as_posix() for path in images}, [], 0
-    for file in annotations:
-        folder = file.stem.split("_", 1)[-1]
-        if not (source / folder).is_dir():
-            continue
-        try:
-            names = [f"{folder}/{image['file_name']}" for image in system.read_json(file)["images"]]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # another kind of annotation, which is copied as it is
-        names = [name for name in names if Path(name).as_posix() not in taken]
-        there = [name for name in names if (source / name).is_file()]
-        left_out, missing = left_out + there, missing + len(names) - len(there)
+def require_listed(source, files, kind):
+    """-> notes on what the twin will lack; UserError for images that an annotation file lists and that would be left
+    out: they are there, but are of no kind that is read."""
+    taken = {path.as_posix() for path in files.images}
+    names = [name for name in twin.listed_images(source, files.annotations) if name not in taken]
+    left_out = [name for name in names if (source / name).is_file()]
     if left_out:
         raise config.UserError(f"{len(left_out)} image(s) that the annotations list are of a kind that is not read "
                                f"({' '.join(system.SUFFIXES)}): {system.listed(left_out)}. Save them as one of these "
                                "and change the annotations.")
-    return [f"{missing} image(s) that the annotations list are not there"] if missing else []
+    notes = [f"{len(names)} image(s) that the annotations list are not there"] if names else []
+    if files.others:
+        kinds = Counter(path.suffix.lower() or "without an ending" for path in files.others)
+        notes.append(f"{len(files.others)} file(s) of {kind.source} = {source} are not in the twin: "
+                     f"{', '.join(f'{count} {ending}' for ending, count in kinds.most_common())} "
+                     f"({system.listed([path.as_posix() for path in files.others], 3)}); images are "
+                     f"{' '.join(system.SUFFIXES)}, annotations COCO's JSON and YOLO's text")
+    return notes
 
 
-def prepare_out(source, out, settings, kind):
-    """Create OUT and its rain.json, or check that what is there was made with the same settings."""
+def prepare_out(source, out, annotations, settings, kind):
+    """Create OUT and its rain.json, or check that what is there was made with the same settings, and that its
+    annotations are the source's."""
     if out.resolve() == source.resolve():
         raise config.UserError(f"OUT and {kind.source} are the same folder ({out}): the clean images would be lost; "
                                "set --out")
     if source.resolve() in out.resolve().parents:
         raise config.UserError(f"OUT = {out} lies inside {kind.source} = {source}; set --out to a folder beside it")
-    record = out / "rain.json"
+    record = out / twin.RECORD
     try:
         if record.is_file():
             try:
@@ -204,26 +235,45 @@ def prepare_out(source, out, settings, kind):
         elif out.is_dir() and find_images(out):
             raise config.UserError(f"OUT = {out} holds images but no rain.json, so make_rain.py did not write them; "
                                    "set another --out")
+        other = [path.as_posix() for path in annotations
+                 if (out / path).exists() and not _equal(source / path, out / path)]
+        if other:
+            raise config.UserError(f"OUT = {out} holds {len(other)} annotation file(s) that are not those of "
+                                   f"{kind.source} = {source} and will not be overwritten: {system.listed(other)}. "
+                                   "Move or delete them to have the source's copied, or set another --out")
         out.mkdir(parents=True, exist_ok=True)
-        with system.written(record, _TEMPORARY) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if not record.is_file():
+            with system.written(record, _TEMPORARY) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for left in out.rglob(f".*{_TEMPORARY}"):  # of a run that was killed
             left.unlink(missing_ok=True)
     except OSError as error:
         raise config.UserError(f"cannot write to OUT = {out} ({error}); set --out") from None
 
 
-def copy_annotations(files, folder):
-    """Copy annotation files into folder, each complete or not at all; equal size and time counts as done."""
-    folder.mkdir(exist_ok=True)
-    for file in files:
-        target = folder / file.name
-        if target.is_file():
-            new, old = file.stat(), target.stat()
-            if new.st_size == old.st_size and abs(new.st_mtime - old.st_mtime) < 2.0:
-                continue
-        with system.written(target, _TEMPORARY) as temporary:
-            shutil.copy2(file, temporary)
+def _equal(one, other):
+    """-> whether two files have one content; equal size and time will do."""
+    if not other.is_file():
+        return False
+    state, others = one.stat(), other.stat()
+    return state.st_size == others.st_size and (abs(state.st_mtime - others.st_mtime) < 2.0
+                                                or filecmp.cmp(one, other, shallow=False))
+
+
+def copy_annotations(source, out, names):
+    """Copy the annotation files that are not there yet, each complete or not at all; names: relative to both."""
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (out / name).exists():
+            with system.written(out / name, _TEMPORARY) as temporary:
+                shutil.copy2(source / name, temporary)
+
+
+def notes_on(paths, answers):
+    """-> lines about images of which the twin does not have all."""
+    found = [(path.as_posix(), answer.lost) for path, answer in zip(paths, answers, strict=True)]
+    return [f"{len(names)} image(s) {what}: {system.listed(names, 3)}" for what in (_SEVERAL, _TRANSPARENT)
+            if (names := [name for name, lost in found if what in lost])]
 
 
 def main(**overrides):
@@ -246,21 +296,21 @@ def main(**overrides):
         raise config.UserError(f"INTENSITY: {error}") from None
     if cfg.WORKERS < 0:
         raise config.UserError(f"WORKERS = {cfg.WORKERS} is negative; 0 means all cores")
-    images, annotations = check_source(source, kind)
-    for note in require_listed(source, images, annotations):
+    files = check_source(source, kind)
+    for note in require_listed(source, files, kind):
         print(f"note: {note}")
-    prepare_out(source, out, {"kind": cfg.KIND, "source": source.resolve().as_posix(), "seed": cfg.SEED,
-                              "intensity": cfg.INTENSITY, "version": kind.version}, kind)
-    started, bad = time.perf_counter(), []
+    prepare_out(source, out, files.annotations,
+                {"kind": cfg.KIND, "source": source.resolve().as_posix(), "seed": cfg.SEED,
+                 "intensity": cfg.INTENSITY, "version": kind.version}, kind)
+    started = time.perf_counter()
     try:
-        if annotations:
-            copy_annotations(annotations, out / "annotations")
-        for folder in sorted({path.parent for path in images}):
+        copy_annotations(source, out, files.annotations)
+        for folder in sorted({path.parent for path in files.images}):
             (out / folder).mkdir(parents=True, exist_ok=True)
-        todo = [path for path in images if not (out / path).is_file()]
+        todo = [path for path in files.images if not (out / path).is_file()]
         tasks = [(source / path, out / path, cfg.SEED, cfg.INTENSITY) for path in todo]
-        bar = tqdm(run_tasks(tasks, cfg.WORKERS, kind.add), total=len(tasks), unit="img", ascii=True, desc="rain")
-        bad = [answer for answer in bar if answer]
+        answers = list(tqdm(run_tasks(tasks, cfg.WORKERS, kind.add), total=len(tasks), unit="img", ascii=True,
+                            desc="rain"))
     except OSError as error:
         raise config.UserError(f"cannot write to OUT = {out} ({error}); finished files are kept, run again") from None
     except BrokenProcessPool:
@@ -269,10 +319,13 @@ def main(**overrides):
     except KeyboardInterrupt:
         raise config.UserError("stopped; finished files are kept, run the same command to go on") from None
     seconds = time.perf_counter() - started
-    report = {"written": len(tasks) - len(bad), "kept": len(images) - len(tasks), "seconds": seconds}
+    bad = [answer.fault for answer in answers if answer.fault]
+    report = {"written": len(tasks) - len(bad), "kept": len(files.images) - len(tasks), "seconds": seconds}
+    for note in notes_on(todo, answers):
+        print(f"note: {note}")
     print(f"{source} -> {out}\n"
           f"  rain         {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"
-          f"  annotations  {len(annotations)} file(s) copied\n"
+          f"  annotations  {len(files.annotations)} file(s) copied\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")
     if bad:

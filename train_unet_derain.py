@@ -161,6 +161,26 @@ def check(cfg):
     require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
 
 
+def without_effect(cfg):
+    """-> {constant: what keeps it from having any effect, such as "ARCH = 'resnet34'"} of constants that do
+    nothing with the others as they are."""
+    arch, plain, own = f"ARCH = {cfg.ARCH!r}", cfg.ARCH == "unet", cfg.ARCH in derainers.TRAINABLE
+    unused = [
+        (not plain, arch, ("BASE_WIDTH",)), (plain or own, arch, ("ENCODER_WEIGHTS",)),
+        (own, arch, ("DROPOUT", "RESIDUAL")),
+        (cfg.ARCH != "nafnet", arch, ("NAFNET_WIDTH", "NAFNET_ENCODER", "NAFNET_MIDDLE", "NAFNET_DECODER",
+                                      "NAFNET_PATCH", "NAFNET_WINDOW", "NAFNET_RAIN_CHANNELS")),
+        (not cfg.PERCEPTUAL_WEIGHT, "PERCEPTUAL_WEIGHT = 0", ("PERCEPTUAL_WEIGHTS",)),
+        (cfg.SCHEDULER != "plateau", f"SCHEDULER = {cfg.SCHEDULER!r}", ("PLATEAU_FACTOR", "PLATEAU_PATIENCE")),
+        (cfg.SCHEDULER != "step", f"SCHEDULER = {cfg.SCHEDULER!r}", ("DECAY_AT",)),
+        (cfg.OPTIMIZER == "sgd", "OPTIMIZER = 'sgd'", ("BETAS",)),
+        (bool(cfg.CROP_SIZES), f"CROP_SIZES = {cfg.CROP_SIZES}", ("RANDOM_CROP",)),
+        (bool(cfg.SPLITS_FILE), f"SPLITS_FILE = '{cfg.SPLITS_FILE}'", ("TRAIN_PAIRS", "VAL_PAIRS", "TEST_PAIRS",
+                                                                       "SEQUENCE_SEPARATOR")),
+    ]
+    return {name: reason for holds, reason, names in unused if holds for name in names}
+
+
 def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
     plan = Plan.of(cfg, epochs="EPOCHS", schedule="SCHEDULER",
@@ -397,6 +417,9 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     check(cfg)
     plan = build_plan(cfg)
+    for name, reason in without_effect(cfg).items():
+        if name in overrides and overrides[name] != globals()[name]:  # asked for, so it was meant to change something
+            processes.say(f"note: {name} has no effect with {reason}")
     if cfg.demo:
         ensure_windshield_demo()
     engine.seed_everything(cfg.SEED)

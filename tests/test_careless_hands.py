@@ -349,6 +349,74 @@ def test_rain_is_not_silently_left_out(tmp_path, name):
             "1 image(s) that the annotations list are of a kind that is not read", name)
 
 
+def twin_of(folder, capsys, **settings):
+    """-> the folder's rainy twin, what was said."""
+    capsys.readouterr()
+    script("make_rain").main(**{"KIND": "windshield", "CLEAR": str(folder), "OUT": str(folder) + "_rain", "WORKERS": 1,
+                                "INTENSITY": "light"} | settings)
+    return Path(str(folder) + "_rain"), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image, labels", [
+    ("train/images/a.jpg", "train/labels/a.txt"), ("images/train/a.jpg", "labels/train/a.txt"), ("a.jpg", "a.txt"),
+    ("train/a.jpg", "train/_annotations.coco.json")])
+def test_annotations_in_other_layouts_come_along(tmp_path, capsys, image, labels):
+    root = tmp_path / "data"
+    for name in (image, labels):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32)).save(root / image)
+    (root / labels).write_text(json.dumps({"images": [{"file_name": "a.jpg"}], "annotations": [], "categories": []}))
+    out, said = twin_of(root, capsys)
+    assert (out / labels).read_bytes() == (root / labels).read_bytes() and (out / image).is_file()
+    assert "1 file(s) copied" in said and "note:" not in said
+
+
+@pytest.mark.parametrize("names", [("a.gif", "b.GIF", "c.heic"), ("clip.mp4",), ("data.yaml",), ("a.json",), ("a.xml",),
+                                   ("annotations/a.png", "README")])
+def test_rain_says_which_files_it_leaves_out(tmp_path, capsys, names):
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    (tmp_path / "data" / "annotations" / "b.json").write_text("{}")
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "a.jpg")
+    for name in names:
+        (tmp_path / "data" / name).write_text("{}")
+    out, said = twin_of(tmp_path / "data", capsys)
+    (note,) = (line for line in said.splitlines() if line.startswith("note:"))
+    assert f"{len(names)} file(s) of CLEAR" in note and all(Path(name).suffix.lower() in note for name in names)
+    assert not any((out / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rain_says_what_an_image_loses(tmp_path, capsys, workers):
+    (tmp_path / "data").mkdir()
+    whole, clear = (Image.new("RGBA", (32, 32), (9, 9, 9, alpha)) for alpha in (255, 0))
+    for i in range(10):
+        whole.save(tmp_path / "data" / f"whole{i}.png")
+    clear.save(tmp_path / "data" / "clear.png")
+    clear.convert("P").save(tmp_path / "data" / "palette.png", transparency=0)
+    for name in ("pages.tif", "moves.webp", "moves.png"):
+        whole.convert("RGB").save(tmp_path / "data" / name, save_all=True,
+                                  append_images=[Image.new("RGB", (32, 32), "red")])
+    _, said = twin_of(tmp_path / "data", capsys, WORKERS=workers)
+    several, transparent = (line for line in said.splitlines() if line.startswith("note:"))
+    assert "3 image(s)" in several and "pages.tif" in several and "moves.png" in several
+    assert "2 image(s)" in transparent and "clear.png" in transparent and "palette.png" in transparent
+
+
+@pytest.mark.parametrize("folder", [".", "train", "train/images"])
+def test_rain_is_not_taken_for_clean_images(tmp_path, capsys, folder):
+    """Neither the twin nor a folder in it, nor a folder that has one in it; by no script that has a constant for them.
+    And how hard it rains is known in all of them."""
+    (tmp_path / "all" / "data" / "train" / "images").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "all" / "data" / "train" / "images" / "a.png")
+    out, _ = twin_of(tmp_path / "all" / "data", capsys)
+    refused(lambda: twin_of(out / folder, capsys, OUT=str(tmp_path / "again")), "CLEAR", "rain.json")
+    refused(lambda: twin_of(tmp_path / "all", capsys), "CLEAR", "rain.json")
+    refused(lambda: datasets.require_no_rain(out / folder, ("CLEAN_DIR", "RAINY_DIR")), "CLEAN_DIR", "rain.json")
+    pairs = {"a": (out / "train" / "images" / "a.png", None)}
+    assert windshield_pairs.intensities(out / folder, pairs) == {"a": "light"}
+    assert not (tmp_path / "again").exists()
+
+
 # ---- pairs and splits ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", [

@@ -19,12 +19,14 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import config, datasets, processes, report
+from utils import config, datasets, losses, processes, report
 from utils.config import UserError
-from utils.datasets import presets
-from utils.evaluation import comparison
+from utils.datasets import presets, windshield_pairs
+from utils.evaluation import comparison, image_quality
 from utils.inference import video
-from utils.networks import onnx_file
+from utils.networks import derainers, onnx_file
+from utils.networks.rain_detector import new_rain_detector
+from utils.networks.unet import UNetDerainer, new_unet
 
 STAGE1 = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
           "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
@@ -71,6 +73,101 @@ def test_export_keeps_a_file_of_the_same_name_and_knows_the_opsets(tmp_path):
     assert (tmp_path / "vanilla.pt2").stat().st_size > 1000
     pytest.importorskip("onnx")
     refused(lambda: onnx_file.require_opset(99, "OPSET"), "OPSET", "99")
+
+
+@pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "val2017/_annotations.coco.json",
+                                  "val2017/000000000001.txt"])
+@pytest.mark.parametrize("before", [True, False])
+def test_rain_overwrites_no_annotations(tmp_path, name, before):
+    """before: the twin was made, then its annotations edited; else they were there first."""
+    source, out = write_coco(tmp_path / "coco", splits=("val",)), tmp_path / "rain"
+    (source / name).write_text((source / "annotations" / "instances_val2017.json").read_text())
+    settings = {"COCO": str(source), "OUT": str(out), "WORKERS": 1}
+    if before:
+        script("make_rain").main(**settings)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    refused(lambda: script("make_rain").main(**settings), "OUT", name)
+    assert (out / name).read_text() == "mine" and (out / "rain.json").exists() == before
+    (out / name).unlink()
+    script("make_rain").main(**settings)
+    script("make_rain").main(**settings)
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.fixture
+def u_net(tmp_path):
+    """-> constants that point Eval_unet_derain.py at small pairs and a network that was trained at 64."""
+    write_pairs(tmp_path, count=6)
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "real" / "a.png")
+    network = UNetDerainer("unet", width=2)
+    torch.save({"model": network.state_dict(), "model_args": network.model_args, "constants": {"IMAGE_SIZE": 64}},
+               tmp_path / "best.pt")
+    return {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "SPLITS_FILE": "",
+            "REAL_DIR": str(tmp_path / "real"), "UNET_PATH": str(tmp_path / "best.pt"), "LPIPS_WEIGHTS": "",
+            "IMAGE_SIZE": 64, "OUTPUT_DIR": str(tmp_path / "eval"), "DATALOADER_WORKERS": 0}
+
+
+@pytest.mark.parametrize("constant, value", [
+    ("REAL_DIR", "typo"), ("LABELED_RAIN_DIR", "typo"), ("RTDETR_MODEL_NAME", "./typo"), ("SPLITS_FILE", "typo.json"),
+    ("CLEAR_DIR", "typo"), ("LPIPS_WEIGHTS", "typo.pt")])
+def test_a_typo_is_found_before_pairs_are_scored_and_moves_no_results(u_net, coco, weights, monkeypatch, constant,
+                                                                      value):
+    module = script("Eval_unet_derain")
+    monkeypatch.setattr(module, "score_pairs", lambda *args: pytest.fail("minutes of work"))
+    (Path(u_net["OUTPUT_DIR"])).mkdir()
+    (Path(u_net["OUTPUT_DIR"]) / "results.json").write_text("earlier")
+    settings = u_net | {"LABELED_RAIN_DIR": str(coco / "coco_rain"), "RTDETR_MODEL_NAME": str(weights / "rtdetr"),
+                        "DETECTOR_SIZE": 96, constant: value}
+    refused(lambda: module.main(**settings), constant, value)
+    assert (Path(u_net["OUTPUT_DIR"]) / "results.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name, values", [
+    ("Eval_SPDNet_Adaptation", {"COCO_RAIN_DIR": "typo"}), ("Eval_SPDNet_Adaptation", {"PREFIXES": ("typo_",)}),
+    ("Eval_FeatureDerain", {"COCO_DIR": "typo"}), ("Eval_FeatureDerain", {"PREFIXES": ("typo_",)}),
+    ("Eval_conditional", {"COCO_RAIN_DIR": "typo"}), ("Eval_conditional", {"RAIN_SHARE": 7.0})])
+def test_a_typo_moves_no_earlier_results(name, values, coco, weights, tmp_path):
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "IMAGE_SIZE": 96,
+                "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
+                "ADAPTED_MODEL_PATH": str(weights / "spdnet.pt"), "ORIGINAL_SPDNET_PATH": "", "DATALOADER_WORKERS": 0,
+                "RAIN_DETECTOR_PATH": str(ROOT / "assets/demo/rain_detector.pt"), "NUM_WORKERS": 0,
+                "MULTISCALE_MODEL_NAME": "", "OUTPUT_DIR": str(tmp_path / "eval")}
+    known = config.constants_of(vars(script(name)))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text("earlier")
+    refused(lambda: script(name).main(**{one: value for one, value in (settings | values).items() if one in known}),
+            *values)
+    assert (tmp_path / "eval" / "results.json").read_text() == "earlier"
+
+
+def test_another_image_size_than_the_trained_one_is_noted(u_net, capsys):
+    results = script("Eval_unet_derain").main(**u_net | {"IMAGE_SIZE": 32, "REAL_DIR": ""})
+    assert "UNET_PATH was trained at IMAGE_SIZE = 64" in capsys.readouterr().out
+    assert {row["size"] for row in results["pairs"]} == {"native", "32"}
+    content = torch.load(u_net["UNET_PATH"])
+    for constants in ({"IMAGE_SIZE": 32}, {"IMAGE_SIZE": 64, "CROP_SIZES": (32,)}, None):
+        torch.save(content | {"constants": constants}, u_net["UNET_PATH"])
+        known = derainers.load_trained(u_net["UNET_PATH"]).image_size
+        assert known == (32 if constants == {"IMAGE_SIZE": 32} else None)
+    results = script("Eval_unet_derain").main(**u_net | {"IMAGE_SIZE": 32, "REAL_DIR": ""})
+    assert "was trained at" not in capsys.readouterr().out
+    assert {row["size"] for row in results["pairs"]} == {"native", "32, as trained"}
+
+
+@pytest.mark.parametrize("name", ["none.json", "."])
+def test_a_missing_splits_file_says_where_there_is_one(tmp_path, name):
+    refused(lambda: windshield_pairs.splits_of(tmp_path / name), "SPLITS_FILE", str(tmp_path), "train_unet_derain.py")
+
+
+@pytest.mark.parametrize("constant", ["LPIPS_WEIGHTS", "PERCEPTUAL_WEIGHTS", "ENCODER_WEIGHTS", "BACKBONE_WEIGHTS"])
+def test_a_missing_file_of_weights_names_its_constant(tmp_path, constant):
+    path = str(tmp_path / "none.pt")
+    calls = {"LPIPS_WEIGHTS": image_quality.load_lpips, "PERCEPTUAL_WEIGHTS": losses.PerceptualLoss,
+             "ENCODER_WEIGHTS": lambda weights: new_unet("resnet34", encoder_weights=weights),
+             "BACKBONE_WEIGHTS": new_rain_detector}
+    refused(lambda: calls[constant](path), constant, path)
 
 
 # ---- comparisons that compare nothing ----------------------------------------------------------------------------
@@ -201,9 +298,96 @@ def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypat
     ({"VARIABLES": {1: (2,)}}, ("1", "no such constant")), ({"VARIABLES": {"demo": (False,)}}, ("'demo'",)),
     ({"VARIABLES": {"LEARNING_RATE": (1e-4,)}}, ("nothing to search",)), ({"MARGIN": float("nan")}, ("MARGIN",)),
     ({"MARGIN": -5.0}, ("MARGIN",)), ({"VARIABLES": {"ARCH": ("unet", "resnet999")}}, ("ARCH", "resnet999")),
+    ({"VARIABLES": {"TARGET_PSNR": (20.0, 0.0)}}, ("TARGET_PSNR",)), ({"BASE": {"TARGET_SSIM": 0.9}}, ("TARGET_SSIM",)),
+    *(({"VARIABLES": {name: values}}, (name, "BASE")) for name, values in {
+        "VAL_PAIRS": (50, 150), "TRAIN_PAIRS": (500,), "TEST_PAIRS": (0,), "SEED": (1, 2), "SEQUENCE_SEPARATOR": ("_",),
+        "RAINY_DIR": ("./a", "./b"), "SPLITS_FILE": ("./a.json",)}.items()),
+    ({"VARIABLES": {"SEED": (1,)}}, ("SEED", "SPLITS_FILE")),
+    ({"VARIABLES": {"BASE_WIDTH": (32,)}}, ("BASE_WIDTH", "ARCH = 'resnet34'")),
+    ({"VARIABLES": {"BASE_WIDTH": (32,), "ARCH": ("unet",)}}, ("BASE_WIDTH", "ARCH = 'resnet34'")),  # too late
+    ({"BASE": {"ARCH": "unet"}, "VARIABLES": {"NAFNET_WIDTH": (32,)}}, ("NAFNET_WIDTH", "ARCH = 'unet'")),
+    ({"BASE": {"ARCH": "nafnet"}, "VARIABLES": {"DROPOUT": (0.1,)}}, ("DROPOUT", "ARCH = 'nafnet'")),
+    ({"VARIABLES": {"DECAY_AT": ((0.5,),)}}, ("DECAY_AT", "SCHEDULER")),
+    ({"BASE": {"OPTIMIZER": "sgd"}, "VARIABLES": {"BETAS": ((0.9, 0.9),)}}, ("BETAS", "OPTIMIZER")),
+    ({"BASE": {"CROP_SIZES": (64,)}, "VARIABLES": {"RANDOM_CROP": (True,)}}, ("RANDOM_CROP", "CROP_SIZES")),
 ])
 def test_a_search_that_cannot_be(values, words, tmp_path):
     refused(lambda: sweep_unet_derain.main(**values, OUTPUT_DIR=str(tmp_path)), *words)
+
+
+def test_searches_that_can_be():
+    for values in ({}, {"VARIABLES": {"SEED": (1,)}, "BASE": {"SPLITS_FILE": "./splits.json"}},
+                   {"VARIABLES": {"ARCH": ("unet",), "BASE_WIDTH": (32,)}},
+                   {"VARIABLES": {"SCHEDULER": ("step",), "DECAY_AT": ((0.5,),)}}, {"demo": True}):
+        sweep_unet_derain.check(config.resolve(vars(sweep_unet_derain), values))
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """-> (call(**settings) of a sweep whose trainings take no time, the settings that were trained, its folder)."""
+    write_pairs(tmp_path)
+    begun = []
+
+    def pretend(**settings):
+        begun.append(settings)
+        folder = Path(settings["CHECKPOINT_DIR"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.pt").write_text(str(len(begun)))
+        record = {"val/psnr": 20.0 - len(begun), "val/ssim": 0.5, "val/loss": 0.1, "images_per_s": 1.0}
+        return {"stopped": "", "history": [record], "best_epoch": 1, "rainy_input": {"val/psnr": 20.0}}
+    monkeypatch.setattr(train_unet_derain, "main", pretend)
+    pairs = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy")}
+
+    def call(variables, base=None, **settings):
+        return sweep_unet_derain.main(BASE=pairs | (base or {}), VARIABLES=variables, SWEEP_EPOCHS=1,
+                                      OUTPUT_DIR=str(tmp_path / "sweep"), **settings)
+    return call, begun, tmp_path / "sweep"
+
+
+@pytest.mark.parametrize("change", ["variables", "base", "margin", "pairs", "another's file"])
+def test_another_search_in_the_same_folder_replaces_nothing(searched, change):
+    call, begun, folder = searched
+    first = call({"DROPOUT": (0.0,)})
+    assert call({"DROPOUT": (0.0,)}) == first and len(begun) == 2 and not (folder / "previous_1").exists()
+    before = {name: (folder / name).read_bytes() for name in ("sweep.json", "sweep.png", "baseline/trial.json")}
+    if change == "variables":  # the baseline is the same, so it is not trained again
+        call({"FLIP": (0.0,)})
+    elif change == "base":
+        call({"DROPOUT": (0.0,)}, {"FLIP": 0.0})
+    elif change == "margin":
+        call({"DROPOUT": (0.0,)}, MARGIN=0.1)
+    elif change == "pairs":
+        for name in ("clear", "rainy"):
+            Image.new("RGB", (48, 48)).save(folder.parent / name / "one_more.png")
+        call({"DROPOUT": (0.0,)})
+    else:
+        (folder / "sweep.json").write_text("[7]")
+        before["sweep.json"] = b"[7]"
+        call({"DROPOUT": (0.0,)})
+    assert len(begun) == {"variables": 3, "base": 4, "margin": 2, "pairs": 4, "another's file": 2}[change]
+    for name in ("sweep.json", "sweep.png"):
+        assert (folder / "previous_1" / name).read_bytes() == before[name] and (folder / name).is_file()
+    retrained = change in ("base", "pairs")
+    kept = folder / "baseline" / ("previous_1" if retrained else "")
+    assert (kept / "trial.json").read_bytes() == before["baseline/trial.json"]
+    assert (kept / "run" / "best.pt").read_text() == "1"
+
+
+def test_a_variable_without_effect_in_its_turn_is_left_out(searched, capsys):
+    call, begun, _ = searched
+    rows = call({"ARCH": ("unet",), "BASE_WIDTH": (32,)})["trials"]  # resnet34 is kept: every further trial is worse
+    assert [row["variable"] for row in rows] == ["baseline", "ARCH"] and len(begun) == 2
+    assert "note: BASE_WIDTH is left out" in capsys.readouterr().out
+
+
+def test_what_was_asked_for_and_does_nothing_is_noted(tmp_path, capsys):
+    """Not what merely stands at the top of the script."""
+    with pytest.raises(UserError, match="RAINY_DIR"):
+        train_unet_derain.main(ARCH="unet", NAFNET_WIDTH=24, BASE_WIDTH=2, ENCODER_WEIGHTS="imagenet", REAL_DIR="",
+                               PERCEPTUAL_WEIGHT=0.0, DECAY_AT=(0.5,), RAINY_DIR=str(tmp_path / "none"),
+                               CLEAR_DIR=str(tmp_path))
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert [line.split()[1] for line in notes] == ["NAFNET_WIDTH", "DECAY_AT"]
 
 
 def test_a_search_ends_in_a_command_that_trains_what_was_searched():

@@ -246,7 +246,8 @@ def test_rain_falls_down_in_photographs_that_are_stored_turned(tmp_path, number)
         for folder in (name, f"{name}_rain"):
             (tmp_path / folder).mkdir()
         picture.save(tmp_path / name / "a.png", **options)
-        assert make_rain.rain_one((tmp_path / name / "a.png", tmp_path / f"{name}_rain" / "a.png", 0, "heavy")) is None
+        done = make_rain.rain_one((tmp_path / name / "a.png", tmp_path / f"{name}_rain" / "a.png", 0, "heavy"))
+        assert done == make_rain.Done()
     assert Image.open(tmp_path / "turned_rain" / "a.png").size == Image.open(tmp_path / "turned" / "a.png").size
     upright, turned = (read_image(tmp_path / f"{name}_rain" / "a.png") for name in ("upright", "turned"))
     assert np.array_equal(upright, turned) and not np.array_equal(upright, read_image(tmp_path / "upright" / "a.png"))

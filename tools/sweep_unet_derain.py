@@ -8,10 +8,15 @@ from its defaults.
     python -m tools.sweep_unet_derain --demo
     python -m tools.sweep_unet_derain --VARIABLES "{'LEARNING_RATE': (5e-05, 0.001), 'DROPOUT': (0.0, 0.3)}"
 
+A variable without effect in its turn (BASE_WIDTH, when an encoder is the ARCH that was kept) is left out with a note.
+Every trial is validated on the same pairs: what decides on them is no variable.
+
 Writes OUTPUT_DIR/sweep.json (every trial), sweep.png and a folder per trial. A stopped sweep goes on where it was:
-finished trials are read, the one that was cut off is resumed.
+finished trials are read, the one that was cut off is resumed. Results of another sweep that are in the way are moved
+into previous_<n>.
 """
 
+import itertools
 import json
 import string
 from pathlib import Path
@@ -42,6 +47,10 @@ DEMO = {
     "BASE": {"TRAIN_PAIRS": 300, "VAL_PAIRS": 60, "TEST_PAIRS": 0, "BASE_WIDTH": 8},
     "OUTPUT_DIR": "./demo/outputs_unet_sweep",
 }
+_FIXED = ("CHECKPOINT_DIR", "EPOCHS", "RESUME", "TARGET_PSNR", "TARGET_SSIM")  # no trial stops before the others
+_OF_THE_SPLIT = ("CLEAR_DIR", "RAINY_DIR", "SPLITS_FILE", "TRAIN_PAIRS", "VAL_PAIRS", "TEST_PAIRS",
+                 "SEQUENCE_SEPARATOR", "SEED")
+_FILES = ("sweep.json", "sweep.png")
 _PLAIN = set(string.ascii_letters + string.digits + "._/-")  # what needs no quotes in any shell
 
 
@@ -50,9 +59,15 @@ def check(cfg):
     not_negative("MARGIN", cfg.MARGIN)
     if cfg.SWEEP_EPOCHS < 1:
         raise config.UserError(f"SWEEP_EPOCHS = {cfg.SWEEP_EPOCHS}: choose 1 or more")
-    fixed = {"CHECKPOINT_DIR", "EPOCHS", "RESUME"} & (set(cfg.VARIABLES) | set(cfg.BASE))
+    fixed = set(_FIXED) & (set(cfg.VARIABLES) | set(cfg.BASE))
     if fixed:
         raise config.UserError(f"VARIABLES and BASE cannot hold {', '.join(sorted(fixed))}: the sweep sets them")
+    moving = [name for name in _OF_THE_SPLIT if name in cfg.VARIABLES
+              and not (name == "SEED" and cfg.BASE.get("SPLITS_FILE"))]
+    if moving:
+        raise config.UserError(f"VARIABLES cannot hold {', '.join(moving)}: each value would be validated on other "
+                               "pairs. Put it into BASE" + (", or name a SPLITS_FILE there, which fixes the pairs"
+                                                            if moving == ["SEED"] else ""))
     if not any(cfg.VARIABLES.values()):
         raise config.UserError("VARIABLES is empty: there is nothing to search")
     known = config.constants_of(vars(train_unet_derain))
@@ -64,6 +79,10 @@ def check(cfg):
             raise config.UserError(f"VARIABLES['{name}'] = {values!r}: give a tuple of values, such as ({values!r},)")
         for value in values:
             train_settings(cfg, {name: value})
+        reasons = [idle(cfg, changes).get(name) for changes in states_before(cfg, name)]
+        if all(reasons):
+            raise config.UserError(f"VARIABLES holds {name}, which has no effect with {reasons[0]}: put another value "
+                                   "of that into BASE or before it into VARIABLES, or leave it out")
     before = defaults_of(cfg)
     if all(value == before[name] for name, values in cfg.VARIABLES.items() for value in values):
         raise config.UserError("VARIABLES holds only the values that training has anyway: there is nothing to search")
@@ -72,6 +91,20 @@ def check(cfg):
 def defaults_of(cfg):
     """-> {constant: value} of the baseline."""
     return vars(config.resolve(vars(train_unet_derain), {"demo": cfg.demo} | cfg.BASE))
+
+
+def idle(cfg, changes):
+    """-> {constant: reason} of those that have no effect where `changes` were kept."""
+    return train_unet_derain.without_effect(config.Config(**defaults_of(cfg) | changes))
+
+
+def states_before(cfg, name):
+    """-> the changes that may have been kept when it is a variable's turn: those of variables before it on which the
+    effect of others depends."""
+    earlier = {one: cfg.VARIABLES[one] for one in itertools.takewhile(lambda one: one != name, cfg.VARIABLES)
+               if one in ("ARCH", "PERCEPTUAL_WEIGHT", "SCHEDULER", "OPTIMIZER", "CROP_SIZES")}
+    for values in itertools.product(*((None, *values) for values in earlier.values())):
+        yield {one: value for one, value in zip(earlier, values, strict=True) if value is not None}
 
 
 def data_of(cfg):
@@ -100,7 +133,8 @@ def folder_of(cfg, changes):
 def run_trial(cfg, changes):
     """-> {"changes", "gain", "val/psnr", "val/ssim", "val/loss", "best_epoch", "images_per_s"} of one training.
 
-    A finished trial is read from its folder if it ran with the same settings; anything else there is resumed.
+    A finished trial is read from its folder if it ran with the same settings, one that was cut off is resumed, and
+    what ran with other settings is moved aside.
     """
     folder = folder_of(cfg, changes)
     wanted = json.loads(json.dumps({"settings": train_settings(cfg, changes), "epochs": cfg.SWEEP_EPOCHS,
@@ -109,7 +143,8 @@ def run_trial(cfg, changes):
     if done and done["wanted"] == wanted:
         return done["result"]
     begun = read_json(folder / "wanted.json")
-    folder.mkdir(parents=True, exist_ok=True)
+    if begun != wanted:
+        report.output_folder(folder, ("wanted.json", "trial.json", "run"))
     report.write_json(folder / "wanted.json", wanted)
     trained = train_unet_derain.main(**train_settings(cfg, changes), EPOCHS=cfg.SWEEP_EPOCHS,
                                      CHECKPOINT_DIR=str(folder / "run"), RESUME=begun == wanted)
@@ -139,6 +174,9 @@ def search(cfg):
     defaults = defaults_of(cfg)
     for name, values in cfg.VARIABLES.items():
         before, winner = dict(kept), None
+        if reason := idle(cfg, kept).get(name):
+            processes.say(f"note: {name} is left out: it has no effect with {reason}")
+            continue
         for value in values:
             if value == before.get(name, defaults[name]):
                 continue
@@ -153,9 +191,27 @@ def search(cfg):
     return rows, kept
 
 
+def identity(cfg):
+    """-> what a sweep is besides its constants."""
+    return {"demo": cfg.demo, "pairs": data_of(cfg)}
+
+
+def keep_other_sweep(cfg):
+    """Move the results of a sweep with other constants or on other pairs aside; those of this one are written anew."""
+    found, constants = read_json(Path(cfg.OUTPUT_DIR) / "sweep.json"), json.loads(json.dumps(cfg.as_dict()))
+    try:
+        same = (found["constants"] | {"OUTPUT_DIR": constants["OUTPUT_DIR"]} == constants
+                and found["results"].items() >= identity(cfg).items())
+    except (TypeError, LookupError, AttributeError):  # none, or something else
+        same = False
+    if not same:
+        report.output_folder(cfg.OUTPUT_DIR, _FILES)
+
+
 def write(cfg, rows, kept):
     """sweep.json and sweep.png with what is known so far."""
-    report.write_results(Path(cfg.OUTPUT_DIR) / "sweep.json", cfg.as_dict(), {"trials": rows, "kept": kept})
+    report.write_results(Path(cfg.OUTPUT_DIR) / "sweep.json", cfg.as_dict(),
+                         {"trials": rows, "kept": kept} | identity(cfg))
     visualize.bars({f"{row['variable']} {row['value']}".strip(): row["gain"] for row in rows},
                    Path(cfg.OUTPUT_DIR) / "sweep.png", "gain in PSNR on the validation pairs, dB")
 
@@ -174,6 +230,7 @@ def main(**overrides):
         ensure_windshield_demo()
     check(cfg)
     checkpoint.require_writable(cfg.OUTPUT_DIR)
+    keep_other_sweep(cfg)
     rows, kept = search(cfg)
     columns = {"variable": "variable", "value": "value", "gain": "gain (dB)", "val/psnr": "PSNR", "val/ssim": "SSIM",
                "best_epoch": "best epoch", "images_per_s": "images/s", "kept": "kept"}

@@ -135,9 +135,7 @@ def torchvision_state(weights, published, constant, alternative):
         UserError: not reachable; CheckpointError: not a readable file.
     """
     if weights != "imagenet":
-        if problem := system.absent(weights):
-            raise UserError(f"{constant} = '{weights}' {problem}: choose \"imagenet\" or a file of torchvision's, or "
-                            f"set {constant} {alternative}")
+        require_weights(weights, constant)
         return load_state(weights)
     try:
         return published.get_state_dict(progress=False, check_hash=True)
@@ -146,6 +144,12 @@ def torchvision_state(weights, published, constant, alternative):
         network = type(published).__name__.removesuffix("_Weights")
         raise UserError(f"{constant} = 'imagenet': torchvision cannot download {network} ({reason}). Download "
                         f"{published.url} yourself and set {constant} to the file, or {alternative}.") from error
+
+
+def require_weights(weights, constant):
+    """CheckpointError, which names `constant`, where its local file of torchvision's weights is not there."""
+    if problem := system.absent(weights):
+        raise CheckpointError(f"{constant} = '{weights}' {problem}: give \"imagenet\" or a local file of torchvision's")
 
 
 def _is_state(content):

@@ -101,8 +101,8 @@ def is_image(path):
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def images_in(folder, below=True, links=False):
-    """-> sorted paths of the images in a folder; hidden files and folders (".name") are left out.
+def files_in(folder, below=True, links=False):
+    """-> sorted paths of the files in a folder; hidden files and folders (".name") are left out.
 
     Args:
         below: also those in its folders, and so on; links: also in folders that are symbolic links.
@@ -110,8 +110,13 @@ def images_in(folder, below=True, links=False):
     found = []
     for parent, folders, names in os.walk(folder, followlinks=links):
         folders[:] = [name for name in folders if below and not name.startswith(".")]
-        found += [Path(parent) / name for name in names if is_image(name) and not name.startswith(".")]
+        found += [Path(parent) / name for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def images_in(folder, below=True, links=False):
+    """-> sorted paths of the images in a folder, see `files_in`."""
+    return [path for path in files_in(folder, below, links) if is_image(path)]
 
 
 def listed(items, most=5, separator=", ", total=None):

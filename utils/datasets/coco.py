@@ -21,6 +21,7 @@ from utils.datasets.annotations import (
     usable_boxes,
 )
 from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
+from utils.weather.twin import twin_above
 
 
 class CocoDetectionDataset(torch.utils.data.Dataset):
@@ -157,12 +158,13 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
 
 
 def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=("clean", "rainy"), percent=100, seed=0,
-                           unknown="error"):
+                           unknown="error", train=None):
     """The validation images of both roots, each to be scored by itself; what is odd about them is said.
 
     Args:
         coco_dir, rain_dir: COCO-layout roots (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
         domains: the wanted ones, in the order of the answer; percent, seed, unknown: see CocoDetectionDataset.
+        train: the data set of the training, if any: images that are in both are said.
     Returns:
         {"clean", "rainy": CocoDetectionDataset}.
     """
@@ -174,7 +176,18 @@ def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=(
                                              percent=percent, seed=seed, unknown=unknown)
     for data in found.values():
         say_notes(data)
+        if both := _in_both(data, train):
+            processes.say(f"note: {both} of {len(data)} validation images of {data.folder.as_posix()} are trained on as "
+                          "well (same name and size of the file): their scores say little")
     return found
+
+
+def _in_both(val, train):
+    """-> how many of the validation images have the name and the number of bytes of a training image."""
+    def files(data):
+        return {(Path(name).name, (data.folder / name).stat().st_size) for name in data.files}
+    parts = [] if train is None else getattr(train, "parts", [train])
+    return len(files(val) & set().union(*map(files, parts)))
 
 
 def say_notes(data):
@@ -196,13 +209,13 @@ def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR"
 
 
 def require_no_rain(clean, constants):
-    """UserError where a folder that should hold clean images, or the one above, holds make_rain.py's rain.json.
+    """UserError where a folder that should hold clean images is a twin that make_rain.py wrote, or lies in one.
 
     constants: the names of the one with the clean and of the one with the rainy images.
     """
     clean = Path(str(clean))
-    if any((folder / "rain.json").is_file() for folder in (clean, clean.resolve().parent)):
-        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote (rain.json), not "
-                        f"clean images: are {constants[0]} and {constants[1]} swapped?")
+    if record := twin_above(clean):
+        raise UserError(f"{constants[0]} = '{clean.as_posix()}' holds rain that make_rain.py wrote "
+                        f"({record.as_posix()}), not clean images: are {constants[0]} and {constants[1]} swapped?")
 
 

@@ -22,6 +22,7 @@ from utils.datasets import image_check, image_pairs
 from utils.datasets.coco import require_clean_and_rainy
 from utils.datasets.samples import digest, epoch_and_index, images_by_name
 from utils.weather import rain, windshield
+from utils.weather.twin import twin_above
 
 PARTS = ("train", "val", "test")
 _ADVICE = ("Rainy partners of clear images come from python make_rain.py --kind windshield --clear ./data/clear --out "
@@ -186,6 +187,9 @@ def split_names(names, counts, seed=0, separator=""):
 
 def splits_of(path):
     """-> {"train", "val", "test": entries as they stand} of a splits.json; UserError, which names SPLITS_FILE."""
+    if problem := system.absent(path):
+        raise UserError(f"SPLITS_FILE = '{path}' {problem}: train_unet_derain.py writes splits.json into its "
+                        "CHECKPOINT_DIR, give the path of that or of your own, or SPLITS_FILE = \"\" for none")
     try:
         content = system.read_json(path)
     except (OSError, ValueError) as error:
@@ -229,12 +233,16 @@ def read_splits(path, names):
 # ---- what is known of the rain -----------------------------------------------------------------------------------
 
 def intensities(rainy_dir, pairs):
-    """-> {name: "light", "medium" or "heavy"} of a folder that make_rain.py --kind windshield wrote, else {}.
+    """-> {name: "light", "medium" or "heavy"} of a folder that make_rain.py --kind windshield wrote, or of one in it,
+    else {}.
 
     The rain of a file is a function of the seed and of its name, so its intensity can be drawn again.
     """
+    record = twin_above(rainy_dir)
+    if record is None:
+        return {}
     try:
-        settings = system.read_json(Path(rainy_dir) / "rain.json")
+        settings = system.read_json(record)
         if settings["kind"] != "windshield" or settings["version"] != windshield.VERSION:
             return {}
         seed, intensity = settings["seed"], settings["intensity"]

@@ -197,7 +197,8 @@ def _is_own(content):
 
 def load_trained(path, device="cpu", constant="UNET_PATH", content=None):
     """-> the network of a best.pt, last.pt or epoch_*.pt of train_unet_derain.py, in eval mode: UNetDerainer or
-    Derainer. content: of the file, where it is there already.
+    Derainer, with `image_size`: side of the squares that it was trained on, None where the file does not say or it saw
+    crops at the images' own scale. content: of the file, where it is there already.
 
     Raises:
         UserError: the file is missing or holds something else; names `constant`.
@@ -208,7 +209,13 @@ def load_trained(path, device="cpu", constant="UNET_PATH", content=None):
         model = UNetDerainer(arch, **settings)
         model.source = _OURS
         return model
-    return checkpoint.load_network(path, build, ("arch",), constant, OWN, device, content)
+    if content is None and not system.absent(path):
+        content = checkpoint.load(path)
+    model = checkpoint.load_network(path, build, ("arch",), constant, OWN, device, content)
+    constants = content.get("constants")
+    constants = constants if isinstance(constants, dict) else {}
+    model.image_size = None if constants.get("CROP_SIZES") else constants.get("IMAGE_SIZE")
+    return model
 
 
 def _other_kinds(name, state):

@@ -157,6 +157,7 @@ def new_unet(arch="resnet34", width=64, dropout=0.0, residual=True, encoder_weig
                 f"ENCODER_WEIGHTS to a local file with torchvision's weights of {arch}, or to \"\" for random ones."
             ) from error
     else:
+        checkpoint.require_weights(encoder_weights, "ENCODER_WEIGHTS")
         state = checkpoint.load_state(encoder_weights)
         state = {name: value for name, value in state.items() if not name.startswith(("fc.", "classifier."))}
         # files from before BatchNorm counted its batches

@@ -1,0 +1,81 @@
+"""A data set and its rainy twin on the disk: what is an image, what an annotation that the twin needs as well, and
+which folders are a twin.
+
+    COCO      annotations/*.json             Roboflow  _annotations.coco.json beside the images of a split
+    YOLO      labels/NAME.txt for images/NAME.jpg, in any folders below; or NAME.txt beside NAME.jpg
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from utils import system
+
+RECORD = "rain.json"  # what make_rain.py writes into a twin: source, seed, intensity, version
+ANNOTATIONS = "annotations"  # COCO's folder; images in it are masks, not scenes
+_COCO_KEYS = {"images", "annotations", "categories"}
+
+
+class Files(NamedTuple):
+    """What lies below a folder, sorted paths relative to it; hidden files and folders count as not there."""
+
+    images: list
+    annotations: list  # of the layouts above
+    others: list
+
+
+def twin_above(folder):
+    """-> Path of the rain.json of the twin that a folder is, or that it lies in; None where there is none."""
+    folder = Path(str(folder)).resolve()
+    return next((one / RECORD for one in (folder, *folder.parents) if (one / RECORD).is_file()), None)
+
+
+def files_of(folder):
+    """-> Files below a folder; links are followed."""
+    found = [path.relative_to(folder) for path in system.files_in(folder, links=True)]
+    images = [path for path in found if system.is_image(path) and path.parts[0] != ANNOTATIONS]
+    known = {"texts": {text for path in images for text in _yolo_texts(path)},
+             "stems": {path.with_suffix("") for path in images}, "folders": {path.parent for path in images}}
+    annotations = [path for path in found if _is_annotation(Path(folder), path, **known)]
+    taken = {*images, *annotations}
+    return Files(images, annotations, [path for path in found if path not in taken])
+
+
+def _yolo_texts(image):
+    """-> where the labels of an image may be: beside it, or with "labels" for the last "images" of its path."""
+    beside = image.with_suffix(".txt")
+    at = max((i for i, part in enumerate(beside.parts[:-1]) if part == "images"), default=None)
+    return [beside] if at is None else [beside, Path(*beside.parts[:at], "labels", *beside.parts[at + 1:])]
+
+
+def _is_annotation(folder, path, texts, stems, folders):
+    """-> whether a path below a folder is one; stems: of the images, folders: those that hold some."""
+    if path.suffix.lower() != ".json":
+        return path in texts
+    if path.parts[:-1] == (ANNOTATIONS,):
+        return True
+    if path.parent not in folders or path.with_suffix("") in stems:  # a file per image (LabelMe) holds its pixels
+        return False
+    try:
+        content = system.read_json(folder / path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= _COCO_KEYS
+
+
+def listed_images(folder, annotations):
+    """-> paths relative to a folder, as text, of the images that COCO's annotation files in it list.
+
+    instances_<split>.json in annotations/ lists the images of <split>/, a file in another place those beside it.
+    Annotations of other kinds, and of splits that are not there, list none.
+    """
+    names = []
+    for path in annotations:
+        split = Path(path.stem.split("_", 1)[-1]) if path.parts[0] == ANNOTATIONS else path.parent
+        if path.suffix.lower() != ".json" or not (Path(folder) / split).is_dir():
+            continue
+        try:
+            found = [(split / image["file_name"]).as_posix() for image in system.read_json(folder / path)["images"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        names += found
+    return names

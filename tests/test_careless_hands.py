@@ -317,6 +317,15 @@ def test_a_file_name_under_several_ids_is_noted(annotated):
     assert any("1 file name(s) stand under several image ids" in note for note in opened().notes)
 
 
+def test_objects_that_stand_twice_or_have_no_area_are_noted(annotated):
+    path, opened = annotated
+    assert not any("twice" in note or "area 0" in note for note in opened().notes)
+    edited(path, lambda content: content["annotations"].extend(
+        note | {"id": 900 + i, "area": 0} for i, note in enumerate(content["annotations"][:2])))
+    notes = " ".join(opened().notes)
+    assert "2 object(s) stand there twice" in notes and "2 object(s) have the area 0" in notes
+
+
 def test_boxes_that_are_left_out_are_not_missed(annotated):
     """Perfect detections of what is left score 1.0."""
     path, opened = annotated
@@ -463,12 +472,13 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def fit(folder, evaluate=None, loss=lambda model, batch: {"loss": model(batch["images"].mean((2, 3))).square().mean()},
-        epochs=2, on_best=None, **settings):
+        epochs=2, on_best=None, own_files=(), **settings):
     model = torch.nn.Linear(3, 1)
     plan = Plan(epochs=epochs, learning_rates={"LR": 1e-3}, loss_weights={"loss": 1.0}, **settings)
     loader = datasets.loaders.training_loader(Numbers(), 2, 0, 0)
     return engine.fit(model, loader, loss, plan, output_dir=folder, evaluate=evaluate, score="m" if evaluate else None,
-                      on_best=on_best, parameters=[{"params": list(model.parameters()), "lr": 1e-3}])
+                      on_best=on_best, own_files=own_files,
+                      parameters=[{"params": list(model.parameters()), "lr": 1e-3}])
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path):

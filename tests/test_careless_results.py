@@ -1,6 +1,7 @@
 """Careless hands on what is there already: results of an earlier evaluation, files in the way, runs to go on with."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import write_coco
 from PIL import Image
-from test_careless_hands import ROOT, edited, refused, script
+from test_careless_hands import ROOT, edited, fit, refused, script
 from test_rfdetr_data import write_dataset
 from test_unet import write_pairs
 
@@ -290,6 +291,107 @@ def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypat
     capsys.readouterr()
     train_unet_derain.main(**settings | {"RESUME": True, "TRAIN_PAIRS": 5, "EPOCHS": 2})
     assert "split as" in capsys.readouterr().out
+
+
+# ---- trainings ---------------------------------------------------------------------------------------------------
+
+def test_products_of_another_script_move_with_their_run(tmp_path, capsys):
+    """A folder that two scripts are given: nothing of the one's stays beside the other's."""
+    (tmp_path / "notes.txt").write_text("mine")
+    for names in (("first.pt", "pipeline"), ("second.pt",)):
+        fit(tmp_path, own_files=names)
+        (tmp_path / names[0]).write_text("weights")
+    earlier = tmp_path / "previous_1"
+    assert (earlier / "first.pt").is_file() and (earlier / "last.pt").is_file() and not (tmp_path / "first.pt").exists()
+    assert (tmp_path / "second.pt").is_file() and (tmp_path / "notes.txt").read_text() == "mine"
+    content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    for files in ([7], "notes.txt", ["../outside.txt"], None):  # a file that somebody edited
+        (tmp_path / "metrics.json").write_text(json.dumps(content | {"files": files}), encoding="utf-8")
+        fit(tmp_path)
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_folder_that_cannot_be_is_found_before_the_first_validation(coco, weights, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    fit(tmp_path / "other", evaluate=lambda model: {"m": 1.0})
+    for name, changes in {
+        "Training_SPDNet": {"RAINY_DIR": str(coco / "coco_rain/train2017"), "CLEAN_DIR": str(coco / "coco/train2017"),
+                            "VAL_RAINY_DIR": str(coco / "coco_rain/val2017"),
+                            "VAL_CLEAN_DIR": str(coco / "coco/val2017"), "PATCH_SIZE": 32, "SPDNET_N_FEATS": 8,
+                            "SPDNET_N_RESBLOCKS": 1},
+        "Training_Conditional": {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"),
+                                 "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "IMAGE_SIZE": 96,
+                                 "SPDNET_MODEL_PATH": str(weights / "spdnet.pt")}}.items():
+        module = script(name)
+        monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("validated first"))
+        refused(lambda m=module, c=changes: m.main(**c, OUTPUT_DIR=str(tmp_path / "file")), "file")
+        refused(lambda m=module, c=changes: m.main(**c, OUTPUT_DIR=str(tmp_path / "other"), RESUME=True),
+                "last.pt", "scored by m")
+
+
+def test_phase_1_is_not_trained_on_below_a_phase_2(feature_base):
+    module = script("Training_FeatureDerain")
+    settings = feature_base | {"PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 1}
+    module.main(**settings)
+    refused(lambda: module.main(**settings | {"PHASE1_EPOCHS": 2, "RESUME": True}), "PHASE1_EPOCHS", "phase2")
+    module.main(**settings | {"PHASE2_EPOCHS": 2, "RESUME": True})
+
+
+def test_images_that_are_trained_on_and_scored_are_noted(coco, small_detector, tmp_path, capsys):
+    root = coco / "coco"
+    names = small_detector.config.id2label
+    train = datasets.CocoDetectionDataset(root, "train", names, presets.evaluation(64), constant="COCO_DIR",
+                                          domain="clean")
+    for copied in (False, True):
+        if copied:
+            for path in (root / "train2017").iterdir():
+                shutil.copyfile(path, root / "val2017" / path.name)
+            shutil.copyfile(root / "annotations/instances_train2017.json",
+                            root / "annotations/instances_val2017.json")
+        datasets.clean_rainy_validation(str(root), "", names, presets.evaluation(64), domains=("clean",), train=train)
+        assert ("trained on as well" in capsys.readouterr().out) == copied
+
+
+def test_the_rain_detectors_folders(tmp_path, capsys):
+    module = script("Training_RainDetector")
+    write_coco(tmp_path / "clean")
+    write_coco(tmp_path / "rain", brightness=160)
+    clean, rainy = (str(tmp_path / name / "train2017") for name in ("clean", "rain"))
+    settings = {"CLEAN_DIRS": (clean,), "RAINY_DIRS": (rainy,), "BACKBONE_WEIGHTS": "", "PERCENT_DATASET": 100,
+                "VALIDATION_SHARE": 0.4, "OUTPUT_DIR": str(tmp_path / "out")}
+    for changes, words in (({"OUTPUT_DIR": f"{clean}/out"}, ("OUTPUT_DIR", "CLEAN_DIRS")),
+                           ({"VALIDATION_SHARE": 1e-9}, ("VALIDATION_SHARE",)),
+                           ({"BACKBONE_WEIGHTS": "imagenett"}, ("BACKBONE_WEIGHTS", "imagenet"))):
+        refused(lambda c=changes: module.main(**settings | c), *words)
+    cfg = config.resolve(vars(module), settings | {"TEST_CLEAN_DIRS": (clean,), "TEST_RAINY_DIRS": (rainy,)})
+    module.build_data(cfg)
+    text = capsys.readouterr().out
+    assert "of TEST_CLEAN_DIRS are trained on" in text and "of TEST_RAINY_DIRS are trained on" in text
+    (tmp_path / "link").symlink_to(clean, target_is_directory=True)
+    refused(lambda: module.build_data(config.resolve(vars(module), settings | {
+        "RAINY_DIRS": (str(tmp_path / "link"),)})), "CLEAN_DIRS", "RAINY_DIRS")
+
+
+def test_what_decides_nothing_in_a_training_of_spdnet_is_said(coco, weights, tmp_path, capsys):
+    module = script("Training_SPDNet")
+    settings = {"RAINY_DIR": str(coco / "coco_rain/train2017"), "CLEAN_DIR": str(coco / "coco/train2017"),
+                "VAL_RAINY_DIR": str(coco / "coco_rain/val2017"), "VAL_CLEAN_DIR": str(coco / "coco/val2017"),
+                "PATCH_SIZE": 500, "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"), "SPDNET_N_FEATS": 32}
+    cfg = config.resolve(vars(module), settings)
+    module.build_model(cfg, "cpu")
+    module.build_loaders(cfg)
+    text = capsys.readouterr().out
+    assert "SPDNET_N_FEATS" in text and "PATCH_SIZE = 500" in text
+    refused(lambda: module.build_model(config.resolve(vars(module), settings | {"INITIALISATION": "idd"}), "cpu"),
+            "INITIALISATION", "idd")
+
+
+def test_a_twin_that_is_missing_is_named_once_and_with_its_constant(coco):
+    (coco / "coco" / "train2017" / "000000000001.jpg").unlink()
+    line = refused(lambda: datasets.CocoDetectionDataset(
+        coco / "coco_rain", "train", {0: "cat", 1: "dog"}, presets.evaluation(64), constant="COCO_RAIN_DIR",
+        domain="rainy", twin_root=coco / "coco", twin_constant="COCO_DIR", unknown="ignore"), "COCO_DIR", "missing")
+    assert line.count("000000000001.jpg") == 1 and "1 bad image(s)" in line
 
 
 # ---- the sweep ---------------------------------------------------------------------------------------------------

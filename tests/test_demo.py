@@ -160,17 +160,30 @@ def test_other_settings_draw_anew_and_leave_other_files(drawn, tmp_path):
     assert visible(root) == ["coco", "coco_rain", "demo.json", "mine.txt"]
 
 
-@pytest.mark.parametrize("missing", ["demo.json", "coco_rain", "coco/annotations/instances_val2017.json"])
+@pytest.mark.parametrize("missing", ["", "coco_rain", "coco/annotations/instances_val2017.json"])
 def test_what_is_not_complete_is_drawn_again(drawn, tmp_path, missing):
     root = copy_of(drawn, tmp_path)
     (root / "coco/train2017/000000000003.jpg").unlink()
-    shutil.rmtree(root / missing) if (root / missing).is_dir() else (root / missing).unlink()
+    if not missing:  # killed between two renames
+        (root / "demo.json").write_text('{"unfinished": true}')
+    else:
+        shutil.rmtree(root / missing) if (root / missing).is_dir() else (root / missing).unlink()
     (root / ".building-dead").mkdir()
     demo.ensure_demo(root, **SMALL)
     assert set(fingerprint(root)) == set(fingerprint(drawn))
     path = "coco_rain/train2017/000000000003.jpg"
     assert (root / path).read_bytes() == (drawn / path).read_bytes()
     assert not (root / ".building-dead").exists()
+
+
+def test_a_copy_without_its_marker_is_somebodys_own(drawn, tmp_path):
+    root = copy_of(drawn, tmp_path)
+    (root / "demo.json").unlink()
+    (root / "coco/train2017/000000000003.jpg").unlink()
+    before = fingerprint(root)
+    with pytest.raises(UserError, match="demo.json"):
+        demo.ensure_demo(root, **SMALL)
+    assert fingerprint(root) == before
 
 
 def test_a_crash_leaves_no_data_set(tmp_path, monkeypatch):

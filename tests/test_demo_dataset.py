@@ -1,6 +1,7 @@
 """The demo scenes in Roboflow's layout: what is in it, made once, never over someone else's data."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from rfdetr.datasets import roboflow
 from tools import make_demo_dataset as tool
 from utils.config import UserError
 from utils.demo import roboflow as demo_roboflow
-from utils.demo.coco import MAKER
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_the_demo_data_set_is_made_once_and_again_after_a_kill(demo_root):
     before = (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns
     demo_roboflow.ensure_dataset(root, source, **numbers)
     assert (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns == before
-    (root / demo_roboflow.MARKER).unlink()  # as a kill between two renames leaves it
+    (root / demo_roboflow.MARKER).write_text('{"unfinished": true}')  # as a kill between two renames leaves it
     next((root / "valid").glob("*.jpg")).unlink()
     (root / ".building-leftover").mkdir()
     demo_roboflow.ensure_dataset(root, source, **numbers)
@@ -55,11 +55,14 @@ def test_the_demo_data_set_is_made_once_and_again_after_a_kill(demo_root):
 
 def test_the_demo_never_replaces_a_data_set_of_ones_own(tmp_path, demo_root):
     write_dataset(tmp_path / "mine")
-    before = (tmp_path / "mine" / "train" / roboflow.ANNOTATIONS).read_bytes()
-    with pytest.raises(UserError, match="mine/train is not demo data"):
-        demo_roboflow.ensure_dataset(tmp_path / "mine", demo_root[1], num_train=6, num_valid=3, num_test=2)
-    assert (tmp_path / "mine" / "train" / roboflow.ANNOTATIONS).read_bytes() == before
-    assert MAKER not in before.decode()
+    for split in demo_roboflow.SPLITS:  # a copy of the demo's that somebody cuts down and edits
+        shutil.copytree(demo_root[0] / split, tmp_path / "edited" / split)
+    next((tmp_path / "edited" / "train").glob("*.jpg")).unlink()
+    for name in ("mine", "edited"):
+        before = {path: path.read_bytes() for path in sorted((tmp_path / name).rglob("*")) if path.is_file()}
+        with pytest.raises(UserError, match=f"{name}/train has no demo_dataset.json"):
+            demo_roboflow.ensure_dataset(tmp_path / name, demo_root[1], num_train=6, num_valid=3, num_test=2)
+        assert {path: path.read_bytes() for path in sorted((tmp_path / name).rglob("*")) if path.is_file()} == before
 
 
 def test_the_tool_makes_it_where_the_scripts_look(tmp_path, capsys, monkeypatch):

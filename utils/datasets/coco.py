@@ -177,8 +177,8 @@ def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=(
     for data in found.values():
         say_notes(data)
         if both := _in_both(data, train):
-            processes.say(f"note: {both} of {len(data)} validation images of {data.folder.as_posix()} are trained on as "
-                          "well (same name and size of the file): their scores say little")
+            processes.say(f"note: {both} of {len(data)} validation images of {data.folder.as_posix()} are trained on "
+                          "as well (same name and size of the file): their scores say little")
     return found
 
 

@@ -389,8 +389,8 @@ def test_what_decides_nothing_in_a_training_of_spdnet_is_said(coco, weights, tmp
 def test_a_twin_that_is_missing_is_named_once_and_with_its_constant(coco):
     (coco / "coco" / "train2017" / "000000000001.jpg").unlink()
     line = refused(lambda: datasets.CocoDetectionDataset(
-        coco / "coco_rain", "train", {0: "cat", 1: "dog"}, presets.evaluation(64), constant="COCO_RAIN_DIR",
-        domain="rainy", twin_root=coco / "coco", twin_constant="COCO_DIR", unknown="ignore"), "COCO_DIR", "missing")
+        coco / "coco_rain", "train", {0: "person", 1: "car"}, presets.evaluation(64), constant="COCO_RAIN_DIR",
+        domain="rainy", twin_root=coco / "coco", twin_constant="COCO_DIR"), "COCO_DIR", "missing")
     assert line.count("000000000001.jpg") == 1 and "1 bad image(s)" in line
 
 

@@ -50,6 +50,7 @@ RANDOM_CROP = False                     # True cuts a random square (keeps the a
 FLIP = 0.5                              # probability of mirroring
 CROP_SIZES = ()                         # instead: sides of squares cut at the images' own scale, so that rain keeps its
                                         # width; several share the run out, such as (64, 96, 128)
+CROP_ZOOM = 1.0                         # crops are enlarged by up to this factor: 3 teaches drops of many sizes
 CROPS_PER_PAIR = 1                      # random squares of each pair in an epoch
 COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the same on both images; 0 for none
 CACHE_GB = 0.0                          # decoded pairs that every loading process keeps in memory; 0 reads files anew
@@ -143,6 +144,8 @@ def check(cfg):
         raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: {len(cfg.CROP_SIZES)} sizes need as many EPOCHS at "
                                f"least, not {cfg.EPOCHS}")
     whole(1)("CROPS_PER_PAIR", cfg.CROPS_PER_PAIR)
+    if not 1 <= cfg.CROP_ZOOM <= 16:
+        raise config.UserError(f"CROP_ZOOM = {cfg.CROP_ZOOM}: choose 1 (off) or a factor up to 16")
     for entry in cfg.MORE_PAIRS:
         if [type(part) for part in entry] != [str, str, float] or not 0 < entry[2] < 1:
             raise config.UserError(f"MORE_PAIRS holds {entry!r}: write (\"clear folder\", \"rainy folder\", share), "
@@ -175,6 +178,7 @@ def without_effect(cfg):
         (cfg.SCHEDULER != "step", f"SCHEDULER = {cfg.SCHEDULER!r}", ("DECAY_AT",)),
         (cfg.OPTIMIZER == "sgd", "OPTIMIZER = 'sgd'", ("BETAS",)),
         (bool(cfg.CROP_SIZES), f"CROP_SIZES = {cfg.CROP_SIZES}", ("RANDOM_CROP",)),
+        (not cfg.CROP_SIZES, "CROP_SIZES = ()", ("CROP_ZOOM",)),
         (bool(cfg.SPLITS_FILE), f"SPLITS_FILE = '{cfg.SPLITS_FILE}'", ("TRAIN_PAIRS", "VAL_PAIRS", "TEST_PAIRS",
                                                                        "SEQUENCE_SEPARATOR")),
     ]
@@ -209,8 +213,8 @@ def build_data(cfg):
     for note in notes:
         processes.say(f"note: {note}")
     if cfg.CROP_SIZES:
-        train = presets.over_epochs([presets.crops(size, cfg.FLIP, cfg.COLOR_JITTER) for size in cfg.CROP_SIZES],
-                                    cfg.EPOCHS)
+        train = presets.over_epochs([presets.crops(size, cfg.FLIP, cfg.COLOR_JITTER, cfg.CROP_ZOOM)
+                                     for size in cfg.CROP_SIZES], cfg.EPOCHS)
         still = presets.scaled(1.0, cfg.IMAGE_SIZE)
     else:
         train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)

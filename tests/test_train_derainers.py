@@ -120,7 +120,7 @@ def test_earlier_stages_are_supervised_where_they_are_weighted():
 
 
 @pytest.mark.parametrize("values", [
-    {"CROP_SIZES": (8,)}, {"CROP_SIZES": ("64",)}, {"CROPS_PER_PAIR": 0}, {"CACHE_GB": -1.0}, {"BETAS": (0.9,)},
+    {"CROP_SIZES": (8,)}, {"CROP_SIZES": ("64",)}, {"CROPS_PER_PAIR": 0}, {"CROP_ZOOM": 0.5}, {"CACHE_GB": -1.0}, {"BETAS": (0.9,)},
     {"EARLY_STAGES_WEIGHT": -1.0}, {"BETAS": (0.9, 1.5)}, {"ARCH": "nafnett"},
     {"NAFNET_ENCODER": (1, 2, 3), "ARCH": "nafnet"}])
 def test_settings_that_cannot_be(values, base):
@@ -147,6 +147,23 @@ def test_crops_keep_the_images_own_scale(base):
     assert len(seen) > 1 and torch.equal(data[(0, 2)]["image"], data[(0, 2)]["image"])
     large = windshield_pairs.WindshieldPairs(found, list(found), presets.crops(80))[0]  # larger than the images
     assert large["image"].shape == large["twin"].shape == (3, 80, 80)
+
+
+def test_crops_are_enlarged_by_up_to_the_zoom(base):
+    found, _ = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])
+
+    def opened(zoom):
+        return windshield_pairs.WindshieldPairs(found, list(found), presets.crops(24, flip=0.0, zoom=zoom), crops=8)
+    detail = {}
+    for zoom in (1.0, 4.0):
+        samples = [opened(zoom)[i] for i in range(8 * len(found))]
+        assert all(sample[key].shape == (3, 24, 24) and sample[key].dtype == torch.uint8
+                   for sample in samples for key in ("image", "twin"))
+        detail[zoom] = [sample["twin"].float().diff(dim=-1).abs().mean().item() for sample in samples]
+    assert sum(detail[4.0]) < 0.8 * sum(detail[1.0])  # what is enlarged is smoother
+    assert torch.equal(opened(4.0)[5]["image"], opened(4.0)[5]["image"])
+    own = windshield_pairs.WindshieldPairs(found, list(found), presets.crops(24, flip=0.0), crops=8)
+    assert torch.equal(own[3]["image"], opened(1.0)[3]["image"])
 
 
 def test_sizes_share_the_run_out():

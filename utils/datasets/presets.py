@@ -79,12 +79,18 @@ class PairedPatch:
 class Crop:
     """See `crops`."""
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, size, zoom=1.0):
+        self.size, self.zoom = size, zoom
 
     def __call__(self, sample):
-        top, left = (_draw(side - self.size + 1) for side in sample["image"].shape[-2:])
-        return sample | {key: tv_tensors.Image(_square(sample[key], top, left, self.size)) for key in ("image", "twin")}
+        side = self.size
+        if self.zoom > 1:  # all magnifications between 1 and `zoom` alike, on a logarithmic scale
+            side = max(1, round(side / self.zoom ** torch.rand(()).item()))
+        top, left = (_draw(length - side + 1) for length in sample["image"].shape[-2:])
+        images = {key: _square(sample[key], top, left, side) for key in ("image", "twin")}
+        if side < self.size:
+            images = {key: v2.functional.resize(image, [self.size, self.size]) for key, image in images.items()}
+        return sample | {key: tv_tensors.Image(image) for key, image in images.items()}
 
 
 def _square(image, top, left, size):
@@ -112,11 +118,11 @@ def paired_patches(size, scale=1.0):
     return v2.Compose([Scaled(scale), PairedPatch(size)])
 
 
-def crops(size, flip=0.5, jitter=0.0):
-    """Random `size` x `size` squares at the images' own scale, reflected at the border where the image is smaller; one
-    geometry and one colour change for image and twin, see `unet_training`."""
+def crops(size, flip=0.5, jitter=0.0, zoom=1.0):
+    """Random `size` x `size` squares at the images' own scale, or enlarged by up to `zoom`; reflected at the border
+    where the image is smaller; one geometry and one colour change for image and twin, see `unet_training`."""
     colour = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
-    return v2.Compose([Crop(size), v2.RandomHorizontalFlip(flip), *colour])
+    return v2.Compose([Crop(size, zoom), v2.RandomHorizontalFlip(flip), *colour])
 
 
 class OverEpochs:

@@ -120,7 +120,8 @@ def test_earlier_stages_are_supervised_where_they_are_weighted():
 
 
 @pytest.mark.parametrize("values", [
-    {"CROP_SIZES": (8,)}, {"CROP_SIZES": ("64",)}, {"CROPS_PER_PAIR": 0}, {"CROP_ZOOM": 0.5}, {"CACHE_GB": -1.0}, {"BETAS": (0.9,)},
+    {"CROP_SIZES": (8,)}, {"CROP_SIZES": ("64",)}, {"CROPS_PER_PAIR": 0}, {"CROP_ZOOM": 0.5}, {"CACHE_GB": -1.0},
+    {"BETAS": (0.9,)},
     {"EARLY_STAGES_WEIGHT": -1.0}, {"BETAS": (0.9, 1.5)}, {"ARCH": "nafnett"},
     {"NAFNET_ENCODER": (1, 2, 3), "ARCH": "nafnet"}])
 def test_settings_that_cannot_be(values, base):

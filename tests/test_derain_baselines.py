@@ -133,6 +133,16 @@ def test_what_is_wrong_with_files_is_found_at_once(tmp_path):
         derain_sets.find_pairs(tmp_path)
 
 
+def test_greyscale_images_are_read_as_colour_and_sixteen_bits_are_refused(tmp_path):
+    for folder in ("rainy", "clean"):
+        write(tmp_path / folder / "a.png", pixels(0)[..., 0])
+    rainy, clean = derain_sets.find_pairs(tmp_path)[0]["a"].read()
+    assert rainy.shape == (3, 40, 48) and torch.equal(clean[0], clean[2])
+    write(tmp_path / "rainy" / "a.png", pixels(0)[..., 0].astype(np.uint16) * 256)
+    with pytest.raises(UserError, match="TEST_SETS.*rainy/a.png.*16"):
+        derain_sets.find_pairs(tmp_path)
+
+
 # ---- protocols -----------------------------------------------------------------------------------------------------
 
 def test_protocols_against_scikit_image():

@@ -20,7 +20,7 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import config, datasets, losses, processes, report
+from utils import checkpoint, config, datasets, losses, processes, report
 from utils.config import UserError
 from utils.datasets import presets, windshield_pairs
 from utils.evaluation import comparison, image_quality
@@ -74,6 +74,51 @@ def test_export_keeps_a_file_of_the_same_name_and_knows_the_opsets(tmp_path):
     assert (tmp_path / "vanilla.pt2").stat().st_size > 1000
     pytest.importorskip("onnx")
     refused(lambda: onnx_file.require_opset(99, "OPSET"), "OPSET", "99")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """-> constants of export.py whose folder holds an earlier file."""
+    (tmp_path / "vanilla.pt2").write_text("earlier")
+    return {"RTDETR_MODEL_NAME": str(ROOT / "assets/demo/rtdetr"), "MODEL_NAME": "", "IMAGE_SIZE": 192,
+            "FORMATS": ("torch.export",), "OUTPUT_DIR": str(tmp_path)}
+
+
+@pytest.mark.parametrize("values", [{"TOLERANCE": -1.0}, {"TOLERANCE": float("nan")}, {"TOLERANCE": float("inf")},
+                                    {"BATCH_SIZE": 0}, {"IMAGE_SIZE": 100}, {"FORMATS": ("pt2",)}])
+def test_an_export_that_cannot_be_moves_no_earlier_file(exported, values, monkeypatch):
+    module = script("export")
+    monkeypatch.setattr(module, "export", lambda *_: pytest.fail("minutes of work"))
+    refused(lambda: module.main(**exported | values), *values)
+    assert (Path(exported["OUTPUT_DIR"]) / "vanilla.pt2").read_text() == "earlier"
+
+
+def test_a_format_named_twice_is_written_once_and_another_size_is_noted(exported, monkeypatch, capsys):
+    module, calls = script("export"), []
+
+    def export(model, name, cfg):
+        calls.append(cfg.FORMATS)
+        (Path(cfg.OUTPUT_DIR) / "vanilla.pt2").write_text("new")
+        return dict.fromkeys(cfg.FORMATS, 0.0)
+    monkeypatch.setattr(module, "export", export)
+    module.main(**exported | {"FORMATS": ("torch.export", "torch.export")})
+    assert calls == [("torch.export",)]
+    assert (Path(exported["OUTPUT_DIR"]) / "previous_1" / "vanilla.pt2").read_text() == "earlier"
+    assert "RTDETR_MODEL_NAME was trained at IMAGE_SIZE = 160" in capsys.readouterr().out
+
+
+def test_a_name_that_is_given_twice_is_moved_once(tmp_path):
+    (tmp_path / "a.txt").write_text("earlier")
+    assert (checkpoint.keep_earlier(tmp_path, ("a.txt", "a.txt")) / "a.txt").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("values", [{"RAIN_SHARE": 2.0}, {"RAIN_SHARE": float("nan")}, {"RAIN_THRESHOLD": 50.0},
+                                    {"DERAIN_SCALE": 3.0}, {"PICTURES": 0}])
+def test_shares_are_looked_at_before_any_model_is_loaded(values, tmp_path, monkeypatch):
+    module = script("Eval_conditional")
+    for name in ("build_models", "ensure_demo"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded first"))
+    refused(lambda: module.main(demo=True, **values, OUTPUT_DIR=str(tmp_path)), *values)
 
 
 @pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "val2017/_annotations.coco.json",

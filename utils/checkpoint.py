@@ -223,7 +223,7 @@ def keep_earlier(folder, names, what="results"):
         UserError: they cannot be moved.
     """
     folder = Path(folder)
-    earlier = [folder / name for name in names if (folder / name).exists()]
+    earlier = [folder / name for name in dict.fromkeys(names) if (folder / name).exists()]
     if not earlier:
         return None
     number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())

@@ -318,6 +318,64 @@ def test_stage_2_advises_only_what_works(stage1, tmp_path):
     assert "shrink_head" not in line and "train_detector_stage1.py" in line
 
 
+def test_stage_1s_folder_with_a_typo_is_said_to_be_missing(stage1):
+    settings, result = stage1
+    line = refused(lambda: script("train_seg_stage2").main(
+        SIZE="tiny", RUNS_DIR=settings["RUNS_DIR"], STAGE1_RUN="runs/detektor"), "--stage1_run", "runs/detektor",
+        "does not exist", Path(result["run_dir"]).name)
+    assert "best.pt" not in line
+    refused(lambda: train_detector_stage1.main(RESUME="runs/detektor"), "--resume", "runs/detektor", "does not exist")
+
+
+@pytest.mark.parametrize("name", ["train_detector_stage1", "train_seg_single_stage"])
+def test_weights_and_runs_with_a_typo_are_found_before_the_demo_is_drawn(name, monkeypatch, tmp_path):
+    module = script(name)
+    monkeypatch.setattr(module, "ensure_dataset", lambda *_: pytest.fail("drew first"))
+    refused(lambda: module.main(demo=True, PRETRAIN_WEIGHTS="cocoo", RUNS_DIR=str(tmp_path)), "--pretrain_weights",
+            "cocoo", "coco ", "none")
+    monkeypatch.setattr(script("train_seg_stage2"), "ensure_dataset", lambda *_: pytest.fail("drew first"))
+    refused(lambda: script("train_seg_stage2").main(demo=True, CHECKPOINT="typo.pth"), "--checkpoint", "typo.pth")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["train_detector_stage1", "train_seg_single_stage"])
+@pytest.mark.parametrize("split, other", [("train", "training"), ("valid", "val"), ("valid", "validation"),
+                                          ("test", "testing"), ("test", None)])
+def test_a_split_of_another_name_is_found_before_the_model_is_built(name, split, other, tmp_path, monkeypatch):
+    root = write_dataset(tmp_path / "data", splits=("train", "valid", "test"))
+    if other:
+        (root / split).rename(root / other)
+    else:
+        shutil.rmtree(root / split)
+    module = script(name)
+    monkeypatch.setattr(module, "new_detector", lambda *_, **__: pytest.fail("built first"))
+    refused(lambda: module.main(**STAGE1, DATASET_DIR=str(root), RUNS_DIR=str(tmp_path / "runs"), RUN_TEST=True),
+            "--dataset_dir", split, other or "test")
+
+
+def test_what_decides_nothing_in_a_training_of_rfdetr_is_said(capsys):
+    for name, values in (("train_detector_stage1", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_single_stage", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_stage2", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_stage2", {"CACHE_DIR": "cache"}),
+                         ("train_detector_stage1", {"PRETRAIN_WEIGHTS": "none", "PRETRAIN_EXCLUDE_KEYS": ("a*",)})):
+        module = script(name)
+        module.training.note_without_effect(config.resolve(vars(module), {}))
+        assert not capsys.readouterr().out
+        module.training.note_without_effect(config.resolve(vars(module), values))
+        assert f"--{list(values)[-1].lower()}" in capsys.readouterr().out
+
+
+def test_objects_that_stand_twice_are_noted_by_a_training(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data")
+    edited(root / "valid" / "_annotations.coco.json",
+           lambda content: content["annotations"].append(content["annotations"][0] | {"id": 99}))
+    module = script("train_detector_stage1")
+    cfg = config.resolve(vars(module), STAGE1 | {"DATASET_DIR": str(root)})
+    module.training.open_splits(cfg, {"cat": 0, "dog": 1}, 64)
+    assert "valid/_annotations.coco.json: 1 object(s) stand there twice" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rows", [{"cat": 99}, {"cat": "one"}, {"cat": -1}])
 def test_class_rows_that_the_head_lacks(stage1, rows, tmp_path):
     content = torch.load(Path(stage1[1]["run_dir"]) / "best.pt")

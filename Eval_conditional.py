@@ -278,15 +278,20 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
-def main(**overrides):
-    """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
-    "sweep"}."""
-    cfg = config.resolve(globals(), overrides)
+def require_usable(cfg):
+    """UserError for numbers with which nothing could be evaluated, before demo data is drawn or a model is loaded."""
     require_size(cfg.IMAGE_SIZE)
     gates.require_rain_share(cfg.RAIN_SHARE)
     require_threshold(cfg.RAIN_THRESHOLD)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     comparison.require_page(cfg)
+
+
+def main(**overrides):
+    """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
+    "sweep"}."""
+    cfg = config.resolve(globals(), overrides)
+    require_usable(cfg)
     if cfg.demo:
         ensure_demo()
         for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):

@@ -216,9 +216,10 @@ def main(**overrides):
         raise config.UserError(f"DATASET = {cfg.DATASET!r}: choose {' or '.join(_DATASETS)}")
     if cfg.NUM_WORKERS < 0:
         raise config.UserError(f"NUM_WORKERS = {cfg.NUM_WORKERS}: choose 0 or more")
+    comparison.require_page(cfg)
+    integrated_model.require_scale(cfg.DERAIN_SCALE)
     if cfg.demo:
         ensure_demo()
-    comparison.require_page(cfg)
     device = processes.announced_device()
     checkpoint.require_writable(cfg.OUTPUT_DIR)
     if cfg.COMPILE:

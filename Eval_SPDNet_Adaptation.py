@@ -123,9 +123,10 @@ def main(**overrides):
     """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}}."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
+    comparison.require_page(cfg)
+    integrated_model.require_scale(cfg.DERAIN_SCALE)
     if cfg.demo:
         ensure_demo()
-    comparison.require_page(cfg)
     comparison.note_same(cfg, ("SPDNET_MODEL_PATH", "ADAPTED_MODEL_PATH"))
     device = processes.announced_device()
     models = build_models(cfg, device)

@@ -20,7 +20,12 @@ import torch
 from accelerate.utils import gather_object
 
 from utils import config, datasets, freeze, integrated_model, processes, report, system, visualize
-from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_same_outputs
+from utils.conditional_model import (
+    ConditionalRainRobustRTDETR,
+    load_rainy_detector,
+    require_same_outputs,
+    require_threshold,
+)
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
@@ -273,17 +278,25 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
+def require_usable(cfg):
+    """UserError for numbers with which nothing could be evaluated, before demo data is drawn or a model is loaded."""
+    require_size(cfg.IMAGE_SIZE)
+    gates.require_rain_share(cfg.RAIN_SHARE)
+    require_threshold(cfg.RAIN_THRESHOLD)
+    integrated_model.require_scale(cfg.DERAIN_SCALE)
+    comparison.require_page(cfg)
+
+
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
     "sweep"}."""
     cfg = config.resolve(globals(), overrides)
-    require_size(cfg.IMAGE_SIZE)
+    require_usable(cfg)
     if cfg.demo:
         ensure_demo()
         for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
             if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
                 setattr(cfg, constant, "")
-    comparison.require_page(cfg)
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()

@@ -58,10 +58,43 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
 }
+_MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "SPDNET_MODEL_PATH", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR",
+                    "RAIN_THRESHOLD", "DERAIN_SCALE")
 _SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
 
 
 # --- models -------------------------------------------------------------------------------------------------------
+
+def used_constants(cfg):
+    """-> names of the _MODEL_CONSTANTS that MODEL, PIPELINE_DIR and COMPARE let decide anything."""
+    if cfg.MODEL == "vanilla":
+        return {"RTDETR_MODEL_NAME"}
+    if cfg.MODEL == "spdnet":
+        return {"RTDETR_MODEL_NAME", "SPDNET_MODEL_PATH", "DERAIN_SCALE"}
+    if cfg.MODEL == "feature":
+        return {"FEATURE_MODEL_DIR"} | ({"RTDETR_MODEL_NAME"} if cfg.COMPARE else set())
+    if cfg.PIPELINE_DIR:  # holds its own detector, threshold and scale
+        return set()
+    branch = {"SPDNET_MODEL_PATH", "DERAIN_SCALE"} if cfg.RAINY_BRANCH == "spdnet" else set()
+    return {"RTDETR_MODEL_NAME", "RAIN_DETECTOR_PATH", "RAIN_THRESHOLD", "RAINY_BRANCH"} | branch
+
+
+def note_without_effect(cfg, given):
+    """Say which constants of models decide nothing in this run; given: names that the user set."""
+    used = used_constants(cfg)
+    if idle := [name for name in _MODEL_CONSTANTS if name in given and name not in used]:
+        chosen = (f"PIPELINE_DIR = '{cfg.PIPELINE_DIR}'" if cfg.PIPELINE_DIR else f"MODEL = '{cfg.MODEL}'"
+                  if cfg.MODEL != "conditional" else f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}'")
+        processes.say(f"note: without effect with {chosen}: {', '.join(idle)}")
+
+
+def note_other_sizes(cfg):
+    """Say which of the detectors that are used were trained at another IMAGE_SIZE."""
+    folders = {"RTDETR_MODEL_NAME": cfg.RTDETR_MODEL_NAME, "FEATURE_MODEL_DIR": Path(cfg.FEATURE_MODEL_DIR) / "rtdetr"}
+    used = used_constants(cfg)
+    comparison.note_other_sizes({name: trained_size(folder) for name, folder in folders.items() if name in used},
+                                cfg.IMAGE_SIZE)
+
 
 def build_model(cfg, device):
     """-> MODEL in eval mode: (pixel_values (B, 3, H, W) in [0, 1]) -> transformers' outputs, plus `derained` where it
@@ -336,7 +369,8 @@ def main(**overrides):
         for note in source.notes:
             processes.say(f"note: {note}")
         models = build_models(cfg, device)
-        comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
+        note_without_effect(cfg, overrides)
+        note_other_sizes(cfg)
         folder = new_folder(cfg.OUTPUT)
         try:
             tally = run(cfg, models, source, folder, device)

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from utils import config, feature_derain, processes, report, system
+from utils.evaluation import comparison
 from utils.networks import onnx_file
-from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of
+from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.training.plan import not_negative
 
 RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
 MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
@@ -59,6 +61,9 @@ def build_models(cfg):
         raise config.UserError("RTDETR_MODEL_NAME and MODEL_NAME are both empty: nothing to export")
     for model in models.values():
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
+    folders = {"RTDETR_MODEL_NAME": "", "MODEL_NAME": "rtdetr"}
+    comparison.note_other_sizes({constant: trained_size(Path(getattr(cfg, constant)) / inner)
+                                 for constant, inner in folders.items() if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
     return {name: Deployable(model).eval() for name, model in models.items()}
 
 
@@ -91,15 +96,16 @@ def export(model, name, cfg):
     return found
 
 
-def main(**overrides):
-    """Export; -> {model: {format: largest difference}}."""
-    cfg = config.resolve(globals(), overrides)
-    processes.require_one("export.py")
+def require_usable(cfg):
+    """UserError for constants with which nothing could be written; takes formats out that are named twice, and in the
+    demo those whose packages are missing."""
     require_size(cfg.IMAGE_SIZE)
     if cfg.BATCH_SIZE < 1:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE}: choose 1 or more")
+    not_negative("TOLERANCE", cfg.TOLERANCE)
     if not cfg.FORMATS or set(cfg.FORMATS) - _SUFFIXES.keys():
         raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(_SUFFIXES)}")
+    cfg.FORMATS = tuple(dict.fromkeys(cfg.FORMATS))
     if "onnx" in cfg.FORMATS:
         onnx_file.require_opset(cfg.OPSET, "OPSET")
         try:
@@ -109,6 +115,13 @@ def main(**overrides):
                 raise
             processes.say(f"note: no ONNX files: {error}")
             cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind != "onnx")
+
+
+def main(**overrides):
+    """Export; -> {model: {format: largest difference}}."""
+    cfg = config.resolve(globals(), overrides)
+    processes.require_one("export.py")
+    require_usable(cfg)
     models = build_models(cfg)
     report.output_folder(cfg.OUTPUT_DIR, [f"{name}{_SUFFIXES[kind]}" for name in models for kind in cfg.FORMATS])
     results = {name: export(model, name, cfg) for name, model in models.items()}

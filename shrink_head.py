@@ -26,13 +26,14 @@ from utils.datasets.annotations import plain_name
 from utils.training.plan import usable_seed
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
-OUT_CKPT = ""                           # the new file; replaced only where shrink_head.py wrote it itself
+OUT_CKPT = ""                           # the new file; another one of shrink_head.py is moved into previous_<n>
 KEEP = ()                               # names of the classes, as in the data set; their order is the new order
 INIT_MISSING = False                    # a name that the checkpoint does not know gets a new row; else an error
 SEED = 0                                # of new rows
 
 DEMO = {"IN_CKPT": "./assets/demo/rfdetr_tiny.pth", "OUT_CKPT": "./demo/rfdetr_two_classes.pth",
         "KEEP": ("car", "person")}
+_ENTRIES = ("model", "args", "class_names", "class_rows", "shrunk_from")  # of a file that this script writes
 _NEW_STD = 0.01                         # of a new row's weights
 _HEADS = re.compile(r"(class_embed\.0|class_embed|transformer\.enc_out_class_embed\.\d+)\.(weight|bias)")
 
@@ -164,27 +165,24 @@ def model_args_of(content, state, source):
 
 
 def require_paths(in_ckpt, out_ckpt):
-    """UserError unless the first can be read and the second written without losing anything. -> both as Path"""
+    """UserError unless the first can be read and the second written without losing anything.
+
+    Returns:
+        both as Path, and the content of an earlier file at the second, None where there is none.
+    """
     for flag, value in (("--in_ckpt", in_ckpt), ("--out_ckpt", out_ckpt)):
         if not value:
             raise UserError(f"{flag} is missing: shrink_head.py --in_ckpt FILE --out_ckpt FILE --keep NAME [NAME ...]")
     source, target = Path(in_ckpt), Path(out_ckpt)
     if problem := system.absent(source):
         raise UserError(f"--in_ckpt {source.as_posix()} {problem}")
-    if target.is_dir():
-        raise UserError(f"--out_ckpt {target.as_posix()} is a folder: give a file name")
-    if target.exists():
-        if target.samefile(source):
-            raise UserError(f"--out_ckpt {target.as_posix()} is the input file, which is never overwritten: choose "
-                            "another name")
-        try:
-            own = "shrunk_from" in checkpoint.load(target)
-        except (checkpoint.CheckpointError, TypeError):
-            own = False
-        if not own:
-            raise UserError(f"--out_ckpt {target.as_posix()} exists and was not written by shrink_head.py: choose "
-                            "another name")
-    return source, target
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--out_ckpt {target.as_posix()} is the input file, which is never overwritten: choose another "
+                        "name")
+    try:
+        return source, target, checkpoint.require_replaceable(target, _ENTRIES, "shrink_head.py")
+    except UserError as error:
+        raise UserError(f"--out_ckpt {error}") from None
 
 
 def dataset_of(content, folder):
@@ -211,7 +209,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     processes.require_one("shrink_head.py")
     usable_seed("SEED", cfg.SEED)
-    source, target = require_paths(cfg.IN_CKPT, cfg.OUT_CKPT)
+    source, target, earlier = require_paths(cfg.IN_CKPT, cfg.OUT_CKPT)
     content, name = weights.content_of(source)
     state = content["model"]
     heads = class_heads(state, name)
@@ -224,6 +222,10 @@ def main(**overrides):
         "class_rows": {name: row for row, name in enumerate(cfg.KEEP)},
         "shrunk_from": {"file": name, "rows": rows, "sources": sources},
     }
+    if earlier is not None and not checkpoint.equal(earlier, result):
+        place = checkpoint.keep_earlier(target.parent, [target.name], "checkpoint") / target.name
+        processes.say(f"note: {target.as_posix()} held another checkpoint ({system.listed(earlier['class_names'])}): "
+                      f"moved to {place.as_posix()}")
     checkpoint.save(result, target)
     table = [{"row": new, "class": label, "source": "new, untrained" if old is None else f"row {old}"}
              for new, (label, old) in enumerate(zip([*cfg.KEEP, "background"], sources, strict=True))]

@@ -84,7 +84,7 @@ def main(**overrides):
         ensure_dataset(cfg.DATASET_DIR)
     folder = training.begin(cfg, "STAGE 1: DETECTOR TRAINING", "detector", resolution)
     engine.seed_everything(cfg.SEED)
-    start = new_detector(cfg, last, training.class_names(cfg.DATASET_DIR), resolution)
+    start = new_detector(cfg, last, training.class_names(cfg), resolution)
     data = training.open_splits(cfg, start.class_rows, resolution)
     processes.say(freeze.describe({"RF-DETR": start.model}))
     result = training.train(

@@ -87,7 +87,7 @@ def main(**overrides):
         ensure_dataset(cfg.DATASET_DIR)
     folder = training.begin(cfg, "SINGLE STAGE: DETECTOR AND SEGMENTATION HEAD", "single_stage", resolution)
     engine.seed_everything(cfg.SEED)
-    start = new_detector(cfg, last, training.class_names(cfg.DATASET_DIR), resolution, with_masks=True)
+    start = new_detector(cfg, last, training.class_names(cfg), resolution, with_masks=True)
     data = training.open_splits(cfg, start.class_rows, resolution, with_masks=True)
     processes.say(run_report.masks_seen(data["train"]))
     processes.say(freeze.describe({"RF-DETR": start.model.detector, "Mask head": start.model.mask_head}))

@@ -82,10 +82,10 @@ def main(**overrides):
     """Train. -> {"run_dir", "history", "best_epoch", "best_score", "stopped", "test"}"""
     cfg, last = training.resolve(globals(), overrides, "segmentation")
     plan = training.build_plan(cfg, ("--seg_lr",), {"loss_mask": "--mask_loss_coef", "loss_dice": "--dice_loss_coef"})
+    source = stage1_checkpoint(cfg)
     if cfg.demo:
         ensure_dataset(cfg.DATASET_DIR)
-    source = stage1_checkpoint(cfg)
-    class_names = training.class_names(cfg.DATASET_DIR)
+    class_names = training.class_names(cfg)
     engine.seed_everything(cfg.SEED)
     start = frozen_detector_with_masks(cfg, last, source, class_names)
     model, resolution = start.model, start.resolution

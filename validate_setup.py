@@ -168,8 +168,6 @@ def check_dataset(found, cfg):
     for split in roboflow.SPLITS:
         if split == "test" and not (root / split).is_dir():
             found.ok(f"{root.as_posix()}: no test/, which is optional (--run_test 1 needs it)")
-        elif split == "valid" and not (root / split).is_dir() and (root / "val").is_dir():
-            found.fail(f"{root.as_posix()} has a folder val: it must be called valid")
         else:
             data[split] = check_split(found, root, split, names)
     for split in ("valid", "test"):
@@ -258,20 +256,24 @@ def check_masks(found, bad, split, content):
 
 # ---- weights and batch ---------------------------------------------------------------------------------------------
 
-def check_weights(found, cfg):
-    """The weights that training starts from: a file, the cache, or the server."""
+def check_weights(found, cfg, names=()):
+    """The weights that training starts from: a file, which must fit SIZE and the classes, the cache, or the server."""
     if cfg.PRETRAIN_WEIGHTS.lower() == "none":
         found.ok("weights: from scratch (--pretrain_weights none), which takes many more epochs and images")
         return
-    from rfdetr import weights
-    from rfdetr.config import PUBLISHED
+    from rfdetr import start, weights
+    from rfdetr.config import PUBLISHED, default_resolution
     if cfg.PRETRAIN_WEIGHTS.lower() != "coco":
         try:
-            rows, known = weights.rows_of(cfg.PRETRAIN_WEIGHTS)
+            weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
+            source = weights.read(cfg.PRETRAIN_WEIGHTS)
+            start.with_weights(source, cfg.SIZE, names, default_resolution(cfg.SIZE))
+            rows, known = weights.rows_of(source)
             found.ok(f"weights: {Path(cfg.PRETRAIN_WEIGHTS).as_posix()} ({rows} class rows"
                      + (f", knows {system.listed(known, 6)})" if known else ")"))
         except UserError as error:
-            found.fail(f"--pretrain_weights: {error}")
+            text = str(error)
+            found.fail(text if text.startswith("--") else f"--pretrain_weights: {text}")
         return
     if cfg.SIZE not in PUBLISHED:
         found.fail(f"nobody has published weights of size {cfg.SIZE}: give --pretrain_weights none or a checkpoint")
@@ -336,11 +338,14 @@ def check_batch(found, cfg, memory):
 
 def next_command(cfg, ready, names, batch):
     """-> the command to go on with."""
-    if cfg.demo and ready:
-        return "python train_detector_stage1.py --demo"
+    usual = config.resolve(globals(), {"demo": cfg.demo})
     names_kept = ("DATASET_DIR", "PRETRAIN_WEIGHTS", "RUNS_DIR")
     changed = "".join(f' --{name.lower()} "{getattr(cfg, name)}"' for name in names_kept
-                      if getattr(cfg, name) != globals()[name])
+                      if getattr(cfg, name) != getattr(usual, name))
+    if cfg.demo:
+        size = f" --size {cfg.SIZE}" if cfg.SIZE != usual.SIZE else ""
+        return (f"python train_detector_stage1.py --demo{size}{changed}" if ready else
+                f"python validate_setup.py --demo{size}{changed}     (when the above is fixed)")
     if not ready:
         if not names and not Path(cfg.DATASET_DIR).exists():
             return (f'python -m tools.make_demo_dataset --out "{cfg.DATASET_DIR}"     (a data set to try the scripts '
@@ -364,8 +369,10 @@ def main(**overrides):
             if cfg.demo:
                 from utils.demo.roboflow import ensure_dataset
                 ensure_dataset(cfg.DATASET_DIR)
+                found.ok(f"--demo looks at its own scenes, in {Path(cfg.DATASET_DIR).as_posix()}; leave it out to look "
+                         "at data of yours")
             names = check_dataset(found, cfg)
-            check_weights(found, cfg)
+            check_weights(found, cfg, names)
             batch = check_batch(found, cfg, memory)
         except (ImportError, OSError) as error:  # a package that is there but broken; OSError: a missing DLL
             found.fail(f"{type(error).__name__}: {str(error).splitlines()[0]}")

@@ -9,6 +9,7 @@
 Robinson et al., "RF-DETR", arXiv 2511.09554. The network is rfdetr/model.py, the training train_detector_stage1.py.
 """
 
+import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from utils import checkpoint, datasets, processes, system
 from utils.config import UserError
 from utils.images import to_floats
 from utils.networks import onnx_file
+from utils.training.plan import whole
 
 TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may show
 
@@ -72,7 +74,9 @@ class Detector:
     size = None
 
     def __init__(self, pretrain_weights="coco", num_classes=None, device=None, resolution=None):
-        self.device = torch.device(device) if device else processes.device()
+        if num_classes is not None:
+            whole(1)("num_classes", num_classes)
+        self.device = usable_device(device)
         self.start = self._start(pretrain_weights)
         self.model, self.class_rows = self._build(num_classes, resolution)
         self.model.to(self.device).eval()
@@ -86,6 +90,8 @@ class Detector:
         """-> Path of the weights to begin with, or None."""
         if source is None or str(source).lower() == "none":
             return None
+        if not isinstance(source, (str, os.PathLike)):
+            raise UserError(f"pretrain_weights = {source!r}: give \"coco\", None or a checkpoint's path")
         own = PUBLISHED[self.size].file if self.size in PUBLISHED else None
         if str(source).lower() == "coco" or (str(source) == own and not Path(own).is_file()):
             if not self.size:
@@ -94,12 +100,11 @@ class Detector:
         published = {file.file: size for size, file in PUBLISHED.items()}
         if str(source) in published and not Path(source).is_file():
             raise UserError(f"pretrain_weights = '{source}' is of size {published[str(source)]}, this is {self.size}")
+        weights.require_source(str(source), "pretrain_weights")
         return Path(source)
 
     def _build(self, num_classes, resolution):
         """-> (RFDETR, {class name: row})."""
-        if num_classes is not None and num_classes < 1:
-            raise UserError(f"num_classes = {num_classes}: choose 1 or more, or None")
         given, args = self._given()
         rows = COCO_HEAD_ROWS if given is None else weights.rows_of(given)[0]
         rows = num_classes + 1 if num_classes else rows
@@ -174,8 +179,9 @@ class Detector:
         Returns:
             Detections, or a list of them for a list.
         """
-        if not 0 <= threshold <= 1:
-            raise UserError(f"threshold = {threshold}: choose a score in [0, 1]")
+        if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
+            raise UserError(f"threshold = {threshold!r}: choose a score in [0, 1]")
+        whole(1)("batch_size", batch_size)
         several = isinstance(images, (list, tuple))
         found, images = [], list(images) if several else [images]
         for first in range(0, len(images), batch_size):
@@ -205,7 +211,12 @@ class Detector:
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path):
-        """Write a checkpoint that `from_checkpoint`, the scripts and a plain torch.load read."""
+        """Write a checkpoint that `from_checkpoint`, the scripts and a plain torch.load read.
+
+        It replaces an earlier one of its kind; UserError where a file with anything else stands there, such as a run's
+        last.pt.
+        """
+        checkpoint.require_replaceable(path, weights.ENTRIES, "save()")
         checkpoint.save(weights.checkpoint_content(self.model, self.class_names, self.class_rows), path)
 
     def export(self, path, opset=18, batch_size=1):
@@ -215,7 +226,8 @@ class Detector:
         (B, Q, 4) normalised cxcywh, and mask_logits (B, Q, S / 4, S / 4) where there is a mask head.
 
         Raises:
-            UserError: a package is missing, an opset below 18, a file that differs by more than TOLERANCE.
+            UserError: a package is missing, an opset below 18, a folder or a file that is not *.onnx stands there; or
+                a file that differs by more than TOLERANCE.
         """
         return export_onnx(self.model, Path(path), opset, batch_size)
 
@@ -256,12 +268,28 @@ class RFDETRLarge2026(Detector):
     size = "large_2026"
 
 
+def usable_device(device):
+    """-> torch.device of what the user calls it, the GPU or the CPU for None; UserError where this torch cannot use it.
+    """
+    if device is None or device == "":
+        return processes.device()
+    try:
+        return torch.empty(1, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch without CUDA
+        choices = '"cpu", "cuda"' if torch.cuda.is_available() else '"cpu" (torch finds no usable GPU)'
+        raise UserError(f"device = {device!r} cannot be used here: choose {choices}, or None") from error
+
+
 def as_tensor(image):
     """A path, PIL image, array (H, W, 3) uint8, or tensor (3, H, W) uint8 or in [0, 1] -> (3, H, W) uint8 or float."""
     if isinstance(image, (str, os.PathLike)):
         return datasets.read_image(image)
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        try:
+            system.require_eight_bits(image)
+            image = np.asarray(image.convert("RGB"))
+        except system.FAULTS as error:  # Pillow reads a file's pixels only now
+            raise UserError(f"predict() cannot use this PIL image: {error}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         image = torch.from_numpy(image.copy()).permute(2, 0, 1)  # (3, H, W)
     if torch.is_tensor(image) and image.ndim == 3 and image.shape[0] == 3 and image.numel():
@@ -302,6 +330,10 @@ class _Deployable(nn.Module):
 @torch.no_grad()
 def export_onnx(model, path, opset, batch_size):
     """See Detector.export."""
+    whole(1)("batch_size", batch_size)
+    if path.is_dir() or path.exists() and path.suffix.lower() != ".onnx":
+        kind = "folder" if path.is_dir() else "file of another kind"
+        raise UserError(f"{path.as_posix()} is a {kind}: give the name of an .onnx file")
     onnx_file.require_packages("export()")
     onnx_file.require_opset(opset, "opset")
     side, device = model.model_args["resolution"], next(model.parameters()).device

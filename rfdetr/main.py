@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from rfdetr import features, run_report, weights
 from rfdetr.config import block_size, check_resolution, default_resolution, settings
 from rfdetr.datasets import roboflow
-from utils import checkpoint, config, processes
+from utils import checkpoint, config, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
 from utils.evaluation.coco import ground_truth
@@ -96,6 +96,9 @@ def earlier_run(namespace, overrides, name):
         if not found:
             raise UserError(f"--resume last: no {name}_*/last.pt in {runs_dir.as_posix()}")
         folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    if problem := system.absent(folder, folder=True):
+        raise UserError(f"--resume {folder.as_posix()} {problem}: give the folder of an earlier run, the one with "
+                        "last.pt in it, or 'last' for the newest one")
     if not (folder / "last.pt").is_file():
         raise UserError(f"--resume {folder.as_posix()}: there is no last.pt in it; give the folder of an earlier run, "
                         "or 'last' for the newest one")
@@ -108,6 +111,8 @@ def build_plan(cfg, learning_rates, loss_weights):
              "patience": "--patience", "weight_decay": "--weight_decay", "clip_norm": "--clip_norm",
              "warmup_steps": "--warmup_steps", "checkpoint_steps": "--checkpoint_steps"}
     given = {"precision": amp_precision(cfg.NO_AMP), "precisions": PRECISIONS, "resume": bool(cfg.RESUME)}
+    if hasattr(cfg, "PRETRAIN_WEIGHTS") and not cfg.RESUME:
+        weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
     if hasattr(cfg, "EMA"):
         flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
     if hasattr(cfg, "LAYER_DECAY"):
@@ -133,12 +138,25 @@ def begin(cfg, title, name, resolution, more=None):
     Returns:
         Path of the folder: the earlier run's, or a new RUNS_DIR/<name>_<size>_<resolution>_<n>.
     """
+    note_without_effect(cfg)
     folder = Path(cfg.RESUME) if cfg.RESUME else new_folder(cfg.RUNS_DIR, f"{name}_{cfg.SIZE}_{resolution}")
     processes.say(run_report.banner(title, {
         "Model Size": cfg.SIZE, "Resolution": resolution, **(more or {}), "Epochs": cfg.EPOCHS,
         "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": device_name(),
         "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
     return folder
+
+
+def note_without_effect(cfg):
+    """Say which settings decide nothing beside the others."""
+    from_scratch = getattr(cfg, "PRETRAIN_WEIGHTS", "").lower() == "none" and not cfg.demo  # the demo sets both
+    idle = {"--expanded_scales 1 needs --multi_scale 1": cfg.EXPANDED_SCALES and not cfg.MULTI_SCALE,
+            "--cache_dir needs --cache_features 1": getattr(cfg, "CACHE_DIR", "") and not cfg.CACHE_FEATURES,
+            "--pretrain_exclude_keys needs other --pretrain_weights than none":
+                from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ())}
+    for text, applies in idle.items():
+        if applies:
+            processes.say(f"note: without effect here: {text}")
 
 
 def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None):
@@ -243,9 +261,11 @@ def amp_precision(no_amp):
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 
-def class_names(dataset_dir):
-    """-> the data set's class names; prints what was dropped."""
-    names, notes = roboflow.class_names_of(dataset_dir)
+def class_names(cfg):
+    """-> the data set's class names; prints what was dropped. UserError where a split that the run reads is missing."""
+    for split in ("train", "valid", "test") if cfg.RUN_TEST else ("train", "valid"):
+        roboflow.annotation_path(cfg.DATASET_DIR, split)
+    names, notes = roboflow.class_names_of(cfg.DATASET_DIR)
     for note in notes:
         processes.say(f"note: {note}")
     return names

@@ -40,17 +40,37 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
         _require_same_classes(cfg, last, class_names)
         return Start(RFDETR(**last["args"]), class_names, last["class_rows"], resolution, last)
     source = _pretrained(cfg)
+    new = with_weights(source, cfg.SIZE, class_names, resolution, with_masks, cfg.PRETRAIN_EXCLUDE_KEYS)
+    if source:
+        processes.say(f"weights: {source.name} ({new.loaded['loaded']} tensors)")
+        if new.loaded["left_out"]:
+            processes.say(f"note: {len(new.loaded['left_out'])} tensors start anew: "
+                          f"{system.listed(new.loaded['left_out'], 4)}")
+    processes.say(_class_head_line(new.class_rows, new.model.model_args["num_rows"], new.known))
+    return Start(new.model, class_names, new.class_rows, resolution)
+
+
+class WithWeights(NamedTuple):
+    """A new model, and what it took over."""
+
+    model: RFDETR
+    class_rows: dict     # {class name: row of the class head}
+    known: dict | None   # {class name: row} of the weights, None from scratch
+    loaded: dict | None  # of weights.load_pretrained
+
+
+def with_weights(source, size, class_names, resolution, with_masks=False, exclude=()):
+    """-> WithWeights of a size; what validate_setup.py tries and a training does.
+
+    Args:
+        source: weights.Checkpoint, None from scratch; class_names: of the data set; exclude: of load_pretrained.
+    Raises:
+        UserError: weights of another size, or with fewer rows than there are classes.
+    """
     rows, known = weights.rows_of(source) if source else (len(class_names) + 1, None)
     class_rows = weights.assign_rows(class_names, rows, known or {})
-    model = RFDETR(cfg.SIZE, rows, resolution, mask_head=mask_head_of(cfg.SIZE) if with_masks else None)
-    if source:
-        loaded = weights.load_pretrained(model, source, exclude=cfg.PRETRAIN_EXCLUDE_KEYS)
-        processes.say(f"weights: {source.name} ({loaded['loaded']} tensors)")
-        if loaded["left_out"]:
-            processes.say(f"note: {len(loaded['left_out'])} tensors start anew: "
-                          f"{system.listed(loaded['left_out'], 4)}")
-    processes.say(_class_head_line(class_rows, rows, known))
-    return Start(model, class_names, class_rows, resolution)
+    model = RFDETR(size, rows, resolution, mask_head=mask_head_of(size) if with_masks else None)
+    return WithWeights(model, class_rows, known, weights.load_pretrained(model, source, exclude) if source else None)
 
 
 def _require_same_classes(cfg, last, class_names):
@@ -100,6 +120,11 @@ def stage1_checkpoint(cfg):
     for name in ("best.pt", "last.pt"):
         if (Path(cfg.STAGE1_RUN) / name).is_file():
             return Path(cfg.STAGE1_RUN) / name
+    if problem := system.absent(cfg.STAGE1_RUN, folder=True):
+        there = sorted(path.as_posix() for path in Path(cfg.RUNS_DIR).glob(f"detector_{cfg.SIZE}_*"))
+        raise UserError(f"--stage1_run {Path(cfg.STAGE1_RUN).as_posix()} {problem}: give the folder of a run of "
+                        "train_detector_stage1.py"
+                        + (f" ({Path(cfg.RUNS_DIR).as_posix()} has {system.listed(there)})" if there else ""))
     raise UserError(f"No checkpoint found in Stage-1 directory {Path(cfg.STAGE1_RUN).as_posix()}: there is neither "
                     "best.pt nor last.pt. Did train_detector_stage1.py finish an epoch?")
 

@@ -28,6 +28,7 @@ from utils.datasets.annotations import plain_name
 TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
 PATIENCE = 3         # connections in a row that bring nothing before a download is given up
 CHUNK = 1 << 20      # bytes
+ENTRIES = ("model", "args", "class_names", "class_rows")  # of a checkpoint of ours; a run's own files have more
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
@@ -178,6 +179,13 @@ class Checkpoint(NamedTuple):
     name: str    # what messages call it
 
 
+def require_source(choice, name):
+    """UserError where weights to start from are neither "coco", "none" nor a file; name: what the user calls them."""
+    if choice.lower() not in ("coco", "none") and (problem := system.absent(choice)):
+        raise UserError(f"{name}: weight file {Path(choice).as_posix()} {problem}; choose coco (the published "
+                        "weights), none (from scratch) or a checkpoint's file")
+
+
 def read(source):
     """-> Checkpoint of a path or of a file's content; a Checkpoint is given back, so that nothing is read twice.
 
@@ -321,12 +329,14 @@ def export_roboflow(path_in, path_out):
     package takes the head's size from the file; its class ids are our rows, which "args" names.
 
     Returns:
-        Path of the new file: {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
+        Path of the new file, which replaces nothing but an earlier one of its kind:
+        {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
     """
     state, rest, what = read(path_in)
     path_out = Path(path_out)
     if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
         raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")
+    checkpoint.require_replaceable(path_out, ("model", "args"), "export_roboflow")
     rows, known = _known_rows(state, rest, what)
     args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
     detector = {name: value for name, value in state.items() if not name.startswith("mask_head.")}

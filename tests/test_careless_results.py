@@ -20,7 +20,7 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import config, datasets, losses, processes, report
+from utils import checkpoint, config, datasets, losses, processes, report
 from utils.config import UserError
 from utils.datasets import presets, windshield_pairs
 from utils.evaluation import comparison, image_quality
@@ -74,6 +74,51 @@ def test_export_keeps_a_file_of_the_same_name_and_knows_the_opsets(tmp_path):
     assert (tmp_path / "vanilla.pt2").stat().st_size > 1000
     pytest.importorskip("onnx")
     refused(lambda: onnx_file.require_opset(99, "OPSET"), "OPSET", "99")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """-> constants of export.py whose folder holds an earlier file."""
+    (tmp_path / "vanilla.pt2").write_text("earlier")
+    return {"RTDETR_MODEL_NAME": str(ROOT / "assets/demo/rtdetr"), "MODEL_NAME": "", "IMAGE_SIZE": 192,
+            "FORMATS": ("torch.export",), "OUTPUT_DIR": str(tmp_path)}
+
+
+@pytest.mark.parametrize("values", [{"TOLERANCE": -1.0}, {"TOLERANCE": float("nan")}, {"TOLERANCE": float("inf")},
+                                    {"BATCH_SIZE": 0}, {"IMAGE_SIZE": 100}, {"FORMATS": ("pt2",)}])
+def test_an_export_that_cannot_be_moves_no_earlier_file(exported, values, monkeypatch):
+    module = script("export")
+    monkeypatch.setattr(module, "export", lambda *_: pytest.fail("minutes of work"))
+    refused(lambda: module.main(**exported | values), *values)
+    assert (Path(exported["OUTPUT_DIR"]) / "vanilla.pt2").read_text() == "earlier"
+
+
+def test_a_format_named_twice_is_written_once_and_another_size_is_noted(exported, monkeypatch, capsys):
+    module, calls = script("export"), []
+
+    def export(model, name, cfg):
+        calls.append(cfg.FORMATS)
+        (Path(cfg.OUTPUT_DIR) / "vanilla.pt2").write_text("new")
+        return dict.fromkeys(cfg.FORMATS, 0.0)
+    monkeypatch.setattr(module, "export", export)
+    module.main(**exported | {"FORMATS": ("torch.export", "torch.export")})
+    assert calls == [("torch.export",)]
+    assert (Path(exported["OUTPUT_DIR"]) / "previous_1" / "vanilla.pt2").read_text() == "earlier"
+    assert "RTDETR_MODEL_NAME was trained at IMAGE_SIZE = 160" in capsys.readouterr().out
+
+
+def test_a_name_that_is_given_twice_is_moved_once(tmp_path):
+    (tmp_path / "a.txt").write_text("earlier")
+    assert (checkpoint.keep_earlier(tmp_path, ("a.txt", "a.txt")) / "a.txt").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("values", [{"RAIN_SHARE": 2.0}, {"RAIN_SHARE": float("nan")}, {"RAIN_THRESHOLD": 50.0},
+                                    {"DERAIN_SCALE": 3.0}, {"PICTURES": 0}])
+def test_shares_are_looked_at_before_any_model_is_loaded(values, tmp_path, monkeypatch):
+    module = script("Eval_conditional")
+    for name in ("build_models", "ensure_demo"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded first"))
+    refused(lambda: module.main(demo=True, **values, OUTPUT_DIR=str(tmp_path)), *values)
 
 
 @pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "val2017/_annotations.coco.json",
@@ -271,6 +316,64 @@ def test_stage_2_advises_only_what_works(stage1, tmp_path):
                lambda content: content["categories"][1].update(name="ferret"))
     line = refused(lambda: stage2.main(**given, DATASET_DIR=str(other), STAGE1_RUN=result["run_dir"]), "ferret")
     assert "shrink_head" not in line and "train_detector_stage1.py" in line
+
+
+def test_stage_1s_folder_with_a_typo_is_said_to_be_missing(stage1):
+    settings, result = stage1
+    line = refused(lambda: script("train_seg_stage2").main(
+        SIZE="tiny", RUNS_DIR=settings["RUNS_DIR"], STAGE1_RUN="runs/detektor"), "--stage1_run", "runs/detektor",
+        "does not exist", Path(result["run_dir"]).name)
+    assert "best.pt" not in line
+    refused(lambda: train_detector_stage1.main(RESUME="runs/detektor"), "--resume", "runs/detektor", "does not exist")
+
+
+@pytest.mark.parametrize("name", ["train_detector_stage1", "train_seg_single_stage"])
+def test_weights_and_runs_with_a_typo_are_found_before_the_demo_is_drawn(name, monkeypatch, tmp_path):
+    module = script(name)
+    monkeypatch.setattr(module, "ensure_dataset", lambda *_: pytest.fail("drew first"))
+    refused(lambda: module.main(demo=True, PRETRAIN_WEIGHTS="cocoo", RUNS_DIR=str(tmp_path)), "--pretrain_weights",
+            "cocoo", "coco ", "none")
+    monkeypatch.setattr(script("train_seg_stage2"), "ensure_dataset", lambda *_: pytest.fail("drew first"))
+    refused(lambda: script("train_seg_stage2").main(demo=True, CHECKPOINT="typo.pth"), "--checkpoint", "typo.pth")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["train_detector_stage1", "train_seg_single_stage"])
+@pytest.mark.parametrize("split, other", [("train", "training"), ("valid", "val"), ("valid", "validation"),
+                                          ("test", "testing"), ("test", None)])
+def test_a_split_of_another_name_is_found_before_the_model_is_built(name, split, other, tmp_path, monkeypatch):
+    root = write_dataset(tmp_path / "data", splits=("train", "valid", "test"))
+    if other:
+        (root / split).rename(root / other)
+    else:
+        shutil.rmtree(root / split)
+    module = script(name)
+    monkeypatch.setattr(module, "new_detector", lambda *_, **__: pytest.fail("built first"))
+    refused(lambda: module.main(**STAGE1, DATASET_DIR=str(root), RUNS_DIR=str(tmp_path / "runs"), RUN_TEST=True),
+            "--dataset_dir", split, other or "test")
+
+
+def test_what_decides_nothing_in_a_training_of_rfdetr_is_said(capsys):
+    for name, values in (("train_detector_stage1", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_single_stage", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_stage2", {"MULTI_SCALE": False, "EXPANDED_SCALES": True}),
+                         ("train_seg_stage2", {"CACHE_DIR": "cache"}),
+                         ("train_detector_stage1", {"PRETRAIN_WEIGHTS": "none", "PRETRAIN_EXCLUDE_KEYS": ("a*",)})):
+        module = script(name)
+        module.training.note_without_effect(config.resolve(vars(module), {}))
+        assert not capsys.readouterr().out
+        module.training.note_without_effect(config.resolve(vars(module), values))
+        assert f"--{list(values)[-1].lower()}" in capsys.readouterr().out
+
+
+def test_objects_that_stand_twice_are_noted_by_a_training(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data")
+    edited(root / "valid" / "_annotations.coco.json",
+           lambda content: content["annotations"].append(content["annotations"][0] | {"id": 99}))
+    module = script("train_detector_stage1")
+    cfg = config.resolve(vars(module), STAGE1 | {"DATASET_DIR": str(root)})
+    module.training.open_splits(cfg, {"cat": 0, "dog": 1}, 64)
+    assert "valid/_annotations.coco.json: 1 object(s) stand there twice" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows", [{"cat": 99}, {"cat": "one"}, {"cat": -1}])

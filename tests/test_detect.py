@@ -190,6 +190,32 @@ def test_a_saved_pipeline_answers_like_its_parts(base, clip, tmp_path):
     assert results(parts["folder"]) == results(whole["folder"])
 
 
+@pytest.mark.parametrize("values, idle, used", [
+    ({"PIPELINE_DIR": "p"}, ("RAIN_THRESHOLD", "SPDNET_MODEL_PATH", "RTDETR_MODEL_NAME"), ()),
+    ({"MODEL": "spdnet"}, ("RAIN_THRESHOLD", "FEATURE_MODEL_DIR"), ("SPDNET_MODEL_PATH", "RTDETR_MODEL_NAME")),
+    ({"MODEL": "vanilla"}, ("SPDNET_MODEL_PATH", "DERAIN_SCALE"), ("RTDETR_MODEL_NAME",)),
+    ({"MODEL": "feature"}, ("RTDETR_MODEL_NAME", "RAIN_THRESHOLD"), ("FEATURE_MODEL_DIR",)),
+    ({"MODEL": "feature", "COMPARE": True}, (), ("RTDETR_MODEL_NAME",)),
+    ({"RAINY_BRANCH": "./rain"}, ("SPDNET_MODEL_PATH", "DERAIN_SCALE"), ("RAIN_THRESHOLD", "RAIN_DETECTOR_PATH")),
+    ({}, (), ("RAIN_THRESHOLD", "SPDNET_MODEL_PATH", "DERAIN_SCALE", "RAIN_DETECTOR_PATH"))])
+def test_constants_without_effect_are_noted(values, idle, used, capsys):
+    given = values | dict.fromkeys((*idle, *used), None)
+    detect.note_without_effect(config.resolve(vars(detect), values), given)
+    line = capsys.readouterr().out
+    assert line.count("note: without effect") == bool(idle)
+    assert all(name in line for name in idle) and not any(name in line.split(": ")[-1] for name in used)
+    capsys.readouterr()
+    detect.note_without_effect(config.resolve(vars(detect), values), values)  # defaults are nobody's wish
+    assert not capsys.readouterr().out
+
+
+def test_the_size_of_a_detector_that_is_not_used_is_no_news(capsys):
+    trained = str(ROOT / "assets" / "demo" / "rtdetr")  # at 160
+    for values, told in (({}, True), ({"PIPELINE_DIR": "p"}, False), ({"MODEL": "feature"}, False)):
+        detect.note_other_sizes(config.resolve(vars(detect), {"RTDETR_MODEL_NAME": trained} | values))
+        assert ("IMAGE_SIZE = 160" in capsys.readouterr().out) == told
+
+
 def test_the_gate_decides_per_frame_and_its_switches_are_told(base, tmp_path, monkeypatch, capsys):
     pictures = [np.full((64, 96, 3), 250 if i < 5 else 20, np.uint8) for i in range(9)]
     path = write_video(tmp_path / "weather.mp4", pictures)

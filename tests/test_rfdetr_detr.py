@@ -138,6 +138,38 @@ def test_to_supervision(mask_detector, monkeypatch):
     assert given["data"]["class_name"].tolist() == found.class_names
 
 
+def refused(call, *words):
+    with pytest.raises(UserError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("values", [
+    {"batch_size": 0}, {"batch_size": -1}, {"batch_size": 1.5}, {"batch_size": "8"}, {"batch_size": True},
+    {"threshold": "0.5"}, {"threshold": 1.5}, {"threshold": float("nan")}, {"threshold": None}, {"threshold": True}])
+def test_numbers_that_predict_cannot_use(detector, values, monkeypatch):
+    monkeypatch.setattr(detr, "as_tensor", lambda image: pytest.fail("looked at images first"))
+    refused(lambda: detector.predict([picture(), picture()], **values), *values)
+
+
+def test_numpys_numbers_are_thresholds(detector):
+    assert len(detector.predict(picture(), threshold=np.float32(0.25))) == len(detector.predict(picture(),
+                                                                                               threshold=0.25))
+
+
+def test_pil_images_are_refused_as_their_files_are(detector, tmp_path):
+    deep = Image.fromarray(np.full((64, 64), 40_000, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    picture().save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+    for image in (deep, tmp_path / "deep.png", deep.convert("I"), deep.convert("F")):
+        refused(lambda image=image: detector.predict(image), "8 bits per channel")
+    for image in (tmp_path / "cut.png", Image.open(tmp_path / "cut.png")):
+        refused(lambda image=image: detector.predict(image), "image")
+    assert len(detector.predict(picture().convert("L"), threshold=0.0))
+
+
 # ---- constructing ------------------------------------------------------------------------------------------------
 
 def test_public_sizes():
@@ -192,6 +224,35 @@ def test_files_that_do_not_fit(tmp_path, checkpoint_file):
         detr.Detector(tmp_path / "bare.pth")
     with pytest.raises(UserError, match="RFDETRNano"):
         detr.Detector()
+
+
+@pytest.mark.parametrize("values", [
+    {"num_classes": "3"}, {"num_classes": 1.5}, {"num_classes": -1}, {"num_classes": True}, {"device": "gpu"},
+    {"device": "cuda:99"}, {"device": 99}, {"device": 1.5}, {"pretrain_weights": 3}, {"pretrain_weights": "cocoo"}])
+def test_what_no_detector_can_be_made_of(values, monkeypatch):
+    monkeypatch.setattr(detr, "RFDETR", lambda *_, **__: pytest.fail("built first"))
+    refused(lambda: Tiny(**{"pretrain_weights": None} | values), *values)
+
+
+def test_a_device_is_one_that_this_machine_has():
+    assert detr.usable_device("cpu") == detr.usable_device(torch.device("cpu")) == torch.device("cpu")
+    assert detr.usable_device(None) == detr.processes.device()
+    if not torch.cuda.is_available():
+        refused(lambda: detr.usable_device("cuda"), "device = 'cuda'", "cpu")
+
+
+def test_save_replaces_only_what_it_wrote(detector, tmp_path):
+    torch.save(content_of() | {"optimizer": {}}, tmp_path / "last.pt")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "last.pt", tmp_path / "notes.txt", tmp_path / "folder"):
+        before = path.is_file() and path.read_bytes()
+        refused(lambda path=path: detector.save(path), path.name)
+        refused(lambda path=path: weights.export_roboflow(tmp_path / "detector.pth", path), path.name)
+        assert (path.is_file() and path.read_bytes()) == before
+    for _ in range(2):
+        detector.save(tmp_path / "mine.pth")
+        weights.export_roboflow(tmp_path / "mine.pth", tmp_path / "theirs.pth")
 
 
 def test_save_and_load_again(mask_detector, tmp_path):
@@ -280,6 +341,19 @@ def test_export_refuses(detector, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         detector.export(tmp_path / "a.onnx")
     assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_work(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(detr.onnx_file, "export_program", lambda *_: pytest.fail("exported first"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "best.pth").write_text("weights")
+    for path in (tmp_path / "folder", tmp_path / "best.pth"):
+        refused(lambda path=path: detector.export(path), path.name)
+    for batch_size in (0, -1, 1.5, "1"):
+        refused(lambda batch_size=batch_size: detector.export(tmp_path / "a.onnx", batch_size=batch_size), "batch_size")
+    for opset in ("18", 18.5, 1):
+        refused(lambda opset=opset: detr.onnx_file.require_opset(opset, "opset"), f"opset = {opset!r}")
+    assert (tmp_path / "best.pth").read_text() == "weights"
 
 
 @pytest.mark.parametrize("culprit", ["require_writable", "_Deployable.forward", "export"])

@@ -171,7 +171,7 @@ def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
     ({"RESOLUTION": 100}, "--resolution 100: size tiny needs a multiple of 16"),
     ({"DATASET_DIR": "nowhere"}, "nowhere does not exist"),
     ({"PRETRAIN_WEIGHTS": "missing.pth"}, "weight file missing.pth does not exist"),
-    ({"RESUME": "nowhere"}, "there is no last.pt in it"),
+    ({"RESUME": "nowhere"}, "--resume nowhere does not exist: .*last.pt"),
     ({"LR": -1.0}, "^--lr -1.0: .* not negative"),
     ({"EPOCHS": 0}, "--epochs 0: choose 1 or more"),
     ({"BATCH": 0}, "--batch 0: choose 1 or more"),

@@ -160,6 +160,19 @@ def test_the_input_and_foreign_files_are_never_overwritten(stage1, tmp_path):
     assert stage1.read_bytes() == before
 
 
+def test_an_earlier_file_of_other_classes_or_weights_is_kept(stage1, tmp_path, capsys):
+    target = tmp_path / "mydata.pth"
+    for keep in (("cells",), ("cells",), ("car",)):
+        run(stage1, target, *keep)
+    assert torch.load(target)["class_names"] == ["car"]
+    assert torch.load(tmp_path / "previous_1" / "mydata.pth")["class_names"] == ["cells"]
+    assert not (tmp_path / "previous_2").exists()  # an equal file is only written again
+    assert "previous_1/mydata.pth" in capsys.readouterr().out
+    torch.save(stage1_content(model=coco_state(head="class_embed.0") | {"query_feat.weight": torch.ones(3, 2)}), stage1)
+    run(stage1, target, "car")
+    assert (tmp_path / "previous_2" / "mydata.pth").is_file()
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ([1], "no state dict under 'model'"), ({"model": {"a": torch.zeros(1)}}, "is not an RF-DETR detector"),
     (stage1_content(class_rows={}, model=coco_state(20, head="class_embed.0")), "which of its 20 rows"),

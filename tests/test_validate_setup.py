@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_rfdetr_data import _set, edit, write_dataset
 
+import train_detector_stage1
 import validate_setup
 from rfdetr import config as sizes
 from utils import config
@@ -63,6 +64,8 @@ def pop_masks(content):
     ("train", _set("annotations", 0, segmentation=[]), ("[warn]", "1 of 3 objects have no mask")),
     ("train", _set("annotations", 0, bbox=[-9, 0, 30, 20]), ("[warn]", "1 box(es) reached out of their image")),
     ("train", _set("annotations", 0, bbox=[3, 3, 0, 20]), ("[warn]", "1 box(es) thinner")),
+    ("valid", lambda content: content["annotations"].append(content["annotations"][0] | {"id": 99}),
+     ("[warn]", "valid", "1 object(s) stand there twice")),
     ("train", lambda content: content["images"].pop(2), ("[warn]", "1 image(s) that the annotation file does not")),
 ])
 def test_a_flaw_of_the_data_set_is_named_and_only_a_fatal_one_fails(tmp_path, capsys, split, change, words):
@@ -169,6 +172,21 @@ def test_cached_weights_need_no_network_unless_they_are_damaged(store, tmp_path,
     assert line.startswith("[FAIL]") and "damaged" in line and not Store.asked
 
 
+def test_weights_that_training_refuses(capsys, tmp_path):
+    """By the same code: of another size, with too few rows, not there."""
+    tiny = str(ROOT / "assets" / "demo" / "rfdetr_tiny.pth")
+    assert weights_line(capsys, PRETRAIN_WEIGHTS=tiny, SIZE="tiny").startswith("[ok]")
+    line = weights_line(capsys, PRETRAIN_WEIGHTS=tiny)
+    assert line.startswith("[FAIL]") and "RF-DETR nano" in line and "--size" in line
+    with pytest.raises(UserError, match="RF-DETR nano"):
+        train_detector_stage1.main(DATASET_DIR=str(write_dataset(tmp_path / "d")), RUNS_DIR=str(tmp_path / "runs"),
+                                   PRETRAIN_WEIGHTS=tiny)
+    found, cfg = validate_setup.Findings(), config.resolve(vars(validate_setup), {
+        "PRETRAIN_WEIGHTS": tiny, "SIZE": "tiny"})
+    validate_setup.check_weights(found, cfg, [f"class {i}" for i in range(99)])
+    assert found.failed and "99 classes" in capsys.readouterr().out
+
+
 def test_other_weights(tmp_path, capsys):
     assert weights_line(capsys, PRETRAIN_WEIGHTS="none").startswith("[ok]")
     assert "nobody has published" in weights_line(capsys, SIZE="tiny")
@@ -238,9 +256,15 @@ def test_the_demo_needs_no_network_and_points_at_the_demo(tmp_path, capsys, monk
         return write_dataset(Path(root))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo_roboflow, "ensure_dataset", small)
-    assert validate_setup.main(demo=True, PRETRAIN_WEIGHTS="none") == 0
+    assert validate_setup.main(demo=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert made == ["./demo/dataset"] and lines[-1] == "python train_detector_stage1.py --demo"
+    assert validate_setup.main(demo=True, DATASET_DIR="typo", PRETRAIN_WEIGHTS="none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert made[-1] == "typo" and having(lines, "[ok]", "--demo", "in typo")
+    assert lines[-1] == 'python train_detector_stage1.py --demo --dataset_dir "typo" --pretrain_weights "none"'
+    assert validate_setup.main(demo=True, DATASET_DIR="typo", PRETRAIN_WEIGHTS="nix") == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("python validate_setup.py --demo --dataset_dir")
 
 
 def test_without_torch_it_still_speaks_and_exits_with_1(tmp_path):

@@ -223,7 +223,7 @@ def keep_earlier(folder, names, what="results"):
         UserError: they cannot be moved.
     """
     folder = Path(folder)
-    earlier = [folder / name for name in names if (folder / name).exists()]
+    earlier = [folder / name for name in dict.fromkeys(names) if (folder / name).exists()]
     if not earlier:
         return None
     number = next(n for n in range(1, 10**6) if not (folder / f"previous_{n}").exists())
@@ -236,6 +236,40 @@ def keep_earlier(folder, names, what="results"):
         raise UserError(f"cannot move the earlier {what} in {folder.as_posix()} aside ({error}): close what has them "
                         "open, or choose another folder") from error
     return target
+
+
+def require_replaceable(path, entries, maker):
+    """UserError where something stands at `path` that is not a checkpoint of exactly these entries.
+
+    Args:
+        entries: keys of the content that `maker` (for the message) writes there; a run's last.pt has more, and is not
+            replaced.
+    Returns:
+        the content of what stands there, None where there is nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path.as_posix()} is a folder: give a file name")
+    if not path.exists():
+        return None
+    try:
+        content = load(path)
+    except CheckpointError:
+        content = None
+    if not isinstance(content, dict) or content.keys() != set(entries):
+        raise UserError(f"{path.as_posix()} exists and was not written by {maker}: choose another name")
+    return content
+
+
+def equal(one, other):
+    """-> whether two checkpoints' contents are the same, tensors bit for bit."""
+    if torch.is_tensor(one) or torch.is_tensor(other):
+        return torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
 
 
 def require_writable(folder, megabytes=100):

@@ -219,8 +219,14 @@ class ConditionalRainRobustRTDETR(nn.Module):
 
 def threshold_of(rain_detector, rain_threshold):
     """-> the threshold to use: the given one, or the rain detector's own for None; UserError unless a probability."""
+    require_threshold(rain_threshold)
+    return rain_detector.operating_threshold.item() if rain_threshold is None else float(rain_threshold)
+
+
+def require_threshold(rain_threshold):
+    """UserError unless RAIN_THRESHOLD is a probability or None."""
     if rain_threshold is None:
-        return rain_detector.operating_threshold.item()
+        return
     try:
         value = float(rain_threshold)
     except (TypeError, ValueError):
@@ -228,7 +234,6 @@ def threshold_of(rain_detector, rain_threshold):
     if not 0 <= value <= 1:
         raise UserError(f"RAIN_THRESHOLD = {rain_threshold!r}: choose a probability in [0, 1], or None for the one "
                         "that Training_RainDetector.py chose")
-    return value
 
 
 def require_same_outputs(one, other, constant="RAINY_BRANCH"):

@@ -33,6 +33,7 @@ from utils.datasets.annotations import (
 )
 
 SPLITS = ("train", "valid", "test")
+OTHER_NAMES = {"train": ("training",), "valid": ("val", "validation"), "test": ("testing",)}  # of their folders
 ANNOTATIONS = "_annotations.coco.json"
 NO_MASKS = "No segmentation masks found in COCO annotations"
 ELSEWHERE = "mask(s) do not fit their box: they share less than half of their extent with it (are x and y swapped?)"
@@ -47,6 +48,9 @@ def annotation_path(root, split, flag="--dataset_dir"):
         return path
     missing, problem = next((p, problem) for p in (Path(root), Path(root) / split, path)
                             if (problem := system.absent(p, folder=p != path)))
+    other = next((name for name in OTHER_NAMES.get(split, ()) if (Path(root) / name).is_dir()), None)
+    if other and missing == Path(root) / split:
+        raise UserError(f"{flag} {Path(root).as_posix()} has a folder {other}: it must be called {split}")
     raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} {problem}; expected train/, valid/ and "
                     f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
                     f"(Segmentation), draw a data set with 'python -m tools.make_demo_dataset', or try --demo.")

@@ -49,6 +49,8 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
                                     ("test", "val", slice(num_valid, num_valid + num_test))):
             _copy_split(scenes, source, part, build / split)
         put_in_place(build, root, SPLITS, MARKER, settings)
+        print(f"demo: drawn into {root.as_posix()}: {num_train} training, {num_valid} validation and {num_test} test "
+              "images", flush=True)
 
     build_once(root, lambda: _is_complete(root, settings), lambda: _refuse_foreign(root), make)
     return root
@@ -71,8 +73,8 @@ def _refuse_foreign(root):
     for folder in (root / split for split in SPLITS):
         if folder.exists() and any(folder.iterdir()) and not (root / MARKER).is_file():
             raise UserError(f"{folder.as_posix()} has no {MARKER} beside it, so it is not RainSight's own demo data "
-                            "and will not be replaced: leave --demo out to use it, move it away, or choose another "
-                            "folder")
+                            "and will not be replaced: scripts use it as it is without --demo; for demo data choose "
+                            "another folder, or move it away")
 
 
 def _copy_split(scenes, source, part, folder):

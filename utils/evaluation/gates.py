@@ -64,6 +64,12 @@ def part_of(data):
     return Part(keys, ground_truth(data.annotation_file), {key: key[1] for key in keys}, data.category_of)
 
 
+def require_rain_share(rain_share):
+    """UserError unless RAIN_SHARE is one."""
+    if not 0 <= rain_share <= 1:
+        raise UserError(f"RAIN_SHARE = {rain_share}: choose a share in [0, 1]")
+
+
 def mixed_part(clean, rainy, rain_share, seed):
     """-> Part of clean and rainy images, `rain_share` of them rainy: a seeded choice in which no scene is seen twice.
 
@@ -71,8 +77,7 @@ def mixed_part(clean, rainy, rain_share, seed):
         clean, rainy: CocoDetectionDataset; a file name that both hold (a twin) is taken once, and as many images as the
             share allows.
     """
-    if not 0 <= rain_share <= 1:
-        raise UserError(f"RAIN_SHARE = {rain_share}: choose a share in [0, 1]")
+    require_rain_share(rain_share)
     twins = {*clean.files} & {*rainy.files}
     if twins:
         wet = _seeded(rainy, min(round(rain_share * len({*clean.files, *rainy.files})), len(rainy)), seed)

@@ -14,8 +14,8 @@ OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of detectors to
 
 def require_opset(opset, constant):
     """UserError for an opset that cannot be written; constant: the name to complain about."""
-    if opset < OLDEST_OPSET:
-        raise UserError(f"{constant} = {opset}: torch's exporter writes these detectors with {OLDEST_OPSET} or newer")
+    if not isinstance(opset, int) or opset < OLDEST_OPSET:
+        raise UserError(f"{constant} = {opset!r}: torch's exporter writes these detectors with {OLDEST_OPSET} or newer")
     if importlib.util.find_spec("onnx"):
         import onnx
         if opset > (newest := onnx.defs.onnx_opset_version()):

@@ -52,6 +52,7 @@ CROP_SIZES = ()                         # instead: sides of squares cut at the i
                                         # width; several share the run out, such as (64, 96, 128)
 CROP_ZOOM = 1.0                         # crops are enlarged by up to this factor: 3 teaches drops of many sizes
 CROPS_PER_PAIR = 1                      # random squares of each pair in an epoch
+KEEP_TONE = False                       # True leaves veil and contrast as they are: drops and streaks alone are learnt
 COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the same on both images; 0 for none
 CACHE_GB = 0.0                          # decoded pairs that every loading process keeps in memory; 0 reads files anew
 
@@ -213,12 +214,14 @@ def build_data(cfg):
     for note in notes:
         processes.say(f"note: {note}")
     if cfg.CROP_SIZES:
-        train = presets.over_epochs([presets.crops(size, cfg.FLIP, cfg.COLOR_JITTER, cfg.CROP_ZOOM)
-                                     for size in cfg.CROP_SIZES], cfg.EPOCHS)
+        train = [presets.crops(size, cfg.FLIP, cfg.COLOR_JITTER, cfg.CROP_ZOOM) for size in cfg.CROP_SIZES]
         still = presets.scaled(1.0, cfg.IMAGE_SIZE)
     else:
-        train = presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)
+        train = [presets.unet_training(cfg.IMAGE_SIZE, cfg.RANDOM_CROP, cfg.FLIP, cfg.COLOR_JITTER)]
         still = presets.unet_evaluation(cfg.IMAGE_SIZE, cfg.RANDOM_CROP)
+    if cfg.KEEP_TONE:
+        train, still = [presets.keep_tone(preset) for preset in train], presets.keep_tone(still)
+    train = presets.over_epochs(train, cfg.EPOCHS) if len(train) > 1 else train[0]
     data = {part: windshield_pairs.WindshieldPairs(
         found, names[part], train if part == "train" else still, cfg.SEED,
         crops=cfg.CROPS_PER_PAIR if part == "train" else 1, cache_gb=0 if part == "test" else cfg.CACHE_GB)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import Killed, dies_after
 from test_unet import picture, write_pairs
+from torchvision import tv_tensors
 
 import train_unet_derain as train
 from utils import losses
@@ -165,6 +166,27 @@ def test_crops_are_enlarged_by_up_to_the_zoom(base):
     assert torch.equal(opened(4.0)[5]["image"], opened(4.0)[5]["image"])
     own = windshield_pairs.WindshieldPairs(found, list(found), presets.crops(24, flip=0.0), crops=8)
     assert torch.equal(own[3]["image"], opened(1.0)[3]["image"])
+
+
+def test_the_clean_image_takes_the_rainy_ones_tone():
+    clean = (picture(40, 50)[0] * 255).to(torch.uint8)
+    wet = clean.float() * 0.6 + torch.tensor([50.0, 60.0, 70.0])[:, None, None]
+    drop = torch.zeros(40, 50, dtype=torch.bool)
+    drop[10:15, 20:26] = True
+    wet[:, drop] = 128
+    sample = presets.KeepTone()({"image": tv_tensors.Image(wet.round().to(torch.uint8)),
+                                 "twin": tv_tensors.Image(clean)})
+    apart = (sample["twin"].float() - wet).abs().mean(0)
+    assert apart[~drop].mean() < 3 < 10 < apart[drop].mean()  # the veil is left, the drop is to be taken away
+    grey = {key: tv_tensors.Image(torch.full((3, 8, 8), value, dtype=torch.uint8)) for key, value in
+            (("image", 90), ("twin", 30))}
+    assert torch.equal(presets.KeepTone()(grey)["twin"], grey["image"])  # an image without any contrast
+
+
+def test_a_training_may_keep_the_tone(base, capsys):
+    with_tone = train.main(**base | SMALL_NAFNET | {"CROP_SIZES": (16, 24), "EPOCHS": 2, "KEEP_TONE": True})
+    without = train.main(**base | SMALL_NAFNET | {"CROP_SIZES": (16, 24), "EPOCHS": 2})
+    assert with_tone["rainy_input"]["val/psnr"] > without["rainy_input"]["val/psnr"]  # its truth is nearer to the input
 
 
 def test_sizes_share_the_run_out():

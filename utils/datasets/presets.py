@@ -125,6 +125,25 @@ def crops(size, flip=0.5, jitter=0.0, zoom=1.0):
     return v2.Compose([Crop(size, zoom), v2.RandomHorizontalFlip(flip), *colour])
 
 
+class KeepTone:
+    """The clean twin in the rainy image's tone: each colour moved by the straight line that brings it nearest to the
+    rainy one (least squares over the whole image). What is left to learn are drops and streaks, not veil and contrast.
+    """
+
+    def __call__(self, sample):
+        rainy, clean = (sample[key].float().flatten(1) for key in ("image", "twin"))  # (3, H * W)
+        centre, mean = (values.mean(1, keepdim=True) for values in (clean, rainy))
+        spread = (clean - centre).square().mean(1, keepdim=True)
+        slope = ((clean - centre) * (rainy - mean)).mean(1, keepdim=True) / spread.clamp(min=1e-3)
+        twin = (slope * (clean - centre) + mean).round().clamp(0, 255).to(torch.uint8)
+        return sample | {"twin": tv_tensors.Image(twin.reshape(sample["twin"].shape))}
+
+
+def keep_tone(preset):
+    """A preset of pairs, after `KeepTone`."""
+    return v2.Compose([KeepTone(), preset])
+
+
 class OverEpochs:
     """See `over_epochs`."""
 

@@ -147,6 +147,16 @@ def load_models(cfg, device):
     return models, absent
 
 
+def note_trained_on(cfg, sets, models):
+    """A line for each network that was trained on pairs of a test set, as the splits.json beside its weights says."""
+    for row in models:
+        for name, pairs in sets.items():
+            rainy = next(iter(pairs.values())).rainy.parent
+            if seen := windshield_pairs.trained_on(cfg.MODELS[row][1], rainy, pairs):
+                processes.say(f"note: {name}: '{row}' was trained or validated on {len(seen)} of {len(pairs)} pairs "
+                              "(splits.json beside its weights): set SPLITS_FILE to that file to leave them out")
+
+
 def result_files(cfg, pairs, name):
     """-> {row: {pair: path}} of RESULTS_DIRS for one test set: FOLDER/<set>/ where that is there, else FOLDER.
 
@@ -453,6 +463,7 @@ def main(**overrides):
     others = {name: result_files(cfg, pairs, name) for name, pairs in sets.items()}
     photographs = real_photographs(cfg)
     models, absent = load_models(cfg, device)
+    note_trained_on(cfg, sets, models)
     for row, why in absent.items():
         processes.say(f"note: no row '{row}': {why}")
     if not models and not cfg.RESULTS_DIRS:

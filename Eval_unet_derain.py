@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils import config, datasets, processes, report, visualize
+from utils import config, datasets, processes, report, system, visualize
 from utils.datasets import image_check, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
@@ -83,6 +83,14 @@ def test_pairs(cfg):
             raise config.UserError(f"SPLITS_FILE = '{cfg.SPLITS_FILE}' has no test pairs: train with TEST_PAIRS above "
                                    "0, or set SPLITS_FILE = \"\" for pairs that were not trained on")
     chosen = {name: found[name] for name in names}
+    window = image_check.SSIM_WINDOW
+    if small := [rainy.as_posix() for rainy, _ in chosen.values() if min(image_check.size_of(rainy)) < window]:
+        raise config.UserError(f"RAINY_DIR: {system.listed(small, 3)}: sides of at least {window} pixels are needed, "
+                               "the window of SSIM")
+    if seen := windshield_pairs.trained_on(cfg.UNET_PATH, cfg.RAINY_DIR, names):
+        processes.say(f"note: {len(seen)} of {len(names)} pairs were trained or validated on by UNET_PATH = "
+                      f"'{cfg.UNET_PATH}' (splits.json beside it): their scores say little; set SPLITS_FILE to "
+                      "that file")
     return chosen, windshield_pairs.intensities(cfg.RAINY_DIR, chosen)
 
 

@@ -171,6 +171,8 @@ def main(**overrides):
                                f"SPDNET_N_RESBLOCKS = {cfg.SPDNET_N_RESBLOCKS} 1 or more")
     if not 0 < cfg.IMAGE_SCALE <= 1:
         raise config.UserError(f"IMAGE_SCALE = {cfg.IMAGE_SCALE}: choose a number in (0, 1], such as 1.0 or 0.5")
+    report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [
+        (name, getattr(cfg, name)) for name in ("RAINY_DIR", "CLEAN_DIR", "VAL_RAINY_DIR", "VAL_CLEAN_DIR")])
     plan = Plan.of(cfg, loss_weights={"mse": 1.0})
     if cfg.demo:
         ensure_demo()

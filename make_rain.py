@@ -276,6 +276,14 @@ def notes_on(paths, answers):
             if (names := [name for name, lost in found if what in lost])]
 
 
+def notes_on_older(source, out, kept):
+    """-> a line about images that were kept from an earlier run although their clean ones have changed since."""
+    older = sorted(path for path in kept if (source / path).stat().st_mtime > (out / path).stat().st_mtime)
+    return [f"{len(older)} rainy image(s) are older than their clean ones and were kept "
+            f"({system.listed([path.as_posix() for path in older], 3)}): where the clean ones have changed, delete "
+            "these and run again"] if older else []
+
+
 def main(**overrides):
     """Write the twin; -> {"written": int, "kept": int, "seconds": float}. UserError names every unreadable image."""
     cfg = config.resolve(globals(), overrides)
@@ -299,6 +307,8 @@ def main(**overrides):
     files = check_source(source, kind)
     for note in require_listed(source, files, kind):
         print(f"note: {note}")
+    for other in {other.source for other in _KINDS.values()} & overrides.keys() - {kind.source}:
+        print(f"note: {other} has no effect with KIND = {cfg.KIND!r}, whose clean images are {kind.source} = {source}")
     prepare_out(source, out, files.annotations,
                 {"kind": cfg.KIND, "source": source.resolve().as_posix(), "seed": cfg.SEED,
                  "intensity": cfg.INTENSITY, "version": kind.version}, kind)
@@ -321,7 +331,7 @@ def main(**overrides):
     seconds = time.perf_counter() - started
     bad = [answer.fault for answer in answers if answer.fault]
     report = {"written": len(tasks) - len(bad), "kept": len(files.images) - len(tasks), "seconds": seconds}
-    for note in notes_on(todo, answers):
+    for note in [*notes_on(todo, answers), *notes_on_older(source, out, set(files.images) - set(todo))]:
         print(f"note: {note}")
     print(f"{source} -> {out}\n"
           f"  rain         {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"

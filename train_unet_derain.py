@@ -162,6 +162,11 @@ def check(cfg):
         whole(0, "never")(name, getattr(cfg, name))
     for name in ("TARGET_PSNR", "TARGET_SSIM"):
         not_negative(name, getattr(cfg, name))
+    if cfg.TARGET_SSIM >= 1:
+        raise config.UserError(f"TARGET_SSIM = {cfg.TARGET_SSIM}: choose a number below 1, such as 0.85, or 0 for none")
+    report.require_apart("CHECKPOINT_DIR", cfg.CHECKPOINT_DIR, [
+        (name, getattr(cfg, name)) for name in ("CLEAR_DIR", "RAINY_DIR", "REAL_DIR")] + [
+        ("MORE_PAIRS", folder) for entry in cfg.MORE_PAIRS for folder in entry[:2]])
     require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
 
 
@@ -180,6 +185,7 @@ def without_effect(cfg):
         (cfg.OPTIMIZER == "sgd", "OPTIMIZER = 'sgd'", ("BETAS",)),
         (bool(cfg.CROP_SIZES), f"CROP_SIZES = {cfg.CROP_SIZES}", ("RANDOM_CROP",)),
         (not cfg.CROP_SIZES, "CROP_SIZES = ()", ("CROP_ZOOM",)),
+        (cfg.ARCH not in derainers.STAGED, arch, ("EARLY_STAGES_WEIGHT",)),
         (bool(cfg.SPLITS_FILE), f"SPLITS_FILE = '{cfg.SPLITS_FILE}'", ("TRAIN_PAIRS", "VAL_PAIRS", "TEST_PAIRS",
                                                                        "SEQUENCE_SEPARATOR")),
     ]
@@ -203,7 +209,7 @@ def build_data(cfg):
     kept = Path(cfg.CHECKPOINT_DIR) / "splits.json"
     file = cfg.SPLITS_FILE or (kept.as_posix() if cfg.RESUME and kept.is_file() else "")
     if file:
-        names = windshield_pairs.read_splits(file, found)
+        names = windshield_pairs.read_splits(file, found, "SPLITS_FILE" if cfg.SPLITS_FILE else "RESUME = True")
         if not cfg.SPLITS_FILE:
             notes.append(f"the pairs are split as {kept.as_posix()} says, whatever TRAIN_PAIRS, VAL_PAIRS, TEST_PAIRS "
                          "and SEQUENCE_SEPARATOR are now")
@@ -226,17 +232,32 @@ def build_data(cfg):
         found, names[part], train if part == "train" else still, cfg.SEED,
         crops=cfg.CROPS_PER_PAIR if part == "train" else 1, cache_gb=0 if part == "test" else cfg.CACHE_GB)
         for part in windshield_pairs.PARTS}
-    data["train"] = with_more_pairs(cfg, data["train"])
+    data["train"] = with_more_pairs(cfg, data["train"], data["val"].pairs + data["test"].pairs)
+    if small := [path for path, _ in evenly(data["train"].parts[0].pairs if cfg.MORE_PAIRS else data["train"].pairs, 50)
+                 if min(image_check.size_of(path)) < max(cfg.CROP_SIZES, default=0)]:
+        processes.say(f"note: CROP_SIZES = {cfg.CROP_SIZES} is more than the side of some images "
+                      f"({system.listed([path.as_posix() for path in small], 2)}), which are mirrored to that size")
     return data
 
 
-def with_more_pairs(cfg, own):
-    """-> the training pairs with those of MORE_PAIRS mixed in; `own` where there are none."""
+def with_more_pairs(cfg, own, held_out):
+    """-> the training pairs with those of MORE_PAIRS mixed in; `own` where there are none.
+
+    held_out: pairs that are validated or tested on and that MORE_PAIRS may hold as well: they are left out there.
+    """
+    kept = {path.resolve() for pair in held_out for path in pair}
     parts, shares = [own], [1 - sum(share for *_, share in cfg.MORE_PAIRS)]
     for clear, rainy, share in cfg.MORE_PAIRS:
         found, notes = windshield_pairs.find_pairs(rainy, clear, ("MORE_PAIRS (rainy)", "MORE_PAIRS (clear)"))
         for note in notes:
             processes.say(f"note: MORE_PAIRS: {rainy}: {note}")
+        left = {name: pair for name, pair in found.items() if not kept & {path.resolve() for path in pair}}
+        if len(left) < len(found):
+            processes.say(f"note: MORE_PAIRS: {len(found) - len(left)} of {len(found)} pairs of {rainy} are "
+                          "validation or test pairs of RAINY_DIR and are left out")
+        if not left:
+            raise config.UserError(f"MORE_PAIRS: all pairs of {rainy} are validation or test pairs of RAINY_DIR")
+        found = left
         parts.append(windshield_pairs.WindshieldPairs(found, sorted(found), own.transform, cfg.SEED,
                                                       cache_gb=cfg.CACHE_GB))
         shares.append(share)
@@ -391,7 +412,8 @@ def after_epoch(model, history, cfg, data, photographs, device):
     if not processes.is_main():
         return
     if not (folder / "splits.json").is_file():
-        report.write_json(folder / "splits.json", {part: found.names for part, found in data.items()})
+        report.write_json(folder / "splits.json", {part: found.names for part, found in data.items()} | {
+            "rainy_dir": Path(cfg.RAINY_DIR).resolve().as_posix()})
     if due(cfg.SAMPLE_EVERY):
         save_page(pair_sheet(model, data["val"], device), folder / "samples" / f"epoch_{epoch:04d}.png")
     if photographs and due(cfg.REAL_EVERY):
@@ -449,7 +471,7 @@ def main(**overrides):
         score="val/psnr", sample_images=partial(sample_images, dataset=data["val"], device=device),
         on_epoch=partial(after_epoch, cfg=cfg, data=data, photographs=photographs, device=device),
         stop=partial(stop_reason, cfg=cfg), constants=cfg.as_dict(),
-        own_files=("checkpoints", "samples", "real_rain", "splits.json"))
+        own_files=("checkpoints", "samples", "real_rain", "splits.json", "eval"))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
         columns = {"images": "validation pairs", "val/psnr": "PSNR (RGB)", "val/ssim": "SSIM (RGB)",

@@ -293,6 +293,8 @@ def shares(content):
     (corners_for_extents, "not [x1, y1, x2, y2]"),
     (shares, "not in shares of the image"),
     (lambda content: content["annotations"][0].update(bbox=[30, 30, -10, 10]), "negative width or height"),
+    (lambda content: content.update(annotations=[content["annotations"][0] | {"id": i, "bbox": [9000, 9, 20, 20]}
+                                                 for i in range(1, 7)]), "outside of their images"),
     (lambda content: content["categories"][0].update(name=None), "a name is text"),
     (lambda content: content["categories"][0].update(name=7), "a name is text"),
     (lambda content: content["categories"][0].update(name=["car"]), "a name is text"),

@@ -1,6 +1,7 @@
 """Careless hands on what is there already: results of an earlier evaluation, files in the way, runs to go on with."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import checkpoint, config, datasets, losses, processes, report
+from utils import checkpoint, config, datasets, losses, processes, report, system
 from utils.config import UserError
 from utils.datasets import presets, windshield_pairs
 from utils.evaluation import comparison, image_quality
@@ -31,6 +32,11 @@ from utils.networks.unet import UNetDerainer, new_unet
 
 STAGE1 = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
           "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
+
+
+def write_picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8)).save(path)
 
 
 # ---- files that are there already --------------------------------------------------------------------------------
@@ -495,6 +501,77 @@ def test_a_twin_that_is_missing_is_named_once_and_with_its_constant(coco):
         coco / "coco_rain", "train", {0: "person", 1: "car"}, presets.evaluation(64), constant="COCO_RAIN_DIR",
         domain="rainy", twin_root=coco / "coco", twin_constant="COCO_DIR"), "COCO_DIR", "missing")
     assert line.count("000000000001.jpg") == 1 and "1 bad image(s)" in line
+
+
+def test_another_validation_than_before_is_not_resumed(tmp_path):
+    write_pairs(tmp_path, count=6)
+    settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
+                "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
+                "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
+    train_unet_derain.main(**settings)
+    for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}):
+        refused(lambda c=changes: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2} | c), *changes,
+                "last.pt", "RESUME")
+    # other losses do not change what is measured, and the curves have gaps where there were none of them
+    result = train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "L1_WEIGHT": 0.0, "FFT_WEIGHT": 1.0})
+    again = train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "L1_WEIGHT": 0.0, "FFT_WEIGHT": 1.0})
+    assert len(result["history"]) == len(again["history"]) == 2 and (tmp_path / "run" / "curves.png").is_file()
+    kept = json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8"))
+    next((tmp_path / "rainy").glob(f"{kept['val'][0]}.*")).unlink()
+    line = refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3}), kept["val"][0], "RESUME")
+    assert "SPLITS_FILE" not in line
+
+
+def test_what_a_training_of_a_u_net_writes_lies_apart_from_its_data(tmp_path, capsys):
+    write_pairs(tmp_path / "data", count=8)
+    clear, rainy = (str(tmp_path / "data" / name) for name in ("clear", "rainy"))
+    settings = {"CLEAR_DIR": clear, "RAINY_DIR": rainy, "REAL_DIR": "", "CHECKPOINT_DIR": str(tmp_path / "run"),
+                "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0, "IMAGE_SIZE": 32, "TRAIN_PAIRS": 4,
+                "VAL_PAIRS": 2, "TEST_PAIRS": 2, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
+    for name in ("CLEAR_DIR", "RAINY_DIR"):
+        refused(lambda n=name: train_unet_derain.main(**settings | {"CHECKPOINT_DIR": f"{settings[n]}/run"}),
+                "CHECKPOINT_DIR", name)
+    refused(lambda: train_unet_derain.main(**settings | {"TARGET_SSIM": 85.0}), "TARGET_SSIM")
+    train_unet_derain.main(**settings | {"MORE_PAIRS": ((clear, rainy, 0.5),), "CROP_SIZES": (500,),
+                                         "EARLY_STAGES_WEIGHT": 1.0})
+    text = capsys.readouterr().out
+    assert "MORE_PAIRS: 4 of 8 pairs" in text and "CROP_SIZES = (500,)" in text and "EARLY_STAGES_WEIGHT has no" in text
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8"))
+    evaluate = script("Eval_unet_derain")
+    for file, noted in ((str(tmp_path / "run" / "splits.json"), False), ("", True)):
+        cfg = config.resolve(vars(evaluate), {"CLEAR_DIR": clear, "RAINY_DIR": rainy, "SPLITS_FILE": file,
+                                              "UNET_PATH": str(tmp_path / "run" / "best.pt")})
+        evaluate.test_pairs(cfg)
+        assert ("6 of 8 pairs were trained or validated on" in capsys.readouterr().out) == noted
+    assert len(splits["train"]) == 4
+    found, _ = windshield_pairs.find_pairs(rainy, clear)
+    assert len(windshield_pairs.trained_on(tmp_path / "run" / "best.pt", rainy, found)) == 6
+    assert windshield_pairs.trained_on(tmp_path / "run" / "best.pt", clear, found) == set()  # other data, equal names
+
+
+def test_a_number_may_be_the_name_of_a_folder(tmp_path, monkeypatch):
+    module = script("train_unet_derain")
+    argv = ["x", "--CLEAR_DIR", "2024", "--CHECKPOINT_DIR", "1", "--SEQUENCE_SEPARATOR", "0"]
+    cfg = config.resolve(vars(module), config.from_command_line(vars(module), argv[1:]))
+    assert (cfg.CLEAR_DIR, cfg.CHECKPOINT_DIR, cfg.SEQUENCE_SEPARATOR) == ("2024", "1", "0")
+    refused(lambda: config.resolve(vars(module), {"IMAGE_SIZE": "640"}), "IMAGE_SIZE", "640")
+
+
+def test_rain_that_is_older_than_its_image_and_links_in_a_circle(tmp_path, capsys):
+    for n in range(3):
+        write_picture(tmp_path / "clear" / f"{n}.png")
+    rain = script("make_rain")
+    settings = {"KIND": "windshield", "CLEAR": str(tmp_path / "clear"), "OUT": str(tmp_path / "rainy"), "WORKERS": 1}
+    rain.main(**settings)
+    assert "are older" not in capsys.readouterr().out
+    later = (tmp_path / "rainy" / "1.png").stat().st_mtime + 60
+    os.utime(tmp_path / "clear" / "1.png", (later, later))
+    rain.main(**settings)
+    assert "1 rainy image(s) are older" in capsys.readouterr().out
+    rain.main(**settings | {"COCO": str(tmp_path / "coco")})
+    assert "COCO has no effect" in capsys.readouterr().out
+    (tmp_path / "clear" / "again").symlink_to(tmp_path / "clear", target_is_directory=True)
+    assert len(system.images_in(tmp_path / "clear", links=True)) == 3
 
 
 # ---- the sweep ---------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def read(paths):
         try:
             content = system.read_json(path)
         except (OSError, ValueError) as error:
-            raise config.UserError(f"cannot read {name}: {error}") from None
+            raise config.UserError(f"cannot read {name} ({error}): give the JSON files that the study's page "
+                                   "saves") from None
         if problem := problem_of(content):
             raise config.UserError(f"{name}: {problem}")
         if found and content["study"] != found[0]["study"]:
@@ -183,7 +184,12 @@ def main(**overrides):
     paths = files_of(cfg.FILES)
     if cfg.OUT and Path(cfg.OUT).resolve() in {path.resolve() for path in paths}:
         raise config.UserError(f"OUT = '{cfg.OUT}' is one of the files to read: choose another name")
-    found = summary(read(paths), cfg.RESAMPLES)
+    contents = read(paths)
+    if cfg.OUT:
+        if Path(cfg.OUT).is_dir():
+            raise config.UserError(f"OUT = '{cfg.OUT}' is a folder: give the name of a file, such as results.json")
+        report.output_folder(Path(cfg.OUT).parent, (Path(cfg.OUT).name,))
+    found = summary(contents, cfg.RESAMPLES)
     show(found)
     if cfg.OUT:
         report.write_results(cfg.OUT, cfg.as_dict(), found)

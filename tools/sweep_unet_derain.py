@@ -110,7 +110,10 @@ def states_before(cfg, name):
 def data_of(cfg):
     """-> a digest of the names and sizes of the pairs, so that a trial on other pairs is not taken for one on these."""
     settings, found = defaults_of(cfg), []
-    for folder in (settings["RAINY_DIR"], settings["CLEAR_DIR"]):
+    for name in ("RAINY_DIR", "CLEAR_DIR"):
+        folder = settings[name]
+        if problem := system.absent(folder, folder=True):
+            raise config.UserError(f"{name} = '{folder}' {problem}: set it in BASE")
         found += [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in system.images_in(folder)]
     return digest(json.dumps(found)).hex()
 
@@ -199,9 +202,10 @@ def identity(cfg):
 def keep_other_sweep(cfg):
     """Move the results of a sweep with other constants or on other pairs aside; those of this one are written anew."""
     found, constants = read_json(Path(cfg.OUTPUT_DIR) / "sweep.json"), json.loads(json.dumps(cfg.as_dict()))
+    own = identity(cfg)  # in any case: pairs that are not there are found before anything is moved
     try:
         same = (found["constants"] | {"OUTPUT_DIR": constants["OUTPUT_DIR"]} == constants
-                and found["results"].items() >= identity(cfg).items())
+                and found["results"].items() >= own.items())
     except (TypeError, LookupError, AttributeError):  # none, or something else
         same = False
     if not same:

@@ -138,7 +138,8 @@ def resolve(namespace, overrides):
             name = _known(name, values)
             values[name] = _checked(name, value, kinds[name], defaults[name])
     for name, value in values.items():
-        if isinstance(value, str) and str not in annotated.get(name, ()) and _is_number(value):
+        text = str in annotated.get(name, _known_types().get(name, ((),))[0])
+        if isinstance(value, str) and not text and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
         value = _checked(name, value, kinds[name], defaults[name])  # also the default, which a person may have edited
         if name not in annotated and isinstance(value, (tuple, list)):

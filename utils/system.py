@@ -107,9 +107,12 @@ def files_in(folder, below=True, links=False):
     Args:
         below: also those in its folders, and so on; links: also in folders that are symbolic links.
     """
-    found = []
+    found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=links):
         folders[:] = [name for name in folders if below and not name.startswith(".")]
+        if links:  # a link to a folder that is there already, or to one above, would be walked without end
+            places = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+            folders[:] = [name for name, place in places.items() if place not in seen and not seen.add(place)]
         found += [Path(parent) / name for name in names if not name.startswith(".")]
     return sorted(found)
 

@@ -151,7 +151,7 @@ def curves(history, path, steps=None):
     """
     steps = steps or {"step": []}
     losses = [name for name in steps if name != "step"]
-    names = [name for name, value in history[0].items()
+    names = [name for name, value in {**history[0], **history[-1]}.items()  # a resumed run may have other losses
              if isinstance(value, (int, float)) and name not in ("epoch", "step", *losses)]
     columns = min(3, max(len(losses), len(names)))
     lines = [-(-len(group) // columns) for group in (losses, names)]
@@ -208,7 +208,8 @@ def smoothed(values, share=0.05):
     counts = np.concatenate([[0], np.cumsum(counted)])
     middle, half = np.arange(len(values)), int(len(values) * share / 2)
     first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
-    return (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
 def cost_against_accuracy(points, path, x_label, y_label):

@@ -81,6 +81,7 @@ def usable_boxes(objects, images, source):
     shares = bool(len(corners)) and (corners >= 0).all() and (corners <= 1).all()
     # all of them would be boxes as [x1, y1, x2, y2], which of many true ones is next to impossible
     as_corners = (corners[:, 2:] > corners[:, :2]).all() and (corners[:, 2:] <= extent[:, 2:] + 1).all()
+    sides = corners[:, 2:].copy()
     corners[:, 2:] += corners[:, :2]
     inside = np.clip(corners, 0, extent)
     kept = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
@@ -88,6 +89,9 @@ def usable_boxes(objects, images, source):
     left_out, cut, usable = int((~kept).sum()), int(clipped.sum()), int(kept.sum())
     if source is None:
         return UsableBoxes(owner, inside, kept, [])
+    if left_out >= 5 and not usable and (sides >= 1).all():
+        raise UserError(f"{source}: all {left_out} box(es) lie outside of their images: do the annotations belong to "
+                        "images of another size?")
     if left_out and not usable and (shares or left_out >= 5):
         raise UserError(f"{source}: all {left_out} box(es) are thinner than one pixel: bbox must be [x, y, width, "
                         "height] in pixels, not in shares of the image")

@@ -34,7 +34,6 @@ _WIDE = 1.1   # wide files of two images, in a folder without partners, are at l
               # has portraits beside each other), ...
 _ALIKE = 0.3  # ... and their halves show one scene: correlation of the details, of photographs 0.0, of pairs 0.75 to 1
 _LOOKED_AT = 20  # wide files
-SMALLEST = 11  # side in pixels: SSIM's window
 # what names say beside the number: "norain-001", "0_clean", "12gt", "3x2", "rd-rs-7"
 _WORDS = re.compile(r"^(?:norain|rain|rd-rs|rd|rs|im)[-_]?(?=\d)|[-_]?(?:norain|rain|clean|gt)$|(?<=\d)x2$",
                     re.IGNORECASE)
@@ -102,9 +101,9 @@ def _check(pairs, what):
     wide = [pair for pair in pairs.values() if pair.halves]
     image_check.check_images(list(rainy) + ([] if wide else sorted(set(clean))), what,
                              partners=None if wide else list(clean) + [None] * len(set(clean)))
-    if small := [pair.rainy.as_posix() for pair in pairs.values() if min(pair.size()) < SMALLEST]:
-        raise UserError(f"{what}: {system.listed(small, 3)}: sides of at least {SMALLEST} pixels are needed, SSIM's "
-                        "window")
+    if small := [pair.rainy.as_posix() for pair in pairs.values() if min(pair.size()) < image_check.SSIM_WINDOW]:
+        raise UserError(f"{what}: {system.listed(small, 3)}: sides of at least {image_check.SSIM_WINDOW} pixels are "
+                        "needed, the window of SSIM")
 
 
 def _by_name(root, rainy_folders, clean_folder, constant):

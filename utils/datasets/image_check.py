@@ -17,6 +17,7 @@ from utils.config import UserError
 RULES = 2         # raise it when a check finds more than it did: what was found good before is then looked at again
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
 ODD_MARGIN = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
+SSIM_WINDOW = 11  # pixels: smaller images have no SSIM
 THUMBNAIL = 24    # pixels
 _COMPARED = 2000  # other partners that an image is compared with, at most
 _SAMPLED = 200    # pairs that are looked at where thousands may be given

@@ -206,11 +206,27 @@ def name_of_entry(entry, known):
     return entry if entry in known else Path(entry).with_suffix("").as_posix()
 
 
-def read_splits(path, names):
+def trained_on(weights, rainy_dir, names):
+    """-> which of a folder's pairs the network of train_unet_derain.py was trained or validated on, as the splits.json
+    beside its weights says; an empty set where nothing is known, or where that was another folder.
+
+    Args:
+        weights: path of its best.pt; rainy_dir: folder of the rainy images; names: of the pairs in question.
+    """
+    try:
+        content = system.read_json(Path(weights).with_name("splits.json"))
+        if Path(content["rainy_dir"]) != Path(rainy_dir).resolve():
+            return set()
+        return {name_of_entry(entry, names) for part in ("train", "val") for entry in content[part]} & set(names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def read_splits(path, names, constant="SPLITS_FILE"):
     """-> {"train", "val", "test": sorted names} of a splits.json of that form (with or without file extensions).
 
     Raises:
-        UserError: no such file, unknown names, a name in two parts; names SPLITS_FILE.
+        UserError: no such file, unknown names, a name in two parts; names `constant`, which led to the file.
     """
     content = splits_of(path)
     known, parts, seen = set(names), {part: [] for part in PARTS}, {}
@@ -218,13 +234,14 @@ def read_splits(path, names):
         for entry in content[part]:
             name = name_of_entry(entry, known)
             if name not in known:
-                raise UserError(f"SPLITS_FILE = '{path}': '{entry}' of {part} is no pair of RAINY_DIR and CLEAR_DIR")
+                raise UserError(f"{constant}, {path}: '{entry}' of {part} is no pair of RAINY_DIR and CLEAR_DIR: "
+                                "bring it back, or take it out of the file")
             if name in seen:
-                raise UserError(f"SPLITS_FILE = '{path}': '{entry}' is in {seen[name]} and in {part}")
+                raise UserError(f"{constant}, {path}: '{entry}' is in {seen[name]} and in {part}")
             seen[name] = part
             parts[part].append(name)
     if not parts["train"] or not parts["val"]:
-        raise UserError(f"SPLITS_FILE = '{path}': train and val need at least one name each")
+        raise UserError(f"{constant}, {path}: train and val need at least one name each")
     if left := len(known) - len(seen):
         processes.say(f"note: {left} of {len(known)} pairs are in no part of {Path(path).as_posix()} and are not used")
     return {part: sorted(found) for part, found in parts.items()}

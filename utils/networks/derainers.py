@@ -109,6 +109,7 @@ NETWORKS = {
         "github.com/swz30/Restormer/releases/download/v1.0/deraining.pth")),
 }
 TRAINABLE = tuple(name for name, network in NETWORKS.items() if network.build)
+STAGED = tuple(name for name in TRAINABLE if name == "spdnet" or name.startswith(("prenet", "prn", "rescan")))
 _SMALLEST = 8  # side in pixels below which images are mirrored: SPDNet needs 5, networks with halvings a few
 
 

@@ -17,6 +17,9 @@ from utils.training.schedule import plateau_factor, schedule_factor
 from utils.training.step_curve import StepCurve
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
+_SCORED_BY = {  # constants that decide what a validation measures
+    "IMAGE_SIZE", "RANDOM_CROP", "KEEP_TONE", "VAL_RAINY_DIR", "VAL_CLEAN_DIR", "VAL_IMAGES", "VAL_LIMIT",
+    "IMAGE_SCALE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE", "VALIDATION_SHARE"}
 DRAWING_PAUSE = 30  # seconds between two drawings of curves.png, which takes as long as some epochs of small data
 
 
@@ -66,6 +69,12 @@ class Run:
             if not is_last(content):
                 raise _not_ours(self.last, self.plan)
             _require_score(content, self.score, self.last, self.plan)
+            before = content["constants"]
+            if other := ", ".join(f"{name} was {before[name]!r}, is now {value!r}" for name, value
+                                  in self.changed_constants(content) if name in _SCORED_BY & before.keys()):
+                raise UserError(f"{self.last.as_posix()} was validated with other constants ({other}), so its best "
+                                "score could not be compared with new ones: set them back, or start anew without "
+                                f"{self.plan.resume_hint}")
             changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
                                 for name, value in self.changed_constants(content))
             checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=changed and (

@@ -1,6 +1,9 @@
 """The losses of every optimizer step of a run, for curves.png."""
 
 
+import math
+
+
 class StepCurve:
     """Losses per optimizer step in bounded memory: whenever `limit` points are reached, neighbours become their mean.
 
@@ -23,8 +26,9 @@ class StepCurve:
         if self.steps < self.every:
             return
         self.points["step"].append(step)
-        for name, value in self.sums.items():
-            self.points.setdefault(name, []).append(value / self.batches)
+        for name in {*self.points, *self.sums} - {"step"}:  # a resumed run may have other losses: nan for what is not
+            self.points.setdefault(name, [math.nan] * (len(self.points["step"]) - 1)).append(
+                self.sums[name] / self.batches if name in self.sums else math.nan)
         self.sums, self.batches, self.steps = {}, 0, 0
         if len(self.points["step"]) >= self.limit:
             self._thin_out()
@@ -44,3 +48,6 @@ class StepCurve:
         """Go on from `state`."""
         for name, value in state.items():
             setattr(self, name, value)
+        length = len(self.points["step"])
+        for name, values in self.points.items():  # of a file that was written with gaps
+            self.points[name] = [math.nan] * (length - len(values)) + values

@@ -136,11 +136,13 @@ def test_the_perceptual_loss_takes_part(base, tmp_path):
 
 
 def test_reasons_to_stop_and_the_warning():
-    cfg = train.config.resolve(vars(train), {"EARLY_STOPPING_PATIENCE": 3})
+    cfg = train.config.resolve(vars(train), {"EARLY_STOPPING_PATIENCE": 3, "TARGET_PSNR": 28.0, "TARGET_SSIM": 0.85})
+
     def epoch(loss, val, psnr=20.0, ssim=0.5):
         return {"loss": loss, "val/loss": val, "val/psnr": psnr, "val/ssim": ssim}
     assert train.stop_reason([epoch(1, 1, 28.1, 0.84)], cfg) is None
     assert "target reached: PSNR 28.10" in train.stop_reason([epoch(1, 1, 28.1, 0.86)], cfg)
+    assert train.stop_reason([epoch(1, 1, 50.0, 0.99)], train.config.resolve(vars(train), {})) is None  # by default none
     falling = [epoch(1, 1 - i / 10) for i in range(5)]
     assert train.stop_reason(falling, cfg) is None
     assert train.stop_reason(falling + [epoch(1, 0.9)] * 2, cfg) is None

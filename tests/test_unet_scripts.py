@@ -142,7 +142,7 @@ def test_reasons_to_stop_and_the_warning():
         return {"loss": loss, "val/loss": val, "val/psnr": psnr, "val/ssim": ssim}
     assert train.stop_reason([epoch(1, 1, 28.1, 0.84)], cfg) is None
     assert "target reached: PSNR 28.10" in train.stop_reason([epoch(1, 1, 28.1, 0.86)], cfg)
-    assert train.stop_reason([epoch(1, 1, 50.0, 0.99)], train.config.resolve(vars(train), {})) is None  # by default none
+    assert train.stop_reason([epoch(1, 1, 50.0, 0.99)], train.config.resolve(vars(train), {})) is None  # off by default
     falling = [epoch(1, 1 - i / 10) for i in range(5)]
     assert train.stop_reason(falling, cfg) is None
     assert train.stop_reason(falling + [epoch(1, 0.9)] * 2, cfg) is None

@@ -154,6 +154,22 @@ def test_partners_of_other_scenes_are_noted_at_every_start(photos, tmp_path, cap
         assert "wrong/1.jpg" in said and "wrong/2.jpg" in said and "3.jpg" not in said
 
 
+def test_partners_without_rain_and_turned_ones_are_noted(photos, tmp_path, capsys):
+    for name, change in (("same", lambda image: image), ("turned", lambda image: image.rotate(180))):
+        (tmp_path / name).mkdir()
+        for i, path in enumerate(photos):
+            column = Image.linear_gradient("L").resize((64, 64)).convert("RGB")  # dark above, as no rain turns a scene
+            image = Image.blend(Image.open(path).convert("RGB").resize((64, 64)), column, 0.8)
+            image.save(tmp_path / "photos" / f"scene{i}.png")
+            change(image).save(tmp_path / name / f"scene{i}.png")
+        for path in photos:
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    datasets.PairedRainDataset(tmp_path / "same", tmp_path / "photos", presets.evaluation(32))
+    assert "there is no rain in them" in capsys.readouterr().out
+    datasets.PairedRainDataset(tmp_path / "turned", tmp_path / "photos", presets.evaluation(32))
+    assert "4 of 8 images look more like another one's partner" in capsys.readouterr().out
+
+
 def test_twins_of_other_scenes_are_noted(tmp_path, capsys):
     write_coco(tmp_path / "clean", splits=("train",))
     write_coco(tmp_path / "other", splits=("train",))

@@ -14,7 +14,7 @@ from PIL import Image
 from utils import processes, system
 from utils.config import UserError
 
-RULES = 2         # raise it when a check finds more than it did: what was found good before is then looked at again
+RULES = 3         # raise it when a check finds more than it did: what was found good before is then looked at again
 REMEMBERED = 500  # images from which on a check takes long enough (COCO: minutes) to remember that it found nothing
 ODD_MARGIN = 0.25  # a pair is odd if another partner is so much more like the image (correlation of thumbnails)
 SSIM_WINDOW = 11  # pixels: smaller images have no SSIM
@@ -68,9 +68,14 @@ def _check(paths, what, sizes, partners):
         processes.say(note)
     pairs = [pair for pair in zip(paths, partners, strict=True) if pair[1] is not None]
     sample = pairs[::max(1, len(pairs) // _SAMPLED)]
-    if len(odd := _odd_pairs(sample)) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
+    thumbnails = _thumbnails(sample)
+    odd = [Path(path).as_posix() for (path, _), is_odd in zip(sample, more_like_another(thumbnails), strict=True)
+           if is_odd]
+    if len(sample) > 1 and np.abs(thumbnails[:, 0] - thumbnails[:, 1]).max() < 1e-6:
+        processes.say(f"note: {what}: the rainy images are their clean partners over again, there is no rain in them")
+    elif len(odd) > max(1, _ODD * len(sample)):  # a single one has no other to be mixed up with
         processes.say(f"note: {what}: {len(odd)} of {len(sample)} images look more like another one's partner than "
-                      f"like their own: {system.listed(odd)}; a wrong partner teaches nonsense")
+                      f"like their own, or not like it at all: {system.listed(odd)}; a wrong partner teaches nonsense")
     elif seal is not None:
         with suppress(OSError):  # not remembered, then
             seal.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +133,8 @@ def _fingerprint(paths, sizes, partners):
     return digest.hexdigest()
 
 
-def _odd_pairs(pairs):
-    """[(path, its partner), ...] -> the paths that look like another one's partner."""
+def _thumbnails(pairs):
+    """[(path, its partner), ...] -> (N, 2, n) of `thumbnail`."""
     def look(pair):
         small = []
         for path in pair:
@@ -137,8 +142,7 @@ def _odd_pairs(pairs):
                 small.append(thumbnail(image))
         return small
     with ThreadPoolExecutor(min(8, system.available_cores())) as pool:
-        thumbnails = np.array(list(pool.map(look, pairs)))
-    return [Path(pair[0]).as_posix() for pair, odd in zip(pairs, more_like_another(thumbnails), strict=True) if odd]
+        return np.array(list(pool.map(look, pairs)))
 
 
 def thumbnail(image):
@@ -151,10 +155,11 @@ def thumbnail(image):
 
 
 def more_like_another(thumbnails):
-    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see ODD_MARGIN."""
+    """(N, 2, n) thumbnails of images and their partners -> (N,) bool, see ODD_MARGIN; also where an image is rather its
+    partner's negative, as one that is turned often is."""
     if not len(thumbnails):
         return []
     images, partners = thumbnails[:, 0], thumbnails[:, 1]
     own = (images * partners).sum(1)
     others = partners[::-(-len(partners) // _COMPARED)]
-    return (images @ others.T).max(1) > own + ODD_MARGIN
+    return ((images @ others.T).max(1) > own + ODD_MARGIN) | (own < 0)

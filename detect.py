@@ -135,6 +135,10 @@ def build_models(cfg, device):
         raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
                                "MODEL, or leave them out")
     gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
+    if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (
+            problem := system.absent(cfg.RAINY_BRANCH, folder=True)):  # a hub id has a slash
+        raise config.UserError(f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}' {problem}: choose spdnet, or a detector's folder "
+                               "or hub id")
     if gate and cfg.RAINY_BRANCH != "spdnet" and cfg.SHOW_DERAINED:
         raise config.UserError(f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
                                "there is no image to show")

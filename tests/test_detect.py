@@ -242,15 +242,25 @@ def test_photographs_come_upright(tmp_path, orientation):
 
 @pytest.mark.parametrize("source, text", [
     ("", "SOURCE is empty"), ("nowhere.jpg", "does not exist"), ("empty", "without images"),
+    ("above", "above/train2017"),
     ("words.mp4", "not a video"), ("97", "no camera")])
 def test_unreadable_sources_are_one_clear_line(base, tmp_path, monkeypatch, source, text):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("above/train2017").mkdir(parents=True)
+    Image.fromarray(picture(0)).save("above/train2017/a.jpg")
     Path("words.mp4").write_text("these are words")
     with pytest.raises(UserError, match=text) as caught:
         detect.main(**base, SOURCE=source)
     assert "SOURCE" in str(caught.value) and "\n" not in str(caught.value)
     assert not Path(base["OUTPUT"]).exists()
+
+
+def test_a_rainy_branch_with_a_typo_is_named(base, tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="RAINY_BRANCH = 'spdnett' does not exist"):
+        detect.main(**base | {"SOURCE": str(tmp_path / "a.jpg"), "MODEL": "conditional", "RAINY_BRANCH": "spdnett",
+                              "PIPELINE_DIR": "", "SHOW_DERAINED": True})
 
 
 def test_without_opencv_images_work_and_videos_say_what_to_install(base, clip, tmp_path, monkeypatch):

@@ -252,8 +252,10 @@ def open_source(source, constant="SOURCE"):
     if path.is_dir():
         found = system.images_in(path, below=False)
         if not found:
+            below = sorted({image.parent.as_posix() for image in system.images_in(path)})
             raise UserError(f"{constant} = '{path.as_posix()}' is a folder without images "
-                            f"({' '.join(system.SUFFIXES)}); videos are given one by one")
+                            f"({' '.join(system.SUFFIXES)}); " + (f"there are some in {system.listed(below, 3)}: give "
+                            "one of these" if below else "videos are given one by one"))
         return ImageFiles(found, _left_out(path, found, constant))
     if not path.is_file():
         raise UserError(f"{constant} = '{path.as_posix()}' does not exist; give an image, a folder, a video or a "

@@ -453,11 +453,11 @@ def main(**overrides):
         ensure_windshield_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
-    model = build_model(cfg, device)
-    perceptual = build_perceptual(cfg, device)
-    data = build_data(cfg)
+    data = build_data(cfg)  # first: a wrong folder is found before weights are downloaded
     train_loader, val_loader = build_loaders(cfg, data)
     photographs = real_photographs(cfg)
+    model = build_model(cfg, device)
+    perceptual = build_perceptual(cfg, device)
     weights = plan.loss_weights
     untouched = evaluate(lambda images: images, val_loader, device, weights, perceptual)
     processes.say(f"rainy input: {untouched['val/psnr']:.2f} dB, SSIM {untouched['val/ssim']:.4f} (validation pairs)")

@@ -294,7 +294,7 @@ def rows_by_intensity(sets, scores):
     for name, pairs in sets.items():
         rainy = next(iter(pairs.values())).rainy.parent
         known = windshield_pairs.intensities(rainy, {pair: (files.rainy, files.clean) for pair, files in pairs.items()})
-        for method, metrics in scores[name].items() if known else ():
+        for method, metrics in scores[name].items() if len(set(known.values())) > 1 else ():
             values = {}
             for pair, value in zip(pairs, metrics["psnr_y"], strict=True):
                 values.setdefault(known[pair], []).append(value)

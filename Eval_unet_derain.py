@@ -84,7 +84,7 @@ def test_pairs(cfg):
                                    "0, or set SPLITS_FILE = \"\" for pairs that were not trained on")
     chosen = {name: found[name] for name in names}
     window = image_check.SSIM_WINDOW
-    if small := [rainy.as_posix() for rainy, _ in chosen.values() if min(image_check.size_of(rainy)) < window]:
+    if small := image_check.smaller_than([rainy for rainy, _ in chosen.values()], window):
         raise config.UserError(f"RAINY_DIR: {system.listed(small, 3)}: sides of at least {window} pixels are needed, "
                                "the window of SSIM")
     if seen := windshield_pairs.trained_on(cfg.UNET_PATH, cfg.RAINY_DIR, names):

@@ -170,7 +170,7 @@ def main(**overrides):
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
-    run_state.require_free(cfg.OUTPUT_DIR, plan, "score")
+    last = run_state.require_free(cfg.OUTPUT_DIR, plan, "score")
     if cfg.GATE == "soft" and min(cfg.COCO_RATIO, cfg.RAIN_RATIO) == 0:
         processes.say(f"note: COCO_RATIO = {cfg.COCO_RATIO}, RAIN_RATIO = {cfg.RAIN_RATIO}: a soft gate that sees one "
                       "kind of image alone learns to say always the same")
@@ -193,7 +193,8 @@ def main(**overrides):
         model, train_loader,
         partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features),
         plan, output_dir=cfg.OUTPUT_DIR, parameters=groups, evaluate=validate, score="score",
-        on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), own_files=(pipeline.name,))
+        on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), last=last,
+        own_files=(pipeline.name,), scored_with=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT"))
     if result["history"]:
         processes.say(f"pipeline: {pipeline.as_posix()}\n"
                       f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")

@@ -296,7 +296,8 @@ def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
         partial(compute_losses, weights=plan.loss_weights, teacher=teacher, feature_level=cfg.FEATURE_LEVEL),
         plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
         sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
-        constants=cfg.as_dict())
+        constants=cfg.as_dict(),
+        scored_with=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"))
     if result["stopped"] != "interrupted":
         best.score = max(best.score, result["best_score"])
         checkpoint.load_into(model, checkpoint.load_state(folder / "best.pt"), (folder / "best.pt").as_posix())

@@ -117,9 +117,8 @@ def build_loaders(cfg):
     whole = presets.scaled(cfg.IMAGE_SCALE, cfg.VAL_LIMIT)
     val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, whole, limit=cfg.VAL_IMAGES, seed=cfg.SEED,
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"))
-    small = [path.as_posix() for path, _ in evenly(train.pairs, 50)
-             if min(image_check.size_of(path)) * cfg.IMAGE_SCALE < cfg.PATCH_SIZE]
-    if small:
+    if small := image_check.smaller_than([path for path, _ in evenly(train.pairs, 50)],
+                                         cfg.PATCH_SIZE / cfg.IMAGE_SCALE):
         processes.say(f"note: PATCH_SIZE = {cfg.PATCH_SIZE} is more than the side of some images "
                       f"({system.listed(small, 2)}{f', scaled by {cfg.IMAGE_SCALE}' if cfg.IMAGE_SCALE < 1 else ''}), "
                       "which are mirrored to that size: a smaller one trains faster")
@@ -178,7 +177,7 @@ def main(**overrides):
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
-    run_state.require_free(cfg.OUTPUT_DIR, plan, "val/psnr_y")
+    last = run_state.require_free(cfg.OUTPUT_DIR, plan, "val/psnr_y")
     model = build_model(cfg, device)
     train_loader, val_loader = build_loaders(cfg)
     output = Path(cfg.OUTPUT_DIR) / "spdnet_best.pt"
@@ -191,7 +190,8 @@ def main(**overrides):
         evaluate=partial(evaluate, loader=val_loader, device=device), score="val/psnr_y",
         on_best=partial(save_spdnet, path=output),
         sample_images=partial(sample_images, dataset=val_loader.dataset, device=device),
-        constants=cfg.as_dict(), own_files=(output.name,))
+        constants=cfg.as_dict(), last=last, own_files=(output.name,),
+        scored_with=("VAL_RAINY_DIR", "VAL_CLEAN_DIR", "VAL_IMAGES", "VAL_LIMIT", "IMAGE_SCALE"))
     if result["history"]:
         rows = [{"images": "rainy input"} | untouched,
                 {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]

@@ -232,11 +232,11 @@ def build_data(cfg):
         found, names[part], train if part == "train" else still, cfg.SEED,
         crops=cfg.CROPS_PER_PAIR if part == "train" else 1, cache_gb=0 if part == "test" else cfg.CACHE_GB)
         for part in windshield_pairs.PARTS}
-    data["train"] = with_more_pairs(cfg, data["train"], data["val"].pairs + data["test"].pairs)
-    if small := [path for path, _ in evenly(data["train"].parts[0].pairs if cfg.MORE_PAIRS else data["train"].pairs, 50)
-                 if min(image_check.size_of(path)) < max(cfg.CROP_SIZES, default=0)]:
+    if small := image_check.smaller_than([path for path, _ in evenly(data["train"].pairs, 50)],
+                                         max(cfg.CROP_SIZES, default=0)):
         processes.say(f"note: CROP_SIZES = {cfg.CROP_SIZES} is more than the side of some images "
-                      f"({system.listed([path.as_posix() for path in small], 2)}), which are mirrored to that size")
+                      f"({system.listed(small, 2)}), which are mirrored to that size")
+    data["train"] = with_more_pairs(cfg, data["train"], data["val"].pairs + data["test"].pairs)
     return data
 
 
@@ -471,6 +471,7 @@ def main(**overrides):
         score="val/psnr", sample_images=partial(sample_images, dataset=data["val"], device=device),
         on_epoch=partial(after_epoch, cfg=cfg, data=data, photographs=photographs, device=device),
         stop=partial(stop_reason, cfg=cfg), constants=cfg.as_dict(),
+        scored_with=("IMAGE_SIZE", "RANDOM_CROP", "KEEP_TONE"),
         own_files=("checkpoints", "samples", "real_rain", "splits.json", "eval"))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]

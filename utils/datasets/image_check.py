@@ -115,6 +115,11 @@ def size_of(path):
         return system.upright_size(image)
 
 
+def smaller_than(paths, side):
+    """-> those of the image files (checked ones) that have a side of fewer than so many pixels, as text."""
+    return [Path(path).as_posix() for path in paths if min(size_of(path)) < side]
+
+
 def _draft(image):
     """Let an open JPEG be decoded at an eighth of its size."""
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))

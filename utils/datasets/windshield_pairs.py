@@ -19,7 +19,7 @@ from PIL import Image
 from utils import processes, system
 from utils.config import UserError
 from utils.datasets import image_check, image_pairs
-from utils.datasets.coco import require_clean_and_rainy
+from utils.datasets.coco import Mixture, require_clean_and_rainy
 from utils.datasets.samples import digest, epoch_and_index, images_by_name
 from utils.weather import rain, windshield
 from utils.weather.twin import twin_above
@@ -43,34 +43,38 @@ class WindshieldPairs(image_pairs.PairedRainDataset):
         self.transform, self.seed, self.crops, self.cache_bytes = transform, seed, crops, int(cache_gb * 1e9)
 
 
-class PairMixture(torch.utils.data.Dataset):
-    """Several sets of pairs in fixed shares of every epoch, which walk through each set in turn.
+class Walk(torch.utils.data.Dataset):
+    """`count` samples of WindshieldPairs in every epoch, which walk through all pairs: few are repeated, of many each
+    epoch sees another part. Keys and samples as theirs."""
 
-    An epoch has as many samples as the first set has crops; a small set is repeated, of a large one each epoch sees
-    another part. A sample is a function of (seed, epoch, index), as those of its parts are.
+    notes = ()
+
+    def __init__(self, data, count):
+        self.data, self.count, self.pairs = data, count, len(data.pairs)
+        # neighbours in a folder are often alike, so the walk takes long steps, which share no factor with its length
+        self.step = next(step for step in range(max(1, round(0.618 * self.pairs)), 2 * self.pairs + 1)
+                         if math.gcd(step, self.pairs) == 1)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        epoch, index = epoch_and_index(key)
+        pair = (epoch * self.count + index) * self.step % self.pairs
+        return self.data[(epoch, pair + self.pairs * (index // self.pairs))]  # the sum's second part: another crop
+
+
+class PairMixture(Mixture):
+    """Several sets of pairs in fixed shares of every epoch, which has as many samples as the first set has crops.
 
     Args:
         parts: WindshieldPairs; shares: of an epoch's samples, one per part, that add up to 1.
     """
 
     def __init__(self, parts, shares):
-        self.parts, self.names = list(parts), parts[0].names
-        ends = np.rint(np.cumsum(shares) * len(parts[0])).astype(int)
-        self.starts = [0, *ends[:-1].tolist()]
-        self.counts = np.diff([0, *ends]).tolist()
-
-    def __len__(self):
-        return sum(self.counts)
-
-    def __getitem__(self, key):
-        epoch, index = epoch_and_index(key)
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        part, count, number = self.parts[which], self.counts[which], index - self.starts[which]
-        pairs = len(part.pairs)
-        # neighbours in a folder are often alike, so the walk takes long steps, which share no factor with its length
-        step = next(step for step in range(max(1, round(0.618 * pairs)), 2 * pairs + 1) if math.gcd(step, pairs) == 1)
-        pair = (epoch * count + number) * step % pairs
-        return part[(epoch, pair + pairs * (number // pairs))]  # the second part of the sum: another crop of it
+        ends = np.rint(np.cumsum([0, *shares]) * len(parts[0])).astype(int)
+        super().__init__(Walk(part, count) for part, count in zip(parts, np.diff(ends).tolist(), strict=True))
+        self.names = parts[0].names
 
 
 def find_pairs(rainy_dir, clear_dir, constants=("RAINY_DIR", "CLEAR_DIR")):

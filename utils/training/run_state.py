@@ -17,9 +17,6 @@ from utils.training.schedule import plateau_factor, schedule_factor
 from utils.training.step_curve import StepCurve
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
-_SCORED_BY = {  # constants that decide what a validation measures
-    "IMAGE_SIZE", "RANDOM_CROP", "KEEP_TONE", "VAL_RAINY_DIR", "VAL_CLEAN_DIR", "VAL_IMAGES", "VAL_LIMIT",
-    "IMAGE_SCALE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE", "VALIDATION_SHARE"}
 DRAWING_PAUSE = 30  # seconds between two drawings of curves.png, which takes as long as some epochs of small data
 
 
@@ -30,12 +27,14 @@ class Run:
         plan: Plan, how it is done; folder: Path of what it writes; the others are explained at `engine.fit`.
     """
 
-    def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files):
+    def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files,
+                 scored_with=()):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.plan = model, loader, plan
         self.folder, self.last = folder, folder / "last.pt"
         self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
+        self.scored_with = scored_with
         self.trainable = [p for group in parameters for p in group["params"]]
         if not any(p.requires_grad for group in parameters if group["lr"] for p in group["params"]):
             raise UserError("nothing to train: every parameter is frozen or has a learning rate of 0")
@@ -71,7 +70,7 @@ class Run:
             _require_score(content, self.score, self.last, self.plan)
             before = content["constants"]
             if other := ", ".join(f"{name} was {before[name]!r}, is now {value!r}" for name, value
-                                  in self.changed_constants(content) if name in _SCORED_BY & before.keys()):
+                                  in self.changed_constants(content) if name in self.scored_with and name in before):
                 raise UserError(f"{self.last.as_posix()} was validated with other constants ({other}), so its best "
                                 "score could not be compared with new ones: set them back, or start anew without "
                                 f"{self.plan.resume_hint}")
@@ -310,16 +309,19 @@ def require_free(folder, plan, score):
 
     Args:
         folder: of the run; plan: its Plan; score: the metric that it goes by, which a run that is resumed must share.
+    Returns:
+        the content of the last.pt that is resumed, for `fit`'s `last`; None where there is none.
     """
     with run_folder.claimed(folder):
         checkpoint.require_writable(folder)
         last = Path(folder) / "last.pt"
         if not (plan.resume and last.is_file()):
-            return
+            return None
         content = checkpoint.load(last)
         if not is_last(content):
             raise _not_ours(last, plan)
         _require_score(content, score, last, plan)
+        return content
 
 
 def _not_ours(last, plan):

@@ -15,27 +15,23 @@ say blindly which of two results they prefer (python -m tools.study_results read
 docs/derain_baselines.md has the layouts and protocols.
 """
 
-import csv
 from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import config, datasets, processes, report, system, visualize
-from utils.datasets import derain_sets, image_check, loaders, presets, windshield_pairs
+from utils import config, processes, report, system
+from utils.datasets import derain_sets, image_check, windshield_pairs
 from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import comparison, image_quality, latency, memory, study
-from utils.evaluation.coco import detection_scores
+from utils.evaluation import behind_derainer, derain_report, image_quality, latency, memory, study
 from utils.images import to_floats
 from utils.networks import derainers
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size, trained_size
+from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
-from utils.weather import windshield
 
 # --- data ---------------------------------------------------------------------------------------------------------
 TEST_SETS = ("./data/Rain100L/test",)   # folders of test pairs, known by their layout (docs/derain_baselines.md)
@@ -82,24 +78,8 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
     "LATENCY_SIZE": 160, "CROP": 32, "OUTPUT_DIR": "./demo/outputs_derain_baselines",
 }
-_RAINY = "rainy input"
 _FILES = ("results.json", "results.csv", "results.md", "crops.png", "real_rain.png", "latency_quality.png",
           "map_quality.png", "study.html")
-_IDENTICAL = 100.0  # dB: no method is that good
-_METRICS = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_y8": "PSNR Y8", "ssim_y8": "SSIM Y8", "psnr": "PSNR RGB",
-            "ssim": "SSIM RGB", "lpips": "LPIPS"}
-# Published PSNR / SSIM: {method: {part of the set's name: (figure, protocol, source)}}; other training data, other code
-_PUBLISHED = {
-    "prenet": {"rain100l": ("37.48 / 0.979", "Y, its weights are trained on the set", "Ren et al. 2019"),
-               "rain100h": ("29.46 / 0.899", "Y", "Ren et al. 2019"),
-               "rain1400": ("32.60 / 0.946", "Y", "Ren et al. 2019")},
-    "rescan": {"rain100h": ("28.88 / 0.866", "Y, trained again", "Ren et al. 2019")},
-    "ddn_port": {"rain100l": ("33.58 / -", "RGB", "the port's README")},
-    "mprnet": {"rain100l": ("36.40 / 0.965", "Y8, Rain13K", "Zamir et al. 2021"),
-               "rain100h": ("30.41 / 0.890", "Y8, Rain13K", "Zamir et al. 2021")},
-    "restormer": {"rain100l": ("38.99 / 0.978", "Y8, Rain13K", "Zamir et al. 2022"),
-                  "rain100h": ("31.46 / 0.904", "Y8, Rain13K", "Zamir et al. 2022")},
-}
 
 
 def check(cfg):
@@ -127,7 +107,7 @@ def check(cfg):
         if not row.strip() or not folder.strip():
             raise config.UserError(f"RESULTS_DIRS holds {text!r}: write NAME=FOLDER, such as "
                                    "'DRSformer=./results/drsformer'")
-    titles = [_RAINY, *cfg.MODELS, *(text.partition("=")[0] for text in cfg.RESULTS_DIRS)]
+    titles = [derain_report.RAINY, *cfg.MODELS, *(text.partition("=")[0] for text in cfg.RESULTS_DIRS)]
     if len(set(titles)) < len(titles):
         raise config.UserError(f"MODELS and RESULTS_DIRS: a name is there twice ({', '.join(titles)})")
     report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [
@@ -245,15 +225,22 @@ def unseen(cfg, sets):
     return kept
 
 
+def images_of(cfg, models, others, pair, rainy):
+    """-> {row: (1, 3, H, W)} of one pair: the rainy image, what each network and each of RESULTS_DIRS makes of it.
+
+    others: of `result_files`; rainy: (1, 3, H, W) in [0, 1].
+    """
+    images = {derain_report.RAINY: rainy}
+    images |= {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
+    return images | {row: to_floats(read_image(paths[pair])[None], rainy.device) for row, paths in others.items()}
+
+
 def score_set(cfg, models, name, pairs, others, device, lpips_model):
     """-> {row: {metric: [value per image]}} of one test set, one image at a time; others: of `result_files`."""
     found = {}
     for pair, files in processes.progress(list(pairs.items()), name):
         rainy, clean = (to_floats(image[None], device) for image in files.read())
-        images = {_RAINY: rainy} | {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
-        for row, paths in others.items():
-            images[row] = to_floats(read_image(paths[pair])[None], device)
-        for row, image in images.items():
+        for row, image in images_of(cfg, models, others, pair, rainy).items():
             values = image_quality.quality_by_protocol(image, clean)
             if lpips_model is not None:
                 values["lpips"] = lpips_model(image.float(), clean.float(), normalize=True).flatten()
@@ -262,95 +249,7 @@ def score_set(cfg, models, name, pairs, others, device, lpips_model):
     return found
 
 
-def rows_of(name, scores, models_of, absent):
-    """-> [{"set", "method", "count", metric: mean, metric_low, metric_high, "published"}, ...] of one test set."""
-    rows = []
-    for row, metrics in scores.items():
-        values = {}
-        for metric, found in metrics.items():
-            low, high = image_quality.bootstrap_interval(found)
-            values |= {metric: float(np.mean(found)), f"{metric}_low": low, f"{metric}_high": high}
-        rows.append({"set": name, "method": row, "count": len(next(iter(metrics.values())))} | values
-                    | {"published": published(models_of.get(row), name)})
-    return rows + [{"set": name, "method": row, "count": 0, "published": f"absent: {why}"} for row, why in
-                   absent.items()]
-
-
-def note_oddities(rows):
-    """A line for each row whose figures say that something else was measured than its name."""
-    rainy = {row["set"]: row["psnr_y"] for row in rows if row["method"] == _RAINY}
-    for row in rows:
-        if row["count"] and row["method"] != _RAINY and row["psnr_y"] < rainy[row["set"]]:
-            processes.say(f"note: {row['set']}: '{row['method']}' is further from the clean images than the rainy "
-                          "input is; weights of another form of the network (ddn, ddn_matlab, ddn_port; rescan, "
-                          "rescan_add) or made for other rain do that")
-        if row["count"] and row["psnr_y"] > _IDENTICAL:
-            processes.say(f"note: {row['set']}: '{row['method']}' equals the clean images")
-
-
-def rows_by_intensity(sets, scores):
-    """-> [{"set", "method", "light", "medium", "heavy": mean PSNR Y}, ...] of windshield pairs whose rain is known."""
-    rows = []
-    for name, pairs in sets.items():
-        rainy = next(iter(pairs.values())).rainy.parent
-        known = windshield_pairs.intensities(rainy, {pair: (files.rainy, files.clean) for pair, files in pairs.items()})
-        for method, metrics in scores[name].items() if len(set(known.values())) > 1 else ():
-            values = {}
-            for pair, value in zip(pairs, metrics["psnr_y"], strict=True):
-                values.setdefault(known[pair], []).append(value)
-            rows.append({"set": name, "method": method} | {word: float(np.mean(found))
-                                                           for word, found in values.items()})
-    return rows
-
-
-def published(network, name):
-    """-> the published figure of a network on a set of this name, with protocol and source, or None."""
-    for part, words in _PUBLISHED.get(network, {}).items():
-        if part in name.lower():
-            return "{} ({}; {})".format(*words)
-    return None
-
-
-# ---- detection -------------------------------------------------------------------------------------------------
-
-def load_detection(cfg, device):
-    """-> RT-DETR, loader of the labelled rainy images; None, None without LABELED_RAIN_DIR."""
-    if not cfg.LABELED_RAIN_DIR:
-        return None, None
-    rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
-    comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
-    data = datasets.CocoDetectionDataset(
-        cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.IMAGE_SIZE),
-        constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
-    return rtdetr, loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-
-
-def detection_rows(models, rtdetr, loader, device):
-    """-> [{"method", "count", "mAP", ...}]: RT-DETR behind every de-rainer, on the labelled rainy images."""
-    if rtdetr is None:
-        return []
-    calls = {_RAINY: lambda images: rtdetr(pixel_values=images)} | {
-        row: (lambda images, model=model: rtdetr(pixel_values=model(images))) for row, model in models.items()}
-    return [{"method": row, "count": len(loader.dataset)} | detection_scores(call, loader, device, name=row)[0]
-            for row, call in calls.items()]
-
-
-# ---- pictures and report ---------------------------------------------------------------------------------------
-
-def draw_crops(cfg, models, pairs, device, path):
-    """Page: of evenly chosen pairs the square where the methods differ most, rainy | each method | clean."""
-    rows, scale = [], visualize.enlargement(cfg.CROP)
-    for pair in evenly(list(pairs.values()), cfg.PICTURES):
-        rainy, clean = (to_floats(image[None], device) for image in pair.read())
-        images = [rainy, *(restore(model, rainy, cfg.TILE, cfg.OVERLAP) for model in models.values()), clean]
-        side = min(cfg.CROP, *rainy.shape[-2:])
-        spread = torch.stack(images[1:-1] if len(models) > 1 else images).std(0).mean(1, keepdim=True)  # (1, 1, H, W)
-        at = torch.nn.functional.avg_pool2d(spread, side, 1).flatten().argmax().item()
-        top, left = divmod(at, rainy.shape[-1] - side + 1)
-        cells = [visualize.to_pil(image[0, :, top:top + side, left:left + side]) for image in images]
-        rows.append([cell.resize((side * scale, side * scale)) for cell in cells])
-    visualize.grid(rows, [_RAINY, *models, "clean"], path)
-
+# ---- pictures ------------------------------------------------------------------------------------------------
 
 def real_photographs(cfg):
     """-> up to PICTURES paths of REAL_DIR, evenly chosen; [] without it."""
@@ -359,92 +258,30 @@ def real_photographs(cfg):
     return chosen
 
 
-def draw_real(cfg, models, photographs, path):
-    """Page: photographs of real rain | each method."""
-    rows = []
-    for photograph in photographs:
-        image = to_floats(read_image(photograph)[None])
-        cells = [visualize.to_pil(picture[0]) for picture in
-                 (image, *(restore(model, image, cfg.TILE, cfg.OVERLAP) for model in models.values()))]
-        width = min(320, cells[0].width)
-        size = (width, max(1, round(cells[0].height * width / cells[0].width)))
-        rows.append([cell.resize(size) for cell in cells])
-    visualize.grid(rows, ["real rain", *models], path)
-
-
-def study_scenes(cfg, models, name, pairs, device):
-    """-> {image: {row: small PIL image}} for the user study: of one test set, of REAL_DIR where there is none."""
+def study_scenes(cfg, models, name, pairs, others, device):
+    """-> {image: {row: small PIL image}} for the user study: of one test set, of REAL_DIR where there is none; others:
+    of `result_files` for that set."""
     if not name:
         name = name_of(cfg.REAL_DIR)
         pairs = {row: derain_sets.Pair(path, path) for row, path in
                  images_by_name(cfg.REAL_DIR, "REAL_DIR", "Set it to a folder of images.").items()}
+        pairs = dict(evenly(list(pairs.items()), cfg.STUDY_SCENES))
+        others = result_files(cfg, pairs, name)
     pairs, found = dict(evenly(list(pairs.items()), cfg.STUDY_SCENES)), {}
-    others = result_files(cfg, pairs, name)
     for pair, files in processes.progress(list(pairs.items()), "user study"):
         rainy = to_floats(files.read()[0][None], device)
-        images = {_RAINY: rainy} | {row: restore(model, rainy, cfg.TILE, cfg.OVERLAP) for row, model in models.items()}
-        for row, paths in others.items():
-            images[row] = to_floats(read_image(paths[pair])[None])
-        found[pair] = {row: study.small(image[0], cfg.STUDY_SIDE) for row, image in images.items()}
+        found[pair] = {row: study.small(image[0], cfg.STUDY_SIDE)
+                       for row, image in images_of(cfg, models, others, pair, rainy).items()}
     return found
 
 
-def write_study(cfg, models, name, pairs, device, path):
+def write_study(cfg, models, name, pairs, others, device, path):
     """The page of the user study; -> what it holds."""
-    held = study.write_page(path, study_scenes(cfg, models, name, pairs, device), _RAINY, cfg.STUDY_PAIRS)
+    scenes = study_scenes(cfg, models, name, pairs, others, device)
+    held = study.write_page(path, scenes, derain_report.RAINY, cfg.STUDY_PAIRS)
     print(f"user study: {path.as_posix()}, {held['comparisons']} comparisons of {held['methods']} methods on "
           f"{held['scenes']} images, {held['bytes'] / 1e6:.1f} MB")
     return held
-
-
-def shown(rows, cost):
-    """-> the same rows for a table: "mean (low to high)" where there is an interval, and what each method costs."""
-    found = []
-    for row in rows:
-        one = {"set": row["set"], "method": row["method"], "n": row["count"]}
-        for metric in _METRICS:
-            if metric in row:
-                digits = 2 if metric.startswith("psnr") else 4
-                interval = (f" ({row[f'{metric}_low']:.{digits}f} to {row[f'{metric}_high']:.{digits}f})"
-                            if row[f"{metric}_low"] is not None and metric in ("psnr_y", "ssim_y") else "")
-                one[metric] = f"{row[metric]:.{digits}f}{interval}"
-        if spent := cost.get(row["method"]):
-            one |= {"ms": f"{spent['ms']:.1f}", "parameters": f"{spent['parameters'] / 1e6:.2f} M",
-                    "GMAC": f"{spent['GMAC']:.1f}", "GB": f"{spent['GB']:.3f}"}
-        found.append(one | {"published": row["published"]})
-    return found
-
-
-def markdown(rows, columns):
-    """-> a Markdown table of {key: text} rows."""
-    lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row.get(key) if row.get(key) is not None else "-") for key in columns) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def write(cfg, results, folder):
-    """The tables on the console, results.md with the same, results.csv with the numbers, results.json, the plots."""
-    rows = results["pairs"]
-    columns = {"set": "set", "method": "method", "n": "n"} | {
-        metric: title for metric, title in _METRICS.items() if rows and metric in rows[0]} | {
-        "ms": f"ms, {cfg.LATENCY_SIZE}", "parameters": "parameters", "GMAC": "GMAC", "GB": "GB",
-        "published": "published"}
-    tables = [(shown(rows, results["costs"]), columns),
-              (results["intensities"], {"set": "set", "method": "PSNR Y in rain that is"} | {
-                  word: word for word in windshield.INTENSITIES}),
-              (results["detection"], {"method": "detector behind", "count": "n", "mAP": "mAP", "AP50": "AP50"})]
-    for table, titles in tables:
-        if table:
-            print("\n" + report.table(table, titles))
-    with system.written(folder / "results.md") as temporary:
-        temporary.write_text("\n".join(markdown(*table) for table in tables if table[0]), encoding="utf-8")
-    with system.written(folder / "results.csv") as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-    report.write_results(folder / "results.json", cfg.as_dict(), results)
-    draw_plots(cfg, rows, results["costs"], results["detection"], folder)
 
 
 def main(**overrides):
@@ -469,40 +306,30 @@ def main(**overrides):
     if not models and not cfg.RESULTS_DIRS:
         raise config.UserError("MODELS: none of the weights is there, and RESULTS_DIRS is empty: nothing to compare")
     if cfg.STUDY:
-        study.require_pairs([_RAINY, *models, *cfg.RESULTS_DIRS], cfg.STUDY_PAIRS)
-    rtdetr, labelled = load_detection(cfg, device)
+        study.require_pairs([derain_report.RAINY, *models, *cfg.RESULTS_DIRS], cfg.STUDY_PAIRS)
+    labelled = behind_derainer.labelled_rain(cfg, "IMAGE_SIZE", device) if cfg.LABELED_RAIN_DIR else None
     lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # everything that a user can mistake is found by now
     models_of = {row: entry[0] for row, entry in cfg.MODELS.items()}
     cost = costs(cfg, models, device)
     scores = {name: score_set(cfg, models, name, pairs, others[name], device, lpips_model)
               for name, pairs in sets.items()}
-    rows = [row for name in sets for row in rows_of(name, scores[name], models_of, absent)]
-    results = {"pairs": rows, "costs": cost, "detection": detection_rows(models, rtdetr, labelled, device),
-               "intensities": rows_by_intensity(sets, scores), "absent": absent, "images": scores}
+    rows = [row for name in sets for row in derain_report.rows_of(name, scores[name], models_of, absent)]
+    detection = behind_derainer.rows_behind({derain_report.RAINY: None} | models, *labelled, device,
+                                            "method") if labelled else []
+    results = {"pairs": rows, "costs": cost, "detection": detection,
+               "intensities": derain_report.rows_by_intensity(sets, scores), "absent": absent, "images": scores}
     first = next(iter(sets), "")
     if first:
-        draw_crops(cfg, models, sets[first], device, folder / "crops.png")
+        derain_report.draw_crops(cfg, models, sets[first], device, folder / "crops.png")
     if photographs:
-        draw_real(cfg, models, photographs, folder / "real_rain.png")
-    results["study"] = (write_study(cfg, models, first, sets.get(first, {}), device, folder / "study.html")
-                        if cfg.STUDY else None)
-    write(cfg, results, folder)
-    note_oddities(rows)
+        derain_report.draw_real(cfg, models, photographs, folder / "real_rain.png")
+    results["study"] = (write_study(cfg, models, first, sets.get(first), others.get(first), device,
+                                    folder / "study.html") if cfg.STUDY else None)
+    derain_report.write(cfg, results, folder)
+    derain_report.note_oddities(rows)
     print(f"\nwritten: {(folder / _FILES[0]).as_posix()}, results.csv, results.md and pictures beside them")
     return results
-
-
-def draw_plots(cfg, rows, cost, detection, folder):
-    """Latency against PSNR, and the detector's mAP against PSNR, of the first test set."""
-    first = {row["method"]: row["psnr_y"] for row in rows if row["count"] and row["set"] == rows[0]["set"]}
-    if points := {name: (cost[name]["ms"], value) for name, value in first.items() if name in cost}:
-        visualize.cost_against_accuracy(points, folder / "latency_quality.png",
-                                        f"ms, {cfg.LATENCY_SIZE} x {cfg.LATENCY_SIZE}", f"PSNR (Y), {rows[0]['set']}")
-    scores = {row["method"]: row["mAP"] for row in detection}
-    if points := {name: (value, scores[name]) for name, value in first.items() if name in scores}:
-        visualize.cost_against_accuracy(points, folder / "map_quality.png", f"PSNR (Y), {rows[0]['set']}",
-                                        "mAP behind the de-rainer")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,17 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from utils import config, datasets, processes, report, system, visualize
-from utils.datasets import image_check, loaders, presets, windshield_pairs
+from utils.datasets import image_check, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
+from utils.evaluation import behind_derainer, image_quality
 from utils.evaluation import coco as coco_evaluation
-from utils.evaluation import image_quality
-from utils.evaluation.coco import detection_scores
 from utils.evaluation.comparison import note_other_sizes
 from utils.images import to_bytes, to_floats
 from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_size, trained_size
+from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def rows_of(scores, groups, size):
 def evaluate_pairs(cfg, model, chosen, intensity, device, lpips_model):
     """-> rows of `rows_of`, native first; chosen, intensity: from `test_pairs`."""
     groups = {"all": list(chosen)}
-    for kind in ("light", "medium", "heavy"):
+    for kind in windshield_pairs.INTENSITIES:
         if names := [name for name in chosen if intensity.get(name) == kind]:
             groups[kind] = names
     rows, trained = [], model.image_size in (None, cfg.IMAGE_SIZE)
@@ -186,24 +185,6 @@ def require_apart(cfg):
             raise config.UserError(f"OUTPUT_DIR = '{cfg.OUTPUT_DIR}' and REAL_DIR = '{cfg.REAL_DIR}' lie within each "
                                    "other: the restored pictures would get among the photographs. Choose another "
                                    "OUTPUT_DIR")
-
-
-def labelled_rain(cfg, device):
-    """-> RT-DETR, the loader of LABELED_RAIN_DIR's validation images."""
-    rtdetr = load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device).eval()
-    data = datasets.CocoDetectionDataset(
-        cfg.LABELED_RAIN_DIR, "val", id2label_of(rtdetr), presets.evaluation(cfg.DETECTOR_SIZE),
-        constant="LABELED_RAIN_DIR", domain="rainy", unknown=cfg.UNKNOWN_CATEGORIES)
-    note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.DETECTOR_SIZE, "DETECTOR_SIZE")
-    return rtdetr, loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-
-
-def detection_rows(model, rtdetr, loader, device):
-    """-> [{"network": ..., "mAP", ...}], RT-DETR on the labelled rain as it is and restored."""
-    calls = {"RT-DETR": lambda images: rtdetr(pixel_values=images),
-             "U-Net + RT-DETR": lambda images: rtdetr(pixel_values=model(images))}
-    return [{"network": name, "count": len(loader.dataset)} | detection_scores(call, loader, device, name=name)[0]
-            for name, call in calls.items()]
 
 
 # ---- pictures and report ---------------------------------------------------------------------------------------
@@ -293,7 +274,7 @@ def main(**overrides):
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
     # all that is needed, before any of it is scored for minutes
     photographs = photographs_of(cfg) if cfg.REAL_DIR else []
-    labelled = labelled_rain(cfg, device) if cfg.LABELED_RAIN_DIR else None
+    labelled = behind_derainer.labelled_rain(cfg, "DETECTOR_SIZE", device) if cfg.LABELED_RAIN_DIR else None
     if cfg.RAINY_DIR:
         note_other_sizes({"UNET_PATH": model.image_size}, cfg.IMAGE_SIZE)
         chosen, intensity = test_pairs(cfg)
@@ -307,7 +288,8 @@ def main(**overrides):
         results["real"], written = restore_files(cfg, model, photographs, folder / "restored", rain_detector, device)
         draw_real(cfg, written, results["real"], folder / "real_rain.png")
     if labelled:
-        results["detection"] = detection_rows(model, *labelled, device)
+        results["detection"] = behind_derainer.rows_behind({"RT-DETR": None, "U-Net + RT-DETR": model}, *labelled,
+                                                           device, "network")
     print_report(results)
     report.write_results(folder / "results.json", cfg.as_dict(), results)
     print(f"\nwritten: {(folder / 'results.json').as_posix()} and pictures beside it")

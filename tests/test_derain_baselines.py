@@ -14,7 +14,7 @@ import Eval_derain_baselines as script
 import make_rain
 from utils.config import UserError
 from utils.datasets import derain_sets
-from utils.evaluation import image_quality, memory
+from utils.evaluation import derain_report, image_quality, memory
 from utils.networks.derainers import NETWORKS
 
 
@@ -296,8 +296,9 @@ def test_memory_of_a_call_counts_what_lives_at_once():
 
 
 def test_published_figures_belong_to_network_and_set():
-    assert script.published("prenet", "Rain100L").startswith("37.48") and script.published("prenet", "mine") is None
-    assert script.published(None, "Rain100L") is None
+    assert derain_report.published("prenet", "Rain100L").startswith("37.48")
+    assert derain_report.published("prenet", "mine") is None
+    assert derain_report.published(None, "Rain100L") is None
 
 
 def test_only_pairs_that_nothing_was_trained_on(settings, tmp_path):

@@ -25,6 +25,7 @@ from utils.weather import rain, windshield
 from utils.weather.twin import twin_above
 
 PARTS = ("train", "val", "test")
+INTENSITIES = windshield.INTENSITIES  # what `intensities` finds, from light to heavy
 _ADVICE = ("Rainy partners of clear images come from python make_rain.py --kind windshield --clear ./data/clear --out "
            "./data/windshield_rainy_v40; set the constant to your data, or try --demo.")
 

@@ -28,6 +28,20 @@ def test_many_steps_stay_few_points_and_keep_their_mean():
     assert resumed.points == curve.points and curve.points["step"][-1] == 112
 
 
+def test_losses_keep_their_order_and_gaps_are_no_numbers():
+    names = ["gate", "detection", "features", "clamped", "loss"]
+    curve = StepCurve()
+    for step in (1, 2):
+        curve.add({name: float(step) for name in names})
+        curve.end_step(step)
+    curve.add({"fft": 3.0, "loss": 3.0})  # a resumed run with other losses
+    curve.end_step(3)
+    assert list(curve.points) == ["step", *names, "fft"]
+    np.testing.assert_equal(curve.points["gate"], [1.0, 2.0, np.nan])
+    np.testing.assert_equal(curve.points["fft"], [np.nan, np.nan, 3.0])
+    assert curve.points["loss"] == [1.0, 2.0, 3.0]
+
+
 def test_a_killed_run_resumes_with_the_same_curve(coco, tmp_path):
     run(coco, tmp_path / "whole")
     with pytest.raises(Killed):

@@ -26,9 +26,11 @@ class StepCurve:
         if self.steps < self.every:
             return
         self.points["step"].append(step)
-        for name in {*self.points, *self.sums} - {"step"}:  # a resumed run may have other losses: nan for what is not
-            self.points.setdefault(name, [math.nan] * (len(self.points["step"]) - 1)).append(
-                self.sums[name] / self.batches if name in self.sums else math.nan)
+        for name in self.sums:  # a resumed run may have other losses, in the same order otherwise: gaps are nan
+            self.points.setdefault(name, [math.nan] * (len(self.points["step"]) - 1))
+        for name, values in self.points.items():
+            if name != "step":
+                values.append(self.sums[name] / self.batches if name in self.sums else math.nan)
         self.sums, self.batches, self.steps = {}, 0, 0
         if len(self.points["step"]) >= self.limit:
             self._thin_out()

@@ -36,7 +36,8 @@ VAL_PAIRS = 40                          # scored as whole images after the train
 BUDGET = 100.0                          # seconds of CPU time of a training's steps
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("as it was", "crops", "cosine", "moving average", "Charbonnier", "PSNR loss", "FFT loss", "NAFNet",
-            "together", "together, U-Net", "together, progressive crops", "together, FFT loss")  # of _VARIANTS below
+            "together", "together, U-Net", "together, resnet34", "together, progressive crops",
+            "together, FFT loss")  # of _VARIANTS below
 OUTPUT_DIR = "./demo/ablation_unet_derain"  # a folder per run, and results.json
 
 _EPOCHS = 3  # as many as there are progressive crop sizes; the validation at each one's end costs time too
@@ -61,6 +62,7 @@ _VARIANTS = {
     "NAFNet": _BASE | _NAFNET,
     "together": _TOGETHER,
     "together, U-Net": _TOGETHER | {"ARCH": "unet", "LEARNING_RATE": 2e-3},
+    "together, resnet34": _TOGETHER | {"ARCH": "resnet34", "ENCODER_WEIGHTS": "", "LEARNING_RATE": 2e-3},
     "together, progressive crops": _TOGETHER | {"CROP_SIZES": (48, 64, 96)},
     "together, FFT loss": _TOGETHER | {"FFT_WEIGHT": 0.05},
 }

@@ -43,6 +43,7 @@ MAX_IMAGES = 0                          # of each test set, evenly chosen; 0 for
 # --- methods ------------------------------------------------------------------------------------------------------
 MODELS = {                              # {row: (network of utils/networks/derainers.py, weights)}; absent ones say so
     "U-Net": ("unet", "./outputs_unet/best.pt"), "NAFNet": ("nafnet", "./outputs_nafnet/best.pt"),
+    "U-Net + refiner": ("refiner", "./outputs_refiner/refiner"),
     "SPDNet": ("spdnet", "./model_spa.pt"), "DerainNet": ("derainnet", "./weights/derainnet.pth"),
     "DDN": ("ddn", "./weights/ddn.pth"), "RESCAN": ("rescan", "./weights/rescan.pth"),
     "PReNet": ("prenet", "./weights/prenet.pth"), "MPRNet": ("mprnet", "./weights/model_deraining.pth"),
@@ -73,8 +74,9 @@ STUDY_SIDE = 640                        # pixels at most of an image's longer si
 DEMO = {
     "TEST_SETS": ("./demo/windshield",), "SPLITS_FILE": "./demo/outputs_unet/splits.json", "MAX_IMAGES": 60,
     "LABELED_RAIN_DIR": "./demo/coco_rain",
-    "MODELS": {"U-Net": ("unet", "./demo/outputs_unet/best.pt"), "SPDNet": ("spdnet", "./assets/demo/spdnet.pt"),
-               "PReNet": ("prenet", "./weights/prenet.pth")},
+    "MODELS": {"U-Net": ("unet", "./demo/outputs_unet/best.pt"),
+               "U-Net + refiner": ("refiner", "./demo/outputs_refiner/refiner"),
+               "SPDNet": ("spdnet", "./assets/demo/spdnet.pt"), "PReNet": ("prenet", "./weights/prenet.pth")},
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "EVAL_BATCH_SIZE": 8, "DATALOADER_WORKERS": 0,
     "LATENCY_SIZE": 160, "CROP": 32, "OUTPUT_DIR": "./demo/outputs_derain_baselines",
 }
@@ -99,9 +101,7 @@ def check(cfg):
         if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and all(isinstance(text, str) for text in entry)):
             raise config.UserError(f"MODELS['{row}'] = {entry!r}: give a network and its weights, such as "
                                    "('prenet', './weights/prenet.pth')")
-        if entry[0] != "unet" and entry[0] not in derainers.NETWORKS:
-            raise config.UserError(f"MODELS['{row}']: no de-rainer is called {entry[0]!r}; choose one of unet, "
-                                   f"{', '.join(derainers.NETWORKS)}")
+        derainers.require_name(entry[0], f"MODELS['{row}']")
     for text in cfg.RESULTS_DIRS:
         row, _, folder = text.partition("=")
         if not row.strip() or not folder.strip():
@@ -120,7 +120,7 @@ def load_models(cfg, device):
     """-> {row: network in eval mode}, {row: why it is absent}."""
     models, absent = {}, {}
     for row, (name, weights) in cfg.MODELS.items():
-        if problem := system.absent(weights):
+        if problem := system.absent(weights, folder=name == "refiner"):
             absent[row] = f"{weights} {problem}; {derainers.source_of(name).get}"
         else:
             models[row] = derainers.load_derainer(name, weights, device, f"MODELS['{row}']")

@@ -22,15 +22,18 @@ from tqdm import tqdm
 
 from utils import config, processes, system, visualize
 from utils.boxes import decode
-from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
+from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.evaluation import comparison
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
 from utils.inference import detections, video
-from utils.integrated_model import load_integrated_model, require_trained_scale
+from utils.integrated_model import RainRobustRTDETR, require_trained_scale
+from utils.networks.derainers import load_derainer
+from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.networks.spdnet import load_spdnet
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -44,7 +47,10 @@ COMPARE = False                         # put vanilla RT-DETR's result beside it
 MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet, feature: always; vanilla: never
 RAINY_BRANCH = "spdnet"                 # of conditional: spdnet, or a detector that knows rain (folder or hub id)
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
+DERAIN = "spdnet"                       # de-rainer of MODEL conditional and spdnet: spdnet, unet, nafnet, unet+refiner
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
+DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # of DERAIN unet and nafnet, from train_unet_derain.py
+REFINER_DIR = "./outputs_refiner/refiner"  # of DERAIN unet+refiner, from train_diffusion_refiner.py
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
 FEATURE_MODEL_DIR = "./outputs_feature_derain/model"  # of feature, from Training_FeatureDerain.py
 RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
@@ -58,8 +64,12 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
 }
-_MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "SPDNET_MODEL_PATH", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR",
-                    "RAIN_THRESHOLD", "DERAIN_SCALE")
+_MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
+                    "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
+# {DERAIN: (name for load_derainer, the constant that says where)}
+_DERAINERS = {"spdnet": (None, "SPDNET_MODEL_PATH"), "unet": ("unet", "DERAIN_MODEL_PATH"),
+              "nafnet": ("nafnet", "DERAIN_MODEL_PATH"), "unet+refiner": ("refiner", "REFINER_DIR"),
+              "nafnet+refiner": ("refiner", "REFINER_DIR")}
 _SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
 
 
@@ -67,15 +77,16 @@ _SHOWN = 20  # problems and switches that are listed on the console; images.json
 
 def used_constants(cfg):
     """-> names of the _MODEL_CONSTANTS that MODEL, PIPELINE_DIR and COMPARE let decide anything."""
+    derainer = {"DERAIN", _DERAINERS[cfg.DERAIN][1], "DERAIN_SCALE"}
     if cfg.MODEL == "vanilla":
         return {"RTDETR_MODEL_NAME"}
     if cfg.MODEL == "spdnet":
-        return {"RTDETR_MODEL_NAME", "SPDNET_MODEL_PATH", "DERAIN_SCALE"}
+        return {"RTDETR_MODEL_NAME"} | derainer
     if cfg.MODEL == "feature":
         return {"FEATURE_MODEL_DIR"} | ({"RTDETR_MODEL_NAME"} if cfg.COMPARE else set())
     if cfg.PIPELINE_DIR:  # holds its own detector, threshold and scale
         return set()
-    branch = {"SPDNET_MODEL_PATH", "DERAIN_SCALE"} if cfg.RAINY_BRANCH == "spdnet" else set()
+    branch = derainer if cfg.RAINY_BRANCH == "spdnet" else set()
     return {"RTDETR_MODEL_NAME", "RAIN_DETECTOR_PATH", "RAIN_THRESHOLD", "RAINY_BRANCH"} | branch
 
 
@@ -102,21 +113,25 @@ def build_model(cfg, device):
     def vanilla():
         return load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
 
-    def spdnet():
+    def derainer():
+        name, constant = _DERAINERS[cfg.DERAIN]
+        if name:
+            return load_derainer(name, getattr(cfg, constant), constant=constant)
         require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
-        return load_integrated_model(cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, None, device,
-                                     derain_scale=cfg.DERAIN_SCALE)
+        return load_spdnet(cfg.SPDNET_MODEL_PATH, constant=constant)
+
+    def spdnet():
+        return RainRobustRTDETR(derainer(), load_rtdetr(cfg.RTDETR_MODEL_NAME), derain_scale=cfg.DERAIN_SCALE
+                                ).to(device)
 
     def conditional():
         if cfg.PIPELINE_DIR:
             return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device, constant="PIPELINE_DIR")
-        if cfg.RAINY_BRANCH == "spdnet":
-            require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
-            branch = {"spdnet_path": cfg.SPDNET_MODEL_PATH}
-        else:
-            branch = {"rainy_detector_name": cfg.RAINY_BRANCH}
-        return load_conditional_model(cfg.RAIN_DETECTOR_PATH, cfg.RTDETR_MODEL_NAME, **branch, device=device,
-                                      rain_threshold=cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE)
+        rain_detector, rtdetr = load_rain_detector(cfg.RAIN_DETECTOR_PATH), load_rtdetr(cfg.RTDETR_MODEL_NAME)
+        spdnet, rainy = ((derainer(), None) if cfg.RAINY_BRANCH == "spdnet" else
+                         (None, load_rainy_detector(cfg.RAINY_BRANCH)))
+        return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, cfg.RAIN_THRESHOLD, "hard",
+                                           cfg.DERAIN_SCALE, rainy).to(device)
 
     def feature():
         return FeatureDerainRTDETR.from_pretrained(cfg.FEATURE_MODEL_DIR, device, "FEATURE_MODEL_DIR")
@@ -164,8 +179,9 @@ def detect_frames(cfg, models, frames, device):
         frames: video.Frames with images of any size; the models see them stretched to IMAGE_SIZE.
     Returns:
         per frame None where it has no image, else {model: {"boxes": (n, 4) xyxy pixels inside the image, "labels",
-        "scores": (n,), "seen": (3, S, S) in [0, 1] or None, "branch": "rain", "clean" or None, "rain": probability or
-        None, "finite": bool}}; and the number of images that SPDNet spoilt and the gate passed on as they were.
+        "scores": (n,), "given": (3, S, S) in [0, 1], "seen": the same de-rained or None, "branch": "rain", "clean" or
+        None, "rain": probability or None, "finite": bool}}; and the number of images that the de-rainer spoilt and the
+        gate passed on as they were.
     """
     images = [frame.image for frame in frames if frame.image is not None]
     if not images:
@@ -182,7 +198,8 @@ def detect_frames(cfg, models, frames, device):
         for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
             one = {key: value[one["scores"] >= cfg.THRESHOLD].cpu() for key, value in one.items()}
             one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-            one |= {"seen": None if seen is None else seen[i], "branch": None, "rain": None, "finite": bool(finite[i])}
+            one |= {"given": pixels[i], "seen": None if seen is None else seen[i], "branch": None, "rain": None,
+                    "finite": bool(finite[i])}
             if gate:
                 one |= {"branch": "rain" if gate["mask"][i] else "clean", "rain": float(gate["scores"][i])}
             results[i][name] = one
@@ -192,7 +209,8 @@ def detect_frames(cfg, models, frames, device):
 
 def draw(cfg, image, result, id2label):
     """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
-    panels = [draw_result(image, name, one, id2label) for name, one in result.items()]
+    titles = {"spdnet": cfg.DERAIN}  # MODEL = "spdnet" is whatever DERAIN names
+    panels = [draw_result(image, titles.get(name, name), one, id2label) for name, one in result.items()]
     if cfg.SHOW_DERAINED:
         panels.append(draw_seen(result[cfg.MODEL], panels[0].size))
     return side_by_side(panels)
@@ -249,6 +267,9 @@ class Tally:
     switch_count: int = 0
     switches: list = field(default_factory=list)
     branch: str | None = None
+    flicker: float = 0.0  # of consecutive de-rained frames, summed: mean change after de-raining minus that before
+    flicker_count: int = 0
+    before: tuple | None = None  # the frame before as it was given and de-rained
 
     def report(self, problem):
         """Say a problem at once, and keep it for the end."""
@@ -269,12 +290,23 @@ class Tally:
         self.objects += len(one["boxes"])
         if one["seen"] is not None:
             self.derained = (self.derained or 0) + (one["branch"] != "clean")
+        if frame.number is not None:
+            self.count_flicker(one)
         if frame.number is not None and one["branch"] != self.branch:
             self.switch_count += 1
             if self.switch_count <= _SHOWN:
                 self.switches.append({"frame": frame.number, "seconds": frame.seconds, "branch": one["branch"],
                                       "rain_probability": one["rain"]})
             self.branch = one["branch"]
+
+    def count_flicker(self, one):
+        """Compare a frame of a video with the one before it, where both were de-rained."""
+        now = None if one["seen"] is None or one["branch"] == "clean" else (one["given"], one["seen"])
+        if now and self.before:
+            given, seen = ((new - old).abs().mean().item() for new, old in zip(now, self.before, strict=True))
+            self.flicker += seen - given
+            self.flicker_count += 1
+        self.before = now
 
 
 def batches(frames, size, limit):
@@ -337,6 +369,9 @@ def print_summary(cfg, tally, source, folder):
              f"  images   {tally.images}{derained}",
              f"  objects  {tally.objects} with a score of {cfg.THRESHOLD:g} or more",
              f"  time     {tally.seconds:.1f} s, {tally.images / max(tally.seconds, 1e-9):.1f} images/s"]
+    if tally.flicker_count:
+        more = 255 * tally.flicker / tally.flicker_count
+        lines.append(f"  flicker  {more:+.2f} levels: consecutive frames differ by so much more after de-raining")
     if tally.fallbacks:
         lines.append(f"  note     {tally.fallbacks} image(s) were detected on as they were: SPDNet's answer was not "
                      "finite")
@@ -350,7 +385,8 @@ def print_summary(cfg, tally, source, folder):
 
 
 def main(**overrides):
-    """Detect; -> {"folder", "images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches"}.
+    """Detect; -> {"folder", "images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches",
+    "flicker"}.
 
     Raises:
         UserError: what cannot start; and at the end, after everything else was written, where images or frames could
@@ -363,6 +399,9 @@ def main(**overrides):
         raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")
     if cfg.RAINY_BRANCH.lower() == "spdnet":
         cfg.RAINY_BRANCH = "spdnet"
+    cfg.DERAIN = cfg.DERAIN.lower()
+    if cfg.DERAIN not in _DERAINERS:
+        raise config.UserError(f"DERAIN = {cfg.DERAIN!r}: choose one of {', '.join(_DERAINERS)}")
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
@@ -384,7 +423,7 @@ def main(**overrides):
     if tally.problem_count:
         raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
                                f"{system.listed(tally.problems, separator='; ', total=tally.problem_count)}")
-    names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches")
+    names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches", "flicker")
     return {"folder": folder} | {name: getattr(tally, name) for name in names}
 
 

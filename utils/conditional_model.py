@@ -46,7 +46,8 @@ class ConditionalRainRobustRTDETR(nn.Module):
 
     Args:
         rain_detector: RainDetector.
-        derain_module: SPDNet, or None where `rainy_detector` takes its place.
+        derain_module: SPDNet or another de-rainer (see integrated_model.derain_unclamped), or None where
+            `rainy_detector` takes its place.
         detection_module: transformers' RTDetrForObjectDetection; all images, or the clean ones.
         rain_threshold: an image is rainy from this probability on; None takes the rain detector's own.
         gate: "hard", or "soft" for training (see above).

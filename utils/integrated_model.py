@@ -67,27 +67,31 @@ def _best_beside(spdnet_path):
     return content if isinstance(content, dict) else {}
 
 
-def _in_parts(spdnet, images):
-    """spdnet(images)[0]; without gradients as many images at a time as PIXELS_AT_ONCE allows, at least one."""
+def _in_parts(derainer, images):
+    """The de-rainer's answer in [0, 1]; without gradients as many images at a time as PIXELS_AT_ONCE allows, at least
+    one."""
+    def derain(part):
+        return derainer(part * 255)[0] / 255 if isinstance(derainer, SPDNet) else derainer(part)
     at_once = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
     if torch.is_grad_enabled() or len(images) <= at_once:
-        return spdnet(images)[0]
-    return torch.cat([spdnet(part)[0] for part in images.split(at_once)])
+        return derain(images)
+    return torch.cat([derain(part) for part in images.split(at_once)])
 
 
-def derain_unclamped(spdnet, pixel_values, scale=1.0):
-    """SPDNet in the project's unit, its output as it is.
+def derain_unclamped(derainer, pixel_values, scale=1.0):
+    """A de-rainer in the project's unit, SPDNet's output as it is.
 
     Args:
-        spdnet: SPDNet, which works in [0, 255]; pixel_values: (B, 3, H, W) in [0, 1].
-        scale: 1.0, or 0.5 to let SPDNet see half the size: its correction is enlarged and added, a quarter of the cost.
+        derainer: SPDNet, which works in [0, 255], or a network of load_derainer, which works in [0, 1] and clamps.
+        pixel_values: (B, 3, H, W) in [0, 1].
+        scale: 1.0, or 0.5 to let it see half the size: its correction is enlarged and added, a quarter of the cost.
     Returns:
         (B, 3, H, W), which may leave [0, 1].
     """
     if scale == 1:
-        return _in_parts(spdnet, pixel_values * 255) / 255
+        return _in_parts(derainer, pixel_values)
     small = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
-    correction = _in_parts(spdnet, small * 255) / 255 - small
+    correction = _in_parts(derainer, small) - small
     return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
 
 

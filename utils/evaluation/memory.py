@@ -53,6 +53,12 @@ def peak_gigabytes(model, images):
         before = torch.cuda.memory_allocated()
         model(images)
         return (own + torch.cuda.max_memory_allocated() - before) / 1e9
+    return (own + peak_bytes(lambda: model(images))) / 1e9
+
+
+def peak_bytes(work):
+    """-> bytes of the tensors that `work()` makes, most at any moment; tensors on "meta" count as if they were there,
+    so that the memory of a training step is known before the network is."""
     with _LiveTensors() as live:
-        model(images)
-    return (own + live.peak) / 1e9
+        work()
+    return live.peak

@@ -2,6 +2,7 @@
 
     load_derainer("prenet", "PReNet_latest.pth", "cpu")(images)      published weights
     load_derainer("nafnet", "outputs_unet/best.pt")(images)          of train_unet_derain.py
+    load_derainer("refiner", "outputs_refiner/refiner")(images)      of train_diffusion_refiner.py, de-rainer included
 
 The networks keep the units, the channel order and the names of tensors that their published weights need; what they
 need beyond that (padding, BGR, 0 to 255) is done here and nowhere else. MPRNet and Restormer come from the optional
@@ -10,6 +11,7 @@ packages of requirements-derain.txt. No weights are part of this project: `Sourc
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -22,6 +24,7 @@ from utils.networks.ddn import new_ddn
 from utils.networks.derainnet import DerainNet
 from utils.networks.nafnet import NAFNet
 from utils.networks.prenet import PReNet
+from utils.networks.refiner import SETTINGS_FILE, RefinedDerainer, load_refiner, read_settings
 from utils.networks.spdnet import SPDNet, load_spdnet
 from utils.networks.tiling import to_multiple
 from utils.networks.unet import UNetDerainer
@@ -78,6 +81,9 @@ _RESCAN = Source("Li et al., Recurrent Squeeze-and-Excitation Context Aggregatio
 _DDN = Source("Fu et al., Removing Rain from Single Images via a Deep Detail Network", 2017, "non-commercial use only",
               "Rain1400", "github.com/XMU-smartdsp/Removing_Rain")
 _OURS = Source("this project", 2026, "the project's", "the pairs of its run", f"python {OWN}")
+_REFINED = _OURS._replace(paper="Brooks et al., InstructPix2Pix, with LoRA behind a de-rainer", year=2023,
+                          licence="the project's; the base's is CreativeML OpenRAIL-M",
+                          get="python train_diffusion_refiner.py")
 
 NETWORKS = {
     "nafnet": Network(NAFNet, _only, 1, _OURS._replace(
@@ -108,6 +114,7 @@ NETWORKS = {
         "Academic Public License, non-commercial", "Rain13K",
         "github.com/swz30/Restormer/releases/download/v1.0/deraining.pth")),
 }
+OTHERS = ("unet", "refiner")  # names that load_derainer takes beside these
 TRAINABLE = tuple(name for name, network in NETWORKS.items() if network.build)
 STAGED = tuple(name for name in TRAINABLE if name == "spdnet" or name.startswith(("prenet", "prn", "rescan")))
 _SMALLEST = 8  # side in pixels below which images are mirrored: SPDNet needs 5, networks with halvings a few
@@ -153,14 +160,16 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     """-> the de-rainer in eval mode, with `.source`: (B, 3, H, W) RGB in [0, 1] -> the same without rain.
 
     Args:
-        name: of NETWORKS, or "unet" for the U-Nets of train_unet_derain.py.
-        weights: the published file (a state dict, .pth or .safetensors), or a checkpoint of train_unet_derain.py.
+        name: of NETWORKS, or "unet" for the U-Nets of train_unet_derain.py, "refiner" for one of those with a refiner.
+        weights: the published file (a state dict, .pth or .safetensors), a checkpoint of train_unet_derain.py, or a
+            refiner's folder.
         constant: the script's constant that holds the path, for messages.
     Raises:
         UserError: an unknown name, a missing file (it says where to get it), or one that does not fit.
     """
-    if name != "unet" and name not in NETWORKS:
-        raise UserError(f"{constant}: no de-rainer is called {name!r}; choose one of unet, {', '.join(NETWORKS)}")
+    require_name(name, constant)
+    if name == "refiner":
+        return load_refined(weights, device, constant)
     if problem := system.absent(weights):
         raise UserError(f"{constant} = '{weights}' {problem}. Weights of {name}: {source_of(name).get}")
     content = checkpoint.load(weights)
@@ -185,9 +194,31 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     return model.to(device).eval()
 
 
+def load_refined(folder, device="cpu", constant="REFINER_DIR"):
+    """-> a refiner's folder as a de-rainer: the network that it was trained behind, then the refiner.
+
+    Raises:
+        UserError: no such folder, its de-rainer or its base is missing; names `constant`.
+    """
+    derainer = read_settings(folder, constant)["derainer"]
+    if problem := system.absent(derainer):
+        raise UserError(f"{constant} = '{folder}': its de-rainer '{derainer}' {problem}: put it back, or write its "
+                        f"path into {Path(folder).as_posix()}/{SETTINGS_FILE}")
+    model = RefinedDerainer(load_trained(derainer, device, constant), load_refiner(folder, device, constant=constant))
+    model.source = _REFINED
+    return model.eval()
+
+
+def require_name(name, constant):
+    """UserError where no de-rainer has that name."""
+    if name not in OTHERS and name not in NETWORKS:
+        raise UserError(f"{constant}: no de-rainer is called {name!r}; choose one of "
+                        f"{', '.join((*OTHERS, *NETWORKS))}")
+
+
 def source_of(name):
-    """-> Source of a network of NETWORKS, or of "unet"."""
-    return NETWORKS[name].source if name in NETWORKS else _OURS
+    """-> Source of a network of NETWORKS, or of OTHERS."""
+    return NETWORKS[name].source if name in NETWORKS else _REFINED if name == "refiner" else _OURS
 
 
 def _is_own(content):

@@ -1,0 +1,431 @@
+"""Train a refiner behind a de-rainer: InstructPix2Pix with LoRA, from de-rained to clear images (phase 3 of the plan).
+
+    python train_diffusion_refiner.py --demo          (after python train_unet_derain.py --demo)
+    python train_diffusion_refiner.py --dry_run       what it needs and would download; loads nothing
+    python train_diffusion_refiner.py                 (pip install -r requirements-diffusion.txt)
+
+MODE says how: "one_step" (one deterministic step, a loss of pixels), "sample" (as diffusion models are trained and
+sampled), "pixel" (the control without diffusion). utils/networks/refiner.py explains them, docs/refiner.md what each
+won. The refiner learns from outputs that the de-rainer makes of images that it was not trained on (FOLDS), and how much
+of its correction is used is chosen on validation pairs: none where it does not help.
+
+Writes OUTPUT_DIR/refiner/ (the LoRA file for any diffusers user, refiner.safetensors, refiner.json), results.json and
+refined.png (test pairs), last.pt, best.pt, metrics.json, curves.png, tb/, derained/ and folds/.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import utils.threads  # noqa: F401 (before torch)
+
+import torch
+
+import train_unet_derain
+from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, visualize
+from utils.datasets import derained, loaders, presets, windshield_pairs
+from utils.datasets.samples import evenly
+from utils.demo.windshield import ensure_windshield_demo
+from utils.evaluation import image_quality, memory
+from utils.networks import diffusion_base
+from utils.networks import refiner as refiners
+from utils.networks.derainers import load_trained
+from utils.networks.tiling import require_tiles
+from utils.training import engine, run_state
+from utils.training.plan import Plan, not_negative, whole
+
+# --- data ---------------------------------------------------------------------------------------------------------
+CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
+RAINY_DIR = "./data/windshield_rainy_v40"  # the same names in rain
+SPLITS_FILE: str | None = ""            # parts of the pairs; "": splits.json beside DERAIN_MODEL_PATH
+DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # U-Net or NAFNet of train_unet_derain.py, whose outputs are refined
+FOLDS = 2                               # networks trained on all but one fold each, for that fold: they cost as much as
+                                        # the de-rainer; 0: learn from the de-rainer's validation part alone
+IMAGE_SIZE = 256                        # side of the random squares that are trained on, at the images' own scale
+FLIP = 0.5                              # probability of mirroring
+VAL_IMAGES = 100                        # validation pairs at most, evenly chosen
+VAL_LIMIT = 512                         # of larger ones the middle
+TILE = 1024                             # larger images are de-rained in tiles
+
+# --- refiner ------------------------------------------------------------------------------------------------------
+MODE = "one_step"                       # one_step, sample or pixel
+BASE_MODEL = "timbrooks/instruct-pix2pix"     # hub id or folder of a pipeline: 4.3 GB, downloaded once
+PROMPT = "remove rain artifacts, enhance image quality"  # the same for all images, encoded once
+TIME = 250                              # one_step: the time (0 to 999) of its one step
+STRENGTH = 0.3                          # sample: how much noise it starts from, 0 (none) to 1
+STEPS = 2                               # sample: steps from there
+SKIPS = True                            # one_step: convolutions from encoder to decoder carry detail past the latents
+LOCK_SIGMA = 0.0                        # pixels: keep the de-rainer's colours above this Gaussian, such as 4; 0: off
+LORA_RANK = 8                           # all layers: 8.4M parameters, 34 MB
+LORA_ALPHA = 8                          # LoRA's scale is LORA_ALPHA / LORA_RANK
+LORA_TARGETS = refiners.ALL_LAYERS      # ends of the names of the layers; refiners.ATTENTION: 1.6M parameters
+
+# --- loss: one_step and pixel (sample has the noise's error) ------------------------------------------------------
+L1_WEIGHT = 1.0                         # pixels
+PSNR_WEIGHT = 0.0                       # minus the PSNR in dB; 0.1 in the place of L1_WEIGHT
+LPIPS_WEIGHT = 0.0                      # perceptual distance, such as 0.1
+LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a local file of torchvision's, or ""
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 30                         # the plan's 20 to 50
+BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.4 GB in float32
+GRADIENT_ACCUMULATION_STEPS = 8         # batches per optimizer step
+LEARNING_RATE = 1e-4                    # of LoRA, and of the network of mode "pixel"
+OUTPUT_LEARNING_RATE = 1e-3             # one_step: of gain and convolutions, which start at zero
+SCHEDULE = "cosine"                     # constant, cosine or step
+DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shares of the run
+WARMUP_STEPS = 20                       # optimizer steps of linear warm-up
+CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
+EMA_DECAY = 0.995                       # moving average of the trained weights; it is what is saved; 0: none
+PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4): half the memory, also of the base
+GRADIENT_CHECKPOINTING = True           # a third more time for a fifth of the activations' memory
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation PSNR; 0: never stop early
+DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used
+SEED = 0                                # crops, initial weights, noise
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_refiner"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+PICTURES = 4                            # rows of refined.png
+DRY_RUN = False                         # --dry_run: print what the run would need, and end
+
+DEMO = {
+    "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
+    "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "FOLDS": 0, "IMAGE_SIZE": 96,
+    "BASE_MODEL": "./assets/demo/instruct_pix2pix_tiny", "NUM_EPOCHS": 10, "BATCH_SIZE": 8,
+    "GRADIENT_ACCUMULATION_STEPS": 1, "L1_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1, "LEARNING_RATE": 1e-3,
+    "OUTPUT_LEARNING_RATE": 3e-3, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,
+    "OUTPUT_DIR": "./demo/outputs_refiner",
+}
+_BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the correction that are tried on the validation pairs
+
+
+def check(cfg):
+    """UserError for constants that do not go together; Plan and the refiner check the others."""
+    if cfg.MODE not in refiners.MODES:
+        raise config.UserError(f"MODE = {cfg.MODE!r}: choose one of {', '.join(refiners.MODES)}")
+    if cfg.FOLDS == 1 or cfg.FOLDS < 0:
+        raise config.UserError(f"FOLDS = {cfg.FOLDS}: choose 2 or more, or 0 to learn from the validation part alone")
+    if cfg.IMAGE_SIZE < 32 or cfg.IMAGE_SIZE % 32:
+        raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of 32, such as 256 or 512")
+    for name in ("FLIP", "STRENGTH"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: choose a number from 0 to 1")
+    for name, least in (("VAL_IMAGES", 1), ("VAL_LIMIT", 32), ("STEPS", 1), ("LORA_RANK", 1), ("LORA_ALPHA", 1),
+                        ("PICTURES", 1), ("TIME", 0)):
+        whole(least)(name, getattr(cfg, name))
+    for name in ("LOCK_SIGMA", "LPIPS_WEIGHT"):
+        not_negative(name, getattr(cfg, name))
+    if not cfg.LORA_TARGETS:
+        raise config.UserError("LORA_TARGETS is empty: nothing would train")
+    if cfg.LPIPS_WEIGHT and not cfg.LPIPS_WEIGHTS:
+        raise config.UserError("LPIPS_WEIGHT needs LPIPS_WEIGHTS: \"imagenet\", or a file of torchvision's alexnet")
+    require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
+    report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [(name, getattr(cfg, name)) for name in ("CLEAR_DIR",
+                                                                                              "RAINY_DIR")])
+
+
+def build_plan(cfg):
+    """-> Plan; UserError for settings that cannot be."""
+    weights = {"noise": 1.0} if cfg.MODE == "sample" else {"l1": "L1_WEIGHT", "psnr_loss": "PSNR_WEIGHT",
+                                                            "lpips": "LPIPS_WEIGHT"}
+    rates = ("LEARNING_RATE", "OUTPUT_LEARNING_RATE") if cfg.MODE == "one_step" else ("LEARNING_RATE",)
+    return Plan.of(cfg, learning_rates=rates, loss_weights=weights, schedule="SCHEDULE",
+                   given={"precisions": ("float32", "bf16", "fp16")})
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+def splits_of(cfg, found):
+    """-> {"train", "val", "test": names}, the parts that the de-rainer knew.
+
+    Raises:
+        UserError: no such file, or it belongs to other pairs.
+    """
+    file = Path(cfg.SPLITS_FILE or Path(cfg.DERAIN_MODEL_PATH).with_name("splits.json"))
+    if not cfg.SPLITS_FILE and not file.is_file():
+        raise config.UserError(f"DERAIN_MODEL_PATH = '{cfg.DERAIN_MODEL_PATH}' has no splits.json beside it: set "
+                               "SPLITS_FILE to the one that its training wrote, so that the refiner knows which pairs "
+                               "the de-rainer was trained on")
+    return windshield_pairs.read_splits(file, found, "SPLITS_FILE" if cfg.SPLITS_FILE else "DERAIN_MODEL_PATH")
+
+
+def fold_networks(cfg, parts, content, digest):
+    """Train a de-rainer for every fold of the training part, on the others, as DERAIN_MODEL_PATH was trained.
+
+    Args:
+        parts: of `splits_of`; content: of DERAIN_MODEL_PATH; digest: of that file. A finished fold is not repeated.
+    Returns:
+        [(path of its weights, names that it has not seen), ...].
+    """
+    constants = {name: value for name, value in content["constants"].items() if hasattr(train_unet_derain, name)}
+    folds = derained.in_folds(parts["train"], cfg.FOLDS, constants.get("SEQUENCE_SEPARATOR", ""))
+    if not all(folds):
+        raise config.UserError(f"FOLDS = {cfg.FOLDS}: the training part has too few pairs (or sequences) for it")
+    networks = []
+    for number, names in enumerate(folds):
+        folder = Path(cfg.OUTPUT_DIR) / "folds" / f"{digest}_{number}"
+        splits = folder.with_suffix(".json")
+        others = sorted(set(parts["train"]) - set(names))
+        processes.main_first(partial(report.write_json, splits, {"train": others, "val": parts["val"], "test": []}),
+                             "the folds")
+        processes.say(f"fold {number + 1} of {len(folds)}: a de-rainer is trained on {len(others)} pairs, for "
+                      f"{len(names)}")
+        train_unet_derain.main(**constants | {
+            "CLEAR_DIR": cfg.CLEAR_DIR, "RAINY_DIR": cfg.RAINY_DIR, "REAL_DIR": "", "SPLITS_FILE": splits.as_posix(),
+            "CHECKPOINT_DIR": folder.as_posix(), "RESUME": True, "CHECKPOINT_EVERY": 0, "SAMPLE_EVERY": 0})
+        networks.append((folder / "best.pt", names))
+    return networks
+
+
+def build_data(cfg, device):
+    """-> {"train", "val", "test": WindshieldPairs of (de-rained, clear)}; the test part may be empty."""
+    found, notes = windshield_pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    for note in notes:
+        processes.say(f"note: {note}")
+    content = load_content(cfg)
+    parts, digest = splits_of(cfg, found), derained.network_digest(cfg.DERAIN_MODEL_PATH)
+    separator = (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", "")
+    folder = Path(cfg.OUTPUT_DIR) / "derained"
+    if cfg.FOLDS:
+        sources = {"train": fold_networks(cfg, parts, content, digest), "val": [(cfg.DERAIN_MODEL_PATH, parts["val"])]}
+        said = f"{len(parts['train'])} training pairs, each de-rained by a network that was not trained on it"
+    else:
+        count = len(parts["val"])
+        own, _ = windshield_pairs.split_names(parts["val"], (round(0.8 * count), count - round(0.8 * count), 0), 0,
+                                              separator)
+        sources = {part: [(cfg.DERAIN_MODEL_PATH, own[part])] for part in ("train", "val")}
+        said = (f"{len(own['train'])} training and {len(own['val'])} validation pairs, all of the de-rainer's "
+                "validation part")
+    sources["test"] = [(cfg.DERAIN_MODEL_PATH, parts["test"])]
+    processes.say(f"refiner: {said}; {len(parts['test'])} test pairs")
+    still, data = presets.scaled(1.0, cfg.VAL_LIMIT), {}
+    for part, networks in sources.items():
+        pairs = {}
+        for path, names in networks:
+            model = load_trained(path, device, "DERAIN_MODEL_PATH")
+            pairs |= derained.derained_pairs(model, found, names, folder / derained.network_digest(path), cfg.TILE)
+        names = sorted(pairs) if part != "val" else evenly(sorted(pairs), cfg.VAL_IMAGES)
+        data[part] = windshield_pairs.WindshieldPairs(
+            pairs, names, presets.crops(cfg.IMAGE_SIZE, cfg.FLIP) if part == "train" else still, cfg.SEED)
+    return data
+
+
+def load_content(cfg):
+    """-> content of DERAIN_MODEL_PATH; UserError where it is no file of train_unet_derain.py."""
+    if problem := system.absent(cfg.DERAIN_MODEL_PATH):
+        demo = " --demo" if cfg.demo else ""
+        raise config.UserError(f"DERAIN_MODEL_PATH = '{cfg.DERAIN_MODEL_PATH}' {problem}: train a de-rainer first, "
+                               f"python train_unet_derain.py{demo}")
+    content = checkpoint.load(cfg.DERAIN_MODEL_PATH)
+    load_trained(cfg.DERAIN_MODEL_PATH, "cpu", "DERAIN_MODEL_PATH", content)
+    return content
+
+
+# ---- refiner and loss ------------------------------------------------------------------------------------------
+
+def diffusion_refiner(cfg, base, mode):
+    """-> DiffusionRefiner with the constants' settings, on the device of its base."""
+    return refiners.DiffusionRefiner(
+        base, mode, cfg.TIME, cfg.STRENGTH, cfg.STEPS, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.SKIPS,
+        cfg.SEED, cfg.LOCK_SIGMA, cfg.GRADIENT_CHECKPOINTING)
+
+
+def outline(cfg):
+    """-> the refiner of MODE "one_step" or "sample" without numbers ("meta"): its sizes, before anything is loaded."""
+    mode = "one_step" if cfg.MODE == "pixel" else cfg.MODE
+    base = diffusion_base.random_base(*diffusion_base.settings_of(cfg.BASE_MODEL), diffusion_base.DTYPES[cfg.PRECISION],
+                                      "meta")
+    return diffusion_refiner(cfg, base, mode)
+
+
+def trained_parameters(model):
+    """-> number of a model's parameters that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def say_needs(cfg):
+    """Sizes, memory and downloads of a run, in lines; nothing is loaded for them."""
+    model = outline(cfg).train()
+    images = torch.empty(cfg.BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device="meta")
+
+    def step():
+        (model(images, images) if cfg.MODE == "sample" else model(images).mean()).backward()
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = trained_parameters(model)
+    activations = memory.peak_bytes(step)
+    counts = {name: sum(p.numel() for p in getattr(model, name).parameters() if not p.requires_grad)
+              for name in ("unet", "vae")}
+    size = f"{cfg.IMAGE_SIZE} x {cfg.IMAGE_SIZE}"
+    processes.say(f"U-Net {counts['unet']:,} and autoencoder {counts['vae']:,} parameters; {trained:,} train "
+                  f"({4 * trained / 1e6:.1f} MB)\n"
+                  f"memory of a step, BATCH_SIZE = {cfg.BATCH_SIZE} at {size}, {cfg.PRECISION}: weights "
+                  f"{weights / 1e9:.2f} GB, optimizer {8 * trained / 1e9:.2f} GB, activations and gradients "
+                  f"{activations / 1e9:.2f} GB, in all {(weights + 8 * trained + activations) / 1e9:.2f} GB, and what "
+                  "CUDA takes for itself")
+    for line in diffusion_base.downloads(cfg.BASE_MODEL):
+        processes.say(line)
+
+
+def build_refiner(cfg, device):
+    """The refiner, on the device."""
+    if cfg.MODE == "pixel":
+        model = refiners.PixelRefiner(trained_parameters(outline(cfg)), cfg.LOCK_SIGMA)
+    else:
+        base = diffusion_base.load_base(cfg.BASE_MODEL, cfg.PROMPT, diffusion_base.DTYPES[cfg.PRECISION])
+        model = diffusion_refiner(cfg, base, cfg.MODE)
+    processes.say(freeze.describe({f"refiner ({cfg.MODE})": model}))
+    return model.to(device)
+
+
+def parameter_groups(cfg, model):
+    """-> groups for the optimizer: LoRA or the network, and what starts at zero behind it."""
+    outputs = [p for name, p in model.named_parameters() if name.startswith(("gain", "skips"))]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(("gain", "skips"))]
+    groups = [{"params": others, "lr": cfg.LEARNING_RATE, "weight_decay": 0.0}]
+    return groups + ([{"params": outputs, "lr": cfg.OUTPUT_LEARNING_RATE, "weight_decay": 0.0}] if outputs else [])
+
+
+def compute_losses(model, batch, weights, lpips_model=None):
+    """Named losses of one batch: {"noise"}, or those of {"l1", "psnr_loss", "lpips"} that have a weight."""
+    if "noise" in weights:
+        return {"noise": model(batch["images"], batch["twins"])}
+    refined, found = model(batch["images"]), {}
+    if "l1" in weights:
+        found["l1"] = losses.pixel_l1(refined, batch["twins"])
+    if "psnr_loss" in weights:
+        found["psnr_loss"] = losses.psnr_loss(refined, batch["twins"])
+    if "lpips" in weights:
+        with losses.float32(refined.device.type):
+            found["lpips"] = lpips_model(refined.float(), batch["twins"], normalize=True).mean()
+    return found
+
+
+# ---- validation ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, loader, device, lpips_model=None):
+    """Score the validation pairs at every share of _BLENDS, and keep the best share as `model.blend`.
+
+    The best has the highest PSNR of those that lose neither SSIM nor LPIPS against the de-rained images; share 0 always
+    qualifies. -> {"val/psnr", "val/ssim", perhaps "val/lpips": means at that share, "val/blend"}
+    """
+    found = []
+    for batch in loader:
+        batch = datasets.to_device(batch, device)
+        correction = model.correction(batch["images"])
+        scores = [image_quality.full_quality((batch["images"] + share * correction).clamp(0, 1), batch["twins"],
+                                             lpips_model) for share in _BLENDS]
+        found += [{f"{share}/{name}": values[i].item() for share, quality in zip(_BLENDS, scores, strict=True)
+                   for name, values in quality.items()} for i in range(len(correction))]
+    means = processes.mean_over_ranks(found)
+
+    def loses(share):
+        return (means[f"{share}/ssim"] < means[f"{_BLENDS[0]}/ssim"]
+                or means.get(f"{share}/lpips", 0.0) > means.get(f"{_BLENDS[0]}/lpips", 0.0))
+    best = max((share for share in _BLENDS if not loses(share)), key=lambda share: means[f"{share}/psnr"])
+    model.blend = best
+    names = [name for name in ("psnr", "ssim", "lpips") if f"{best}/{name}" in means]
+    return {f"val/{name}": means[f"{best}/{name}"] for name in names} | {"val/blend": best}
+
+
+def test_rows(model, data, device, lpips_model):
+    """-> [{"images", "count", metric: mean, metric_low, metric_high}, ...] of the test pairs, de-rained and refined."""
+    found = {"de-rained": [], "refined": []}
+    with torch.no_grad():
+        for i in range(len(data)):
+            batch = datasets.to_device(datasets.collate([data[i]]), device)
+            for row, images in (("de-rained", batch["images"]), ("refined", model(batch["images"]))):
+                quality = image_quality.full_quality(images, batch["twins"], lpips_model)
+                found[row].append({name: value.item() for name, value in quality.items()})
+    rows = []
+    for row, scores in found.items():
+        values = {}
+        for name in scores[0]:
+            low, high = image_quality.bootstrap_interval([score[name] for score in scores])
+            values |= {name: sum(score[name] for score in scores) / len(scores), f"{name}_low": low,
+                       f"{name}_high": high}
+        rows.append({"images": row, "count": len(scores)} | values)
+    return rows
+
+
+# ---- pictures and report ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def pair_sheet(model, data, device, count):
+    """-> PIL page of de-rained | refined | clear, evenly chosen pairs."""
+    rows = []
+    for sample in evenly(data, count):
+        batch = datasets.to_device(datasets.collate([sample]), device)
+        images = (batch["images"], model(batch["images"]), batch["twins"])
+        rows.append([visualize.to_pil(one[0]) for one in images])
+    return visualize.grid(rows, ["de-rained", "refined", "clear"])
+
+
+def sample_images(model, data, device):
+    """-> {tag: picture} for TensorBoard."""
+    return {"de-rained, refined, clear": visualize.as_tensor(pair_sheet(model, data, device, 3))}
+
+
+def write_refiner(model, cfg):
+    """OUTPUT_DIR/refiner, which load_refiner reads."""
+    refiners.save_refiner(model, Path(cfg.OUTPUT_DIR) / "refiner", base=cfg.BASE_MODEL, prompt=cfg.PROMPT,
+                          derainer=Path(cfg.DERAIN_MODEL_PATH).as_posix())
+
+
+def write_report(cfg, data, device, lpips_model):
+    """Score the best refiner on the test pairs; table, results.json, refined.png. -> rows, [] without test pairs."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if not len(data["test"]):
+        processes.say("note: there are no test pairs, so nothing is measured on images that chose nothing")
+        return []
+    model = refiners.load_refiner(folder / "refiner", device, constant="OUTPUT_DIR")
+    rows = test_rows(model, data["test"], device, lpips_model)
+    columns = {"images": "test pairs", "count": "n", "psnr": "PSNR (RGB)", "ssim": "SSIM (RGB)", "psnr_y": "PSNR (Y)",
+               "ssim_y": "SSIM (Y)"} | ({"lpips": "LPIPS"} if lpips_model is not None else {})
+    print("\n" + report.table(rows, columns))
+    print(f"gain: {rows[1]['psnr'] - rows[0]['psnr']:+.2f} dB with blend {model.blend}"
+          + (" (the refiner did not help on the validation pairs)" if not model.blend else ""))
+    report.write_results(folder / "results.json", cfg.as_dict(), {"test": rows, "blend": model.blend})
+    pair_sheet(model, data["test"], device, cfg.PICTURES).save(folder / "refined.png")
+    print(f"refiner: {(folder / 'refiner').as_posix()}")
+    return rows
+
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit and {"test": rows}; None after
+    --dry_run."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    plan = build_plan(cfg)
+    diffusion_base.diffusers_and_peft()  # also for "pixel", which has the size of LoRA in BASE_MODEL
+    diffusion_base.settings_of(cfg.BASE_MODEL)
+    if cfg.MODE != "pixel":
+        say_needs(cfg)
+    if cfg.DRY_RUN:
+        return None
+    if cfg.demo:
+        ensure_windshield_demo()
+    run_state.require_free(Path(cfg.OUTPUT_DIR), plan, "val/psnr")
+    engine.seed_everything(cfg.SEED)
+    device = processes.announced_device()
+    data = build_data(cfg, device)
+    lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
+    engine.seed_everything(cfg.SEED)  # the folds' trainings have used it
+    model = build_refiner(cfg, device)
+    val_loader = loaders.validation_loader(data["val"], 1, cfg.DATALOADER_WORKERS)  # sizes differ
+    result = engine.fit(
+        model, loaders.training_loader(data["train"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+        partial(compute_losses, weights=plan.loss_weights, lpips_model=lpips_model), plan, output_dir=cfg.OUTPUT_DIR,
+        parameters=parameter_groups(cfg, model), evaluate=partial(evaluate, loader=val_loader, device=device,
+                                                                  lpips_model=lpips_model),
+        score="val/psnr", sample_images=partial(sample_images, data=data["val"], device=device),
+        on_best=partial(write_refiner, cfg=cfg), constants=cfg.as_dict(),
+        scored_with=("VAL_IMAGES", "VAL_LIMIT", "DERAIN_MODEL_PATH", "FOLDS"),
+        own_files=("refiner", "results.json", "refined.png"))
+    rows = write_report(cfg, data, device, lpips_model) if processes.is_main() and result["history"] else []
+    return result | {"test": rows}
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -29,6 +29,7 @@ from utils.images import to_bytes, to_floats
 from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector
+from utils.networks.refiner import RefinedDerainer, load_refiner, read_settings
 from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
 
@@ -41,6 +42,7 @@ LABELED_RAIN_DIR: str | None = ""       # COCO-layout root of real rain with box
 
 # --- models -------------------------------------------------------------------------------------------------------
 UNET_PATH = "./outputs_unet/best.pt"    # from train_unet_derain.py
+REFINER_DIR: str | None = ""            # ./outputs_refiner/refiner of train_diffusion_refiner.py; "" for none
 RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py; "" leaves its probabilities out
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # detects in LABELED_RAIN_DIR
 LPIPS_WEIGHTS: str | None = "imagenet"  # AlexNet: downloaded once (233 MB), a local file of torchvision's, or ""
@@ -93,46 +95,55 @@ def test_pairs(cfg):
     return chosen, windshield_pairs.intensities(cfg.RAINY_DIR, chosen)
 
 
-def score_pairs(cfg, model, chosen, transform, device, lpips_model, title):
-    """-> {name: {"before": metrics, "after": metrics}}, one image at a time: their sizes differ."""
+def score_pairs(cfg, networks, chosen, transform, device, lpips_model, title):
+    """-> {name: {"rainy input": metrics, network: metrics, ...}}, one image at a time: their sizes differ."""
     data, found = windshield_pairs.WindshieldPairs(chosen, chosen, transform), {}
     for i, name in enumerate(processes.progress(data.names, title)):
         batch = datasets.to_device(datasets.collate([data[i]]), device)
-        restored = restore(model, batch["images"], cfg.TILE, cfg.OVERLAP)
-        found[name] = {when: {key: value.item() for key, value in
-                              image_quality.full_quality(images, batch["twins"], lpips_model).items()}
-                       for when, images in (("before", batch["images"]), ("after", restored))}
+        images = {"rainy input": batch["images"]} | {
+            row: restore(model, batch["images"], cfg.TILE, cfg.OVERLAP) for row, model in networks.items()}
+        found[name] = {row: {key: value.item() for key, value in
+                             image_quality.full_quality(image, batch["twins"], lpips_model).items()}
+                       for row, image in images.items()}
     return found
 
 
+def note_other_derainer(cfg):
+    """A line where the refiner was trained behind another network than UNET_PATH."""
+    other = read_settings(cfg.REFINER_DIR)["derainer"]
+    if Path(other).resolve() != Path(cfg.UNET_PATH).resolve():
+        processes.say(f"note: REFINER_DIR = '{cfg.REFINER_DIR}' was trained behind {other}, not behind UNET_PATH = "
+                      f"'{cfg.UNET_PATH}', whose traces it has not seen")
+
+
 def rows_of(scores, groups, size):
-    """Means over images, before and after, per group.
+    """Means over images, of the rainy input and behind each network, per group.
 
     Args:
         scores: from `score_pairs`; groups: {title: names}; size: title of the resolution.
     Returns:
-        [{"images", "size", "count", "network": "rainy input" or "U-Net", metric: mean}, ...].
+        [{"images", "size", "count", "network", metric: mean}, ...].
     """
     rows = []
     for title, names in groups.items():
-        for when, network in (("before", "rainy input"), ("after", "U-Net")):
-            values = [scores[name][when] for name in names]
+        for network in next(iter(scores.values())):
+            values = [scores[name][network] for name in names]
             rows.append({"images": title, "size": size, "count": len(names), "network": network}
                         | {key: sum(value[key] for value in values) / len(values) for key in values[0]})
     return rows
 
 
-def evaluate_pairs(cfg, model, chosen, intensity, device, lpips_model):
-    """-> rows of `rows_of`, native first; chosen, intensity: from `test_pairs`."""
+def evaluate_pairs(cfg, networks, chosen, intensity, device, lpips_model):
+    """-> rows of `rows_of`, native first; networks: {row: network}; chosen, intensity: from `test_pairs`."""
     groups = {"all": list(chosen)}
     for kind in windshield_pairs.INTENSITIES:
         if names := [name for name in chosen if intensity.get(name) == kind]:
             groups[kind] = names
-    rows, trained = [], model.image_size in (None, cfg.IMAGE_SIZE)
+    rows, trained = [], networks["U-Net"].image_size in (None, cfg.IMAGE_SIZE)
     for title, transform in (("native", presets.scaled(1.0)),
                              (f"{cfg.IMAGE_SIZE}{', as trained' if trained else ''}",
                               presets.evaluation(cfg.IMAGE_SIZE))):
-        scores = score_pairs(cfg, model, chosen, transform, device, lpips_model, f"pairs, {title}")
+        scores = score_pairs(cfg, networks, chosen, transform, device, lpips_model, f"pairs, {title}")
         rows += rows_of(scores, groups, title)
     return rows
 
@@ -271,6 +282,10 @@ def main(**overrides):
     require_apart(cfg)
     device = processes.announced_device()
     model = load_trained(cfg.UNET_PATH, device)
+    networks = {"U-Net": model}
+    if cfg.REFINER_DIR:
+        networks["U-Net + refiner"] = RefinedDerainer(model, load_refiner(cfg.REFINER_DIR, device)).eval()
+        note_other_derainer(cfg)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
     # all that is needed, before any of it is scored for minutes
     photographs = photographs_of(cfg) if cfg.REAL_DIR else []
@@ -282,14 +297,15 @@ def main(**overrides):
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     results = {"pairs": [], "real": [], "detection": []}
     if cfg.RAINY_DIR:
-        results["pairs"] = evaluate_pairs(cfg, model, chosen, intensity, device, lpips_model)
+        results["pairs"] = evaluate_pairs(cfg, networks, chosen, intensity, device, lpips_model)
         draw_pairs(cfg, model, chosen, folder / "pairs.png")
     if photographs:
         results["real"], written = restore_files(cfg, model, photographs, folder / "restored", rain_detector, device)
         draw_real(cfg, written, results["real"], folder / "real_rain.png")
     if labelled:
-        results["detection"] = behind_derainer.rows_behind({"RT-DETR": None, "U-Net + RT-DETR": model}, *labelled,
-                                                           device, "network")
+        results["detection"] = behind_derainer.rows_behind(
+            {"RT-DETR": None} | {f"{row} + RT-DETR": network for row, network in networks.items()}, *labelled, device,
+            "network")
     print_report(results)
     report.write_results(folder / "results.json", cfg.as_dict(), results)
     print(f"\nwritten: {(folder / 'results.json').as_posix()} and pictures beside it")

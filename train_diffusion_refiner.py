@@ -29,7 +29,7 @@ from utils.evaluation import image_quality, memory
 from utils.networks import diffusion_base
 from utils.networks import refiner as refiners
 from utils.networks.derainers import load_trained
-from utils.networks.tiling import require_tiles
+from utils.networks.tiling import require_tiles, restore
 from utils.training import engine, run_state
 from utils.training.plan import Plan, not_negative, whole
 
@@ -203,8 +203,9 @@ def build_data(cfg, device):
     for part, networks in sources.items():
         pairs = {}
         for path, names in networks:
-            model = load_trained(path, device, "DERAIN_MODEL_PATH")
-            pairs |= derained.derained_pairs(model, found, names, folder / derained.network_digest(path), cfg.TILE)
+            derain = partial(restore, load_trained(path, device, "DERAIN_MODEL_PATH"), tile=cfg.TILE,
+                             overlap=min(128, cfg.TILE // 2))
+            pairs |= derained.derained_pairs(derain, found, names, folder / derained.network_digest(path))
         names = sorted(pairs) if part != "val" else evenly(sorted(pairs), cfg.VAL_IMAGES)
         data[part] = windshield_pairs.WindshieldPairs(
             pairs, names, presets.crops(cfg.IMAGE_SIZE, cfg.FLIP) if part == "train" else still, cfg.SEED)

@@ -274,8 +274,8 @@ def test_no_image_is_derained_by_a_network_that_was_trained_on_it(base, monkeypa
     """Each training image's file comes from the fold's network that had not seen it."""
     asked = []
     original = derained.derained_pairs
-    monkeypatch.setattr(derained, "derained_pairs", lambda model, pairs, names, folder, tile: (
-        asked.append((Path(folder).name, set(names))), original(model, pairs, names, folder, tile))[1])
+    monkeypatch.setattr(derained, "derained_pairs", lambda derain, pairs, names, folder: (
+        asked.append((Path(folder).name, set(names))), original(derain, pairs, names, folder))[1])
     train.main(**base | {"FOLDS": 2, "NUM_EPOCHS": 1})
     parts = windshield_pairs.splits_of(Path(base["DERAIN_MODEL_PATH"]).with_name("splits.json"))
     used = {}

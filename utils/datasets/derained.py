@@ -14,7 +14,6 @@ from utils import processes, system
 from utils.datasets.samples import digest, read_image
 from utils.datasets.windshield_pairs import sequence_of
 from utils.images import to_bytes, to_floats
-from utils.networks.tiling import restore
 
 
 def network_digest(path):
@@ -29,12 +28,12 @@ def in_folds(names, folds, separator):
     return [[name for name in names if fold_of[sequence_of(name, separator)] == fold] for fold in range(folds)]
 
 
-def derained_pairs(model, pairs, names, folder, tile):
+def derained_pairs(derain, pairs, names, folder):
     """The de-rained images of chosen pairs; those that are there from an earlier run are taken as they are.
 
     Args:
-        model: de-rainer in eval mode; pairs: {name: (rainy path, clear path)}; names: the chosen ones.
-        folder: where this network's images are kept; tile: see `restore`.
+        derain: (1, 3, H, W) in [0, 1] -> the same de-rained; pairs: {name: (rainy path, clear path)}.
+        names: the chosen ones; folder: where this network's images are kept.
     Returns:
         {name: (de-rained path, clear path)}.
     """
@@ -44,7 +43,7 @@ def derained_pairs(model, pairs, names, folder, tile):
 
     def make():
         for name in processes.progress(missing, "de-raining"):
-            restored = restore(model, to_floats(read_image(pairs[name][0])[None]), tile, min(128, tile // 2))
+            restored = derain(to_floats(read_image(pairs[name][0])[None]))
             pixels = to_bytes(restored[0]).permute(1, 2, 0).contiguous().cpu().numpy()
             found[name][0].parent.mkdir(parents=True, exist_ok=True)
             with system.written(found[name][0]) as temporary:

@@ -41,7 +41,9 @@ DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # U-Net or NAFNet of train_unet_de
 FOLDS = 2                               # networks trained on all but one fold each, for that fold: they cost as much as
                                         # the de-rainer; 0: learn from the de-rainer's validation part alone
 IMAGE_SIZE = 256                        # side of the random squares that are trained on, at the images' own scale
+PAIRS_PER_EPOCH = 0                     # 0: all; fewer: each epoch goes on where the one before ended
 FLIP = 0.5                              # probability of mirroring
+CACHE_DIR: str | None = ""              # where de-rained images and folds are kept, for several runs; "": OUTPUT_DIR
 VAL_IMAGES = 100                        # validation pairs at most, evenly chosen
 VAL_LIMIT = 512                         # of larger ones the middle
 TILE = 1024                             # larger images are de-rained in tiles
@@ -69,8 +71,8 @@ LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a 
 NUM_EPOCHS = 30                         # the plan's 20 to 50
 BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.4 GB in float32
 GRADIENT_ACCUMULATION_STEPS = 8         # batches per optimizer step
-LEARNING_RATE = 1e-4                    # of LoRA, and of the network of mode "pixel"
-OUTPUT_LEARNING_RATE = 1e-3             # one_step: of gain and convolutions, which start at zero
+LEARNING_RATE = 1e-4                    # of LoRA and SKIPS, and of the network of mode "pixel"
+GAIN_LEARNING_RATE = 1e-3               # one_step: of the gain, four numbers that start at zero
 SCHEDULE = "cosine"                     # constant, cosine or step
 DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shares of the run
 WARMUP_STEPS = 20                       # optimizer steps of linear warm-up
@@ -93,8 +95,8 @@ DEMO = {
     "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
     "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "FOLDS": 0, "IMAGE_SIZE": 96,
     "BASE_MODEL": "./assets/demo/instruct_pix2pix_tiny", "NUM_EPOCHS": 10, "BATCH_SIZE": 8,
-    "GRADIENT_ACCUMULATION_STEPS": 1, "L1_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1, "LEARNING_RATE": 1e-3,
-    "OUTPUT_LEARNING_RATE": 3e-3, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,
+    "GRADIENT_ACCUMULATION_STEPS": 1, "L1_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1, "LEARNING_RATE": 1.5e-3,
+    "GAIN_LEARNING_RATE": 1e-2, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,
     "OUTPUT_DIR": "./demo/outputs_refiner",
 }
 _BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the correction that are tried on the validation pairs
@@ -112,7 +114,7 @@ def check(cfg):
         if not 0 <= getattr(cfg, name) <= 1:
             raise config.UserError(f"{name} = {getattr(cfg, name)}: choose a number from 0 to 1")
     for name, least in (("VAL_IMAGES", 1), ("VAL_LIMIT", 32), ("STEPS", 1), ("LORA_RANK", 1), ("LORA_ALPHA", 1),
-                        ("PICTURES", 1), ("TIME", 0)):
+                        ("PICTURES", 1), ("TIME", 0), ("PAIRS_PER_EPOCH", 0)):
         whole(least)(name, getattr(cfg, name))
     for name in ("LOCK_SIGMA", "LPIPS_WEIGHT"):
         not_negative(name, getattr(cfg, name))
@@ -121,15 +123,16 @@ def check(cfg):
     if cfg.LPIPS_WEIGHT and not cfg.LPIPS_WEIGHTS:
         raise config.UserError("LPIPS_WEIGHT needs LPIPS_WEIGHTS: \"imagenet\", or a file of torchvision's alexnet")
     require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
-    report.require_apart("OUTPUT_DIR", cfg.OUTPUT_DIR, [(name, getattr(cfg, name)) for name in ("CLEAR_DIR",
-                                                                                              "RAINY_DIR")])
+    for name in ("OUTPUT_DIR", "CACHE_DIR"):
+        if folder := getattr(cfg, name):
+            report.require_apart(name, folder, [("CLEAR_DIR", cfg.CLEAR_DIR), ("RAINY_DIR", cfg.RAINY_DIR)])
 
 
 def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
     weights = {"noise": 1.0} if cfg.MODE == "sample" else {"l1": "L1_WEIGHT", "psnr_loss": "PSNR_WEIGHT",
                                                             "lpips": "LPIPS_WEIGHT"}
-    rates = ("LEARNING_RATE", "OUTPUT_LEARNING_RATE") if cfg.MODE == "one_step" else ("LEARNING_RATE",)
+    rates = ("LEARNING_RATE", "GAIN_LEARNING_RATE") if cfg.MODE == "one_step" else ("LEARNING_RATE",)
     return Plan.of(cfg, learning_rates=rates, loss_weights=weights, schedule="SCHEDULE",
                    given={"precisions": ("float32", "bf16", "fp16")})
 
@@ -150,6 +153,11 @@ def splits_of(cfg, found):
     return windshield_pairs.read_splits(file, found, "SPLITS_FILE" if cfg.SPLITS_FILE else "DERAIN_MODEL_PATH")
 
 
+def cache_of(cfg):
+    """-> Path of the folder that keeps de-rained images and the folds' networks."""
+    return Path(cfg.CACHE_DIR or cfg.OUTPUT_DIR)
+
+
 def fold_networks(cfg, parts, content, digest):
     """Train a de-rainer for every fold of the training part, on the others, as DERAIN_MODEL_PATH was trained.
 
@@ -164,7 +172,7 @@ def fold_networks(cfg, parts, content, digest):
         raise config.UserError(f"FOLDS = {cfg.FOLDS}: the training part has too few pairs (or sequences) for it")
     networks = []
     for number, names in enumerate(folds):
-        folder = Path(cfg.OUTPUT_DIR) / "folds" / f"{digest}_{number}"
+        folder = cache_of(cfg) / "folds" / f"{digest}_{number}"
         splits = folder.with_suffix(".json")
         others = sorted(set(parts["train"]) - set(names))
         processes.main_first(partial(report.write_json, splits, {"train": others, "val": parts["val"], "test": []}),
@@ -186,7 +194,7 @@ def build_data(cfg, device):
     content = load_content(cfg)
     parts, digest = splits_of(cfg, found), derained.network_digest(cfg.DERAIN_MODEL_PATH)
     separator = (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", "")
-    folder = Path(cfg.OUTPUT_DIR) / "derained"
+    folder = cache_of(cfg) / "derained"
     if cfg.FOLDS:
         sources = {"train": fold_networks(cfg, parts, content, digest), "val": [(cfg.DERAIN_MODEL_PATH, parts["val"])]}
         said = f"{len(parts['train'])} training pairs, each de-rained by a network that was not trained on it"
@@ -209,6 +217,8 @@ def build_data(cfg, device):
         names = sorted(pairs) if part != "val" else evenly(sorted(pairs), cfg.VAL_IMAGES)
         data[part] = windshield_pairs.WindshieldPairs(
             pairs, names, presets.crops(cfg.IMAGE_SIZE, cfg.FLIP) if part == "train" else still, cfg.SEED)
+    if 0 < cfg.PAIRS_PER_EPOCH < len(data["train"]):
+        data["train"] = windshield_pairs.Walk(data["train"], cfg.PAIRS_PER_EPOCH)
     return data
 
 
@@ -280,11 +290,11 @@ def build_refiner(cfg, device):
 
 
 def parameter_groups(cfg, model):
-    """-> groups for the optimizer: LoRA or the network, and what starts at zero behind it."""
-    outputs = [p for name, p in model.named_parameters() if name.startswith(("gain", "skips"))]
-    others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(("gain", "skips"))]
+    """-> groups for the optimizer: LoRA and convolutions, or the network, and the gain."""
+    gain = [p for name, p in model.named_parameters() if name == "gain"]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and name != "gain"]
     groups = [{"params": others, "lr": cfg.LEARNING_RATE, "weight_decay": 0.0}]
-    return groups + ([{"params": outputs, "lr": cfg.OUTPUT_LEARNING_RATE, "weight_decay": 0.0}] if outputs else [])
+    return groups + ([{"params": gain, "lr": cfg.GAIN_LEARNING_RATE, "weight_decay": 0.0}] if gain else [])
 
 
 def compute_losses(model, batch, weights, lpips_model=None):

@@ -16,6 +16,9 @@ from test_unet import write_pairs
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import detect
+import Eval_derain_baselines
+import Eval_unet_derain
 import train_diffusion_refiner as train
 import train_unet_derain
 from utils import checkpoint
@@ -234,7 +237,7 @@ def base(trained_unet, tmp_path):
     """Constants of a refiner's training that takes seconds."""
     return trained_unet | {
         "BASE_MODEL": TINY, "FOLDS": 0, "IMAGE_SIZE": 32, "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 1,
-        "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-3, "OUTPUT_LEARNING_RATE": 1e-2, "WARMUP_STEPS": 0, "EMA_DECAY": 0.0,
+        "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-3, "GAIN_LEARNING_RATE": 1e-2, "WARMUP_STEPS": 0, "EMA_DECAY": 0.0,
         "DATALOADER_WORKERS": 0, "VAL_LIMIT": 64, "OUTPUT_DIR": str(tmp_path / "out")}
 
 
@@ -357,18 +360,37 @@ def test_constants_that_cannot_be_are_one_line(base, change, named):
         train.main(**base | change)
 
 
-def test_detect_takes_every_derainer(trained_unet, base, tmp_path):
-    """Images behind the U-Net and behind U-Net and refiner, always and gated."""
-    import detect
+@pytest.fixture
+def trained_refiner(base):
+    """Constants of its run, its folder."""
     train.main(**base | {"NUM_EPOCHS": 1})
+    return base, str(Path(base["OUTPUT_DIR"]) / "refiner")
+
+
+def test_detect_takes_every_derainer(trained_refiner, tmp_path):
+    """Images behind the U-Net and behind U-Net and refiner, always and gated."""
+    base, folder = trained_refiner
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     demo = {name: value for name, value in detect.DEMO.items() if name not in ("SOURCE", "OUTPUT")}
     for kind in ("unet", "unet+refiner", "UNet"):
         for model in ("spdnet", "conditional"):
             found = detect.main(**demo | {
                 "SOURCE": str(tmp_path / "a.png"), "OUTPUT": str(tmp_path / "runs"), "MODEL": model, "DERAIN": kind,
-                "DERAIN_MODEL_PATH": trained_unet["DERAIN_MODEL_PATH"],
-                "REFINER_DIR": str(Path(base["OUTPUT_DIR"]) / "refiner")})
+                "DERAIN_MODEL_PATH": base["DERAIN_MODEL_PATH"], "REFINER_DIR": folder})
             assert found["images"] == 1
     with pytest.raises(UserError, match="DERAIN"):
         detect.main(**demo | {"SOURCE": str(tmp_path / "a.png"), "OUTPUT": str(tmp_path / "runs"), "DERAIN": "x"})
+
+
+def test_both_evaluations_have_a_row_for_it(trained_refiner, tmp_path, capsys):
+    base, folder = trained_refiner
+    rows = Eval_unet_derain.main(
+        CLEAR_DIR=base["CLEAR_DIR"], RAINY_DIR=base["RAINY_DIR"], REAL_DIR="", LPIPS_WEIGHTS="", REFINER_DIR=folder,
+        UNET_PATH=base["DERAIN_MODEL_PATH"], IMAGE_SIZE=32, OUTPUT_DIR=str(tmp_path / "eval"), DATALOADER_WORKERS=0,
+        SPLITS_FILE=str(Path(base["DERAIN_MODEL_PATH"]).with_name("splits.json")))["pairs"]
+    assert {row["network"] for row in rows} == {"rainy input", "U-Net", "U-Net + refiner"}
+    found = Eval_derain_baselines.main(
+        TEST_SETS=(str(Path(base["CLEAR_DIR"]).parent),), OUTPUT_DIR=str(tmp_path / "baselines"), LATENCY_SIZE=32,
+        CROP=16, MODELS={"U-Net": ("unet", base["DERAIN_MODEL_PATH"]), "refined": ("refiner", folder)})
+    assert {row["method"] for row in found["pairs"]} == {"rainy input", "U-Net", "refined"}
+    assert found["costs"]["refined"]["parameters"] > 2_000_000

@@ -4,8 +4,9 @@
     python -m tools.ablation_refiner
 
 Runs train_diffusion_refiner.py --demo with the constants of each variant, on two folds of the de-rainer's training part
-(whose networks are trained once). How long a step takes is measured first, and as many are taken as fit into BUDGET. Scored on the de-rainer's test pairs, which
-chose nothing; also by what the demo's detector finds behind each in rain. Finished runs are kept in OUTPUT_DIR.
+(whose networks are trained once). How long a step takes is measured first, and as many are taken as fit into BUDGET.
+Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector finds behind each in rain.
+Finished runs are kept in OUTPUT_DIR.
 """
 
 import gc

@@ -33,6 +33,7 @@ CLEAR_DIR = "./data/Rain100L/train/clean"
 RAINY_DIR = "./data/Rain100L/train/rainy"
 TRAIN_PAIRS = 160                       # with VAL_PAIRS all pairs of Rain100L's training part
 VAL_PAIRS = 40                          # scored as whole images after the training
+SEQUENCE_SEPARATOR = ""                 # "_" for the demo's windshield pairs: a scene's two panes stay in one part
 BUDGET = 100.0                          # seconds of CPU time of a training's steps
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("as it was", "crops", "cosine", "moving average", "Charbonnier", "PSNR loss", "FFT loss", "NAFNet",
@@ -102,7 +103,7 @@ def score(path, names, pairs, device):
 def run(variant, seed, folder, cfg, device):
     """Train one variant. -> {"variant", "seed", "psnr", "ssim", "steps", "seconds": of CPU time in all}."""
     pairs, _ = windshield_pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
-    names, _ = windshield_pairs.split_names(pairs, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, 0), 0, "")
+    names, _ = windshield_pairs.split_names(pairs, (cfg.TRAIN_PAIRS, cfg.VAL_PAIRS, 0), 0, cfg.SEQUENCE_SEPARATOR)
     held = names["val"]
     # a few of the held-out pairs choose the best epoch, the schedule's last one nearly always
     report.write_json(folder / "splits.json", {"train": names["train"], "val": held[:2], "test": held[2:]})

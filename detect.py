@@ -165,7 +165,7 @@ def detect_frames(cfg, models, frames, device):
     Returns:
         per frame None where it has no image, else {model: {"boxes": (n, 4) xyxy pixels inside the image, "labels",
         "scores": (n,), "seen": (3, S, S) in [0, 1] or None, "branch": "rain", "clean" or None, "rain": probability or
-        None, "finite": bool}}; and the number of images that SPDNet spoilt and the gate passed on as they were.
+        None}}, on the CPU; and the number of images that SPDNet spoilt and the gate passed on as they were.
     """
     images = [frame.image for frame in frames if frame.image is not None]
     if not images:
@@ -176,15 +176,17 @@ def detect_frames(cfg, models, frames, device):
     for name, model in models.items():
         outputs = model(pixel_values=pixels)
         gate, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
-        fallbacks += gate["num_fallback"] if gate else 0
-        finite = outputs.logits.isfinite().flatten(1).all(1) & outputs.pred_boxes.isfinite().flatten(1).all(1)
+        seen = [None] * len(images) if seen is None else seen.cpu()
+        if gate:
+            fallbacks += gate["num_fallback"]
+            rains, probabilities = gate["mask"].tolist(), gate["scores"].tolist()
         found = decode(outputs.logits, outputs.pred_boxes, sizes)
         for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
-            one = {key: value[one["scores"] >= cfg.THRESHOLD].cpu() for key, value in one.items()}
+            one = {key: value[one["scores"] >= cfg.THRESHOLD] for key, value in one.items()}
             one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-            one |= {"seen": None if seen is None else seen[i], "branch": None, "rain": None, "finite": bool(finite[i])}
+            one |= {"seen": seen[i], "branch": None, "rain": None}
             if gate:
-                one |= {"branch": "rain" if gate["mask"][i] else "clean", "rain": float(gate["scores"][i])}
+                one |= {"branch": "rain" if rains[i] else "clean", "rain": probabilities[i]}
             results[i][name] = one
     found = iter(results)
     return [None if frame.image is None else next(found) for frame in frames], fallbacks
@@ -263,8 +265,6 @@ class Tally:
             self.report(frame.problem)
         if one is None:
             return
-        if not one["finite"]:
-            self.report(f"{frame.name}: the model answers with numbers that are not finite")
         self.images += 1
         self.objects += len(one["boxes"])
         if one["seen"] is not None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils import config, datasets, processes, report, system, visualize
+from utils import config, datasets, processes, report, system, transfer, visualize
 from utils.datasets import image_check, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
@@ -99,9 +99,10 @@ def score_pairs(cfg, model, chosen, transform, device, lpips_model, title):
     for i, name in enumerate(processes.progress(data.names, title)):
         batch = datasets.to_device(datasets.collate([data[i]]), device)
         restored = restore(model, batch["images"], cfg.TILE, cfg.OVERLAP)
-        found[name] = {when: {key: value.item() for key, value in
-                              image_quality.full_quality(images, batch["twins"], lpips_model).items()}
-                       for when, images in (("before", batch["images"]), ("after", restored))}
+        scores = {when: image_quality.full_quality(images, batch["twins"], lpips_model)
+                  for when, images in (("before", batch["images"]), ("after", restored))}
+        values, = transfer.rows({(when, key): value for when, own in scores.items() for key, value in own.items()})
+        found[name] = {when: {key: values[when, key] for key in own} for when, own in scores.items()}
     return found
 
 

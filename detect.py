@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, processes, system, visualize
+from utils import config, processes, system, transfer, visualize
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.datasets import presets
@@ -179,14 +179,14 @@ def detect_frames(cfg, models, frames, device):
         seen = [None] * len(images) if seen is None else seen.cpu()
         if gate:
             fallbacks += gate["num_fallback"]
-            rains, probabilities = gate["mask"].tolist(), gate["scores"].tolist()
+            gates = transfer.rows({"branch": gate["mask"], "rain": gate["scores"]})
         found = decode(outputs.logits, outputs.pred_boxes, sizes)
         for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
             one = {key: value[one["scores"] >= cfg.THRESHOLD] for key, value in one.items()}
             one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
             one |= {"seen": seen[i], "branch": None, "rain": None}
             if gate:
-                one |= {"branch": "rain" if rains[i] else "clean", "rain": probabilities[i]}
+                one |= {"branch": "rain" if gates[i]["branch"] else "clean", "rain": gates[i]["rain"]}
             results[i][name] = one
     found = iter(results)
     return [None if frame.image is None else next(found) for frame in frames], fallbacks

@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -13,28 +15,39 @@ import torch
 from script_processes import ROOT, finished, started
 
 from tools import golden
+from utils.evaluation import latency
 
-SCENES = 8, 4                # training and validation scenes
+SCENES = 4, 3                # training and validation scenes
 BUSY = 15                    # lines of an audit's table that are shown
-SETTINGS = {"NUM_EPOCHS": 1, "EPOCHS": 1}  # beside golden.COMMON: two optimizer steps at batches of 4
+SETTINGS = {  # on top of the steps' own: small images, two optimizer steps at batches of 2
+    "NUM_EPOCHS": 1, "EPOCHS": 1, "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 1, "BATCH_SIZE": 2, "BATCH": 2, "IMAGE_SIZE": 96,
+    "DETECTOR_SIZE": 96, "LATENCY_SIZE": 64, "TRAIN_PAIRS": 4, "VAL_PAIRS": 1, "TEST_PAIRS": 1, "CROP": 32,
+    "FORMATS": ("torch.export",), "MAX_FRAMES": 3, "VALIDATION_SHARE": 0.5}
+STEPS = golden.STEPS | {"eval_baselines": golden.Step("Eval_derain_baselines", {
+    "TEST_SETS": ("./pairs",), "SPLITS_FILE": "", "MAX_IMAGES": 2, "LABELED_RAIN_DIR": "./demo/coco_rain",
+    "MODELS": {"SPDNet": ("spdnet", "./assets/demo/spdnet.pt")}}, ())}
 
 
-def draw(work):
-    """Fill the folder `work`, where scripts are started, with the small scenes."""
+def prepare(work):
+    """Fill the folder `work`, where scripts are started: small scenes, pairs of them, the demo's weights."""
     golden.draw_scenes(work / "demo", *SCENES)
+    for name, source in (("rainy", "coco_rain"), ("clean", "coco")):
+        shutil.copytree(work / "demo" / source / "val2017", work / "pairs" / name)
+    shutil.copytree(ROOT / "assets", work / "assets")
 
 
 def outcome(work, name, device, where="", **constants):
-    """Run a step of golden.STEPS in `work`.
+    """Run one of STEPS in `work`.
 
     Args:
         device: "cuda" for the pretend GPU, whose random stream is the CPU's; "cpu"; where: name of the output folder,
             the step's name unless given; constants: {constant: value} on top of the step's.
     Returns:
-        {"history": [...] of a training, "step": {"waits", "launches"} of the second optimizer step, "validation": the
-        same of an epoch's validation, "whole": the same of the run, "table": [line, ...] of the second step's waits}
+        {"history": [{name: number}, ...] of a training, "seconds" of the processor; on the GPU also "waits" and "launches"
+        of the second optimizer step, "validation": waits of an epoch's validation, "whole": waits of the run,
+        "table": what the step (the run, of other scripts) waited for, "validation_table": the same of the validation}
     """
-    step = golden.STEPS[name]
+    step = STEPS[name]
     known = golden.demo_of(step.script)[1]
     values = golden.constants_of(where or name, step, work)
     values |= {key: value for key, value in (SETTINGS | constants).items() if key in known}
@@ -52,9 +65,10 @@ def _run(script, values, device, work, file):
     os.chdir(work)
     torch.set_num_threads(1)
     with on_device(device) as audit:
+        latency.latencies.__wrapped__.__defaults__ = 0, 1  # measured once and without warm-up
         counted = Counted(audit)
         result = importlib.import_module(script.replace("/", ".")).main(**values)
-        found = {"history": histories(result)} | counted.report()
+        found = {"history": histories(result), "seconds": time.process_time()} | counted.report()
     file.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -108,13 +122,13 @@ class Counted:
         if len(self.marks) > 1:
             (waits, launches), (later_waits, later_launches) = self.marks[:2]
             waits, launches = later_waits - waits, later_launches - launches
-            found |= {"step": {"waits": waits.total(), "launches": launches.total()}, "table": table(waits)}
+            found |= {"waits": waits.total(), "launches": launches, "table": table(waits)}
         return found | {"validation_table": table(self.validation)}
 
 
 def table(counter):
-    """-> lines of the largest counts."""
-    return [f"{count:6d}  {text}" for text, count in counter.most_common(BUSY)]
+    """-> the largest counts as text."""
+    return "\n".join(f"{count:6d}  {text}" for text, count in counter.most_common(BUSY))
 
 
 def faults(file):

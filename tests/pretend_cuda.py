@@ -47,11 +47,11 @@ RESHAPES = {"resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "as
 
 
 class Audit:
-    """Counts of what costs time on a GPU, by the innermost line below the folder `own`; None counts nothing."""
+    """Counts of what costs time on a GPU, waits by the innermost line below the folder `own`; None counts nothing."""
 
     def __init__(self, own=None):
         self.own = own and os.path.abspath(own)
-        self.syncs, self.launches = collections.Counter(), collections.Counter()
+        self.syncs, self.launches = collections.Counter(), 0
 
     def where(self):
         frame = sys._getframe()
@@ -66,9 +66,8 @@ class Audit:
             self.syncs[self.where(), kind] += 1
 
     def counts(self):
-        """-> (waits, launches) so far: Counters of "file:line kind" and of "file:line"."""
-        return (collections.Counter({f"{where} {kind}": n for (where, kind), n in self.syncs.items()}),
-                self.launches.copy())
+        """-> (Counter of waits by "file:line kind", number of launched operations), so far."""
+        return collections.Counter({f"{where} {kind}": n for (where, kind), n in self.syncs.items()}), self.launches
 
 
 audit, _thread = Audit(), threading.local()
@@ -208,7 +207,7 @@ def compute(func, args, kwargs):
     if ours:
         require_one_device(func, name, args, inputs, ours)
     if audit.own:
-        audit.launches[audit.where()] += 1
+        audit.launches += 1
         note_waits(name, args, kwargs, target)
     if name == "_fused_sdp_choice":
         return 0  # attention as single operations

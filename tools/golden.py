@@ -133,7 +133,8 @@ STEPS = {
 # ---- running the scripts -------------------------------------------------------------------------------------------
 
 def draw_scenes(demo, train=TRAIN_IMAGES, val=VAL_IMAGES):
-    """The small data sets, in the layout of ./demo, `train` and `val` scenes. Here and in `content_of` alone modules of this project are used."""
+    """The small data sets, in the layout of ./demo, `train` and `val` scenes. Here and in `content_of` alone modules of
+    this project are used."""
     from utils.demo.coco import ensure_demo
     from utils.demo.roboflow import ensure_dataset
     ensure_demo(demo, train, val)

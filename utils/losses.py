@@ -2,14 +2,16 @@
 
 from contextlib import contextmanager
 
+import pytorch_msssim
 import torch
 import torch.nn.functional as F
-from pytorch_msssim import ssim
 from torch import nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from utils import checkpoint, freeze
+from utils.transfer import sent
 
+_SSIM_WINDOW = pytorch_msssim.SSIM(channel=1).win  # (1, 1, 1, 11)
 RAIN_MASK_FULL = 0.2  # difference to the clean twin (51 of 255 levels) from which on a mask should be 1
 
 
@@ -117,10 +119,22 @@ def staged_mse(stages, target):
         return sum(F.mse_loss(stage.float(), target.float()) for stage in stages)
 
 
+def ssim(images, targets, data_range, size_average=False):
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 x 11 pixels, sigma 1.5.
+
+    Args:
+        images, targets: (B, C, H, W) in [0, data_range], sides of at least 11 pixels.
+    Returns:
+        (B,), or the mean as a scalar with `size_average`.
+    """
+    window = sent(_SSIM_WINDOW, images.device).repeat(images.shape[1], 1, 1, 1)  # pytorch_msssim's own waits for a GPU
+    return pytorch_msssim.ssim(images, targets, data_range, size_average, win=window)
+
+
 def ssim_loss(images, targets):
-    """1 - SSIM (Wang et al. 2004) of images in [0, 1], each side at least 11 pixels: scalar Tensor in [0, 2]."""
+    """1 - SSIM of images in [0, 1], each side at least 11 pixels: scalar Tensor in [0, 2]."""
     with float32(images.device.type):
-        return 1 - ssim(images.float(), targets.float(), data_range=1.0)
+        return 1 - ssim(images.float(), targets.float(), 1.0, size_average=True)
 
 
 class PerceptualLoss(nn.Module):

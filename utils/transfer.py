@@ -1,8 +1,7 @@
 """Between CPU and GPU with as few waits as possible.
 
-A GPU works through a queue that the CPU fills. Reading one number back empties that queue, after which the GPU idles until
-the CPU has caught up: numbers are therefore read together, and what the CPU sends goes out of pinned memory, for which
-nobody waits.
+A GPU works through a queue that the CPU fills. Reading one number back empties that queue, and the GPU idles until the
+CPU has caught up: numbers are therefore read together, and what the CPU sends leaves from pinned memory, without a wait.
 """
 
 import torch
@@ -17,5 +16,10 @@ def sent(tensor, device):
 
 def numbers(values):
     """{name: scalar Tensor}, all on one device -> {name: float}, in one transfer."""
-    together = torch.stack([value.detach().float() for value in values.values()])  # (n,)
-    return dict(zip(values, together.tolist(), strict=True))
+    return rows({name: value[None] for name, value in values.items()})[0]
+
+
+def rows(values):
+    """{name: (n,) Tensor}, all on one device -> n dicts {name: float}, in one transfer."""
+    together = torch.stack([value.detach().double() for value in values.values()], 1)  # (n, names)
+    return [dict(zip(values, row, strict=True)) for row in together.tolist()]

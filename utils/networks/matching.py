@@ -1,7 +1,7 @@
 """One-to-one assignment of queries and objects (Carion et al., "DETR", ECCV 2020), one transfer each way.
 
-The Hungarian algorithm runs on the CPU. The costs of every decoder layer are therefore computed first and fetched together,
-and the pairs of all layers are sent back together: a GPU is waited for once in a training step.
+The Hungarian algorithm runs on the CPU. The costs of every decoder layer are therefore computed first and fetched
+together, and the pairs of all layers are sent back together: a GPU is waited for once in a training step.
 """
 
 from itertools import pairwise

@@ -40,7 +40,7 @@ HEADS = {
 
 
 class _FilledOnTheGpu(TorchFunctionMode):
-    """Within, `tensor[index] = number` fills in place; torch itself would copy the number to the GPU and wait for it."""
+    """Within, `tensor[index] = number` fills in place; torch would copy the number to the GPU and wait for it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__setitem__ and isinstance(args[2], (bool, int, float)):
@@ -50,7 +50,7 @@ class _FilledOnTheGpu(TorchFunctionMode):
 
 
 class RTDetrForObjectDetection(transformers.RTDetrForObjectDetection):
-    """transformers' detector with our criterion, `rtdetr_loss`, and without its waits for the GPU: its forward writes the
+    """transformers' detector with our criterion, and without six waits for the GPU in its forward, which writes the
     sizes of the feature maps number by number. The name stays, because config.json holds it."""
 
     def __init__(self, config):

@@ -112,8 +112,14 @@ def _terms(logits, boxes, pairs, objects, divisor, config, suffixes):
 
 
 def _varifocal(logits, matched, iou, config):
-    """Cross entropy of scores, (S,): a matched query is asked for its box's IoU, with that weight, every other score
-    for 0 with weight alpha * score^gamma. logits: (B, S, Q, K); matched: indices into them, (S, n) each; iou: (S, n)."""
+    """Cross entropy of scores: a matched one is asked for its box's IoU, with that weight, every other one for 0 with
+    weight alpha * score^gamma.
+
+    Args:
+        logits: (B, S, Q, K); matched: four indices into them, which broadcast to (S, n); iou: (S, n).
+    Returns:
+        (S,), summed over images, queries and classes.
+    """
     score = logits.detach().sigmoid()
     target = torch.zeros_like(score).index_put(matched, iou)
     weight = (config.focal_loss_alpha * score**config.focal_loss_gamma).index_put(matched, iou)

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
-from utils.networks import matching, rtdetr_loss
+from utils.networks import matching, rtdetr, rtdetr_loss
 
 LABELS = [{"class_labels": torch.tensor([0, 1, 1]),
            "boxes": torch.tensor([[.5, .5, .2, .3], [.3, .3, .1, .1], [.7, .2, .3, .2]])},
@@ -66,6 +67,15 @@ def test_outputs_that_are_not_finite_give_a_loss_of_nan(small_detector):
     with torch.no_grad():
         detector.model.enc_output[0].weight[0, 0] = float("nan")
         assert detector(pixel_values=images(), labels=LABELS).loss.isnan()
+
+
+def test_a_new_detector_has_transformers_first_values():
+    torch.manual_seed(0)
+    detector = rtdetr.new_rtdetr("tiny", {0: "person", 1: "car"})
+    torch.manual_seed(0)
+    plain = transformers.RTDetrForObjectDetection(detector.config)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(detector.state_dict()[name], value), name
 
 
 def test_more_objects_than_queries_leave_some_over():

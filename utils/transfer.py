@@ -1,7 +1,7 @@
 """Between CPU and GPU with as few waits as possible.
 
 A GPU works through a queue that the CPU fills. Reading one number back empties that queue, and the GPU idles until the
-CPU has caught up: numbers are therefore read together, and what the CPU sends leaves from pinned memory, without a wait.
+CPU has caught up: numbers are therefore read together, and what the CPU sends leaves pinned memory without a wait.
 """
 
 import torch

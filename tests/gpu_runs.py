@@ -43,7 +43,8 @@ def outcome(work, name, device, where="", **constants):
         device: "cuda" for the pretend GPU, whose random stream is the CPU's; "cpu"; where: name of the output folder,
             the step's name unless given; constants: {constant: value} on top of the step's.
     Returns:
-        {"history": [{name: number}, ...] of a training, "seconds" of the processor; on the GPU "waits" and "launches" of
+        {"history": [{name: number}, ...] of a training, "seconds" of the processor; on the GPU also "waits" and
+        "launches" of
         the second optimizer step, "validation": waits of an epoch's validation, "whole": waits of the run,
         "table": what the step (the run, of other scripts) waited for, "validation_table": the same of the validation}
     """

@@ -26,7 +26,6 @@ WORST = 1e8                          # cost that stands in for one that is not f
 
 # ---- matching --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def match(logits, boxes, labels, groups=1):
     """Give every object of an image one query of every group, at the least total cost.
 
@@ -41,11 +40,18 @@ def match(logits, boxes, labels, groups=1):
         group by group and within a group by rising query index. With more objects than queries some are left over.
     """
     objects = objects_of(labels)
-    found = assign([_costs(logits, boxes, objects)], objects.counts, groups)
+    found = _assigned([{"logits": logits, "boxes": boxes}], objects, groups)
     starts = torch.tensor(objects.counts).cumsum(0) - torch.tensor(objects.counts)
     own = found.target[0] - starts[found.image]
     sizes = found.image.bincount(minlength=len(labels)).tolist()
     return list(zip(found.query[0].split(sizes), own.split(sizes), strict=True))
+
+
+@torch.no_grad()
+def _assigned(stages, objects, groups):
+    """Decoder layers {"logits" (B, Q, K), "boxes" (B, Q, 4)} and Objects -> matching.Matches of all, on the CPU."""
+    return assign([torch.cat([_costs(stage["logits"], stage["boxes"], part) for part in objects.parts()])
+                   for stage in stages], objects.counts, groups)
 
 
 def _costs(logits, boxes, objects):
@@ -82,9 +88,7 @@ def detection_losses(outputs, labels, groups):
     stages = {"": outputs} | {f"_{i}": stage for i, stage in enumerate(outputs["aux"])} | {"_enc": outputs["enc"]}
     objects, device = objects_of(labels), outputs["logits"].device
     boxes = count_over_ranks(groups * len(objects.image), device)
-    with torch.no_grad():
-        costs = [_costs(stage["logits"], stage["boxes"], objects) for stage in stages.values()]
-        pairs = assign(costs, objects.counts, groups).to(device)
+    pairs = _assigned(stages.values(), objects, groups).to(device)
     counts = sent(torch.tensor(objects.counts), device)
     losses = {}
     for i, (suffix, stage) in enumerate(stages.items()):

@@ -22,6 +22,14 @@ class Objects(NamedTuple):
     classes: torch.Tensor   # (N,) int64
     boxes: torch.Tensor     # (N, 4) float32, normalised cxcywh
 
+    def parts(self):
+        """-> what costs are computed for at a time, Objects in order: on a CPU one image's, to stay in its cache."""
+        if self.boxes.is_cuda or not len(self.boxes):
+            return [self]
+        columns = (part.split(self.counts) for part in (self.image, self.classes, self.boxes))
+        return [Objects([len(boxes)], image, classes, boxes)
+                for image, classes, boxes in zip(*columns, strict=True) if len(boxes)]
+
 
 def objects_of(labels):
     """[{"class_labels": (n,) int64, "boxes": (n, 4) cxcywh}, ...], one per image -> Objects on the labels' device."""

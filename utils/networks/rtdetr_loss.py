@@ -65,8 +65,8 @@ def rtdetr_loss(logits, labels, device, pred_boxes, config, outputs_class=None, 
 @torch.no_grad()
 def match(logits, boxes, objects, config):
     """Every layer's queries and the objects: logits (B, S, Q, K), boxes (B, S, Q, 4), Objects -> Matches on the CPU."""
-    return assign([_costs(logits[:, stage], boxes[:, stage], objects, config) for stage in range(logits.shape[1])],
-                  objects.counts)
+    return assign([torch.cat([_costs(logits[:, stage], boxes[:, stage], part, config) for part in objects.parts()])
+                   for stage in range(logits.shape[1])], objects.counts)
 
 
 def _costs(logits, boxes, objects, config):

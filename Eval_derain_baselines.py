@@ -22,7 +22,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import config, processes, report, system
+from utils import config, processes, report, system, transfer
 from utils.datasets import derain_sets, image_check, windshield_pairs
 from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
@@ -240,12 +240,14 @@ def score_set(cfg, models, name, pairs, others, device, lpips_model):
     found = {}
     for pair, files in processes.progress(list(pairs.items()), name):
         rainy, clean = (to_floats(image[None], device) for image in files.read())
+        values = {}
         for row, image in images_of(cfg, models, others, pair, rainy).items():
-            values = image_quality.quality_by_protocol(image, clean)
+            own = image_quality.quality_by_protocol(image, clean)
             if lpips_model is not None:
-                values["lpips"] = lpips_model(image.float(), clean.float(), normalize=True).flatten()
-            for metric, value in values.items():
-                found.setdefault(row, {}).setdefault(metric, []).append(float(value))
+                own["lpips"] = lpips_model(image.float(), clean.float(), normalize=True).flatten()
+            values |= {(row, metric): value for metric, value in own.items()}
+        for (row, metric), value in transfer.rows(values)[0].items():
+            found.setdefault(row, {}).setdefault(metric, []).append(value)
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils import config, datasets, processes, report, system, visualize
+from utils import config, datasets, processes, report, system, transfer, visualize
 from utils.datasets import image_check, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
@@ -102,9 +102,9 @@ def score_pairs(cfg, networks, chosen, transform, device, lpips_model, title):
         batch = datasets.to_device(datasets.collate([data[i]]), device)
         images = {"rainy input": batch["images"]} | {
             row: restore(model, batch["images"], cfg.TILE, cfg.OVERLAP) for row, model in networks.items()}
-        found[name] = {row: {key: value.item() for key, value in
-                             image_quality.full_quality(image, batch["twins"], lpips_model).items()}
-                       for row, image in images.items()}
+        scores = {row: image_quality.full_quality(image, batch["twins"], lpips_model) for row, image in images.items()}
+        values, = transfer.rows({(row, key): value for row, own in scores.items() for key, value in own.items()})
+        found[name] = {row: {key: values[row, key] for key in own} for row, own in scores.items()}
     return found
 
 

@@ -26,6 +26,7 @@ from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
 from utils.training import engine, run_state
 from utils.training.plan import Plan
+from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -126,7 +127,7 @@ def compute_losses(model, batch, weights, clean_features):
     outputs = model(batch["images"], labels=batch["labels"] if "detection" in weights else None,
                     feature_level="backbone" if "features" in weights else None)
     logits = outputs.rain_stats["logits"]
-    rainy = torch.tensor([domain == "rainy" for domain in batch["domains"]], device=logits.device)
+    rainy = sent(torch.tensor([domain == "rainy" for domain in batch["domains"]]), logits.device)
     terms = {}
     if "detection" in weights:
         terms["detection"] = outputs.loss
@@ -143,14 +144,14 @@ def evaluate(model, val_loaders, truths, device, rain_weight):
     hard."""
     found = {}
     for domain, loader in val_loaders.items():
-        sent = []
+        gated = []
 
-        def predict(images, sent=sent):
+        def predict(images, gated=gated):
             outputs = model(images)
-            sent += [{"derained": float(rainy)} for rainy in outputs.rain_stats["mask"].tolist()]
+            gated += [{"derained": float(rainy)} for rainy in outputs.rain_stats["mask"].tolist()]
             return outputs
         scores, _ = detection_scores(predict, loader, device, truths[domain], f"{domain} validation")
-        found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": processes.mean_over_ranks(sent)["derained"]}
+        found |= {f"{domain}/mAP": scores["mAP"], f"{domain}/derained": processes.mean_over_ranks(gated)["derained"]}
     return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
 
 

@@ -28,6 +28,7 @@ from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import ema, engine, run_folder, run_state
 from utils.training.plan import Plan, not_negative, whole
+from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
@@ -169,7 +170,8 @@ def domain_consistency(features, targets, domains, domain):
     chosen = [i for i, name in enumerate(domains) if name == domain]
     if not chosen:
         return sum(level.sum() for level in features) * 0.0
-    error = losses.feature_consistency([level[chosen] for level in features], [level[chosen] for level in targets])
+    index = sent(torch.tensor(chosen), features[0].device)
+    error = losses.feature_consistency([level[index] for level in features], [level[index] for level in targets])
     return error * (len(chosen) / len(domains))
 
 

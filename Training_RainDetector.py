@@ -28,6 +28,7 @@ from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector, new_rain_detector, save_rain_detector
 from utils.training import engine, run_folder
 from utils.training.plan import Plan
+from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
@@ -113,7 +114,7 @@ def parameter_groups(model, cfg):
 def compute_losses(model, batch):
     """{"bce": binary cross-entropy of the logit; "accuracy": share of right answers at 0.5, only reported}."""
     logits = model(batch["images"])
-    targets = torch.tensor([float(domain == "rainy") for domain in batch["domains"]], device=logits.device)
+    targets = sent(torch.tensor([float(domain == "rainy") for domain in batch["domains"]]), logits.device)
     return {"bce": F.binary_cross_entropy_with_logits(logits.float(), targets),
             "accuracy": ((logits > 0) == (targets > 0.5)).float().mean().detach()}
 

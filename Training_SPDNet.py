@@ -19,7 +19,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, visualize
+from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, transfer, visualize
 from utils.datasets import image_check, loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
@@ -140,8 +140,7 @@ def evaluate(model, loader, device):
     found = []
     for batch in loader:
         batch = datasets.to_device(batch, device)
-        found.append({name: value.item() for name, value in
-                      image_quality.image_quality(model(batch["images"])[0], batch["twins"]).items()})
+        found += transfer.rows(image_quality.image_quality(model(batch["images"])[0], batch["twins"]))
     return {f"val/{name}": value for name, value in processes.mean_over_ranks(found).items()}
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, processes, system, visualize
+from utils import config, processes, system, transfer, visualize
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.datasets import presets
@@ -179,9 +179,9 @@ def detect_frames(cfg, models, frames, device):
         frames: video.Frames with images of any size; the models see them stretched to IMAGE_SIZE.
     Returns:
         per frame None where it has no image, else {model: {"boxes": (n, 4) xyxy pixels inside the image, "labels",
-        "scores": (n,), "given": (3, S, S) in [0, 1], "seen": the same de-rained or None, "branch": "rain", "clean" or
-        None, "rain": probability or None, "finite": bool}}; and the number of images that the de-rainer spoilt and the
-        gate passed on as they were.
+        "scores": (n,), "given": (3, S, S) in [0, 1], "seen": the same de-rained, both None without a de-rainer,
+        "branch": "rain", "clean" or None, "rain": probability or None}}, on the CPU; and the number of images that the
+        de-rainer spoilt and the gate passed on as they were.
     """
     images = [frame.image for frame in frames if frame.image is not None]
     if not images:
@@ -192,16 +192,17 @@ def detect_frames(cfg, models, frames, device):
     for name, model in models.items():
         outputs = model(pixel_values=pixels)
         gate, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
-        fallbacks += gate["num_fallback"] if gate else 0
-        finite = outputs.logits.isfinite().flatten(1).all(1) & outputs.pred_boxes.isfinite().flatten(1).all(1)
+        given, seen = ([None] * len(images),) * 2 if seen is None else (pixels.cpu(), seen.cpu())
+        if gate:
+            fallbacks += gate["num_fallback"]
+            gates = transfer.rows({"branch": gate["mask"], "rain": gate["scores"]})
         found = decode(outputs.logits, outputs.pred_boxes, sizes)
         for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
-            one = {key: value[one["scores"] >= cfg.THRESHOLD].cpu() for key, value in one.items()}
+            one = {key: value[one["scores"] >= cfg.THRESHOLD] for key, value in one.items()}
             one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-            one |= {"given": pixels[i], "seen": None if seen is None else seen[i], "branch": None, "rain": None,
-                    "finite": bool(finite[i])}
+            one |= {"given": given[i], "seen": seen[i], "branch": None, "rain": None}
             if gate:
-                one |= {"branch": "rain" if gate["mask"][i] else "clean", "rain": float(gate["scores"][i])}
+                one |= {"branch": "rain" if gates[i]["branch"] else "clean", "rain": gates[i]["rain"]}
             results[i][name] = one
     found = iter(results)
     return [None if frame.image is None else next(found) for frame in frames], fallbacks
@@ -284,8 +285,6 @@ class Tally:
             self.report(frame.problem)
         if one is None:
             return
-        if not one["finite"]:
-            self.report(f"{frame.name}: the model answers with numbers that are not finite")
         self.images += 1
         self.objects += len(one["boxes"])
         if one["seen"] is not None:

@@ -22,7 +22,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from PIL import Image
 
-from utils import config, datasets, freeze, losses, processes, report, system, visualize
+from utils import config, datasets, freeze, losses, processes, report, system, transfer, visualize
 from utils.datasets import image_check, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly, images_below
 from utils.demo.windshield import ensure_windshield_demo
@@ -339,11 +339,11 @@ def evaluate(model, loader, device, weights, perceptual=None):
         batch = datasets.to_device(batch, device)
         restored = model(batch["images"])
         terms = losses_of(restored, batch["twins"], weights, perceptual)
-        loss = sum(weights[name] * value.item() for name, value in terms.items())
         quality = image_quality.image_quality(restored, batch["twins"])
-        found += [{"loss": loss} | {name: values[i].item() for name, values in quality.items()}
-                  for i in range(len(restored))]
-    return {f"val/{name}": value for name, value in processes.mean_over_ranks(found).items()}
+        found += transfer.rows({f"loss {name}": term.expand(len(restored)) for name, term in terms.items()} | quality)
+    means = processes.mean_over_ranks(found)
+    loss = sum(weights[name] * means.pop(f"loss {name}") for name in weights)
+    return {"val/loss": loss} | {f"val/{name}": value for name, value in means.items()}
 
 
 def stop_reason(history, cfg):

@@ -7,13 +7,13 @@ every decoder layer and for the encoder's proposals. Written from the papers; th
 Everything here runs in float32, whatever autocast says, and an image without objects is an image like any other.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 
-from utils.losses import float32
+from utils.boxes import box_overlap
+from utils.losses import count_over_ranks, float32
+from utils.networks.matching import assign, objects_of
+from utils.transfer import sent
 
 ALPHA = 0.25                         # weight of the score in the target of the IoU-aware loss, IoU has the rest
 GAMMA = 2                            # how fast easy negatives lose their weight
@@ -24,28 +24,8 @@ SUMMED_WEIGHTS = LOSS_WEIGHTS | {"loss_aux": 1.0}  # of `summed_up`, whose "loss
 WORST = 1e8                          # cost that stands in for one that is not finite
 
 
-# ---- boxes -----------------------------------------------------------------------------------------------------
-
-def box_overlap(boxes, others):
-    """IoU and generalised IoU (Rezatofighi et al. 2019) of boxes that broadcast against each other.
-
-    Args:
-        boxes, others: (..., 4) cxcywh, float32.
-    Returns:
-        IoU in [0, 1] and GIoU in [-1, 1], (...) each; boxes without area give finite numbers and gradients.
-    """
-    low, high = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
-    low2, high2 = others[..., :2] - others[..., 2:] / 2, others[..., :2] + others[..., 2:] / 2
-    shared = (torch.minimum(high, high2) - torch.maximum(low, low2)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(high, high2) - torch.minimum(low, low2)).clamp(min=0).prod(-1).clamp(min=1e-12)
-    union = (boxes[..., 2:].prod(-1) + others[..., 2:].prod(-1) - shared).clamp(min=1e-12)
-    iou = shared / union
-    return iou, iou - (hull - union) / hull
-
-
 # ---- matching --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def match(logits, boxes, labels, groups=1):
     """Give every object of an image one query of every group, at the least total cost.
 
@@ -59,65 +39,37 @@ def match(logits, boxes, labels, groups=1):
         [(query index (n,), target index (n,)), ...] int64 on the CPU, one per image, n = groups * min(N, Q / groups),
         group by group and within a group by rising query index. With more objects than queries some are left over.
     """
-    group = logits.shape[1] // groups
+    objects = objects_of(labels)
+    found = _assigned([{"logits": logits, "boxes": boxes}], objects, groups)
+    starts = torch.tensor(objects.counts).cumsum(0) - torch.tensor(objects.counts)
+    own = found.target[0] - starts[found.image]
+    sizes = found.image.bincount(minlength=len(labels)).tolist()
+    return list(zip(found.query[0].split(sizes), own.split(sizes), strict=True))
+
+
+@torch.no_grad()
+def _assigned(stages, objects, groups):
+    """Decoder layers {"logits" (B, Q, K), "boxes" (B, Q, 4)} and Objects -> matching.Matches of all, on the CPU."""
+    return assign([torch.cat([_costs(stage["logits"], stage["boxes"], part) for part in objects.parts()])
+                   for stage in stages], objects.counts, groups)
+
+
+def _costs(logits, boxes, objects):
+    """Logits (B, Q, K), boxes (B, Q, 4) of one layer, and Objects -> (N, Q), finite."""
     with float32(logits.device.type):
-        costs = [_costs(logits[i].float(), boxes[i].float(), label) for i, label in enumerate(labels)]  # (Q, N) each
-    pairs = []
-    for cost in costs:  # all of them are queued on the GPU before the first one is waited for
-        queries, targets = [], []
-        for g, part in enumerate(cost.cpu().split(group)):  # (Q / groups, N)
-            query, target = linear_sum_assignment(part.numpy())
-            queries.append(torch.from_numpy(query) + g * group)
-            targets.append(torch.from_numpy(target))
-        pairs.append((torch.cat(queries), torch.cat(targets)))
-    return pairs
-
-
-def _costs(logits, boxes, label):
-    """Logits (Q, K), boxes (Q, 4) and one image's N objects -> (Q, N), finite."""
-    wanted = logits[:, label["class_labels"]]  # (Q, N)
-    score = wanted.sigmoid()
-    positive = ALPHA * (1 - score) ** GAMMA * -F.logsigmoid(wanted)
-    negative = (1 - ALPHA) * score**GAMMA * -F.logsigmoid(-wanted)
-    targets = label["boxes"].float()
-    distance = (boxes[:, None] - targets).abs().sum(-1)  # (Q, N)
-    giou = box_overlap(boxes[:, None], targets)[1]
-    by_class, by_distance, by_giou = MATCH_COSTS
-    costs = by_class * (positive - negative) + by_distance * distance - by_giou * giou
-    return costs.nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
-
-
-class Matches(NamedTuple):
-    """The matched pairs of a whole batch, (n,) int64 each."""
-
-    image: torch.Tensor   # index of the image in the batch
-    query: torch.Tensor   # index of the query in its image
-    target: torch.Tensor  # index of the object, counted on through the objects of all images
-
-
-def flat_indices(indices, labels, device):
-    """Pairs of `match`, image by image -> Matches of the batch on `device`."""
-    counts = [len(label["class_labels"]) for label in labels]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(indices)])
-    query = torch.cat([query for query, _ in indices])
-    target = torch.cat([target + start for (_, target), start in zip(indices, starts, strict=True)])
-    return Matches(image.to(device), query.to(device), target.to(device))
+        wanted = logits[objects.image, :, objects.classes].float()  # (N, Q)
+        score = wanted.sigmoid()
+        positive = ALPHA * (1 - score) ** GAMMA * -F.logsigmoid(wanted)
+        negative = (1 - ALPHA) * score**GAMMA * -F.logsigmoid(-wanted)
+        candidates, targets = boxes[objects.image].float(), objects.boxes[:, None]  # (N, Q, 4), (N, 1, 4)
+        distance = (candidates - targets).abs().sum(-1)  # (N, Q)
+        giou = box_overlap(candidates, targets)[1]
+        by_class, by_distance, by_giou = MATCH_COSTS
+        costs = by_class * (positive - negative) + by_distance * distance - by_giou * giou
+        return costs.nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------
-
-def count_over_ranks(count, device):
-    """A count of this rank's batch -> the mean over all ranks, at least 1: float.
-
-    DDP averages the ranks' gradients, so that losses divided by this add up to one batch of all ranks' images.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return max(float(count), 1.0)
-    total = torch.tensor(float(count), device=device)
-    torch.distributed.all_reduce(total)
-    return max(total.item() / torch.distributed.get_world_size(), 1.0)
-
 
 def detection_losses(outputs, labels, groups):
     """Every loss term of a batch.
@@ -133,30 +85,36 @@ def detection_losses(outputs, labels, groups):
         which says little of a sigmoid head)} of the last layer, with suffix _0, _1, ... those of "aux", with _enc those
         of "enc" (without class_error): float32 scalars. Weights: `loss_weights`.
     """
-    boxes = count_over_ranks(groups * sum(len(label["class_labels"]) for label in labels), outputs["logits"].device)
     stages = {"": outputs} | {f"_{i}": stage for i, stage in enumerate(outputs["aux"])} | {"_enc": outputs["enc"]}
+    objects, device = objects_of(labels), outputs["logits"].device
+    boxes = count_over_ranks(groups * len(objects.image), device)
+    pairs = _assigned(stages.values(), objects, groups).to(device)
+    counts = sent(torch.tensor(objects.counts), device)
     losses = {}
-    for suffix, stage in stages.items():
-        with float32(stage["logits"].device.type):
-            found = _stage_losses(stage["logits"].float(), stage["boxes"].float(), labels, groups, boxes)
+    for i, (suffix, stage) in enumerate(stages.items()):
+        with float32(device.type):
+            found = _stage_losses(stage["logits"].float(), stage["boxes"].float(), (pairs.image, pairs.query[i]),
+                                  pairs.target[i], objects, counts, boxes)
         if suffix:
             del found["class_error"]
         losses |= {f"{name}{suffix}": value for name, value in found.items()}
     return losses
 
 
-def _stage_losses(logits, boxes, labels, groups, num_boxes):
-    """Terms of one decoder layer: logits (B, Q, K), boxes (B, Q, 4)."""
-    image, query, target = flat_indices(match(logits, boxes, labels, groups), labels, logits.device)  # (n,) each
-    classes = torch.cat([label["class_labels"] for label in labels])[target]  # (n,)
-    wanted = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
-    found = boxes[image, query]  # (n, 4)
+def _stage_losses(logits, boxes, matched, target, objects, counts, num_boxes):
+    """Terms of one decoder layer.
+
+    Args:
+        logits: (B, Q, K); boxes: (B, Q, 4); matched: image and query of every pair, target: its object, (n,) each.
+        counts: (B,) objects of each image; num_boxes: what the sums are divided by.
+    """
+    classes, wanted = objects.classes[target], objects.boxes[target]  # (n,), (n, 4)
+    found = boxes[matched]  # (n, 4)
     iou, giou = box_overlap(found, wanted)
-    objects = logits.new_tensor([len(label["class_labels"]) for label in labels])
     with torch.no_grad():
-        wrong = (logits[image, query].argmax(-1) != classes).float().sum() / max(len(classes), 1)
-        cardinality = ((logits.argmax(-1) != logits.shape[-1] - 1).sum(1) - objects).abs().mean()
-    return {"loss_ce": _iou_aware_loss(logits, (image, query, classes), iou.detach()) / num_boxes,
+        wrong = (logits[matched].argmax(-1) != classes).float().sum() / max(len(classes), 1)
+        cardinality = ((logits.argmax(-1) != logits.shape[-1] - 1).sum(1) - counts).float().abs().mean()
+    return {"loss_ce": _iou_aware_loss(logits, (*matched, classes), iou.detach()) / num_boxes,
             "loss_bbox": (found - wanted).abs().sum() / num_boxes,
             "loss_giou": (1 - giou).sum() / num_boxes,
             "class_error": 100 * wrong, "cardinality_error": cardinality}

@@ -202,10 +202,10 @@ class Detector:
         """One image's result of evaluate.predict_batch, size (H, W) -> Detections."""
         name_of = {row: name for name, row in self.class_rows.items()}
         height, width = size
-        boxes = one["boxes"].cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        boxes = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         masks = evaluate.full_masks(one["mask_logits"], size).numpy() if "mask_logits" in one else None
-        rows = one["labels"].cpu()
-        return Detections(boxes.float().numpy(), one["scores"].cpu().numpy(), rows.numpy(),
+        rows = one["labels"]
+        return Detections(boxes.numpy(), one["scores"].numpy(), rows.numpy(),
                           [name_of[row] for row in rows.tolist()], masks)
 
     # ---- files ---------------------------------------------------------------------------------------------------

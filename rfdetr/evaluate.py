@@ -16,6 +16,7 @@ from utils import processes
 from utils.boxes import MAX_DETECTIONS, corner_and_extent, decode
 from utils.evaluation.coco import coco_scores, ground_truth
 from utils.images import to_floats
+from utils.transfer import sent
 
 
 @torch.no_grad()
@@ -30,20 +31,25 @@ def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=Non
     Returns:
         per image {"scores": (n,), "labels": (n,) rows of the head, "boxes": (n, 4) xyxy pixels of the original image,
         "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32, confined to the boxes (see
-        `full_masks`).
+        `full_masks`); all on the CPU, for which a GPU is waited for twice.
     """
     outputs = model(images)
     logits = outputs["logits"]
     if rows is not None:
-        rows = torch.as_tensor(sorted(rows), device=logits.device)
-        logits = logits[..., rows]
+        rows = torch.tensor(sorted(rows))
+        logits = logits[..., sent(rows, logits.device)]
     found = decode(logits, outputs["boxes"], sizes, top)
-    for i, one in enumerate(found):
-        if rows is not None:
+    if rows is not None:
+        for one in found:
             one["labels"] = rows[one["labels"]]
-        if masks and "pixel_embedding" in outputs:
-            logits = mask_logits(outputs, torch.full_like(one["queries"], i), one["queries"])
-            one["mask_logits"] = confined(logits, outputs["boxes"][i, one["queries"]])
+    if masks and "pixel_embedding" in outputs and found:
+        queries = torch.stack([one["queries"] for one in found])  # (B, n)
+        image = torch.arange(len(found))[:, None].expand_as(queries)
+        image, query = sent(torch.stack([image.flatten(), queries.flatten()]), logits.device)  # (B * n,) each
+        logits = mask_logits(outputs, image, query, [len(one["queries"]) for one in found])
+        logits = confined(logits, outputs["boxes"][image, query]).cpu()
+        for one, own in zip(found, logits.split(queries.shape[1]), strict=True):
+            one["mask_logits"] = own
     return found
 
 
@@ -58,7 +64,7 @@ class Part(NamedTuple):
 
 
 def full_mask(logits, size):
-    """Where logits (h, w), stretched bilinearly to size (H, W), are above 0.
+    """Where logits (h, w) on the CPU, stretched bilinearly to size (H, W), are above 0.
 
     Equal to F.interpolate(..., mode="bilinear") > 0, but only the part around the object is computed.
 
@@ -76,8 +82,8 @@ def full_mask(logits, size):
         spans.append((max(0, int((hit[0].item() - 0.5) * step) - 1),
                       min(length, int((hit[-1].item() + 1.5) * step) + 2)))
     (top, bottom), (left, right) = spans
-    y = _taps(top, bottom, size[0], logits.shape[0], logits.device)
-    x = _taps(left, right, size[1], logits.shape[1], logits.device)
+    y = _taps(top, bottom, size[0], logits.shape[0])
+    x = _taps(left, right, size[1], logits.shape[1])
     rows = torch.lerp(logits[y.low], logits[y.high], y.share[:, None])  # (bottom - top, w)
     inside = torch.lerp(rows[:, x.low], rows[:, x.high], x.share) > 0  # (bottom - top, right - left)
     return Part(slice(top, bottom), slice(left, right), inside)
@@ -92,19 +98,19 @@ class _Taps(NamedTuple):
     share: torch.Tensor
 
 
-def _taps(first, last, length, cells, device):
+def _taps(first, last, length, cells):
     """Pixels first .. last - 1 of an axis of `length` pixels, stretched from `cells` cells -> _Taps."""
-    centre = ((torch.arange(first, last, device=device) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
+    centre = ((torch.arange(first, last) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
     low = centre.floor().long()
     return _Taps(low, (low + 1).clamp(max=cells - 1), centre - low)
 
 
 def full_masks(logits, size):
-    """Mask logits (n, h, w) -> (n, H, W) bool on the CPU, stretched to size (H, W)."""
+    """Mask logits (n, h, w) on the CPU -> (n, H, W) bool, stretched to size (H, W)."""
     masks = torch.zeros(len(logits), *size, dtype=torch.bool)
     for mask, one in zip(masks, logits, strict=True):
         part = full_mask(one, size)
-        mask[part.rows, part.columns] = part.inside.cpu()
+        mask[part.rows, part.columns] = part.inside
     return masks
 
 
@@ -118,7 +124,7 @@ def run_lengths(found, size):
         if query not in done:
             part = full_mask(logits, size)
             pixels = np.zeros(size, np.uint8, order="F")
-            pixels[part.rows, part.columns] = part.inside.cpu().numpy()
+            pixels[part.rows, part.columns] = part.inside.numpy()
             code = rle.encode(pixels)
             done[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
     return [done[query] for query in found["queries"].tolist()]

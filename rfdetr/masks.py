@@ -8,8 +8,8 @@ lie around the object, because uniform points hardly ever meet an object that co
 import torch
 import torch.nn.functional as F
 
-from rfdetr.criterion import count_over_ranks, flat_indices
-from utils.losses import float32
+from utils.losses import count_over_ranks, float32
+from utils.networks.matching import Matches
 
 CANDIDATES = 3        # points looked at for every one that is kept
 UNCERTAIN = 0.75      # share of the points that are the most uncertain candidates; the others are random
@@ -18,12 +18,13 @@ MIN_EXTENT = 0.03     # and by so much of the image at least
 BOX_MARGIN = 0.1      # a mask may reach out of its box by so much of the box's half extent, and by one cell
 
 
-def mask_logits(outputs, batch_index, query_index):
+def mask_logits(outputs, batch_index, query_index, counts=None):
     """Mask logits of chosen queries.
 
     Args:
         outputs: with "pixel_embedding" (B, C, h, w) and "query_embedding" (B, q, C); h = w = S / 4.
         batch_index, query_index: (n,) int64, image and query of every mask.
+        counts: masks of each image, B numbers, where the indices go image by image: so no GPU is asked for them.
     Returns:
         (n, h, w) float32; above 0 is the object.
     """
@@ -34,13 +35,15 @@ def mask_logits(outputs, batch_index, query_index):
         if len(batch_index) == queries.shape[0] * queries.shape[1]:  # all of them (export): no loop
             every = torch.bmm(queries, pixels.flatten(2)).unflatten(2, (height, width))  # (B, q, h, w)
             return every[batch_index, query_index]
-        batch_index, query_index = batch_index.to(pixels.device), query_index.to(pixels.device)
-        order = batch_index.argsort(stable=True)
-        chosen = queries[batch_index[order], query_index[order]]  # (n, C), image after image
-        counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
+        if counts is None:
+            order = batch_index.argsort(stable=True)
+            counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
+            found = mask_logits(outputs, batch_index[order], query_index[order], counts)
+            return found[order.argsort()]  # as they were asked for
+        chosen = queries[batch_index, query_index]  # (n, C), image after image
         # per image: its chosen queries (., C) times its pixels (C, h * w)
         found = torch.cat([part @ pixel.flatten(1) for part, pixel in zip(chosen.split(counts), pixels, strict=True)])
-        return found.unflatten(1, (height, width))[order.argsort()]  # (n, h, w), as they were asked for
+        return found.unflatten(1, (height, width))  # (n, h, w)
 
 
 def confined(logits, boxes):
@@ -67,7 +70,7 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
     Args:
         outputs: see `mask_logits`.
         labels: [{"class_labels": (N,), "boxes": (N, 4) cxcywh, "masks": (N, S, S) bool}, ...], one per image.
-        indices: [(query index (n,), target index (n,)), ...], of rfdetr.criterion.match.
+        indices: [(query index (n,), target index (n,)), ...] on the CPU, of rfdetr.criterion.match.
         points: per mask, None for a quarter of the mask's pixels; generator: of the points, None for torch's own.
     Returns:
         {"loss_mask": binary cross-entropy, mean over points, "loss_dice": 1 - dice in [0, 1]}, means over the masks of
@@ -75,14 +78,14 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
     """
     pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
     with float32(pixels.device.type):
-        matches = flat_indices(indices, labels, pixels.device)
-        masks = count_over_ranks(len(matches.image), pixels.device)  # every rank, also one without objects, takes part
-        if len(matches.image) == 0:
+        image, (query,), (target,) = whole_batch(indices, labels).to(pixels.device)  # (n,) each
+        masks = count_over_ranks(len(image), pixels.device)  # every rank, also one without objects, takes part
+        if len(image) == 0:
             nothing = (pixels.float().sum() + queries.float().sum()) * 0
             return {"loss_mask": nothing, "loss_dice": nothing}
-        logits = mask_logits(outputs, matches.image, matches.query)  # (n, h, w)
-        wanted = torch.cat([label["masks"] for label in labels])[matches.target]  # (n, S, S) bool
-        boxes = torch.cat([label["boxes"] for label in labels]).float()[matches.target]  # (n, 4)
+        logits = mask_logits(outputs, image, query, [len(own) for own, _ in indices])  # (n, h, w)
+        wanted = torch.cat([label["masks"] for label in labels])[target]  # (n, S, S) bool
+        boxes = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
         points = points or max(logits[0].numel() // 4, 1)
         with torch.no_grad():
             where = choose_points(logits, boxes, points, generator)  # (n, P, 2)
@@ -92,6 +95,16 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
         score = found.sigmoid()
         dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
         return {"loss_mask": entropy.sum() / masks, "loss_dice": (1 - dice).sum() / masks}
+
+
+def whole_batch(indices, labels):
+    """Pairs of criterion.match, image by image -> matching.Matches of one stage on the CPU."""
+    counts = [len(label["class_labels"]) for label in labels]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(indices)])
+    query = torch.cat([query for query, _ in indices])
+    target = torch.cat([target + start for (_, target), start in zip(indices, starts, strict=True)])
+    return Matches(image, query[None], target[None])
 
 
 def choose_points(logits, boxes, points, generator=None):

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from rfdetr import evaluate
-from utils import checkpoint, datasets, processes, report, visualize
+from utils import checkpoint, processes, report, visualize
 from utils.boxes import pixel_corners
 from utils.evaluation.coco import METRICS
+from utils.images import to_floats
 
 LINE = "=" * 80
 PICTURES = 4      # images on predictions.png
@@ -55,12 +56,13 @@ def pictures(model, loader, class_rows):
     data, device = loader.dataset, next(model.parameters()).device
     names = {row: name for name, row in class_rows.items()}
     chosen = sorted(range(len(data)), key=lambda i: -int(data.ends[i + 1] - data.ends[i]))[:PICTURES]
-    batch = datasets.to_device(loader.collate_fn([data[i] for i in sorted(chosen)]), device)
-    side = batch["images"].shape[-1]
+    batch = loader.collate_fn([data[i] for i in sorted(chosen)])
+    images = to_floats(batch["images"])  # pictures are drawn on the CPU
+    side = images.shape[-1]
     scale = max(1, 320 // side)
     rows = []
-    found = evaluate.predict_batch(model, batch["images"], [(side, side)] * len(batch["images"]), rows=list(names))
-    for image, label, one in zip(batch["images"], batch["labels"], found, strict=True):
+    found = evaluate.predict_batch(model, images.to(device), [(side, side)] * len(images), rows=list(names))
+    for image, label, one in zip(images, batch["labels"], found, strict=True):
         keep = one["scores"] >= THRESHOLD
         boxes, labels, confidence = one["boxes"][keep], one["labels"][keep], one["scores"][keep]
         corners = pixel_corners(label["boxes"], side, side)

@@ -18,8 +18,8 @@ from utils.networks.spdnet_init import init_near_identity
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}
 
-SLOW_FILES = ("test_feature_training.py", "test_conditional.py", "test_scripts.py", "test_export.py",
-              "test_unet_scripts.py", "test_rfdetr_scripts.py", "test_feature_evaluation.py")
+SLOW_FILES = ("test_pretend_gpu.py", "test_feature_training.py", "test_conditional.py", "test_scripts.py",
+              "test_export.py", "test_unet_scripts.py", "test_rfdetr_scripts.py", "test_feature_evaluation.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -84,6 +84,13 @@ def _started(script, settings, environments, **how):
     return found
 
 
+def finished(process, log):
+    """Wait for a process that prints into the file `log`. -> what it printed; AssertionError where it failed"""
+    code, printed = _code_of(process), log.read_text(encoding="utf-8", errors="replace")
+    assert code == 0, printed[-3000:]
+    return printed
+
+
 def _code_of(process):
     process.join(PATIENCE)
     if process.is_alive():

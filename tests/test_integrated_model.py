@@ -180,11 +180,3 @@ def test_bf16_keeps_losses_in_float32(model, images):
     assert outputs.loss.dtype == torch.float32 and torch.isfinite(outputs.loss)
     plain = model(images, labels=LABELS)
     assert outputs.loss.item() == pytest.approx(plain.loss.item(), rel=0.1)
-
-
-def test_detector_loss_equals_transformers_own(small_detector, images):
-    ours = small_detector(pixel_values=images, labels=LABELS)
-    from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
-    theirs = copy.deepcopy(small_detector)
-    theirs.loss_function = RTDetrForObjectDetectionLoss
-    assert torch.equal(theirs(pixel_values=images, labels=LABELS).loss, ours.loss)

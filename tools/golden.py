@@ -132,12 +132,13 @@ STEPS = {
 
 # ---- running the scripts -------------------------------------------------------------------------------------------
 
-def draw_scenes(demo):
-    """The small data sets, in the layout of ./demo. Here and in `content_of` alone modules of this project are used."""
+def draw_scenes(demo, train=TRAIN_IMAGES, val=VAL_IMAGES):
+    """The small data sets, in the layout of ./demo, `train` and `val` scenes. Here and in `content_of` alone modules of
+    this project are used."""
     from utils.demo.coco import ensure_demo
     from utils.demo.roboflow import ensure_dataset
-    ensure_demo(demo, TRAIN_IMAGES, VAL_IMAGES)
-    ensure_dataset(demo / "dataset", demo, TRAIN_IMAGES, VAL_IMAGES - 1, 1)
+    ensure_demo(demo, train, val)
+    ensure_dataset(demo / "dataset", demo, train, val - 1, 1)
 
 
 def demo_of(script):
@@ -149,12 +150,12 @@ def demo_of(script):
     return ast.literal_eval(demo) if demo else {}, names
 
 
-def command_line(name, step, work):
-    """-> the flags of a step."""
+def constants_of(name, step, work):
+    """-> {constant: value} with which a step runs in the folder `work`."""
     demo, names = demo_of(step.script)
     values = demo | {key: value for key, value in COMMON.items() if key in names} | step.constants
     if values.pop("demo", False):  # draws what is missing itself
-        return ["--demo", "--OUTPUT", f"./runs/{name}"]
+        return {"demo": True, "OUTPUT": f"./runs/{name}"}
     values |= {key: f"./runs/{name}" for key in OUTPUTS if key in values}
     if step.script == "tools/sweep_unet_derain":  # its trials are trainings with these constants
         values["BASE"] = demo_of("train_unet_derain")[0] | demo["BASE"] | COMMON | values["BASE"]
@@ -163,11 +164,15 @@ def command_line(name, step, work):
                           if key in trained and key not in ("CHECKPOINT_DIR", "EPOCHS")}
     if step.script == "export" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         values["FORMATS"] = ("torch.export",)
+    return {key: "./" + next(work.glob(value)).relative_to(work).as_posix()
+            if isinstance(value, str) and "*" in value else value for key, value in values.items()}
+
+
+def command_line(name, step, work):
+    """-> the flags of a step."""
     flags = []
-    for key, value in values.items():
-        if isinstance(value, str) and "*" in value:
-            value = "./" + next(work.glob(value)).relative_to(work).as_posix()
-        flags += [f"--{key}", value if isinstance(value, str) else repr(value)]
+    for key, value in constants_of(name, step, work).items():
+        flags += ["--demo"] if key == "demo" else [f"--{key}", value if isinstance(value, str) else repr(value)]
     return flags
 
 

@@ -22,6 +22,7 @@ from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.rain_detector import load_rain_detector, save_rain_detector
 from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr, rtdetr_of
 from utils.networks.spdnet import load_spdnet
+from utils.transfer import sent
 
 GATES = ("hard", "soft")
 
@@ -102,9 +103,9 @@ class ConditionalRainRobustRTDETR(nn.Module):
         logits = self.rain_detector.logit(pixel_values) if len(pixel_values) else pixel_values.new_zeros(0)
         scores = torch.sigmoid(logits)
         mask = scores >= self.rain_threshold
-        rainy = int(mask.sum())
-        seen = self._seen(pixel_values, scores, mask)
-        stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": rainy, "num_clean": len(mask) - rainy,
+        rainy, clean = parted(mask)
+        seen = self._seen(pixel_values, scores, rainy)
+        stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": len(rainy), "num_clean": len(clean),
                  "num_fallback": seen.fallbacks}
         features = None
         if not len(seen.images):
@@ -112,22 +113,22 @@ class ConditionalRainRobustRTDETR(nn.Module):
         elif self.rainy_detector is None:
             outputs, features = detect_with_features(self.detection_module, seen.images, labels, feature_level)
         else:
-            outputs = self._detect_apart(seen.images, mask, rainy)
+            outputs = self._detect_apart(seen.images, rainy, clean)
         return ConditionalOutput(**outputs, derained=seen.images, clamped=seen.clamped, features=features,
                                  rain_stats=stats)
 
-    def _seen(self, images, scores, mask):
+    def _seen(self, images, scores, rainy):
         """What the gate and SPDNet make of a batch.
 
         Args:
-            images: (B, 3, H, W) in [0, 1]; scores: (B,) probability of rain; mask: (B,) bool, where it rains.
+            images: (B, 3, H, W) in [0, 1]; scores: (B,) probability of rain; rainy: (R,) int64, images where it rains.
         """
         if self.rainy_detector is not None:
             return self._untouched(images)  # rainy images go to another detector as they are
         if self.gate == "soft" and self.training:
             return self._mixed(images, scores)
-        if mask.any():
-            return self._derained(images, mask)
+        if len(rainy):
+            return self._derained(images, rainy)
         if self.training and torch.is_grad_enabled():
             # nothing to learn from this batch, but the step needs a gradient, and torchrun one on every rank
             return self._untouched(images + 0.0 * sum(p.sum() for p in self.derain_module.parameters()
@@ -143,27 +144,27 @@ class ConditionalRainRobustRTDETR(nn.Module):
         share = scores[:, None, None, None]  # (B, 1, 1, 1)
         return Seen(share * clamp_with_return(restored) + (1 - share) * images, cut_share(restored))
 
-    def _derained(self, images, mask):
+    def _derained(self, images, rainy):
         """Hard gate: rainy images de-rained, the others as they are."""
-        restored = derain_unclamped(self.derain_module, images[mask], self.derain_scale)  # (R, 3, H, W)
-        broken = torch.zeros(len(restored), dtype=torch.bool, device=images.device)
+        restored, fallbacks = derain_unclamped(self.derain_module, images[rainy], self.derain_scale), 0  # (R, 3, H, W)
         if not self.training:
             broken = ~restored.isfinite().flatten(1).all(1)
-            restored = torch.where(broken[:, None, None, None], images[mask], restored)
+            restored = torch.where(broken[:, None, None, None], images[rainy], restored)
+            fallbacks = int(broken.sum())
         seen = images.clone()
-        seen[mask] = clamp_with_return(restored).to(seen.dtype)
-        return Seen(seen, cut_share(restored), int(broken.sum()))
+        seen[rainy] = clamp_with_return(restored).to(seen.dtype)
+        return Seen(seen, cut_share(restored), fallbacks)
 
-    def _detect_apart(self, images, mask, rainy):
+    def _detect_apart(self, images, rainy, clean):
         """Clean images to one detector, rainy ones to the other. -> {"logits", "pred_boxes"}, more for one detector"""
-        if rainy in (0, len(images)):
-            outputs = (self.rainy_detector if rainy else self.detection_module)(pixel_values=images)
+        if not len(rainy) or not len(clean):
+            outputs = (self.rainy_detector if len(rainy) else self.detection_module)(pixel_values=images)
             return {name: value for name, value in outputs.items() if name != "features"}  # FeatureDerainRTDETR's own
-        clean, wet = self.detection_module(pixel_values=images[~mask]), self.rainy_detector(pixel_values=images[mask])
+        dry, wet = self.detection_module(pixel_values=images[clean]), self.rainy_detector(pixel_values=images[rainy])
         merged = {}
         for name in ("logits", "pred_boxes"):
-            merged[name] = clean[name].new_empty(len(images), *clean[name].shape[1:])
-            merged[name][~mask], merged[name][mask] = clean[name], wet[name]
+            merged[name] = dry[name].new_empty(len(images), *dry[name].shape[1:])
+            merged[name][clean], merged[name][rainy] = dry[name], wet[name]
         return merged
 
     def _nothing(self, images):
@@ -216,6 +217,13 @@ class ConditionalRainRobustRTDETR(nn.Module):
         return load_conditional_model(folder / "rain_detector.pt", str(folder / "rtdetr"), **branch, device=device,
                                       rain_threshold=settings["rain_threshold"], gate=gate,
                                       derain_scale=settings["derain_scale"])
+
+
+def parted(mask):
+    """(B,) bool -> where it is True, where it is False: int64 indices on its device; a GPU is waited for once."""
+    values = mask.tolist()
+    return [sent(torch.tensor([i for i, value in enumerate(values) if value == wanted], dtype=torch.int64), mask.device)
+            for wanted in (True, False)]
 
 
 def threshold_of(rain_detector, rain_threshold):

@@ -2,15 +2,16 @@
 
 from contextlib import contextmanager
 
+import pytorch_msssim
 import torch
 import torch.nn.functional as F
-from pytorch_msssim import ssim
 from torch import nn
 from torchvision.models import VGG16_Weights, vgg16
-from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
 from utils import checkpoint, freeze
+from utils.transfer import sent
 
+_SSIM_WINDOW = pytorch_msssim.SSIM(channel=1).win  # (1, 1, 1, 11)
 RAIN_MASK_FULL = 0.2  # difference to the clean twin (51 of 255 levels) from which on a mask should be 1
 
 
@@ -21,40 +22,17 @@ def float32(device_type):
         yield
 
 
-def _floats(value):
-    """-> the same nesting of tuples, lists and dicts with floating tensors as float32."""
-    if torch.is_tensor(value):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _floats(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_floats(item) for item in value)
-    return value
+def count_over_ranks(count, device):
+    """A count of this rank's batch -> the mean over all ranks, which have 1 together at least: float, a Tensor under
+    torchrun.
 
-
-def rtdetr_loss(logits, labels, device, pred_boxes, config, *args, **kwargs):
-    """RT-DETR's criterion (Zhao et al. 2024), transformers' code; `detector.loss_function = rtdetr_loss` installs it.
-
-    Additions, none of which changes a float32 run on one device: it runs in float32 under autocast; under torchrun it
-    is normalised by the boxes of all ranks (transformers uses each rank's own), so that two processes equal one with
-    the double batch; outputs that are not finite give a loss of NaN instead of an exception.
-
-    Args and returns: those of transformers' RTDetrForObjectDetectionLoss; the loss terms are scalars.
+    DDP averages the ranks' gradients, so that losses divided by this add up to one batch of all ranks' images.
     """
-    if torch.isfinite(logits).all() and torch.isfinite(pred_boxes).all():
-        with float32(torch.device(device).type):
-            loss, terms, auxiliary = RTDetrForObjectDetectionLoss(
-                _floats(logits), labels, device, _floats(pred_boxes), config, *_floats(args), **_floats(kwargs))
-    else:  # the matching would raise; a loss that is not finite is the training loop's to report
-        loss = (logits.float().sum() + pred_boxes.float().sum()) * float("nan")
-        terms, auxiliary = dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou"), loss), None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        own = sum(len(label["class_labels"]) for label in labels)
-        everyone = torch.tensor(float(own), device=loss.device)
-        torch.distributed.all_reduce(everyone)
-        scale = max(own, 1) * torch.distributed.get_world_size() / everyone.clamp(min=1)
-        loss, terms = loss * scale, {name: term * scale for name, term in terms.items()}
-    return loss, terms, auxiliary
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return max(float(count), 1.0)
+    total = torch.full((), float(count), device=device)
+    torch.distributed.all_reduce(total)
+    return total.clamp(min=1) / torch.distributed.get_world_size()
 
 
 def feature_consistency(features, targets):
@@ -95,9 +73,9 @@ def rain_mask_loss(masks, rainy, clean):
 
 def _cross_entropy(shares, targets):
     """Binary cross entropy; NaN where shares are no numbers, for which torch raises (on a GPU it ends the process)."""
-    if torch.isfinite(shares).all():
-        return F.binary_cross_entropy(shares, targets)
-    return shares.sum() * float("nan")
+    finite = torch.isfinite(shares)
+    entropy = F.binary_cross_entropy(torch.where(finite, shares, 0.5), targets)
+    return torch.where(finite.all(), entropy, float("nan"))
 
 
 def pixel_l1(images, targets):
@@ -141,10 +119,22 @@ def staged_mse(stages, target):
         return sum(F.mse_loss(stage.float(), target.float()) for stage in stages)
 
 
+def ssim(images, targets, data_range, size_average=False):
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 x 11 pixels, sigma 1.5.
+
+    Args:
+        images, targets: (B, C, H, W) in [0, data_range], sides of at least 11 pixels.
+    Returns:
+        (B,), or the mean as a scalar with `size_average`.
+    """
+    window = sent(_SSIM_WINDOW, images.device).repeat(images.shape[1], 1, 1, 1)  # pytorch_msssim's own waits for a GPU
+    return pytorch_msssim.ssim(images, targets, data_range, size_average, win=window)
+
+
 def ssim_loss(images, targets):
-    """1 - SSIM (Wang et al. 2004) of images in [0, 1], each side at least 11 pixels: scalar Tensor in [0, 2]."""
+    """1 - SSIM of images in [0, 1], each side at least 11 pixels: scalar Tensor in [0, 2]."""
     with float32(images.device.type):
-        return 1 - ssim(images.float(), targets.float(), data_range=1.0)
+        return 1 - ssim(images.float(), targets.float(), 1.0, size_average=True)
 
 
 class PerceptualLoss(nn.Module):

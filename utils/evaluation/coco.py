@@ -40,7 +40,7 @@ def detect(predict, loader, device, name="evaluating"):
         detections = decode(outputs.logits, outputs.pred_boxes, batch["sizes"])
         for image_id, result in zip(batch["image_ids"], detections, strict=True):
             found.append((image_id, torch.cat([corner_and_extent(result["boxes"]), result["scores"].double()[:, None],
-                                               result["labels"].double()[:, None]], 1).cpu().numpy()))
+                                               result["labels"].double()[:, None]], 1).numpy()))
     return dict(gather_object(found))
 
 

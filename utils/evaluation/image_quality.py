@@ -5,10 +5,13 @@ import warnings
 import lpips
 import numpy as np
 import torch
-from pytorch_msssim import ssim
 from torchvision.models import AlexNet_Weights
 
 from utils import checkpoint, freeze
+from utils.losses import ssim
+from utils.transfer import sent
+
+_LUMA = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64).view(1, 3, 1, 1)  # MATLAB's rgb2ycbcr
 
 
 def luma(images):
@@ -16,8 +19,7 @@ def luma(images):
 
     The de-raining literature measures on this channel; scores on RGB read about 1 to 2 dB lower.
     """
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
-    return (images.double() * weights).sum(1, keepdim=True) + 16
+    return (images.double() * sent(_LUMA, images.device)).sum(1, keepdim=True) + 16
 
 
 def psnr(images, targets, peak):
@@ -33,9 +35,9 @@ def image_quality(images, targets):
     """
     images, targets = images.double().clamp(0, 1), targets.double()
     y, y_target = luma(images), luma(targets)
-    return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0, size_average=False),
+    return {"psnr": psnr(images, targets, 1.0), "ssim": ssim(images, targets, data_range=1.0),
             "psnr_y": psnr(y, y_target, 255.0),
-            "ssim_y": ssim(y, y_target, data_range=255.0, size_average=False)}
+            "ssim_y": ssim(y, y_target, data_range=255.0)}
 
 
 def quality_by_protocol(images, targets):
@@ -52,9 +54,9 @@ def quality_by_protocol(images, targets):
     found = {}
     for end, y, y_target in (("y", luma(cut), luma(targets)), ("y8", luma(rounded).round(), luma(targets).round())):
         found |= {f"psnr_{end}": psnr(y, y_target, 255.0),
-                  f"ssim_{end}": ssim(y, y_target, data_range=255.0, size_average=False)}
+                  f"ssim_{end}": ssim(y, y_target, data_range=255.0)}
     return found | {"psnr": psnr(rounded, targets, 1.0),
-                    "ssim": ssim(rounded, targets, data_range=1.0, size_average=False)}
+                    "ssim": ssim(rounded, targets, data_range=1.0)}
 
 
 def bootstrap_interval(values, level=0.95, resamples=2000, seed=0):

@@ -10,12 +10,15 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
-from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+from torch.overrides import TorchFunctionMode
+from transformers import RTDetrConfig, RTDetrResNetConfig
 from transformers.utils.logging import disable_progress_bar
 
-from utils import losses, system
+from utils import system
 from utils.config import UserError
+from utils.networks.rtdetr_loss import rtdetr_loss
 
 disable_progress_bar()  # transformers draws bars in block characters, even for a file of a megabyte
 
@@ -36,6 +39,38 @@ HEADS = {
 }
 
 
+class _FilledOnTheGpu(TorchFunctionMode):
+    """Within, `tensor[index] = number` fills in place; torch would copy the number to the GPU and wait for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__setitem__ and isinstance(args[2], (bool, int, float)):
+            args[0][args[1]].fill_(args[2])
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+class RTDetrForObjectDetection(transformers.RTDetrForObjectDetection):
+    """transformers' detector without six waits for the GPU in its forward, which writes the sizes of the feature maps
+    number by number. The name stays, because config.json holds it. See `_ours` for how one is made."""
+
+    def forward(self, pixel_values, *args, **kwargs):
+        """See transformers' RTDetrForObjectDetection.forward."""
+        if self.device.type != "cuda" or torch.compiler.is_compiling():
+            return super().forward(pixel_values, *args, **kwargs)
+        with _FilledOnTheGpu():
+            return super().forward(pixel_values, *args, **kwargs)
+
+
+def _ours(detector):
+    """Give transformers' detector our forward and our criterion, in place. -> the detector
+
+    It is built as transformers' own: of a class that is not, transformers leaves the heads without their first values.
+    """
+    detector.__class__ = RTDetrForObjectDetection
+    detector.loss_function = rtdetr_loss
+    return detector
+
+
 def new_rtdetr(size, id2label, train_backbone_norms=True):
     """A randomly initialised RT-DETR.
 
@@ -52,9 +87,7 @@ def new_rtdetr(size, id2label, train_backbone_norms=True):
         backbone_config=backbone, encoder_in_channels=backbone.hidden_sizes[1:], id2label=dict(id2label),
         label2id={name: label for label, name in id2label.items()},
         freeze_backbone_batch_norms=not train_backbone_norms, **HEADS[size])
-    detector = RTDetrForObjectDetection(config)
-    detector.loss_function = losses.rtdetr_loss
-    return detector
+    return _ours(transformers.RTDetrForObjectDetection(config))
 
 
 def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME", new_classes=None):
@@ -83,7 +116,7 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
         settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=bool(looks_local))
         _require_rtdetr(settings, f"{constant} = '{name}'")
         # float32: transformers keeps a checkpoint's own dtype otherwise
-        detector, report = RTDetrForObjectDetection.from_pretrained(
+        detector, report = transformers.RTDetrForObjectDetection.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local), **changes)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -105,8 +138,7 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     classes = detector.config.num_labels
     if num_labels is not None and classes != num_labels:
         raise UserError(f"{constant} = '{name}' has {classes} classes, {num_labels} were expected")
-    detector.loss_function = losses.rtdetr_loss
-    return detector.to(device).eval()
+    return _ours(detector).to(device).eval()
 
 
 def _require_rtdetr(settings, what):
@@ -151,7 +183,7 @@ def trained_size(folder):
 
 def rtdetr_of(model):
     """-> the RTDetrForObjectDetection inside a wrapper (its property `rtdetr`), or the model itself where it is one."""
-    return model if isinstance(model, RTDetrForObjectDetection) else model.rtdetr
+    return model if isinstance(model, transformers.RTDetrForObjectDetection) else model.rtdetr
 
 
 def id2label_of(detector):

@@ -152,6 +152,7 @@ class HaarTransform(HaarFilters):
 
     def __init__(self):
         super().__init__("h")
+        self.register_buffer("matrix", torch.tensor(spdnet_fast.HAAR), persistent=False)  # the fast form's
 
     def forward(self, x: Tensor) -> Tensor:
         c = x.shape[1]

@@ -64,8 +64,8 @@ def sub_network(sub: nn.Module, x: Tensor, prior: Tensor, run=call) -> Tensor:
     run(function, *inputs) runs one part of it: `call` or `call_and_recompute`.
     """
     level1 = run(guided, sub, x, prior)
-    level2 = run(haar_conv, sub.DWT_2, level1)
-    level3 = run(haar_conv, sub.DWT_3, level2)
+    level2 = run(haar_conv, sub.DWT_2, sub.DWT.matrix, level1)
+    level3 = run(haar_conv, sub.DWT_3, sub.DWT.matrix, level2)
     for group in (sub.branch1_1, sub.branch1_2, sub.branch1_3):
         level1 = run(residual_group, group, level1)
     for group in (sub.branch2_1, sub.branch2_2, sub.branch2_3):
@@ -168,7 +168,7 @@ def thin_conv(conv: nn.Conv2d, *maps: Tensor) -> Tensor:
     return F.fold(taps, maps[0].shape[2:], 3, padding=1) + conv.bias[:, None, None]
 
 
-def haar_conv(module: nn.Module, x: Tensor) -> Tensor:
+def haar_conv(module: nn.Module, haar: Tensor, x: Tensor) -> Tensor:
     """ConvD of the Haar transform of x: (B, C, H, W) -> (B, out, ceil(H/2), ceil(W/2)).
 
     Odd sizes get a zero row or column. Transform and convolution are linear, so the transform is applied to the
@@ -179,7 +179,7 @@ def haar_conv(module: nn.Module, x: Tensor) -> Tensor:
     x = x.permute(0, 2, 3, 1).reshape(b, h, 2, w, 2, c).transpose(2, 3)                  # (B, h, w, 2, 2, C)
     pixels = x.reshape(b, h, w, 4 * c).permute(0, 3, 1, 2)                               # channel blocks: 4 pixels
     bands = module.conv.weight.unflatten(1, (4, c))                                      # (out, 4, C, 3, 3)
-    weight = torch.einsum("sp,oscij->opcij", bands.new_tensor(HAAR), bands).flatten(1, 2)
+    weight = torch.einsum("sp,oscij->opcij", haar.to(bands.dtype), bands).flatten(1, 2)
     return conv3x3(reflect(pixels), weight, module.conv.bias).relu_()
 
 

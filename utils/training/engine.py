@@ -4,6 +4,7 @@ It runs on Hugging Face Accelerate, so `torchrun script.py` and `accelerate laun
 multi-GPU. What a run needs in order to go on after a kill is in OUTPUT_DIR/last.pt, see utils/training/run_state.py.
 """
 
+import math
 import random
 import signal
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import datasets, processes, system
+from utils import datasets, processes, system, transfer
 from utils.config import UserError
 from utils.training import run_folder
 from utils.training.plan import usable_seed
@@ -152,9 +153,10 @@ def train_one_epoch(run, compute_losses):
             with torch.autocast(accelerator.device.type, _AUTOCAST[plan.precision], enabled=low_precision):
                 losses = compute_losses(model, batch)
             total = sum(weight * losses[name].float() for name, weight in plan.loss_weights.items())
-            require_finite(total, losses, run, batch)
             clock.lap("forward")
             accelerator.backward(run.scaler.scale(total / group))
+            values = transfer.numbers(losses | {"loss": total})  # here, where a GPU has its backward pass to do
+            require_finite(values, run, batch)
             clock.lap("backward")
 
         if last_of_group:
@@ -171,7 +173,7 @@ def train_one_epoch(run, compute_losses):
             clock.lap("step")
 
         run.batch += 1
-        run.add_up(losses, total, len(batch["images"]))
+        run.add_up(values, len(batch["images"]))
         if last_of_group:
             run.log_step(bar, rate)
             interrupted = processes.any_of(run.interrupts.asked)  # all ranks stop at the same step
@@ -186,12 +188,12 @@ def train_one_epoch(run, compute_losses):
     return run.epoch_record()
 
 
-def require_finite(total, losses, run, batch):
-    """Stop at the first loss that is not finite, naming the losses and the images."""
-    if torch.isfinite(total):
+def require_finite(values, run, batch):
+    """Stop at the first loss that is not finite, before the weights take a step; values: {name: float}, and "loss"."""
+    if math.isfinite(values["loss"]):
         return
-    values = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
-    raise run.diverged(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({values}; images "
+    terms = ", ".join(f"{name}={value:.4g}" for name, value in values.items() if name != "loss")
+    raise run.diverged(f"the loss is not finite in epoch {run.epoch + 1}, batch {run.batch + 1} ({terms}; images "
                        f"{system.listed(batch['paths'], 4)})")
 
 

@@ -188,8 +188,8 @@ class Run:
             group["lr"] = base * factor
         return self.base_rates[0] * factor
 
-    def add_up(self, losses, total, images):
-        values = {name: value.detach().float().item() for name, value in losses.items()} | {"loss": total.item()}
+    def add_up(self, values, images):
+        """Count a batch of so many images and its losses, {name: float}."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * images
         self.sums["images"] = self.sums.get("images", 0) + images

@@ -38,8 +38,8 @@ CLEAR_DIR = "./data/clear"              # as in train_unet_derain.py
 RAINY_DIR = "./data/windshield_rainy_v40"  # the same names in rain
 SPLITS_FILE: str | None = ""            # parts of the pairs; "": splits.json beside DERAIN_MODEL_PATH
 DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # U-Net or NAFNet of train_unet_derain.py, whose outputs are refined
-FOLDS = 2                               # networks trained on all but one fold each, for that fold: they cost as much as
-                                        # the de-rainer; 0: learn from the de-rainer's validation part alone
+FOLDS = 0                               # 0: learn from the de-rainer's validation part; 2 or more: from its training
+                                        # part, each fold de-rained by a network trained on the others
 IMAGE_SIZE = 256                        # side of the random squares that are trained on, at the images' own scale
 PAIRS_PER_EPOCH = 0                     # 0: all; fewer: each epoch goes on where the one before ended
 FLIP = 0.5                              # probability of mirroring
@@ -93,7 +93,7 @@ DRY_RUN = False                         # --dry_run: print what the run would ne
 
 DEMO = {
     "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
-    "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "FOLDS": 0, "IMAGE_SIZE": 96,
+    "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "IMAGE_SIZE": 96,
     "BASE_MODEL": "./assets/demo/instruct_pix2pix_tiny", "NUM_EPOCHS": 10, "BATCH_SIZE": 8,
     "GRADIENT_ACCUMULATION_STEPS": 1, "L1_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1, "LEARNING_RATE": 1.5e-3,
     "GAIN_LEARNING_RATE": 1e-2, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,

@@ -3,10 +3,10 @@
     python train_unet_derain.py --demo
     python -m tools.ablation_refiner
 
-Runs train_diffusion_refiner.py --demo with the constants of each variant, on two folds of the de-rainer's training part
-(whose networks are trained once). How long a step takes is measured first, and as many are taken as fit into BUDGET.
-Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector finds behind each in rain.
-Finished runs are kept in OUTPUT_DIR.
+Runs train_diffusion_refiner.py --demo with the constants of each variant, on the de-rainer's validation part or on FOLDS
+of its training part (whose networks are trained once). How long a step takes is measured first, and as many are taken
+as fit into BUDGET. Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector finds
+behind each in rain. Finished runs are kept in OUTPUT_DIR.
 """
 
 import gc
@@ -28,7 +28,8 @@ from utils.networks import derainers
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-BUDGET = 100.0                          # seconds of CPU time of a training's steps
+FOLDS = 0                               # as in train_diffusion_refiner.py
+BUDGET = 200.0                          # seconds of CPU time of a training's steps
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("one_step", "one_step, no skips", "sample", "pixel", "one_step, locked", "one_step, attention")
 LABELED_RAIN_DIR = "./demo/coco_rain"   # its validation images are detected on behind de-rainer and refiner
@@ -65,13 +66,15 @@ def run(variant, seed, folder, cfg, device):
     """Train one variant. -> {"variant", "seed", "derained", "refined": scores on test pairs, "blend", "map", "steps"}.
     """
     settings = _VARIANTS[variant] | {
-        "demo": True, "SEED": seed, "OUTPUT_DIR": (folder / "run").as_posix(), "FOLDS": 2, "NUM_EPOCHS": _EPOCHS,
-        "CACHE_DIR": (Path(cfg.OUTPUT_DIR) / "data").as_posix(), "EARLY_STOPPING_PATIENCE": 0, "VAL_IMAGES": 50}
+        "demo": True, "SEED": seed, "OUTPUT_DIR": (folder / "run").as_posix(), "FOLDS": cfg.FOLDS, "NUM_EPOCHS": _EPOCHS,
+        "CACHE_DIR": (Path(cfg.OUTPUT_DIR) / "data").as_posix(), "EARLY_STOPPING_PATIENCE": 0}
     resolved = config.resolve(vars(Training), settings)
-    Training.build_data(resolved, device)  # makes what is missing, outside of the measured time
+    pairs = len(Training.build_data(resolved, device)["train"])  # makes what is missing, outside of the measured time
     steps = round(cfg.BUDGET / seconds_per_batch(resolved, device))
+    epochs = max(_EPOCHS, round(steps * resolved.BATCH_SIZE / pairs))
     begin = time.process_time()
-    result = Training.main(**settings, PAIRS_PER_EPOCH=max(1, steps // _EPOCHS) * resolved.BATCH_SIZE)
+    result = Training.main(**settings | {"NUM_EPOCHS": epochs, "PAIRS_PER_EPOCH": min(
+        pairs, max(1, steps // epochs) * resolved.BATCH_SIZE)})
     seconds = time.process_time() - begin
     gc.collect()
     model = derainers.load_derainer("refiner", folder / "run" / "refiner", device)
@@ -100,7 +103,7 @@ def main(**overrides):
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
             place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
-            settings = _VARIANTS[variant] | {"BUDGET": cfg.BUDGET}
+            settings = _VARIANTS[variant] | {"BUDGET": cfg.BUDGET, "FOLDS": cfg.FOLDS}
             runs.append(once(place / "scores.json", settings,
                              lambda v=variant, s=seed, p=place: run(v, s, p, cfg, device)))
     network = Training.DEMO["DERAIN_MODEL_PATH"]

@@ -3,10 +3,10 @@
     python train_unet_derain.py --demo
     python -m tools.ablation_refiner
 
-Runs train_diffusion_refiner.py --demo with the constants of each variant, on the de-rainer's validation part or on FOLDS
-of its training part (whose networks are trained once). How long a step takes is measured first, and as many are taken
-as fit into BUDGET. Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector finds
-behind each in rain. Finished runs are kept in OUTPUT_DIR.
+Runs train_diffusion_refiner.py --demo with the constants of each variant, on the de-rainer's validation part or, with
+FOLDS, on its training part (the folds' networks are trained once). How long a step takes is measured first, and as many
+are taken as fit into BUDGET. Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector
+finds behind each in rain. Finished runs are kept in OUTPUT_DIR.
 """
 
 import gc
@@ -66,8 +66,8 @@ def run(variant, seed, folder, cfg, device):
     """Train one variant. -> {"variant", "seed", "derained", "refined": scores on test pairs, "blend", "map", "steps"}.
     """
     settings = _VARIANTS[variant] | {
-        "demo": True, "SEED": seed, "OUTPUT_DIR": (folder / "run").as_posix(), "FOLDS": cfg.FOLDS, "NUM_EPOCHS": _EPOCHS,
-        "CACHE_DIR": (Path(cfg.OUTPUT_DIR) / "data").as_posix(), "EARLY_STOPPING_PATIENCE": 0}
+        "demo": True, "SEED": seed, "OUTPUT_DIR": (folder / "run").as_posix(), "FOLDS": cfg.FOLDS,
+        "NUM_EPOCHS": _EPOCHS, "CACHE_DIR": (Path(cfg.OUTPUT_DIR) / "data").as_posix(), "EARLY_STOPPING_PATIENCE": 0}
     resolved = config.resolve(vars(Training), settings)
     pairs = len(Training.build_data(resolved, device)["train"])  # makes what is missing, outside of the measured time
     steps = round(cfg.BUDGET / seconds_per_batch(resolved, device))

@@ -5,7 +5,7 @@
 
 Runs train_diffusion_refiner.py --demo with the constants of each variant, on the de-rainer's validation part or, with
 FOLDS, on its training part (the folds' networks are trained once). How long a step takes is measured first, and as many
-are taken as fit into BUDGET. Scored on the de-rainer's test pairs, which chose nothing; also by what the demo's detector
+are taken as fit into BUDGET. Scored on the de-rainer's test pairs, which chose nothing, and by what the demo's detector
 finds behind each in rain. Finished runs are kept in OUTPUT_DIR.
 """
 

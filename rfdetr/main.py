@@ -23,7 +23,7 @@ from rfdetr.datasets import roboflow
 from utils import checkpoint, config, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
-from utils.evaluation.coco import ground_truth
+from utils.evaluation.coco import ground_truth, identity
 from utils.training import engine, run_folder
 from utils.training.plan import PRECISIONS, Plan, share
 from utils.training.run_state import is_last
@@ -189,7 +189,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,
                                   class_rows=start.class_rows),
-            constants=cfg.as_dict(), extras=extras, last=start.last)
+            constants=cfg.as_dict(), extras=extras, last=start.last,
+            validated_on=identity(splits["valid"].truth, with_masks))
         _require_best(folder, result, best_file, extras)
         return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
 

@@ -509,7 +509,8 @@ def test_another_validation_than_before_is_not_resumed(tmp_path):
                 "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
                 "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
     train_unet_derain.main(**settings)
-    for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}):
+    for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}, {"RESIDUAL": False}, {"OPTIMIZER": "sgd"},
+                    {"CROP_SIZES": (32,)}):
         refused(lambda c=changes: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2} | c), *changes,
                 "last.pt", "RESUME")
     # other losses do not change what is measured, and the curves have gaps where there were none of them
@@ -517,9 +518,43 @@ def test_another_validation_than_before_is_not_resumed(tmp_path):
     again = train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "L1_WEIGHT": 0.0, "FFT_WEIGHT": 1.0})
     assert len(result["history"]) == len(again["history"]) == 2 and (tmp_path / "run" / "curves.png").is_file()
     kept = json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "splits.json").unlink()  # the same constants give the same pairs again, others others
+    refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3, "SEED": 1, "VAL_PAIRS": 600}),
+            "last.pt", "validated on other data")
+    train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3})
+    assert json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8")) == kept
     next((tmp_path / "rainy").glob(f"{kept['val'][0]}.*")).unlink()
-    line = refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3}), kept["val"][0], "RESUME")
+    line = refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 4}), kept["val"][0], "RESUME")
     assert "SPLITS_FILE" not in line
+
+
+@pytest.mark.parametrize("optimizer, other", [("adam", "sgd"), ("sgd", "adam")])
+def test_another_optimizer_than_before_is_not_resumed(tmp_path, optimizer, other):
+    write_pairs(tmp_path, count=6)
+    settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
+                "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
+                "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OPTIMIZER": optimizer}
+    train_unet_derain.main(**settings)
+    refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "OPTIMIZER": other}),
+            f"OPTIMIZER was '{optimizer}', is now '{other}'", "RESUME")
+
+
+@pytest.mark.parametrize("name", ["Training_SPDNet_Adaptation", "Training_RTDETR"])
+def test_another_scale_or_an_edited_validation_is_not_resumed(name, coco, weights, tmp_path):
+    module = script(name)
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+                "IMAGE_SIZE": 96, "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(tmp_path / "out"),
+                "NUM_EPOCHS": 1, "BATCH_SIZE": 4, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0}
+    own = {"SPDNET_MODEL_PATH": str(weights / "spdnet.pt"), "BASELINES": False}
+    settings |= own if name == "Training_SPDNet_Adaptation" else {}
+    module.main(**settings)
+    more = settings | {"RESUME": True, "NUM_EPOCHS": 2}
+    if name == "Training_SPDNet_Adaptation":
+        refused(lambda: module.main(**more, DERAIN_SCALE=0.5), "DERAIN_SCALE was 1.0, is now 0.5")
+    for root in ("coco", "coco_rain"):
+        edited(coco / root / "annotations" / "instances_val2017.json",
+               lambda content: content["annotations"][0].update(bbox=[8, 8, 31, 40]))
+    refused(lambda: module.main(**more), "last.pt", "validated on other data")
 
 
 def test_what_a_training_of_a_u_net_writes_lies_apart_from_its_data(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_coco
+from conftest import names_in, write_coco
 from PIL import Image
 from test_careless_hands import ROOT, edited, fit, refused, script
 from test_rfdetr_data import write_dataset
@@ -389,6 +389,63 @@ def test_class_rows_that_the_head_lacks(stage1, rows, tmp_path):
     refused(lambda: weights.rows_of(tmp_path / "best.pt"), "class_rows")
 
 
+@pytest.fixture
+def again(stage1, tmp_path):
+    """-> settings that resume a copy of the finished run on a copy of its data."""
+    settings, result = stage1
+    return {"RESUME": shutil.copytree(result["run_dir"], tmp_path / "runs" / "detector_tiny_64_1").as_posix(),
+            "DATASET_DIR": shutil.copytree(settings["DATASET_DIR"], tmp_path / "data").as_posix()}
+
+
+def test_an_edited_validation_is_not_resumed_and_fewer_images_are_noted(again, capsys):
+    train_detector_stage1.main(**again)  # a copy elsewhere is the same data
+    edited(Path(again["DATASET_DIR"]) / "train" / "_annotations.coco.json", lambda content: content.update(
+        images=content["images"][:4], annotations=[note for note in content["annotations"]
+                                                   if note["image_id"] in {one["id"] for one in content["images"][:4]}]))
+    train_detector_stage1.main(**again)
+    assert "an epoch has 1 batches, it had" in capsys.readouterr().out
+    edited(Path(again["DATASET_DIR"]) / "valid" / "_annotations.coco.json",
+           lambda content: content["annotations"][0]["bbox"].__setitem__(2, 7))
+    refused(lambda: train_detector_stage1.main(**again), "last.pt", "validated on other data", "--resume")
+
+
+def test_a_best_pt_of_another_run_is_noted(again, capsys):
+    run = Path(again["RESUME"])
+    train_detector_stage1.main(**again)
+    assert "not this run's epoch" not in capsys.readouterr().out
+    content = torch.load(run / "best.pt")
+    for other in (content | {"metrics": {"box/mAP": 0.9}}, {"model": content["model"]}, content["model"]):
+        torch.save(other, run / "best.pt")
+        train_detector_stage1.main(**again)
+        assert "best.pt is not this run's epoch 1" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_end_in_one_line(again):
+    (Path(again["RESUME"]) / "results.json").unlink()
+    (Path(again["RESUME"]) / "results.json").mkdir()
+    refused(lambda: train_detector_stage1.main(**again), "cannot write", "results.json")
+
+
+def test_constants_edited_beside_resume_are_said_to_count_for_nothing(again, monkeypatch, capsys):
+    def noted(**given):
+        train_detector_stage1.training.resolve(vars(train_detector_stage1), given, "detector")
+        return capsys.readouterr().out
+    assert not noted(**again, EPOCHS=4)
+    last = torch.load(Path(again["RESUME"]) / "last.pt")["constants"]
+    for name, value in (last | {"RESUME": again["RESUME"], "EPOCHS": 4}).items():
+        monkeypatch.setattr(train_detector_stage1, name, value)
+    assert "note: RESUME goes on with that run's constants: EPOCHS = 1 (not 4); others" in noted()
+    assert not noted(EPOCHS=5)
+
+
+def test_a_stage_1_run_beside_a_checkpoint_of_another_folder_is_noted(again, tmp_path, capsys):
+    start, file = script("rfdetr.start"), Path(again["RESUME"]) / "checkpoint_best_regular.pth"
+    for folder, noted in ((again["RESUME"], False), ("runs/detector_nano_384_9", True), ("", False)):
+        cfg = config.resolve(vars(script("train_seg_stage2")), {"STAGE1_RUN": folder, "CHECKPOINT": str(file)})
+        assert start.stage1_checkpoint(cfg) == file
+        assert ("--stage1_run runs/detector_nano_384_9 has no effect" in capsys.readouterr().out) == noted
+
+
 def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypatch):
     write_pairs(tmp_path)
     monkeypatch.setattr(train_unet_derain, "ensure_windshield_demo", lambda: None)
@@ -418,6 +475,22 @@ def test_products_of_another_script_move_with_their_run(tmp_path, capsys):
         (tmp_path / "metrics.json").write_text(json.dumps(content | {"files": files}), encoding="utf-8")
         fit(tmp_path)
     assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_run_of_rfdetr_moves_aside_as_a_whole(again):
+    run = Path(again["RESUME"])
+    products = names_in(run)
+    assert {"checkpoint_best_regular.pth", "checkpoint.pt", "results.json", "predictions.png"} < products
+    fit(run)
+    assert names_in(run / "previous_1") == products
+    assert names_in(run) == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb", "previous_1"}
+
+
+def test_a_full_disk_or_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    refused(lambda: fit(tmp_path), "cannot write", tmp_path.as_posix(), "No space left on device")
 
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_validation(coco, weights, tmp_path, monkeypatch):

@@ -30,13 +30,13 @@ class Run:
     """
 
     def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files,
-                 fixed=(), validated_on=None):
+                 fixed=(), validated_on=None, written_before=()):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.plan = model, loader, plan
         self.folder, self.last = folder, folder / "last.pt"
         self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
-        self.fixed = fixed
+        self.fixed, self.written_before = fixed, written_before
         self.validated_on = None if validated_on is None else hashlib.blake2b(
             json.dumps(validated_on, default=str).encode(), digest_size=16).hexdigest()
         self.trainable = [p for group in parameters for p in group["params"]]
@@ -62,7 +62,8 @@ class Run:
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
             if not self.plan.resume:
-                set_aside(self.folder, (*OWN_FILES, *self.own_files), self.plan.resume_hint)
+                names = [name for name in (*OWN_FILES, *self.own_files) if name not in self.written_before]
+                set_aside(self.folder, names, self.plan.resume_hint)
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
@@ -271,7 +272,7 @@ class Run:
                 "files": list(self.own_files)}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
-        except OSError as error:  # open in another program on Windows: no reason to end a training
+        except (OSError, UserError) as error:  # open in another program on Windows: no reason to end a training
             print(f"note: {error}: written again after the next epoch")
         if time.monotonic() - self.drawn_at >= DRAWING_PAUSE:
             self.draw_curves()

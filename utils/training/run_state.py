@@ -62,8 +62,8 @@ class Run:
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
             if not self.plan.resume:
-                names = [name for name in (*OWN_FILES, *self.own_files) if name not in self.written_before]
-                set_aside(self.folder, names, self.plan.resume_hint)
+                set_aside(self.folder, [name for name in self.own_files if name not in self.written_before],
+                          self.plan.resume_hint)
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
@@ -358,9 +358,9 @@ def _require_score(content, score, last, plan):
 
 
 def set_aside(folder, names, resume_hint="RESUME = True"):
-    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
-    names = [*names, *(name for name in _products(folder) if name not in names)]
-    target = checkpoint.keep_earlier(folder, names, "run")
+    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing: those of every run, what
+    the folder's run says that it wrote, and `names`."""
+    target = checkpoint.keep_earlier(folder, (*OWN_FILES, *names, *_products(folder)), "run")
     if target is None:
         return
     print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (to go on with it, move these files "

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from utils import checkpoint, conditional_model, config, datasets, freeze, integrated_model, losses, processes
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
 from utils.training import engine, run_state
@@ -195,7 +196,9 @@ def main(**overrides):
         partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features),
         plan, output_dir=cfg.OUTPUT_DIR, parameters=groups, evaluate=validate, score="score",
         on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), last=last,
-        own_files=(pipeline.name,), scored_with=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT"))
+        own_files=(pipeline.name,),
+        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE"),
+        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()})
     if result["history"]:
         processes.say(f"pipeline: {pipeline.as_posix()}\n"
                       f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")

@@ -24,6 +24,7 @@ import torch
 from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import ema, engine, run_folder, run_state
@@ -299,7 +300,8 @@ def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
         plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
         sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
         constants=cfg.as_dict(),
-        scored_with=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"))
+        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"),
+        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()})
     if result["stopped"] != "interrupted":
         best.score = max(best.score, result["best_score"])
         checkpoint.load_into(model, checkpoint.load_state(folder / "best.pt"), (folder / "best.pt").as_posix())

@@ -175,7 +175,7 @@ def train_and_test(cfg, plan, model, train_loader, val, device):
         score="val/likelihood",
         on_best=partial(save_rain_detector, path=output),
         sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
-        scored_with=("VALIDATION_SHARE",),
+        fixed=("VALIDATION_SHARE", "FALSE_ALARM_RATE"),
         own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
     if not output.is_file():
         return result

@@ -234,7 +234,8 @@ def train_and_show(cfg, plan, model, data, device):
         on_best=partial(save_spdnet, path=output),
         sample_images=partial(sample_images, dataset=val, device=device,
                               id2label=id2label_of(model.detection_module)),
-        constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE), scored_with=("IMAGE_SIZE",))
+        constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE),
+        fixed=("IMAGE_SIZE", "DERAIN_SCALE"), validated_on=coco_evaluation.identity(truth) if labelled else None)
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)

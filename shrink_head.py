@@ -222,11 +222,7 @@ def main(**overrides):
         "class_rows": {name: row for row, name in enumerate(cfg.KEEP)},
         "shrunk_from": {"file": name, "rows": rows, "sources": sources},
     }
-    if earlier is not None and not checkpoint.equal(earlier, result):
-        place = checkpoint.keep_earlier(target.parent, [target.name], "checkpoint") / target.name
-        processes.say(f"note: {target.as_posix()} held another checkpoint ({system.listed(earlier['class_names'])}): "
-                      f"moved to {place.as_posix()}")
-    checkpoint.save(result, target)
+    weights.write(result, target, earlier)
     table = [{"row": new, "class": label, "source": "new, untrained" if old is None else f"row {old}"}
              for new, (label, old) in enumerate(zip([*cfg.KEEP, "background"], sources, strict=True))]
     processes.say(f"{name}: {rows} rows -> {len(sources)} ({len(cfg.KEEP)} classes + background) in {len(heads)} class "

@@ -64,6 +64,7 @@ DEMO = {
     "CHECKPOINT": "./assets/demo/rfdetr_tiny.pth", "EPOCHS": 6, "BATCH": 8, "ACCUM": 1, "SEG_LR": 5e-3,
     "WORKERS": 0, "CACHE_FEATURES": True,
 }
+_CONFIG_FILE = "stage2_config.json"
 
 
 def compute_losses(model, batch):
@@ -102,11 +103,12 @@ def main(**overrides):
     else:
         loader = training.training_loader(cfg, data["train"], cfg.SIZE, resolution)
     if processes.is_main():
-        report.write_json(folder / "stage2_config.json", cfg.as_dict() | {
+        report.write_json(folder / _CONFIG_FILE, cfg.as_dict() | {
             "STAGE1_CHECKPOINT": str(source), "MODEL": model.model_args, "CLASS_NAMES": class_names})
     return training.train(
         cfg, plan, start, folder, data, loader, compute_losses,
-        parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY))
+        parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
+        config_file=_CONFIG_FILE)
 
 
 if __name__ == "__main__":

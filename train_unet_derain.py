@@ -471,7 +471,8 @@ def main(**overrides):
         score="val/psnr", sample_images=partial(sample_images, dataset=data["val"], device=device),
         on_epoch=partial(after_epoch, cfg=cfg, data=data, photographs=photographs, device=device),
         stop=partial(stop_reason, cfg=cfg), constants=cfg.as_dict(),
-        scored_with=("IMAGE_SIZE", "RANDOM_CROP", "KEEP_TONE"),
+        fixed=("IMAGE_SIZE", "RANDOM_CROP", "CROP_SIZES", "KEEP_TONE", "RESIDUAL", "NAFNET_WINDOW", "OPTIMIZER"),
+        validated_on=[data["val"].names, data["test"].names],
         own_files=("checkpoints", "samples", "real_rain", "splits.json", "eval"))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]

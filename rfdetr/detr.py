@@ -36,7 +36,7 @@ TOLERANCE = 1e-3    # largest difference from PyTorch that an exported file may 
 class Detections:
     """What was found in one image, best first.
 
-    xyxy: (n, 4) float32 pixels of the image as it was given; scores: (n,) float32; class_ids: (n,) int64, rows of the
+    xyxy: (n, 4) float32 pixels of the image, upright; scores: (n,) float32; class_ids: (n,) int64, rows of the
     class head (COCO ids with COCO's weights); class_names: n strings; masks: (n, H, W) bool, None without a mask head.
     """
 
@@ -74,8 +74,9 @@ class Detector:
     size = None
 
     def __init__(self, pretrain_weights="coco", num_classes=None, device=None, resolution=None):
-        if num_classes is not None:
-            whole(1)("num_classes", num_classes)
+        for name, value in (("num_classes", num_classes), ("resolution", resolution)):
+            if value is not None:
+                whole(1)(name, value)
         self.device = usable_device(device)
         self.start = self._start(pretrain_weights)
         self.model, self.class_rows = self._build(num_classes, resolution)
@@ -157,7 +158,11 @@ class Detector:
         import train_detector_stage1  # only here: predicting needs nothing of the training
 
         constants = {name.upper(): value for name, value in options.items()}
-        constants = {"SIZE": self.size or self.model.model_args["size"], "RESOLUTION": self.resolution,
+        size = self.model.model_args["size"]
+        if constants.get("SIZE", size) != size:
+            raise UserError(f"train(size={constants['SIZE']!r}): this detector is of size {size}; leave size out, or "
+                            "train one of that size")
+        constants = {"SIZE": size, "RESOLUTION": self.resolution,
                      "PRETRAIN_WEIGHTS": str(self.start or "none")} | constants
         result = train_detector_stage1.main(DATASET_DIR=str(dataset_dir), EPOCHS=epochs, **constants)
         if Path(result["checkpoint"]).is_file():  # not after Ctrl+C in the first epoch
@@ -173,8 +178,9 @@ class Detector:
         """Detect objects.
 
         Args:
-            images: one image or a list: a path, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W), uint8
-                or float in [0, 1]. Sizes may differ; the network sees them stretched to its square.
+            images: one image or a list: a path, a PIL image (both are turned upright, as their EXIF data say), an array
+                (H, W, 3) uint8 RGB, a tensor (3, H, W), uint8 or float in [0, 1]. Sizes may differ; the network sees
+                them stretched to its square.
             threshold: lowest score in [0, 1]. batch_size: images per forward pass.
         Returns:
             Detections, or a list of them for a list.
@@ -213,23 +219,24 @@ class Detector:
     def save(self, path):
         """Write a checkpoint that `from_checkpoint`, the scripts and a plain torch.load read.
 
-        It replaces an earlier one of its kind; UserError where a file with anything else stands there, such as a run's
-        last.pt.
+        An earlier one of its kind moves into previous_<n>; UserError where a file with anything else stands there, such
+        as a run's last.pt.
         """
-        checkpoint.require_replaceable(path, weights.ENTRIES, "save()")
-        checkpoint.save(weights.checkpoint_content(self.model, self.class_names, self.class_rows), path)
+        earlier = checkpoint.require_replaceable(file_name(path, "save"), weights.ENTRIES, "save()")
+        weights.write(weights.checkpoint_content(self.model, self.class_names, self.class_rows), path, earlier)
 
     def export(self, path, opset=18, batch_size=1):
         """Write ONNX and compare it with PyTorch through onnxruntime. -> largest difference
 
         Input: images (batch_size, 3, S, S) RGB in [0, 1], S = `resolution`. Outputs: logits (B, Q, K), boxes
-        (B, Q, 4) normalised cxcywh, and mask_logits (B, Q, S / 4, S / 4) where there is a mask head.
+        (B, Q, 4) normalised cxcywh, and mask_logits (B, Q, S / 4, S / 4) where there is a mask head. An earlier file
+        of that name moves into previous_<n>.
 
         Raises:
-            UserError: a package is missing, an opset below 18, a folder or a file that is not *.onnx stands there; or
-                a file that differs by more than TOLERANCE.
+            UserError: a package is missing, an opset below 18, a folder, or a name that is not *.onnx; or a file that
+                differs by more than TOLERANCE.
         """
-        return export_onnx(self.model, Path(path), opset, batch_size)
+        return export_onnx(self.model, file_name(path, "export"), opset, batch_size)
 
 
 class RFDETRNano(Detector):
@@ -268,6 +275,13 @@ class RFDETRLarge2026(Detector):
     size = "large_2026"
 
 
+def file_name(value, method):
+    """-> Path of a file that `method` shall write; UserError where it is no name."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise UserError(f"{method}({value!r}): give the name of the file to write")
+    return Path(value)
+
+
 def usable_device(device):
     """-> torch.device of what the user calls it, the GPU or the CPU for None; UserError where this torch cannot use it.
     """
@@ -287,7 +301,7 @@ def as_tensor(image):
     if isinstance(image, Image.Image):
         try:
             system.require_eight_bits(image)
-            image = np.asarray(image.convert("RGB"))
+            image = np.asarray(system.upright(image).convert("RGB"))
         except system.FAULTS as error:  # Pillow reads a file's pixels only now
             raise UserError(f"predict() cannot use this PIL image: {error}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -331,9 +345,9 @@ class _Deployable(nn.Module):
 def export_onnx(model, path, opset, batch_size):
     """See Detector.export."""
     whole(1)("batch_size", batch_size)
-    if path.is_dir() or path.exists() and path.suffix.lower() != ".onnx":
-        kind = "folder" if path.is_dir() else "file of another kind"
-        raise UserError(f"{path.as_posix()} is a {kind}: give the name of an .onnx file")
+    if path.is_dir() or path.suffix.lower() != ".onnx":
+        kind = "a folder" if path.is_dir() else "no name of an ONNX file"
+        raise UserError(f"{path.as_posix()} is {kind}: give one that ends in .onnx")
     onnx_file.require_packages("export()")
     onnx_file.require_opset(opset, "opset")
     side, device = model.model_args["resolution"], next(model.parameters()).device
@@ -351,6 +365,8 @@ def export_onnx(model, path, opset, batch_size):
             if not found <= TOLERANCE:
                 raise UserError(f"the ONNX file differs from PyTorch by {found:.1e}, more than {TOLERANCE}, and was "
                                 f"not written to {path.as_posix()}")
+            if earlier := checkpoint.keep_earlier(path.parent, [path.name], "model"):
+                processes.say(f"{path.as_posix()} was there already: moved to {earlier.as_posix()}")
     finally:
         model.to(device)
     return found

@@ -23,7 +23,7 @@ from rfdetr.datasets import roboflow
 from utils import checkpoint, config, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
-from utils.evaluation.coco import ground_truth
+from utils.evaluation.coco import ground_truth, identity
 from utils.training import engine, run_folder
 from utils.training.plan import PRECISIONS, Plan, share
 from utils.training.run_state import is_last
@@ -49,8 +49,7 @@ def resolve(namespace, overrides, name):
     if not isinstance(wanted, str):
         raise UserError(f"RESUME = {wanted!r}: give the folder of an earlier run, or 'last' for the newest one")
     if wanted:
-        overrides = overrides | {"RESUME": wanted}
-        folder = earlier_run(namespace, overrides, name)
+        folder = earlier_run(namespace, overrides | {"RESUME": wanted}, name)
         last = checkpoint.load(folder / "last.pt")
         if not is_last(last):
             raise UserError(f"--resume {folder.as_posix()}: last.pt in it is not of this project, or damaged")
@@ -61,8 +60,22 @@ def resolve(namespace, overrides, name):
                             + (f": it has {', '.join(sorted(unknown))}" if unknown else ""))
         _require_kind(last, name, folder)
         _require_fixed(last, overrides, folder)
+        _note_edited(namespace, overrides, constants)
         overrides = constants | overrides | {"RESUME": str(folder)}
     return config.resolve(namespace, overrides), last
+
+
+def _note_edited(namespace, overrides, constants):
+    """Say which constants of a script count for nothing where RESUME was edited among them; constants: of the run that
+    goes on; overrides: of `main`."""
+    if "RESUME" in overrides:
+        return  # given on the command line, where the others are given as well
+    usual = namespace | (namespace["DEMO"] if overrides.get("demo") else {})
+    idle = [f"{name} = {constants[name]!r} (not {usual[name]!r})" for name in constants
+            if name not in (*overrides, "RESUME") and usual[name] != constants[name]]
+    if idle:
+        processes.say(f"note: RESUME goes on with that run's constants: {system.listed(idle, 8)}; others can be given "
+                      "on the command line")
 
 
 def _require_kind(last, name, folder):
@@ -159,7 +172,8 @@ def note_without_effect(cfg):
             processes.say(f"note: without effect here: {text}")
 
 
-def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None):
+def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None,
+          config_file=None):
     """Train, then evaluate the best epoch and write results.json and predictions.png.
 
     The best epoch is that of the highest mask mAP where the model has a mask head, else of the highest box mAP.
@@ -168,7 +182,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
         cfg: constants of one of the scripts; plan: of `build_plan`; start: of rfdetr.start; folder: of `begin`.
         data: of `open_splits`; loader: of data["train"].
         compute_losses, parameters: see engine.fit.
-        best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch.
+        best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch;
+            config_file: name of what the script has written there before.
     Returns:
         {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same
         or None}, see engine.fit and run_report.final.
@@ -189,9 +204,11 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,
                                   class_rows=start.class_rows),
-            constants=cfg.as_dict(), extras=extras, last=start.last)
+            constants=cfg.as_dict(), extras=extras, last=start.last, written_before=(config_file,),
+            own_files=tuple(filter(None, (best_file, epoch_file, config_file, "results.json", "predictions.png"))),
+            validated_on=identity(splits["valid"].truth, with_masks))
         _require_best(folder, result, best_file, extras)
-        return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks)
+        return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks, result)
 
 
 def _require_best(folder, result, best_file, extras):

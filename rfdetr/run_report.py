@@ -84,18 +84,25 @@ def sample_images(model, loader, class_rows):
                                                              ["prediction", "ground truth"]))}
 
 
-def final(model, cfg, folder, splits, class_rows, with_masks):
+def final(model, cfg, folder, splits, class_rows, with_masks, result):
     """Evaluate the best epoch, print the tables, write results.json and predictions.png.
 
     Args:
         model: of the run; gets best.pt's weights. folder: of the run. splits: of main.evaluation_splits.
+        result: of engine.fit.
     Returns:
         {"run_dir": str, "valid": {metric: value}, "test": the same or None}.
     """
     folder = Path(folder)
     if not (folder / "best.pt").is_file():  # interrupted in the first epoch
         return {"run_dir": str(folder), "valid": None, "test": None}
-    checkpoint.load_into(model, checkpoint.load(folder / "best.pt")["model"], (folder / "best.pt").as_posix())
+    best = checkpoint.load(folder / "best.pt")
+    checkpoint.load_into(model, checkpoint.state_of(best, folder / "best.pt"), (folder / "best.pt").as_posix())
+    score = "mask/mAP" if with_masks else "box/mAP"
+    held = best.get("epoch"), (best.get("metrics") or {}).get(score)
+    if result["history"] and held != (result["best_epoch"], result["best_score"]):
+        processes.say(f"note: {(folder / 'best.pt').as_posix()} is not this run's epoch {result['best_epoch']} "
+                      f"({score} {result['best_score']:.4f}) but another file: the results are that one's")
     device = processes.device()
     model.to(device).eval()
     found = {}

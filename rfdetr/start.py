@@ -110,6 +110,9 @@ def stage1_checkpoint(cfg):
         if problem := system.absent(cfg.CHECKPOINT):
             raise UserError(f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()} {problem}: give the file that "
                             "shrink_head.py wrote, or leave it out to take --stage1_run's best.pt")
+        if cfg.STAGE1_RUN and not Path(cfg.CHECKPOINT).resolve().is_relative_to(Path(cfg.STAGE1_RUN).resolve()):
+            processes.say(f"note: --stage1_run {Path(cfg.STAGE1_RUN).as_posix()} has no effect: the detector is "
+                          f"--checkpoint {Path(cfg.CHECKPOINT).as_posix()}, which does not lie in it")
         return Path(cfg.CHECKPOINT)
     if not cfg.STAGE1_RUN:
         raise UserError("which detector? Give --stage1_run runs/detector_<size>_<resolution>_<n> (and the shrunken "

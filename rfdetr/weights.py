@@ -322,6 +322,18 @@ def resize_positions(positions, tokens):
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], 1)  # (1, 1 + m*m, D)
 
 
+def write(content, path, earlier):
+    """Write a checkpoint. `earlier`, what stands at `path` (of checkpoint.require_replaceable), moves into previous_<n>
+    where it is another one, and a line says so."""
+    path = Path(path)
+    if earlier is not None and not checkpoint.equal(earlier, content):
+        place = checkpoint.keep_earlier(path.parent, [path.name], "checkpoint") / path.name
+        known = earlier.get("class_names") or earlier["args"].get("class_names") or ["?"]
+        processes.say(f"note: {path.as_posix()} held another checkpoint ({system.listed(known)}): moved to "
+                      f"{place.as_posix()}")
+    checkpoint.save(content, path)
+
+
 def export_roboflow(path_in, path_out):
     """Write the detector of one of our checkpoints with Roboflow's key names, for their package.
 
@@ -329,20 +341,20 @@ def export_roboflow(path_in, path_out):
     package takes the head's size from the file; its class ids are our rows, which "args" names.
 
     Returns:
-        Path of the new file, which replaces nothing but an earlier one of its kind:
+        Path of the new file; an earlier one of its kind moves aside, and nothing else is replaced:
         {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
     """
     state, rest, what = read(path_in)
     path_out = Path(path_out)
     if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
         raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")
-    checkpoint.require_replaceable(path_out, ("model", "args"), "export_roboflow")
+    earlier = checkpoint.require_replaceable(path_out, ("model", "args"), "export_roboflow")
     rows, known = _known_rows(state, rest, what)
     args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
     detector = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-    checkpoint.save({"model": names.published_file(detector), "args": {
+    write({"model": names.published_file(detector), "args": {
         "class_names": sorted(known, key=known.get), "class_rows": known, "num_classes": rows - 1,
-        **({"resolution": args["resolution"]} if "resolution" in args else {})}}, path_out)
+        **({"resolution": args["resolution"]} if "resolution" in args else {})}}, path_out, earlier)
     return path_out
 
 

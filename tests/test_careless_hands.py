@@ -299,6 +299,11 @@ def shares(content):
     (lambda content: content["categories"][0].update(name=7), "a name is text"),
     (lambda content: content["categories"][0].update(name=["car"]), "a name is text"),
     (lambda content: content["categories"][0].update(name=" "), "a name is text"),
+    (lambda content: [note.update(image_id=str(note["image_id"])) for note in content["annotations"]],
+     "image_id '1', 'images' the id 1: one is text"),
+    (lambda content: [note.update(category_id=str(note["category_id"])) for note in content["annotations"]],
+     "one is text, the other a number"),
+    (lambda content: content["annotations"][0].update(image_id="none"), "image id(s) none that its 'images' do not"),
     (lambda content: content["images"][0].update(file_name="half \ud800.jpg"), "no file name has"),
 ])
 def test_annotations_that_mean_something_else(annotated, change, words):
@@ -321,11 +326,11 @@ def test_a_file_name_under_several_ids_is_noted(annotated):
 
 def test_objects_that_stand_twice_or_have_no_area_are_noted(annotated):
     path, opened = annotated
-    assert not any("twice" in note or "area 0" in note for note in opened().notes)
+    assert not any("twice" in note or "an area" in note for note in opened().notes)
     edited(path, lambda content: content["annotations"].extend(
-        note | {"id": 900 + i, "area": 0} for i, note in enumerate(content["annotations"][:2])))
+        note | {"id": 900 + i, "area": 0.004 * i} for i, note in enumerate(content["annotations"][:2])))
     notes = " ".join(opened().notes)
-    assert "2 object(s) stand there twice" in notes and "2 object(s) have the area 0" in notes
+    assert "2 object(s) stand there twice" in notes and "2 object(s) have an area below one pixel" in notes
 
 
 def test_boxes_that_are_left_out_are_not_missed(annotated):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_coco
+from conftest import names_in, write_coco
 from PIL import Image
 from test_careless_hands import ROOT, edited, fit, refused, script
 from test_rfdetr_data import write_dataset
@@ -29,6 +29,7 @@ from utils.inference import video
 from utils.networks import derainers, onnx_file
 from utils.networks.rain_detector import new_rain_detector
 from utils.networks.unet import UNetDerainer, new_unet
+from utils.training import run_state
 
 STAGE1 = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
           "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
@@ -389,6 +390,58 @@ def test_class_rows_that_the_head_lacks(stage1, rows, tmp_path):
     refused(lambda: weights.rows_of(tmp_path / "best.pt"), "class_rows")
 
 
+@pytest.fixture
+def again(stage1, tmp_path):
+    """-> settings that resume a copy of the finished run on a copy of its data."""
+    settings, result = stage1
+    return {"RESUME": shutil.copytree(result["run_dir"], tmp_path / "runs" / "detector_tiny_64_1").as_posix(),
+            "DATASET_DIR": shutil.copytree(settings["DATASET_DIR"], tmp_path / "data").as_posix()}
+
+
+def test_an_edited_validation_of_rfdetr_is_not_resumed(again):
+    train_detector_stage1.main(**again)  # a copy elsewhere is the same data
+    edited(Path(again["DATASET_DIR"]) / "valid" / "_annotations.coco.json",
+           lambda content: content["annotations"][0]["bbox"].__setitem__(2, 7))
+    refused(lambda: train_detector_stage1.main(**again), "last.pt", "validated on other data", "--resume")
+
+
+def test_a_best_pt_of_another_run_is_noted(again, capsys):
+    run = Path(again["RESUME"])
+    train_detector_stage1.main(**again)
+    assert "not this run's epoch" not in capsys.readouterr().out
+    content = torch.load(run / "best.pt")
+    for other in (content | {"metrics": {"box/mAP": 0.9}}, {"model": content["model"]}, content["model"]):
+        torch.save(other, run / "best.pt")
+        train_detector_stage1.main(**again)
+        assert "best.pt is not this run's epoch 1" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_end_in_one_line(again):
+    (Path(again["RESUME"]) / "results.json").unlink()
+    (Path(again["RESUME"]) / "results.json").mkdir()
+    refused(lambda: train_detector_stage1.main(**again), "cannot write", "results.json")
+
+
+def test_constants_edited_beside_resume_are_said_to_count_for_nothing(again, monkeypatch, capsys):
+    def noted(**given):
+        train_detector_stage1.training.resolve(vars(train_detector_stage1), given, "detector")
+        return capsys.readouterr().out
+    assert not noted(**again, EPOCHS=4)
+    last = torch.load(Path(again["RESUME"]) / "last.pt")["constants"]
+    for name, value in (last | {"RESUME": again["RESUME"], "EPOCHS": 4}).items():
+        monkeypatch.setattr(train_detector_stage1, name, value)
+    assert "note: RESUME goes on with that run's constants: EPOCHS = 1 (not 4); others" in noted()
+    assert not noted(EPOCHS=5)
+
+
+def test_a_stage_1_run_beside_a_checkpoint_of_another_folder_is_noted(again, tmp_path, capsys):
+    start, file = script("rfdetr.start"), Path(again["RESUME"]) / "checkpoint_best_regular.pth"
+    for folder, noted in ((again["RESUME"], False), ("runs/detector_nano_384_9", True), ("", False)):
+        cfg = config.resolve(vars(script("train_seg_stage2")), {"STAGE1_RUN": folder, "CHECKPOINT": str(file)})
+        assert start.stage1_checkpoint(cfg) == file
+        assert ("--stage1_run runs/detector_nano_384_9 has no effect" in capsys.readouterr().out) == noted
+
+
 def test_a_u_net_of_another_width_names_the_constant(tmp_path, capsys, monkeypatch):
     write_pairs(tmp_path)
     monkeypatch.setattr(train_unet_derain, "ensure_windshield_demo", lambda: None)
@@ -418,6 +471,24 @@ def test_products_of_another_script_move_with_their_run(tmp_path, capsys):
         (tmp_path / "metrics.json").write_text(json.dumps(content | {"files": files}), encoding="utf-8")
         fit(tmp_path)
     assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_run_of_rfdetr_moves_aside_as_a_whole(again):
+    run = Path(again["RESUME"])
+    products = names_in(run)
+    assert {"checkpoint_best_regular.pth", "checkpoint.pt", "results.json", "predictions.png"} < products
+    fit(run)
+    assert names_in(run / "previous_1") == products
+    assert names_in(run) == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb", "previous_1"}
+    run_state.set_aside(run, ("phase1",))  # of a script whose own runs are in folders below
+    assert names_in(run) == {"previous_1", "previous_2"}
+
+
+def test_a_full_disk_or_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    refused(lambda: fit(tmp_path), "cannot write", tmp_path.as_posix(), "No space left on device")
 
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_validation(coco, weights, tmp_path, monkeypatch):
@@ -509,7 +580,8 @@ def test_another_validation_than_before_is_not_resumed(tmp_path):
                 "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
                 "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
     train_unet_derain.main(**settings)
-    for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}):
+    for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}, {"RESIDUAL": False}, {"OPTIMIZER": "sgd"},
+                    {"CROP_SIZES": (32,)}):
         refused(lambda c=changes: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2} | c), *changes,
                 "last.pt", "RESUME")
     # other losses do not change what is measured, and the curves have gaps where there were none of them
@@ -517,9 +589,43 @@ def test_another_validation_than_before_is_not_resumed(tmp_path):
     again = train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "L1_WEIGHT": 0.0, "FFT_WEIGHT": 1.0})
     assert len(result["history"]) == len(again["history"]) == 2 and (tmp_path / "run" / "curves.png").is_file()
     kept = json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "splits.json").unlink()  # the same constants give the same pairs again, others others
+    refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3, "SEED": 1, "VAL_PAIRS": 600}),
+            "last.pt", "validated on other data")
+    train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3})
+    assert json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8")) == kept
     next((tmp_path / "rainy").glob(f"{kept['val'][0]}.*")).unlink()
-    line = refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 3}), kept["val"][0], "RESUME")
+    line = refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 4}), kept["val"][0], "RESUME")
     assert "SPLITS_FILE" not in line
+
+
+@pytest.mark.parametrize("optimizer, other", [("adam", "sgd"), ("sgd", "adam")])
+def test_another_optimizer_than_before_is_not_resumed(tmp_path, optimizer, other):
+    write_pairs(tmp_path, count=6)
+    settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
+                "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
+                "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OPTIMIZER": optimizer}
+    train_unet_derain.main(**settings)
+    refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "OPTIMIZER": other}),
+            f"OPTIMIZER was '{optimizer}', is now '{other}'", "RESUME")
+
+
+@pytest.mark.parametrize("name", ["Training_SPDNet_Adaptation", "Training_RTDETR"])
+def test_another_scale_or_an_edited_validation_is_not_resumed(name, coco, weights, tmp_path):
+    module = script(name)
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+                "IMAGE_SIZE": 96, "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(tmp_path / "out"),
+                "NUM_EPOCHS": 1, "BATCH_SIZE": 4, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0}
+    own = {"SPDNET_MODEL_PATH": str(weights / "spdnet.pt"), "BASELINES": False}
+    settings |= own if name == "Training_SPDNet_Adaptation" else {}
+    module.main(**settings)
+    more = settings | {"RESUME": True, "NUM_EPOCHS": 2}
+    if name == "Training_SPDNet_Adaptation":
+        refused(lambda: module.main(**more, DERAIN_SCALE=0.5), "DERAIN_SCALE was 1.0, is now 0.5")
+    for root in ("coco", "coco_rain"):
+        edited(coco / root / "annotations" / "instances_val2017.json",
+               lambda content: content["annotations"][0].update(bbox=[8, 8, 31, 40]))
+    refused(lambda: module.main(**more), "last.pt", "validated on other data")
 
 
 def test_what_a_training_of_a_u_net_writes_lies_apart_from_its_data(tmp_path, capsys):

@@ -372,11 +372,12 @@ def test_training_behind_a_hard_gate_leaves_the_gate_alone(base, files):
     result = Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 1}, GATE="hard", RAIN_THRESHOLD=1.0)
     assert "gate" not in result["history"][0]  # and no image was de-rained: the step has nothing to learn, yet runs
     assert result["history"][0]["clean/derained"] == 0
-    more = Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 2}, GATE="hard", RAIN_THRESHOLD=0.0,
-                                     RESUME=True)
-    assert more["history"][1]["clean/derained"] == 1
-    with pytest.raises(UserError, match="other trainable parts.*without RESUME = True|another frozen rain_detector"):
-        Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 3}, GATE="soft", RESUME=True)
+    more = Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 1}, GATE="hard", RAIN_THRESHOLD=0.0)
+    assert more["history"][0]["clean/derained"] == 1
+    for name, value in {"GATE": "soft", "RAIN_THRESHOLD": 0.9, "DERAIN_SCALE": 0.5}.items():
+        settings = {"GATE": "hard", "RAIN_THRESHOLD": 0.0, "RESUME": True} | {name: value}
+        with pytest.raises(UserError, match=f"{name} was .*without RESUME = True"):
+            Training_Conditional.main(**base, **TRAINING | {"NUM_EPOCHS": 1} | settings)
     before = load_rain_detector(base["RAIN_DETECTOR_PATH"]).state_dict()
     after = ConditionalRainRobustRTDETR.from_pretrained(files / "out" / "pipeline").rain_detector.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -125,6 +125,30 @@ def test_a_run_that_was_scored_otherwise_or_is_none_of_ours_is_not_resumed(coco,
         run(coco, tmp_path / "out", epochs=2, resume=True)
 
 
+def test_a_run_with_other_fixed_constants_or_other_validation_data_is_not_resumed(coco, tmp_path):
+    settings = {"epochs": 1, "fixed": ("KIND",), "constants": {"KIND": "a", "FREE": 1}, "validated_on": {"val": [1, 2]}}
+    run(coco, tmp_path / "out", **settings)
+    with pytest.raises(UserError, match="KIND was 'a', is now 'b'.*RESUME = True"):
+        run(coco, tmp_path / "out", **settings | {"constants": {"KIND": "b", "FREE": 2}, "resume": True})
+    with pytest.raises(UserError, match="last.pt was validated on other data.*RESUME = True"):
+        run(coco, tmp_path / "out", **settings | {"validated_on": {"val": [1, 3]}, "resume": True})
+    content = torch.load(tmp_path / "out" / "last.pt")
+    torch.save({name: value for name, value in content.items() if name != "validated_on"}, tmp_path / "out" / "last.pt")
+    _, result = run(coco, tmp_path / "out", **settings | {
+        "validated_on": {"val": [1, 3]}, "constants": {"KIND": "a", "FREE": 2}, "resume": True, "epochs": 2})
+    assert len(result["history"]) == 2  # of a file of an earlier version it is not known
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_of_now(coco, tmp_path, capsys):
+    run(coco, tmp_path / "out", epochs=1)
+    engine.seed_everything(1)  # the same frozen part
+    model = Net()
+    groups = [{"params": list(model.head.parameters()), "lr": 1e-2, "weight_decay": 0.5}]
+    run(coco, tmp_path / "out", epochs=2, model=model, parameters=groups, batch=4, resume=True)
+    assert torch.load(tmp_path / "out" / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert "an epoch has 2 batches, it had 4" in capsys.readouterr().out
+
+
 def test_step_decays_where_a_script_names_no_shares(coco, tmp_path, capsys):
     run(coco, tmp_path / "out", epochs=4, schedule="step", warmup_steps=0)
     last = torch.load(tmp_path / "out" / "last.pt")["optimizer"]["param_groups"][0]["lr"]

@@ -359,6 +359,19 @@ def test_roboflows_parent_category_is_dropped_only_where_nothing_uses_it(tmp_pat
     assert roboflow.class_names_of(tmp_path) == (["pets", "cat", "dog"], [])
 
 
+def test_roboflows_parent_category_may_be_called_as_a_class_is(tmp_path):
+    write_dataset(tmp_path)
+    for split in ("train", "valid"):
+        edit(tmp_path, lambda c: c["categories"][0].update(name="cat"), split)
+        edit(tmp_path, lambda c: [one.update(supercategory="cat") for one in c["categories"][1:]], split)
+    names, notes = roboflow.class_names_of(tmp_path)
+    assert names == ["cat", "dog"] and len(notes) == 1 and "category 0, called 'cat'" in notes[0]
+    assert len(opened(tmp_path).labels) and len(opened(tmp_path, "valid").labels)
+    edit(tmp_path, _set("annotations", 0, category_id=0), "train")
+    with pytest.raises(UserError, match="two categories are called 'cat'"):
+        roboflow.class_names_of(tmp_path)
+
+
 def test_class_names_do_not_depend_on_the_optional_test_split(tmp_path):
     expected = roboflow.class_names_of(write_dataset(tmp_path))
     write_dataset(tmp_path, splits=("test",))

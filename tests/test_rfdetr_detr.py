@@ -1,6 +1,7 @@
 """rfdetr/detr.py: construct, predict, train, export, save, with the demo's tiny size."""
 
 import argparse
+import contextlib
 import json
 import sys
 import types
@@ -228,6 +229,7 @@ def test_files_that_do_not_fit(tmp_path, checkpoint_file):
 
 @pytest.mark.parametrize("values", [
     {"num_classes": "3"}, {"num_classes": 1.5}, {"num_classes": -1}, {"num_classes": True}, {"device": "gpu"},
+    {"resolution": "160"}, {"resolution": 0},
     {"device": "cuda:99"}, {"device": 99}, {"device": 1.5}, {"pretrain_weights": 3}, {"pretrain_weights": "cocoo"}])
 def test_what_no_detector_can_be_made_of(values, monkeypatch):
     monkeypatch.setattr(detr, "RFDETR", lambda *_, **__: pytest.fail("built first"))
@@ -253,6 +255,54 @@ def test_save_replaces_only_what_it_wrote(detector, tmp_path):
     for _ in range(2):
         detector.save(tmp_path / "mine.pth")
         weights.export_roboflow(tmp_path / "mine.pth", tmp_path / "theirs.pth")
+    assert not (tmp_path / "previous_1").exists()  # equal files are only written again
+
+
+def test_save_and_export_keep_what_was_there(detector, tmp_path, monkeypatch, capsys):
+    """The best weights of a run have the entries of `save`'s own file."""
+    best = tmp_path / "checkpoint_best_regular.pth"
+    torch.save(content_of(rows=3, class_rows={"cat": 0, "dog": 1}), best)
+    before = best.read_bytes()
+    detector.save(best)
+    assert (tmp_path / "previous_1" / best.name).read_bytes() == before and torch.load(best)["class_names"] != ["cat"]
+    assert "previous_1/checkpoint_best_regular.pth" in capsys.readouterr().out
+    (tmp_path / "model.onnx").write_text("another's")
+
+    class Program:
+        def write(self, program, path, *args):
+            Path(path).write_text("new")
+            return lambda images: None
+    monkeypatch.setattr(detr.onnx_file, "require_packages", lambda *_: None)
+    monkeypatch.setattr(detr.onnx_file, "export_program", lambda *_: None)
+    monkeypatch.setattr(detr.onnx_file, "write", Program().write)
+    for difference, kept in ((1.0, "another's"), (0.0, "new")):
+        monkeypatch.setattr(detr.onnx_file, "difference", lambda *_, d=difference: d)
+        with contextlib.suppress(UserError):
+            detector.export(tmp_path / "model.onnx")
+        assert (tmp_path / "model.onnx").read_text() == kept
+    assert (tmp_path / "previous_2" / "model.onnx").read_text() == "another's"
+
+
+def test_names_that_no_file_has(detector, tmp_path):
+    for name in (3, None, ""):
+        refused(lambda name=name: detector.save(name), f"save({name!r})")
+        refused(lambda name=name: detector.export(name), f"export({name!r})")
+    for name in ("x.pth", "x"):
+        refused(lambda name=name: detector.export(tmp_path / name), name, ".onnx")
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_detector_trains_its_own_size(detector):
+    refused(lambda: detector.train("data", 1, size="nano"), "size='nano'", "tiny")
+
+
+def test_a_photograph_of_a_telephone_is_turned_as_its_file_is(detector, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as image:
+        assert torch.equal(detr.as_tensor(image), detr.as_tensor(tmp_path / "phone.png"))
+        assert detr.as_tensor(image).shape[-2:] == image.size
 
 
 def test_save_and_load_again(mask_detector, tmp_path):

@@ -211,6 +211,7 @@ def test_stage2_trains_masks_and_leaves_the_detector_alone(stage1, dataset, tmp_
             assert result[split][f"box/{name}"] == stage1[split][f"box/{name}"], (split, name)
         assert 0 <= result[split]["mask/mAP"] <= 1
     assert json.loads((folder / "stage2_config.json").read_text(encoding="utf-8"))["CLASS_NAMES"] == list(CLASSES)
+    assert "stage2_config.json" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
 
 
 def test_stage2_resumes_bit_for_bit(stage1, dataset, tmp_path, monkeypatch):

@@ -264,7 +264,8 @@ def require_replaceable(path, entries, maker):
 def equal(one, other):
     """-> whether two checkpoints' contents are the same, tensors bit for bit."""
     if torch.is_tensor(one) or torch.is_tensor(other):
-        return torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype and torch.equal(one, other)
+        return (torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype
+                and torch.equal(one.cpu(), other.cpu()))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

@@ -41,6 +41,16 @@ class UserError(Exception):
     """Something that the user can fix (a path, a constant, a broken file); shown as one line without a traceback."""
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Within, what keeps `path` from being written becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {Path(path).as_posix()}: {error.strerror or error}: free disk space, or close "
+                        "or move away what is in the way") from error
+
+
 class MissingConstant(UserError, AttributeError):
     """A constant that a script uses and that is not at its top any more."""
 

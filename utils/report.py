@@ -10,19 +10,20 @@ from pathlib import Path
 import torch
 
 from utils import checkpoint, processes, system
-from utils.config import UserError
+from utils.config import UserError, writing
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "pycocotools", "faster-coco-eval", "numpy",
              "pillow")
 
 
 def write_json(path, content):
-    """Write JSON in UTF-8, atomically."""
+    """Write JSON in UTF-8, atomically; UserError where that cannot be."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with system.written(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8",
-                             errors="backslashreplace")  # half a character of a file name: as JSON writes it
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with system.written(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8",
+                                 errors="backslashreplace")  # half a character of a file name: as JSON writes it
 
 
 def output_folder(path, names):

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from utils.boxes import decode, pixel_corners
+from utils.config import writing
 from utils.images import to_bytes, to_floats
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
@@ -123,8 +124,9 @@ def grid(rows, headings, path=None):
                 page.paste(cell, (left, top))
         top += height + gap
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        page.save(path)
+        with writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            page.save(path)
     return page
 
 

@@ -57,13 +57,25 @@ def annotation_path(root, split, flag="--dataset_dir"):
 
 
 def read_split(root, split, flag="--dataset_dir"):
-    """-> (Path of the annotation file, its content); UserError where anything that training relies on is not there."""
+    """-> (Path of the annotation file, its content; those of `_namesakes` are "namesakes" in it, not categories);
+    UserError where anything that training relies on is not there."""
     path = annotation_path(root, split, flag)
     content = read_annotations(path)
+    content["namesakes"] = _namesakes(content)
+    content["categories"] = [c for c in content["categories"] if c["id"] not in content["namesakes"]]
     if problem := _problem(content):
         raise UserError(f"{path.as_posix()}: {problem}")
     require_own_ids(content, "annotations", path.as_posix())
     return path, content
+
+
+def _namesakes(content):
+    """-> {category id: name} of Roboflow's parent category where it is called as one of the classes, and unused."""
+    names = [category["name"] for category in content["categories"]]
+    used = {note["category_id"] for note in content["annotations"]}
+    return {c["id"]: c["name"] for c in content["categories"] if c.get("supercategory") == "none"
+            and c["id"] not in used and names.count(c["name"]) == 2 and any(
+                other.get("supercategory") == c["name"] == other["name"] for other in content["categories"])}
 
 
 def _problem(content):
@@ -108,7 +120,10 @@ def class_names_of(root, flag="--dataset_dir"):
     names = [c["name"] for c in categories if c["name"] not in dummies]
     if not names:
         raise UserError(f"{flag} {Path(root).as_posix()}: train/{ANNOTATIONS} lists no classes")
-    return names, [f"class {name!r} is Roboflow's parent category without annotations: left out" for name in dummies]
+    return names, [f"{what} is Roboflow's parent category without annotations: left out" for what in (
+        *(f"class {name!r}" for name in dummies),
+        *(f"category {number}, called {name!r} as a class is," for number, name in
+          contents["train"]["namesakes"].items()))]
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------

@@ -99,12 +99,14 @@ def usable_boxes(objects, images, source):
         raise UserError(f"{source}: {cut} of {usable} boxes reach out of their image: bbox must be [x, y, width, "
                         "height], not [x1, y1, x2, y2]")
     same = Counter((note["image_id"], note["category_id"], *note["bbox"]) for note in objects)
-    areas = sum(note.get("area") == 0 for note, used in zip(objects, kept, strict=True) if used)
+    areas = sum(note.get("area") is not None and note["area"] < 1
+                for note, used in zip(objects, kept, strict=True) if used)
     counts = {"box(es) reached out of their image by more than a pixel and were clipped": cut,
               "box(es) thinner than one pixel were left out": left_out,
               "object(s) stand there twice (same image, category and box): a detector finds one of them, the other "
               "counts as missed": sum(count - 1 for count in same.values()),
-              "object(s) have the area 0: they count as small, whatever their box is": areas}
+              "object(s) have an area below one pixel, 0 or a share of the image: they count as small, whatever their "
+              "box is": areas}
     return UsableBoxes(owner, inside, kept, [f"{source}: {count} {what}" for what, count in counts.items() if count])
 
 
@@ -187,16 +189,24 @@ def _require_entries(content, source):
             raise UserError(f"{source}: annotation {note['id']}: iscrowd {str(note['iscrowd'])[:40]!r} is not 0 or 1")
         if (area := note.get("area")) is not None and not (_is_number(area) and area >= 0):
             raise UserError(f"{source}: annotation {note['id']}: area {str(area)[:40]!r} is not a number of pixels")
-    strays = {a["category_id"] for a in content["annotations"]} - {c["id"] for c in content["categories"]}
-    if strays:
-        raise UserError(f"{source}: annotations use category id(s) {system.listed(sorted(strays))} that its "
-                        "'categories' do not list")
+    _require_listed(content, "category_id", "categories", source)
     for part in ("images", "categories"):
         require_own_ids(content, part, source)
-    strays = {a["image_id"] for a in content["annotations"]} - {i["id"] for i in content["images"]}
+    _require_listed(content, "image_id", "images", source)
+
+
+def _require_listed(content, key, part, source):
+    """UserError where annotations name by `key` what the part does not list."""
+    known = {entry["id"] for entry in content[part]}
+    strays = sorted({note[key] for note in content["annotations"]} - known, key=str)
+    alike = {str(value) for value in known} & set(map(str, strays))
+    if alike:
+        here, there = (next(value for value in values if str(value) in alike) for values in (strays, known))
+        raise UserError(f"{source}: annotations have the {key} {here!r}, '{part}' the id {there!r}: one is text, the "
+                        "other a number; write both as numbers")
     if strays:
-        raise UserError(f"{source}: annotations name image id(s) {system.listed(sorted(strays))} that its 'images' "
-                        "do not list")
+        raise UserError(f"{source}: annotations name {key.replace('_', ' ')}(s) {system.listed(strays)} that its "
+                        f"'{part}' do not list")
 
 
 def label_table(categories, id2label, source, unknown="error"):

@@ -56,6 +56,16 @@ def ground_truth(annotation_file):
     return _indexed(_without_thin_boxes(read_annotations(annotation_file)))
 
 
+def identity(truth, masks=False):
+    """-> what tells a ground truth from others, as plain data, whichever file it was read from; masks: their part of it
+    as well."""
+    keys = ("image_id", "category_id", "bbox", "area", "iscrowd") + (("segmentation",) if masks else ())
+    content = truth.dataset
+    return [sorted(str([image[key] for key in ("id", "file_name", "width", "height")]) for image in content["images"]),
+            sorted(str([category["id"], category["name"]]) for category in content["categories"]),
+            sorted(str([note.get(key) for key in keys]) for note in content["annotations"])]
+
+
 def merged_ground_truth(annotation_files, new_ids):
     """-> pycocotools COCO of chosen images of several files.
 

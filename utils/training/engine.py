@@ -36,7 +36,7 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimizer=torch.optim.AdamW, evaluate=None,
         score=None, on_best=None, on_epoch=None, stop=None, sample_images=None, constants=None, extras=None,
-        own_files=(), last=None, scored_with=()):
+        own_files=(), last=None, written_before=(), fixed=(), validated_on=None):
     """Train `model` and keep the best epoch.
 
     Scripts hand over their own functions with `functools.partial`, which binds what else these need.
@@ -59,9 +59,12 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         extras: {key: tensors, numbers, strings}, further entries of last.pt and best.pt.
         last: content of output_dir/last.pt where the script has read it already; emptied once it is restored, so that
             the caller's reference does not keep the optimizer's state in memory a second time.
-        scored_with: names of the constants that decide what the score measures: with others no run goes on, because
-            its best score could not be compared with new ones.
-        own_files: names that `on_best` writes into output_dir; a new start moves them aside with the rest.
+        fixed: names of the constants that decide what the network computes, what the score measures or what the
+            optimizer keeps: no run goes on with others.
+        validated_on: what tells the validation data from others (anything JSON; see evaluation.coco.identity): no run
+            goes on with others, because its best score could not be compared with new ones.
+        own_files: names that the script writes into output_dir; a new start moves them aside with the rest.
+        written_before: those of them that are there already, of this run.
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
     Raises:
@@ -69,7 +72,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
-              own_files, scored_with)
+              own_files, fixed, validated_on, written_before)
     say_notes(run)
     with run_folder.claimed(run.folder):
         run.prepare(last)

@@ -18,7 +18,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from utils import processes, system
-from utils.config import UserError
+from utils.config import UserError, writing
 
 OWNER, LOCK = ".run.json", ".run.lock"
 BEAT_SECONDS = 10     # between two signs of life of a run
@@ -45,7 +45,8 @@ def claimed(folder):
     ended = threading.Event()
     try:
         _require_nobody_elsewhere(folder)
-        (folder / OWNER).write_text(json.dumps(_self()), encoding="utf-8")
+        with writing(folder / OWNER):
+            (folder / OWNER).write_text(json.dumps(_self()), encoding="utf-8")
         threading.Thread(target=_beat, args=(folder / OWNER, ended), daemon=True).start()
         remove_leftovers(folder)
         yield

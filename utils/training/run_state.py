@@ -1,5 +1,7 @@
 """The state of one `engine.fit`: what it counts, what last.pt holds so that a killed run goes on, what it writes."""
 
+import hashlib
+import json
 import math
 import time
 from pathlib import Path
@@ -28,13 +30,15 @@ class Run:
     """
 
     def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files,
-                 scored_with=()):
+                 fixed=(), validated_on=None, written_before=()):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.plan = model, loader, plan
         self.folder, self.last = folder, folder / "last.pt"
         self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
-        self.scored_with = scored_with
+        self.fixed, self.written_before = fixed, written_before
+        self.validated_on = None if validated_on is None else hashlib.blake2b(
+            json.dumps(validated_on, default=str).encode(), digest_size=16).hexdigest()
         self.trainable = [p for group in parameters for p in group["params"]]
         if not any(p.requires_grad for group in parameters if group["lr"] for p in group["params"]):
             raise UserError("nothing to train: every parameter is frozen or has a learning rate of 0")
@@ -58,7 +62,8 @@ class Run:
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
             if not self.plan.resume:
-                set_aside(self.folder, (*OWN_FILES, *self.own_files), self.plan.resume_hint)
+                set_aside(self.folder, [name for name in self.own_files if name not in self.written_before],
+                          self.plan.resume_hint)
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}
@@ -67,13 +72,7 @@ class Run:
             content = last or checkpoint.load(self.last)
             if not is_last(content):
                 raise _not_ours(self.last, self.plan)
-            _require_score(content, self.score, self.last, self.plan)
-            before = content["constants"]
-            if other := ", ".join(f"{name} was {before[name]!r}, is now {value!r}" for name, value
-                                  in self.changed_constants(content) if name in self.scored_with and name in before):
-                raise UserError(f"{self.last.as_posix()} was validated with other constants ({other}), so its best "
-                                "score could not be compared with new ones: set them back, or start anew without "
-                                f"{self.plan.resume_hint}")
+            self._require_same_run(content)
             changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
                                 for name, value in self.changed_constants(content))
             checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=changed and (
@@ -100,6 +99,21 @@ class Run:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
 
+    def _require_same_run(self, content):
+        """UserError where the content of last.pt is of a run that cannot go on as what this one is."""
+        _require_score(content, self.score, self.last, self.plan)
+        before = content["constants"]
+        if other := ", ".join(f"{name} was {before[name]!r}, is now {value!r}" for name, value
+                              in self.changed_constants(content) if name in self.fixed and name in before):
+            raise UserError(f"{self.last.as_posix()} was trained with other constants ({other}): its network, its "
+                            "optimizer or its best score would not mean the same; set them back, or start anew "
+                            f"without {self.plan.resume_hint}")
+        there = content.get("validated_on")  # not in files of earlier versions
+        if there and self.validated_on and there != self.validated_on:
+            raise UserError(f"{self.last.as_posix()} was validated on other data (images or annotations have changed "
+                            "since), so its best score could not be compared with new ones: give that run's data, or "
+                            f"start anew without {self.plan.resume_hint}")
+
     def state(self):
         """-> what last.pt holds: numbers, strings and tensors only."""
         plain = self.accelerator.unwrap_model(self.model)
@@ -110,17 +124,21 @@ class Run:
             "epoch": self.epoch, "batch": self.batch, "batches": len(self.loader.batch_sampler),
             "step": self.step, "bad_epochs": self.bad_epochs,
             "score": self.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
-            "history": self.history, "curve": self.curve.state(),
+            "history": self.history, "curve": self.curve.state(), "validated_on": self.validated_on,
             "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def _restore(self, content):
+        settings = [{name: value for name, value in group.items() if name != "params"}
+                    for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except ValueError as error:
             raise UserError(f"{self.last.as_posix()} was trained with other trainable parts ({error}): resume with "
                             f"that run's constants, or start anew without {self.plan.resume_hint}") from error
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and the like are what the constants say now
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
             setattr(self, name, content[name])
         if self.average:
@@ -139,6 +157,9 @@ class Run:
             processes.say("note: batch size, accumulation, data or number of processes have changed: "
                           f"epoch {self.epoch + 1} starts again")
             self.batch, self.sums = 0, {}
+        elif content["batches"] != len(self.loader.batch_sampler):
+            processes.say(f"note: an epoch has {len(self.loader.batch_sampler)} batches, it had {content['batches']}: "
+                          "batch size, data or number of processes have changed")
         if self.main:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
             for name, value in self.changed_constants(content):
@@ -251,7 +272,7 @@ class Run:
                 "files": list(self.own_files)}
         try:
             report.write_json(self.folder / "metrics.json", best | {"history": self.history})
-        except OSError as error:  # open in another program on Windows: no reason to end a training
+        except (OSError, UserError) as error:  # open in another program on Windows: no reason to end a training
             print(f"note: {error}: written again after the next epoch")
         if time.monotonic() - self.drawn_at >= DRAWING_PAUSE:
             self.draw_curves()
@@ -337,9 +358,9 @@ def _require_score(content, score, last, plan):
 
 
 def set_aside(folder, names, resume_hint="RESUME = True"):
-    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing."""
-    names = [*names, *(name for name in _products(folder) if name not in names)]
-    target = checkpoint.keep_earlier(folder, names, "run")
+    """Move an earlier run's files into folder/previous_<n>, so that a new start loses nothing: those of every run, what
+    the folder's run says that it wrote, and `names`."""
+    target = checkpoint.keep_earlier(folder, (*OWN_FILES, *names, *_products(folder)), "run")
     if target is None:
         return
     print(f"{folder.as_posix()} held an earlier run: moved to {target.as_posix()} (to go on with it, move these files "

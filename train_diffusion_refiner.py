@@ -432,7 +432,9 @@ def main(**overrides):
                                                                   lpips_model=lpips_model),
         score="val/psnr", sample_images=partial(sample_images, data=data["val"], device=device),
         on_best=partial(write_refiner, cfg=cfg), constants=cfg.as_dict(),
-        scored_with=("VAL_IMAGES", "VAL_LIMIT", "DERAIN_MODEL_PATH", "FOLDS"),
+        fixed=("MODE", "BASE_MODEL", "PROMPT", "TIME", "STRENGTH", "STEPS", "SKIPS", "LOCK_SIGMA", "LORA_RANK",
+               "LORA_ALPHA", "LORA_TARGETS", "DERAIN_MODEL_PATH", "FOLDS", "VAL_IMAGES", "VAL_LIMIT"),
+        validated_on=data["val"].names,
         own_files=("refiner", "results.json", "refined.png"))
     rows = write_report(cfg, data, device, lpips_model) if processes.is_main() and result["history"] else []
     return result | {"test": rows}

@@ -1,7 +1,8 @@
 """Train a U-Net that takes rain off a windshield: pairs of clear images and the same through wet glass.
 
-The loss is L1 + perceptual (VGG16) + SSIM; "best" goes by the PSNR of the validation pairs. What the rain looks like
-decides what is learnt: make_rain.py --kind windshield draws pairs over any clear photographs (docs/windshield.md).
+The loss is minus the PSNR, or the plan's L1 + perceptual (VGG16) + SSIM; "best" goes by the PSNR of the validation
+pairs. What the rain looks like decides what is learnt: make_rain.py --kind windshield draws pairs over any clear
+photographs (docs/windshield.md).
 
     python train_unet_derain.py --demo
     python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
@@ -45,20 +46,21 @@ VAL_PAIRS = 150                         # for "best", early stopping and the lea
 TEST_PAIRS = 200                        # kept for Eval_unet_derain.py
 SPLITS_FILE: str | None = ""            # a splits.json {"train": [names], "val": [...], "test": [...]} instead
 SEQUENCE_SEPARATOR = ""                 # "_" keeps drive07_0001, drive07_0002, ... in one part; "" splits freely
-IMAGE_SIZE = 256                        # side of the square that is trained on; 512 for quality
-RANDOM_CROP = False                     # True cuts a random square (keeps the aspect ratio), False stretches
+IMAGE_SIZE = 256                        # with CROP_SIZES: validation sees the middle of larger images; else the side of
+                                        # the square that is trained on, 512 for quality
+RANDOM_CROP = False                     # CROP_SIZES = (): True cuts a random square, shrunk; False stretches
 FLIP = 0.5                              # probability of mirroring
-CROP_SIZES = ()                         # instead: sides of squares cut at the images' own scale, so that rain keeps its
-                                        # width; several share the run out, such as (64, 96, 128)
+CROP_SIZES = (128,)                     # sides of squares cut at the images' own scale, so that rain keeps its width;
+                                        # several share the run out, such as (64, 96, 128); the plan's: () stretches
 CROP_ZOOM = 1.0                         # crops are enlarged by up to this factor: 3 teaches drops of many sizes
-CROPS_PER_PAIR = 1                      # random squares of each pair in an epoch
+CROPS_PER_PAIR = 4                      # random squares of each pair in an epoch; 1 with CROP_SIZES = ()
 KEEP_TONE = False                       # True leaves veil and contrast as they are: drops and streaks alone are learnt
-COLOR_JITTER = 0.1                      # brightness, contrast, saturation, the same on both images; 0 for none
+COLOR_JITTER = 0.0                      # brightness, contrast, saturation, the same on both images; the plan's: 0.1
 CACHE_GB = 0.0                          # decoded pairs that every loading process keeps in memory; 0 reads files anew
 
 # --- model --------------------------------------------------------------------------------------------------------
-ARCH = "resnet34"                       # encoder of segmentation_models_pytorch, "unet" for the plan's own, "nafnet",
-                                        # or a published network: prenet, rescan, ddn, derainnet, spdnet
+ARCH = "unet"                           # the plan's own; "resnet34" or another encoder of segmentation_models_pytorch,
+                                        # "nafnet" for long runs, or prenet, rescan, ddn, derainnet, spdnet
 ENCODER_WEIGHTS: str | None = "imagenet"  # downloaded once; a local file of torchvision's; "" starts from random
 BASE_WIDTH = 64                         # "unet": channels of the first level
 DROPOUT = 0.2                           # share of channels dropped at the deepest levels, against overfitting
@@ -72,27 +74,27 @@ NAFNET_WINDOW = nafnet.WINDOW           # pixels that its channel attention aver
 NAFNET_RAIN_CHANNELS = 3                # 1 where the rain is grey (added streaks): one correction for all colours
 
 # --- loss ---------------------------------------------------------------------------------------------------------
-L1_WEIGHT = 1.0                         # pixels
-PERCEPTUAL_WEIGHT = 0.1                 # VGG16 features, 0.1 to 0.5; 0 leaves VGG out
+PSNR_WEIGHT = 1.0                       # 10 log10 of the mean squared error, in dB
+L1_WEIGHT = 0.0                         # pixels; the plan's: 1.0 with PSNR_WEIGHT = 0
+PERCEPTUAL_WEIGHT = 0.0                 # VGG16 features; the plan's: 0.1 to 0.5; 0 leaves VGG out
 PERCEPTUAL_WEIGHTS = "imagenet"         # VGG16: downloaded once (528 MB), or a local file of torchvision's
-SSIM_WEIGHT = 0.2                       # 1 - SSIM, 0.1 to 0.3
+SSIM_WEIGHT = 0.0                       # 1 - SSIM; the plan's: 0.1 to 0.3
 CHARBONNIER_WEIGHT = 0.0                # a smooth L1, sqrt(error^2 + 0.001^2); 1 in the place of L1_WEIGHT
-PSNR_WEIGHT = 0.0                       # 10 log10 of the mean squared error, in dB; 0.1 in the place of L1_WEIGHT
 FFT_WEIGHT = 0.0                        # L1 of the Fourier spectra; 0.05 beside one of the others
 EARLY_STAGES_WEIGHT = 0.0               # of the losses of earlier stages, where there are; 1 for rescan and spdnet
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 100                            # the plan's; most runs stop before
-BATCH_SIZE = 8                          # 16 if the GPU's memory allows
+BATCH_SIZE = 16                         # the plan's: 8, 16 if the GPU's memory allows
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
-LEARNING_RATE = 1e-4                    # Adam's
-OPTIMIZER = "adam"                      # adam, adamw (weight decay 0.01) or sgd (momentum 0.9)
-SCHEDULER = "plateau"                   # plateau, cosine, step or constant
+LEARNING_RATE = 1e-3                    # the plan's: 1e-4 with OPTIMIZER = "adam"
+OPTIMIZER = "adamw"                     # adam, adamw (weight decay 0.01) or sgd (momentum 0.9)
+SCHEDULER = "cosine"                    # plateau (the plan's), cosine, step or constant
 PLATEAU_FACTOR = 0.5                    # plateau: the rate is multiplied by this ...
 PLATEAU_PATIENCE = 5                    # ... after so many epochs without a lower validation loss
 DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shares of the run
-WARMUP_STEPS = 0                        # optimizer steps of linear warm-up
-BETAS = (0.9, 0.999)                    # of adam and adamw; (0.9, 0.9) in NAFNet's recipe
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; the plan's: 0
+BETAS = (0.9, 0.9)                      # of adam and adamw, as in NAFNet's recipe; the plan's: (0.9, 0.999)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.0                         # moving average of the weights, such as 0.999; it is then what best.pt holds
 PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
@@ -116,8 +118,9 @@ DEMO = {
     "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
     "REAL_DIR": "./demo/windshield/real_rainy", "CHECKPOINT_DIR": "./demo/outputs_unet", "IMAGE_SIZE": 64,
     "TRAIN_PAIRS": 2050, "SEQUENCE_SEPARATOR": "_",  # each scene is there behind two panes
-    "ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "COLOR_JITTER": 0.0, "PERCEPTUAL_WEIGHT": 0.0,
-    "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "SCHEDULER": "cosine",
+    "BASE_WIDTH": 16, "DROPOUT": 0.0, "CROP_SIZES": (), "CROPS_PER_PAIR": 1, "L1_WEIGHT": 1.0, "PSNR_WEIGHT": 0.0,
+    "SSIM_WEIGHT": 0.1, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "WARMUP_STEPS": 0, "OPTIMIZER": "adam",
+    "BETAS": (0.9, 0.999),
     "DATALOADER_WORKERS": 0,
 }
 _OPTIMIZERS = {"adam": 0.0, "adamw": 0.01, "sgd": 0.0}  # weight decay

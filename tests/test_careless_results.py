@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import names_in, write_coco
+from conftest import WHOLE_IMAGES, names_in, write_coco
 from PIL import Image
 from test_careless_hands import ROOT, edited, fit, refused, script
 from test_rfdetr_data import write_dataset
@@ -577,7 +577,7 @@ def test_a_twin_that_is_missing_is_named_once_and_with_its_constant(coco):
 def test_another_validation_than_before_is_not_resumed(tmp_path):
     write_pairs(tmp_path, count=6)
     settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
-                "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
+                "CHECKPOINT_DIR": str(tmp_path / "run"), **WHOLE_IMAGES, "BASE_WIDTH": 2,
                 "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
     train_unet_derain.main(**settings)
     for changes in ({"IMAGE_SIZE": 64}, {"KEEP_TONE": True}, {"RESIDUAL": False}, {"OPTIMIZER": "sgd"},
@@ -603,7 +603,7 @@ def test_another_validation_than_before_is_not_resumed(tmp_path):
 def test_another_optimizer_than_before_is_not_resumed(tmp_path, optimizer, other):
     write_pairs(tmp_path, count=6)
     settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
-                "CHECKPOINT_DIR": str(tmp_path / "run"), "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0,
+                "CHECKPOINT_DIR": str(tmp_path / "run"), **WHOLE_IMAGES, "BASE_WIDTH": 2,
                 "IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0, "OPTIMIZER": optimizer}
     train_unet_derain.main(**settings)
     refused(lambda: train_unet_derain.main(**settings | {"RESUME": True, "EPOCHS": 2, "OPTIMIZER": other}),
@@ -632,7 +632,7 @@ def test_what_a_training_of_a_u_net_writes_lies_apart_from_its_data(tmp_path, ca
     write_pairs(tmp_path / "data", count=8)
     clear, rainy = (str(tmp_path / "data" / name) for name in ("clear", "rainy"))
     settings = {"CLEAR_DIR": clear, "RAINY_DIR": rainy, "REAL_DIR": "", "CHECKPOINT_DIR": str(tmp_path / "run"),
-                "ARCH": "unet", "BASE_WIDTH": 2, "PERCEPTUAL_WEIGHT": 0.0, "IMAGE_SIZE": 32, "TRAIN_PAIRS": 4,
+                **WHOLE_IMAGES, "BASE_WIDTH": 2, "IMAGE_SIZE": 32, "TRAIN_PAIRS": 4,
                 "VAL_PAIRS": 2, "TEST_PAIRS": 2, "EPOCHS": 1, "BATCH_SIZE": 4, "DATALOADER_WORKERS": 0}
     for name in ("CLEAR_DIR", "RAINY_DIR"):
         refused(lambda n=name: train_unet_derain.main(**settings | {"CHECKPOINT_DIR": f"{settings[n]}/run"}),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, dies_after, names_in
+from conftest import WHOLE_IMAGES, Killed, dies_after, names_in
 from PIL import Image
 from test_unet import write_pairs
 
@@ -226,8 +226,8 @@ def trained_unet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
     write_pairs(folder / "data", count=24)
     data = {"CLEAR_DIR": str(folder / "data" / "clear"), "RAINY_DIR": str(folder / "data" / "rainy")}
-    train_unet_derain.main(**data, REAL_DIR="", CHECKPOINT_DIR=str(folder / "out"), IMAGE_SIZE=32, ARCH="unet",
-                           BASE_WIDTH=4, PERCEPTUAL_WEIGHT=0.0, TRAIN_PAIRS=12, VAL_PAIRS=8, TEST_PAIRS=4, EPOCHS=1,
+    train_unet_derain.main(**data, **WHOLE_IMAGES, REAL_DIR="", CHECKPOINT_DIR=str(folder / "out"), IMAGE_SIZE=32,
+                           BASE_WIDTH=4, TRAIN_PAIRS=12, VAL_PAIRS=8, TEST_PAIRS=4, EPOCHS=1,
                            BATCH_SIZE=4, DATALOADER_WORKERS=0)
     return data | {"DERAIN_MODEL_PATH": str(folder / "out" / "best.pt")}
 

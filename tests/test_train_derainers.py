@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Killed, dies_after
+from conftest import WHOLE_IMAGES, Killed, dies_after
 from test_unet import picture, write_pairs
 from torchvision import tv_tensors
 
@@ -23,7 +23,8 @@ RECIPE = {"CROP_SIZES": (16, 24), "CROPS_PER_PAIR": 2, "CACHE_GB": 1.0, "EMA_DEC
 @pytest.fixture
 def base(tmp_path):
     write_pairs(tmp_path / "data", count=12)
-    return {"CLEAR_DIR": str(tmp_path / "data" / "clear"), "RAINY_DIR": str(tmp_path / "data" / "rainy"),
+    return WHOLE_IMAGES | {
+            "CLEAR_DIR": str(tmp_path / "data" / "clear"), "RAINY_DIR": str(tmp_path / "data" / "rainy"),
             "REAL_DIR": "", "CHECKPOINT_DIR": str(tmp_path / "out"), "IMAGE_SIZE": 32, "PERCEPTUAL_WEIGHT": 0.0,
             "TRAIN_PAIRS": 8, "VAL_PAIRS": 3, "TEST_PAIRS": 1, "EPOCHS": 1, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-3,
             "DATALOADER_WORKERS": 0}
@@ -67,7 +68,7 @@ def test_a_stopped_run_of_the_recipe_resumes_bit_for_bit(base, tmp_path, monkeyp
 
 def with_more(base, tmp_path, share=0.25):
     write_pairs(tmp_path / "more", count=20)
-    return base | SMALL_NAFNET | {"CROP_SIZES": (16,), "CROPS_PER_PAIR": 5, "MORE_PAIRS": (
+    return base | SMALL_NAFNET | {"CROP_SIZES": (16,), "CROPS_PER_PAIR": 5, "COLOR_JITTER": 0.1, "MORE_PAIRS": (
         (str(tmp_path / "more" / "clear"), str(tmp_path / "more" / "rainy"), share),)}
 
 

@@ -45,7 +45,7 @@ _EPOCHS = 3  # as many as there are progressive crop sizes; the validation at ea
 # VGG's loss is left out everywhere: its weights cannot be downloaded on every machine
 _BASE = {"ARCH": "unet", "BASE_WIDTH": 16, "DROPOUT": 0.0, "IMAGE_SIZE": 256, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-3,
          "OPTIMIZER": "adam", "SCHEDULER": "plateau", "L1_WEIGHT": 1.0, "SSIM_WEIGHT": 0.2, "PERCEPTUAL_WEIGHT": 0.0,
-         "COLOR_JITTER": 0.1}
+         "COLOR_JITTER": 0.1, "PSNR_WEIGHT": 0.0, "CROP_SIZES": (), "BETAS": (0.9, 0.999), "WARMUP_STEPS": 0}
 _CROPS = {"CROP_SIZES": (64,), "BATCH_SIZE": 16}
 _COSINE = {"OPTIMIZER": "adamw", "BETAS": (0.9, 0.9), "SCHEDULER": "cosine", "WARMUP_STEPS": 20, "LEARNING_RATE": 2e-3}
 _NAFNET = {"ARCH": "nafnet", "NAFNET_WIDTH": 24, "NAFNET_ENCODER": (1, 1, 1), "NAFNET_MIDDLE": 3,

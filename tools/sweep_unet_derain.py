@@ -35,7 +35,11 @@ VARIABLES = {  # the plan's list; losses first, because what follows is measured
     "COLOR_JITTER": (0.0, 0.2), "RANDOM_CROP": (True,), "ARCH": ("unet", "resnet50", "efficientnet-b0"),
     "BASE_WIDTH": (32,), "IMAGE_SIZE": (512,),
 }
-BASE = {}                               # constants of train_unet_derain.py for all trials, e.g. {"PRECISION": "bf16"}
+BASE = {  # constants of train_unet_derain.py for all trials: the plan's, around which its list lies
+    "ARCH": "resnet34", "CROP_SIZES": (), "CROPS_PER_PAIR": 1, "COLOR_JITTER": 0.1, "L1_WEIGHT": 1.0,
+    "SSIM_WEIGHT": 0.2, "PERCEPTUAL_WEIGHT": 0.1, "PSNR_WEIGHT": 0.0, "OPTIMIZER": "adam", "BETAS": (0.9, 0.999),
+    "SCHEDULER": "plateau", "WARMUP_STEPS": 0, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8,
+}
 SWEEP_EPOCHS = 25                       # epochs of a trial; the plan: 20 to 30
 MARGIN = 0.05                           # dB that a value must win by; less may be luck
 

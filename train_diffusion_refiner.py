@@ -25,10 +25,11 @@ from utils import checkpoint, config, datasets, freeze, losses, processes, repor
 from utils.datasets import derained, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import image_quality, memory
+from utils.evaluation import behind_derainer, image_quality, memory
 from utils.networks import diffusion_base
 from utils.networks import refiner as refiners
 from utils.networks.derainers import load_trained
+from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
 from utils.training import engine, run_state
 from utils.training.plan import Plan, not_negative, whole
@@ -60,6 +61,16 @@ LOCK_SIGMA = 0.0                        # pixels: keep the de-rainer's colours a
 LORA_RANK = 8                           # all layers: 8.4M parameters, 34 MB
 LORA_ALPHA = 8                          # LoRA's scale is LORA_ALPHA / LORA_RANK
 LORA_TARGETS = refiners.ALL_LAYERS      # ends of the names of the layers; refiners.ATTENTION: 1.6M parameters
+
+# --- blend: how much of the correction is used --------------------------------------------------------------------
+LABELED_RAIN_DIR: str | None = ""       # COCO-layout root of rainy images with boxes: the share of the correction is
+                                        # lowered until RT-DETR finds no less in its train split than behind the
+                                        # de-rainer alone; "": chosen by PSNR, SSIM and LPIPS alone
+PERCENT_DATASET: float = 10             # of that split, in percent
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # detects in LABELED_RAIN_DIR
+DETECTOR_SIZE = 640                     # RT-DETR's square input
+UNKNOWN_CATEGORIES = "ignore"           # "error" refuses labels that RT-DETR does not know
+EVAL_BATCH_SIZE = 4                     # for RT-DETR
 
 # --- loss: one_step and pixel (sample has the noise's error) ------------------------------------------------------
 L1_WEIGHT = 1.0                         # pixels
@@ -93,6 +104,7 @@ DRY_RUN = False                         # --dry_run: print what the run would ne
 
 DEMO = {
     "CLEAR_DIR": "./demo/windshield/clear", "RAINY_DIR": "./demo/windshield/windshield_rainy_v40",
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "DETECTOR_SIZE": 160, "EVAL_BATCH_SIZE": 8,
     "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "IMAGE_SIZE": 96,
     "BASE_MODEL": "./assets/demo/instruct_pix2pix_tiny", "NUM_EPOCHS": 10, "BATCH_SIZE": 8,
     "GRADIENT_ACCUMULATION_STEPS": 1, "L1_WEIGHT": 0.0, "PSNR_WEIGHT": 0.1, "LEARNING_RATE": 1.5e-3,
@@ -118,6 +130,8 @@ def check(cfg):
         whole(least)(name, getattr(cfg, name))
     for name in ("LOCK_SIGMA", "LPIPS_WEIGHT"):
         not_negative(name, getattr(cfg, name))
+    if cfg.LABELED_RAIN_DIR:
+        require_size(cfg.DETECTOR_SIZE)
     if not cfg.LORA_TARGETS:
         raise config.UserError("LORA_TARGETS is empty: nothing would train")
     if cfg.LPIPS_WEIGHT and not cfg.LPIPS_WEIGHTS:
@@ -384,19 +398,48 @@ def write_refiner(model, cfg):
                           derainer=Path(cfg.DERAIN_MODEL_PATH).as_posix())
 
 
-def write_report(cfg, data, device, lpips_model):
-    """Score the best refiner on the test pairs; table, results.json, refined.png. -> rows, [] without test pairs."""
+def lower_blend(cfg, model, labelled, device):
+    """Lower the refiner's blend until the detector finds no less behind it than behind the de-rainer alone.
+
+    Args:
+        model: refiner, whose blend was chosen by image quality; labelled: of behind_derainer.labelled_rain.
+    """
+    both = refiners.RefinedDerainer(load_trained(cfg.DERAIN_MODEL_PATH, device, "DERAIN_MODEL_PATH"), model).eval()
+
+    def found(share):
+        model.blend = share
+        return behind_derainer.rows_behind({f"blend {share}": both}, *labelled, device, "row")[0]["mAP"]
+    chosen, alone = model.blend, found(0.0)
+    for share in (share for share in reversed(_BLENDS) if share <= chosen):
+        model.blend = share
+        if not share or (score := found(share)) >= alone:
+            break
+        processes.say(f"blend {share}: the detector's mAP is {score:.4f} on {len(labelled[1].dataset)} images, "
+                      f"{alone:.4f} behind the de-rainer alone: less is used")
+
+
+def best_refiner(cfg, labelled, device):
+    """-> the refiner of the best epoch, its blend lowered by a detector if that was asked for; every rank calls it."""
+    model = refiners.load_refiner(Path(cfg.OUTPUT_DIR) / "refiner", device, constant="OUTPUT_DIR")
+    if labelled and model.blend:
+        lower_blend(cfg, model, labelled, device)
+        if processes.is_main():
+            write_refiner(model, cfg)
+    return model
+
+
+def write_report(cfg, model, data, device, lpips_model):
+    """Score the best refiner on the test pairs: table, results.json, refined.png. -> rows, [] without test pairs."""
     folder = Path(cfg.OUTPUT_DIR)
     if not len(data["test"]):
         processes.say("note: there are no test pairs, so nothing is measured on images that chose nothing")
         return []
-    model = refiners.load_refiner(folder / "refiner", device, constant="OUTPUT_DIR")
     rows = test_rows(model, data["test"], device, lpips_model)
     columns = {"images": "test pairs", "count": "n", "psnr": "PSNR (RGB)", "ssim": "SSIM (RGB)", "psnr_y": "PSNR (Y)",
                "ssim_y": "SSIM (Y)"} | ({"lpips": "LPIPS"} if lpips_model is not None else {})
     print("\n" + report.table(rows, columns))
     print(f"gain: {rows[1]['psnr'] - rows[0]['psnr']:+.2f} dB with blend {model.blend}"
-          + (" (the refiner did not help on the validation pairs)" if not model.blend else ""))
+          + (" (none of the correction helps)" if not model.blend else ""))
     report.write_results(folder / "results.json", cfg.as_dict(), {"test": rows, "blend": model.blend})
     pair_sheet(model, data["test"], device, cfg.PICTURES).save(folder / "refined.png")
     print(f"refiner: {(folder / 'refiner').as_posix()}")
@@ -422,6 +465,8 @@ def main(**overrides):
     device = processes.announced_device()
     data = build_data(cfg, device)
     lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
+    labelled = (behind_derainer.labelled_rain(cfg, "DETECTOR_SIZE", device, "train", cfg.PERCENT_DATASET)
+                if cfg.LABELED_RAIN_DIR else None)
     engine.seed_everything(cfg.SEED)  # the folds' trainings have used it
     model = build_refiner(cfg, device)
     val_loader = loaders.validation_loader(data["val"], 1, cfg.DATALOADER_WORKERS)  # sizes differ
@@ -436,8 +481,10 @@ def main(**overrides):
                "LORA_ALPHA", "LORA_TARGETS", "DERAIN_MODEL_PATH", "FOLDS", "VAL_IMAGES", "VAL_LIMIT"),
         validated_on=data["val"].names,
         own_files=("refiner", "results.json", "refined.png"))
-    rows = write_report(cfg, data, device, lpips_model) if processes.is_main() and result["history"] else []
-    return result | {"test": rows}
+    if not result["history"]:
+        return result | {"test": []}
+    best = best_refiner(cfg, labelled, device)
+    return result | {"test": write_report(cfg, best, data, device, lpips_model) if processes.is_main() else []}
 
 
 if __name__ == "__main__":

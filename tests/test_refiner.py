@@ -314,6 +314,22 @@ def test_a_refiner_that_harms_gets_no_share():
         assert train.evaluate(model, [batch], "cpu")["val/blend"] == share == model.blend
 
 
+def test_blend_is_lowered_until_the_detector_finds_no_less(base, monkeypatch, capsys):
+    scores = {0.0: 0.5, 1.0: 0.3, 0.8: 0.45, 0.6: 0.49, 0.4: 0.5, 0.2: 0.6}
+    model = PixelRefiner(20000)
+    monkeypatch.setattr(train.behind_derainer, "rows_behind",
+                        lambda networks, *rest: [{"mAP": scores[next(iter(networks.values())).refiner.blend]}])
+    from utils import config
+    cfg = config.resolve(vars(train), base)
+    for chosen, lowered in ((1.0, 0.4), (0.4, 0.4), (0.2, 0.2)):
+        model.blend = chosen
+        train.lower_blend(cfg, model, (None, type("L", (), {"dataset": [0]})), "cpu")
+        assert model.blend == lowered
+    scores |= dict.fromkeys((0.2, 0.4), 0.1)
+    train.lower_blend(cfg, model, (None, type("L", (), {"dataset": [0]})), "cpu")
+    assert model.blend == 0.0 and "less is used" in capsys.readouterr().out
+
+
 def test_memory_of_a_step_is_known_before_anything_is_loaded(base, capsys):
     """The count on "meta" is that of real tensors, within the few that only a real optimizer needs."""
     from utils import config

@@ -13,7 +13,7 @@ Writes OUTPUT_DIR/refiner/ (the LoRA file for any diffusers user, refiner.safete
 refined.png (test pairs), last.pt, best.pt, metrics.json, curves.png, tb/, derained/ and folds/.
 """
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
@@ -21,7 +21,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 
 import train_unet_derain
-from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, visualize
+from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, transfer, visualize
 from utils.datasets import derained, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly
 from utils.demo.windshield import ensure_windshield_demo
@@ -111,6 +111,7 @@ DEMO = {
     "GAIN_LEARNING_RATE": 1e-2, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,
     "OUTPUT_DIR": "./demo/outputs_refiner",
 }
+_HEADINGS = ("de-rained", "refined", "clear")  # of refined.png
 _BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the correction that are tried on the validation pairs
 
 
@@ -206,9 +207,14 @@ def build_data(cfg, device):
     for note in notes:
         processes.say(f"note: {note}")
     content = load_content(cfg)
-    parts, digest = splits_of(cfg, found), derained.network_digest(cfg.DERAIN_MODEL_PATH)
-    separator = (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", "")
-    folder = cache_of(cfg) / "derained"
+
+    @cache  # several parts have the same one
+    def network(path):
+        derain = partial(restore, load_trained(path, device, "DERAIN_MODEL_PATH"), tile=cfg.TILE,
+                         overlap=min(128, cfg.TILE // 2))
+        return derain, derained.network_digest(path)
+    digest = network(cfg.DERAIN_MODEL_PATH)[1]
+    parts, separator = splits_of(cfg, found), (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", "")
     if cfg.FOLDS:
         sources = {"train": fold_networks(cfg, parts, content, digest), "val": [(cfg.DERAIN_MODEL_PATH, parts["val"])]}
         said = f"{len(parts['train'])} training pairs, each de-rained by a network that was not trained on it"
@@ -225,9 +231,8 @@ def build_data(cfg, device):
     for part, networks in sources.items():
         pairs = {}
         for path, names in networks:
-            derain = partial(restore, load_trained(path, device, "DERAIN_MODEL_PATH"), tile=cfg.TILE,
-                             overlap=min(128, cfg.TILE // 2))
-            pairs |= derained.derained_pairs(derain, found, names, folder / derained.network_digest(path))
+            derain, digest = network(path)
+            pairs |= derained.derained_pairs(derain, found, names, cache_of(cfg) / "derained" / digest)
         names = sorted(pairs) if part != "val" else evenly(sorted(pairs), cfg.VAL_IMAGES)
         data[part] = windshield_pairs.WindshieldPairs(
             pairs, names, presets.crops(cfg.IMAGE_SIZE, cfg.FLIP) if part == "train" else still, cfg.SEED)
@@ -237,14 +242,12 @@ def build_data(cfg, device):
 
 
 def load_content(cfg):
-    """-> content of DERAIN_MODEL_PATH; UserError where it is no file of train_unet_derain.py."""
+    """-> content of DERAIN_MODEL_PATH; UserError where it is not there."""
     if problem := system.absent(cfg.DERAIN_MODEL_PATH):
         demo = " --demo" if cfg.demo else ""
         raise config.UserError(f"DERAIN_MODEL_PATH = '{cfg.DERAIN_MODEL_PATH}' {problem}: train a de-rainer first, "
                                f"python train_unet_derain.py{demo}")
-    content = checkpoint.load(cfg.DERAIN_MODEL_PATH)
-    load_trained(cfg.DERAIN_MODEL_PATH, "cpu", "DERAIN_MODEL_PATH", content)
-    return content
+    return checkpoint.load(cfg.DERAIN_MODEL_PATH)
 
 
 # ---- refiner and loss ------------------------------------------------------------------------------------------
@@ -264,11 +267,6 @@ def outline(cfg):
     return diffusion_refiner(cfg, base, mode)
 
 
-def trained_parameters(model):
-    """-> number of a model's parameters that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def say_needs(cfg):
     """Sizes, memory and downloads of a run, in lines; nothing is loaded for them."""
     model = outline(cfg).train()
@@ -276,18 +274,15 @@ def say_needs(cfg):
 
     def step():
         (model(images, images) if cfg.MODE == "sample" else model(images).mean()).backward()
-    weights = sum(p.nbytes for p in model.parameters())
-    trained = trained_parameters(model)
-    activations = memory.peak_bytes(step)
+    trained, needs = freeze.count_parameters(model)[1], memory.training_gigabytes(model, step)
     counts = {name: sum(p.numel() for p in getattr(model, name).parameters() if not p.requires_grad)
               for name in ("unet", "vae")}
     size = f"{cfg.IMAGE_SIZE} x {cfg.IMAGE_SIZE}"
     processes.say(f"U-Net {counts['unet']:,} and autoencoder {counts['vae']:,} parameters; {trained:,} train "
                   f"({4 * trained / 1e6:.1f} MB)\n"
-                  f"memory of a step, BATCH_SIZE = {cfg.BATCH_SIZE} at {size}, {cfg.PRECISION}: weights "
-                  f"{weights / 1e9:.2f} GB, optimizer {8 * trained / 1e9:.2f} GB, activations and gradients "
-                  f"{activations / 1e9:.2f} GB, in all {(weights + 8 * trained + activations) / 1e9:.2f} GB, and what "
-                  "CUDA takes for itself")
+                  f"memory of a step, BATCH_SIZE = {cfg.BATCH_SIZE} at {size}, {cfg.PRECISION}: "
+                  f"{', '.join(f'{what} {size:.2f} GB' for what, size in needs.items())}, in all "
+                  f"{sum(needs.values()):.2f} GB, and what CUDA takes for itself")
     for line in diffusion_base.downloads(cfg.BASE_MODEL):
         processes.say(line)
 
@@ -295,7 +290,7 @@ def say_needs(cfg):
 def build_refiner(cfg, device):
     """The refiner, on the device."""
     if cfg.MODE == "pixel":
-        model = refiners.PixelRefiner(trained_parameters(outline(cfg)), cfg.LOCK_SIGMA)
+        model = refiners.PixelRefiner(freeze.count_parameters(outline(cfg))[1], cfg.LOCK_SIGMA)
     else:
         base = diffusion_base.load_base(cfg.BASE_MODEL, cfg.PROMPT, diffusion_base.DTYPES[cfg.PRECISION])
         model = diffusion_refiner(cfg, base, cfg.MODE)
@@ -315,11 +310,8 @@ def compute_losses(model, batch, weights, lpips_model=None):
     """Named losses of one batch: {"noise"}, or those of {"l1", "psnr_loss", "lpips"} that have a weight."""
     if "noise" in weights:
         return {"noise": model(batch["images"], batch["twins"])}
-    refined, found = model(batch["images"]), {}
-    if "l1" in weights:
-        found["l1"] = losses.pixel_l1(refined, batch["twins"])
-    if "psnr_loss" in weights:
-        found["psnr_loss"] = losses.psnr_loss(refined, batch["twins"])
+    refined = model(batch["images"])
+    found = train_unet_derain.losses_of(refined, batch["twins"], [name for name in weights if name != "lpips"])
     if "lpips" in weights:
         with losses.float32(refined.device.type):
             found["lpips"] = lpips_model(refined.float(), batch["twins"], normalize=True).mean()
@@ -339,10 +331,10 @@ def evaluate(model, loader, device, lpips_model=None):
     for batch in loader:
         batch = datasets.to_device(batch, device)
         correction = model.correction(batch["images"])
-        scores = [image_quality.full_quality((batch["images"] + share * correction).clamp(0, 1), batch["twins"],
-                                             lpips_model) for share in _BLENDS]
-        found += [{f"{share}/{name}": values[i].item() for share, quality in zip(_BLENDS, scores, strict=True)
-                   for name, values in quality.items()} for i in range(len(correction))]
+        scores = {share: image_quality.full_quality((batch["images"] + share * correction).clamp(0, 1), batch["twins"],
+                                                    lpips_model) for share in _BLENDS}
+        found += transfer.rows({f"{share}/{name}": values for share, quality in scores.items()
+                                for name, values in quality.items()})
     means = processes.mean_over_ranks(found)
 
     def loses(share):
@@ -361,35 +353,17 @@ def test_rows(model, data, device, lpips_model):
         for i in range(len(data)):
             batch = datasets.to_device(datasets.collate([data[i]]), device)
             for row, images in (("de-rained", batch["images"]), ("refined", model(batch["images"]))):
-                quality = image_quality.full_quality(images, batch["twins"], lpips_model)
-                found[row].append({name: value.item() for name, value in quality.items()})
-    rows = []
-    for row, scores in found.items():
-        values = {}
-        for name in scores[0]:
-            low, high = image_quality.bootstrap_interval([score[name] for score in scores])
-            values |= {name: sum(score[name] for score in scores) / len(scores), f"{name}_low": low,
-                       f"{name}_high": high}
-        rows.append({"images": row, "count": len(scores)} | values)
-    return rows
+                found[row] += transfer.rows(image_quality.full_quality(images, batch["twins"], lpips_model))
+    return [{"images": row, "count": len(scores)} | image_quality.means_and_intervals(
+        {name: [score[name] for score in scores] for name in scores[0]}) for row, scores in found.items()]
 
 
 # ---- pictures and report ---------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def pair_sheet(model, data, device, count):
-    """-> PIL page of de-rained | refined | clear, evenly chosen pairs."""
-    rows = []
-    for sample in evenly(data, count):
-        batch = datasets.to_device(datasets.collate([sample]), device)
-        images = (batch["images"], model(batch["images"]), batch["twins"])
-        rows.append([visualize.to_pil(one[0]) for one in images])
-    return visualize.grid(rows, ["de-rained", "refined", "clear"])
-
-
 def sample_images(model, data, device):
     """-> {tag: picture} for TensorBoard."""
-    return {"de-rained, refined, clear": visualize.as_tensor(pair_sheet(model, data, device, 3))}
+    page = train_unet_derain.pair_sheet(model, data, device, 3, _HEADINGS)
+    return {", ".join(_HEADINGS): visualize.as_tensor(page)}
 
 
 def write_refiner(model, cfg):
@@ -441,7 +415,7 @@ def write_report(cfg, model, data, device, lpips_model):
     print(f"gain: {rows[1]['psnr'] - rows[0]['psnr']:+.2f} dB with blend {model.blend}"
           + (" (none of the correction helps)" if not model.blend else ""))
     report.write_results(folder / "results.json", cfg.as_dict(), {"test": rows, "blend": model.blend})
-    pair_sheet(model, data["test"], device, cfg.PICTURES).save(folder / "refined.png")
+    train_unet_derain.pair_sheet(model, data["test"], device, cfg.PICTURES, _HEADINGS, folder / "refined.png")
     print(f"refiner: {(folder / 'refiner').as_posix()}")
     return rows
 
@@ -460,7 +434,7 @@ def main(**overrides):
         return None
     if cfg.demo:
         ensure_windshield_demo()
-    run_state.require_free(Path(cfg.OUTPUT_DIR), plan, "val/psnr")
+    last = run_state.require_free(Path(cfg.OUTPUT_DIR), plan, "val/psnr")
     engine.seed_everything(cfg.SEED)
     device = processes.announced_device()
     data = build_data(cfg, device)
@@ -476,7 +450,7 @@ def main(**overrides):
         parameters=parameter_groups(cfg, model), evaluate=partial(evaluate, loader=val_loader, device=device,
                                                                   lpips_model=lpips_model),
         score="val/psnr", sample_images=partial(sample_images, data=data["val"], device=device),
-        on_best=partial(write_refiner, cfg=cfg), constants=cfg.as_dict(),
+        on_best=partial(write_refiner, cfg=cfg), constants=cfg.as_dict(), last=last,
         fixed=("MODE", "BASE_MODEL", "PROMPT", "TIME", "STRENGTH", "STEPS", "SKIPS", "LOCK_SIGMA", "LORA_RANK",
                "LORA_ALPHA", "LORA_TARGETS", "DERAIN_MODEL_PATH", "FOLDS", "VAL_IMAGES", "VAL_LIMIT"),
         validated_on=data["val"].names,

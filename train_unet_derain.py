@@ -308,7 +308,7 @@ def build_perceptual(cfg, device):
 
 
 def losses_of(restored, targets, weights, perceptual=None):
-    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: those of `weights`."""
+    """Named losses of restored images, (B, 3, H, W) in [0, 1] as the targets are: those that `weights` names."""
     terms = {"l1": losses.pixel_l1, "perceptual": perceptual, "ssim_loss": losses.ssim_loss,
              "charbonnier": losses.charbonnier, "psnr_loss": losses.psnr_loss, "fft": losses.fft_l1}
     return {name: terms[name](restored, targets) for name in weights}
@@ -377,8 +377,8 @@ def is_overfitting(history, window=_OVERFITTING_WINDOW):
 # ---- pictures --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def pair_sheet(model, dataset, device, count=4):
-    """-> PIL page of rainy | derained | ground truth, evenly chosen pairs."""
+def pair_sheet(model, dataset, device, count=4, headings=("rainy", "derained", "ground truth"), path=None):
+    """-> PIL page of image | the network's | truth, evenly chosen pairs; also written to `path` where one is given."""
     rows = []
     for sample in evenly(dataset, count):
         batch = datasets.to_device(datasets.collate([sample]), device)
@@ -386,7 +386,7 @@ def pair_sheet(model, dataset, device, count=4):
         scale = max(1, round(_SMALL / cells[0].width))  # small images are enlarged
         rows.append([cell.resize((cell.width * scale, cell.height * scale), Image.Resampling.BICUBIC)
                      for cell in cells])
-    return visualize.grid(rows, ["rainy", "derained", "ground truth"])
+    return visualize.grid(rows, headings, path)
 
 
 def sample_images(model, dataset, device):

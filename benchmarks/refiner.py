@@ -13,7 +13,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch import nn
 
-from utils import config, processes, report
+from utils import config, freeze, processes, report
 from utils.evaluation import latency, memory
 from utils.networks import diffusion_base
 from utils.networks.refiner import DiffusionRefiner, PixelRefiner
@@ -55,9 +55,7 @@ def training_gigabytes(cfg, size, mode, checkpointing):
 
     def step():
         (model(images, images) if mode == "sample" else model(images).mean()).backward()
-    own = sum(p.nbytes for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return (own + 8 * trained + memory.peak_bytes(step)) / 1e9
+    return sum(memory.training_gigabytes(model, step).values())
 
 
 def main(**overrides):
@@ -67,8 +65,7 @@ def main(**overrides):
     device, rows = processes.announced_device(), []
     one = build(cfg, device).eval()
     models = {name: InMode(one, **settings) for name, settings in _MODES.items()}
-    trained = sum(p.numel() for p in one.parameters() if p.requires_grad)
-    models["pixel"] = PixelRefiner(trained).to(device).eval()
+    models["pixel"] = PixelRefiner(freeze.count_parameters(one)[1]).to(device).eval()
     for size in cfg.SIZES:
         images = torch.rand(1, 3, size, size, device=device)
         times = latency.latencies(models, images, warmup=1, repeats=cfg.REPEATS)

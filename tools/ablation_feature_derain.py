@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 import Training_FeatureDerain as Training
-from tools.ablation_spdnet_adaptation import demo_constants, once, score, spread
+from tools.ablation_spdnet_adaptation import demo_constants, once, place_of, require_known, score, spread
 from utils import config, report
 from utils.demo.coco import ensure_demo
 
@@ -61,16 +61,14 @@ def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(_ROOT)
-    unknown = set(cfg.VARIANTS) - _VARIANTS.keys()
-    if unknown:
-        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
+    require_known(cfg.VARIANTS, _VARIANTS)
     ensure_demo()
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     runs = []
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
-            place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
+            place = place_of(folder, variant, seed)
             settings = demo_constants(Training) | _VARIANTS[variant][1] | {
                 "share of phase 1": _VARIANTS[variant][0], "EPOCHS": cfg.EPOCHS, "PERCENT_DATASET": cfg.PERCENT_DATASET}
             runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))

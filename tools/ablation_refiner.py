@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import train_diffusion_refiner as Training
-from tools.ablation_spdnet_adaptation import once, spread
+from tools.ablation_spdnet_adaptation import cpu_seconds, once, place_of, require_known, spread
 from utils import config, processes, report
 from utils.demo.coco import ensure_demo
 from utils.evaluation import behind_derainer
@@ -48,18 +48,17 @@ _VARIANTS = {
 }
 
 
-def seconds_per_batch(cfg, device, steps=4):
+def seconds_per_batch(cfg, device):
     """-> seconds of CPU time of one training step."""
     model = Training.build_refiner(cfg, device).train()
     weights = Training.build_plan(cfg).loss_weights
     shape = (cfg.BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE)
     batch = {"images": torch.rand(shape, device=device), "twins": torch.rand(shape, device=device)}
-    for step in range(1 + steps):
-        if step == 1:
-            begin = time.process_time()
+
+    def step():
         losses = Training.compute_losses(model, batch, weights)
         sum(weights[name] * value for name, value in losses.items()).backward()
-    return (time.process_time() - begin) / steps
+    return cpu_seconds(step)
 
 
 def run(variant, seed, folder, cfg, device):
@@ -96,13 +95,12 @@ def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(_ROOT)
-    if unknown := set(cfg.VARIANTS) - _VARIANTS.keys():
-        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
+    require_known(cfg.VARIANTS, _VARIANTS)
     device, folder, runs = processes.announced_device(), Path(cfg.OUTPUT_DIR), []
     ensure_demo()
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
-            place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
+            place = place_of(folder, variant, seed)
             settings = _VARIANTS[variant] | {"BUDGET": cfg.BUDGET, "FOLDS": cfg.FOLDS}
             runs.append(once(place / "scores.json", settings,
                              lambda v=variant, s=seed, p=place: run(v, s, p, cfg, device)))

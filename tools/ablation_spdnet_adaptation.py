@@ -9,6 +9,7 @@ clean images as well. Finished runs are kept in OUTPUT_DIR and not repeated; the
 import json
 import os
 import statistics
+import time
 from pathlib import Path
 
 import Eval_SPDNet_Adaptation as Eval
@@ -69,6 +70,26 @@ def once(path, settings, make):
         raise config.UserError(f"{path.as_posix()} comes from other settings ({found.get('settings')}, now "
                                f"{settings}): choose another OUTPUT_DIR or delete the file")
     return found["scores"]
+
+
+def require_known(chosen, variants):
+    """UserError where VARIANTS names what is not there."""
+    if unknown := set(chosen) - variants.keys():
+        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(variants)})")
+
+
+def place_of(folder, variant, seed):
+    """-> Path of a run's folder."""
+    return folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
+
+
+def cpu_seconds(step, repeats=4, warmup=2):
+    """-> seconds of CPU time of one call of `step()`, averaged over `repeats` after `warmup` others."""
+    for call in range(warmup + repeats):
+        if call == warmup:
+            begin = time.process_time()
+        step()
+    return (time.process_time() - begin) / repeats
 
 
 def demo_constants(script):

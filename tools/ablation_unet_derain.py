@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import train_unet_derain as Training
-from tools.ablation_spdnet_adaptation import once, spread
+from tools.ablation_spdnet_adaptation import cpu_seconds, once, place_of, require_known, spread
 from utils import config, datasets, processes, report
 from utils.datasets import windshield_pairs
 from utils.evaluation import image_quality
@@ -69,7 +69,7 @@ _VARIANTS = {
 }
 
 
-def seconds_per_pair(settings, device, steps=4):
+def seconds_per_pair(settings, device):
     """-> seconds of CPU time that a pair costs in training, averaged over the crop sizes."""
     cfg = config.resolve(vars(Training), settings)
     model = Training.build_model(cfg, device).train()
@@ -79,14 +79,13 @@ def seconds_per_pair(settings, device, steps=4):
     for side in cfg.CROP_SIZES or (cfg.IMAGE_SIZE,):
         shape = (cfg.BATCH_SIZE, 3, side, side)
         batch = {"images": torch.rand(shape, device=device), "twins": torch.rand(shape, device=device)}
-        for step in range(2 + steps):
-            if step == 2:
-                begin = time.process_time()
+
+        def step(batch=batch):
             losses = Training.compute_losses(model, batch, weights)
             sum(weights[name] * value for name, value in losses.items()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        spent.append((time.process_time() - begin) / steps / cfg.BATCH_SIZE)
+        spent.append(cpu_seconds(step) / cfg.BATCH_SIZE)
     return float(np.mean(spent))
 
 
@@ -129,13 +128,12 @@ def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
     os.chdir(_ROOT)
-    if unknown := set(cfg.VARIANTS) - _VARIANTS.keys():
-        raise config.UserError(f"VARIANTS: {', '.join(sorted(unknown))} is not in _VARIANTS ({', '.join(_VARIANTS)})")
+    require_known(cfg.VARIANTS, _VARIANTS)
     device, folder = processes.announced_device(), Path(cfg.OUTPUT_DIR)
     runs = []
     for seed in cfg.SEEDS:
         for variant in cfg.VARIANTS:
-            place = folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
+            place = place_of(folder, variant, seed)
             settings = _VARIANTS[variant] | {name: getattr(cfg, name) for name in (
                 "CLEAR_DIR", "RAINY_DIR", "TRAIN_PAIRS", "VAL_PAIRS", "BUDGET")}
             runs.append(once(place / "scores.json", settings,

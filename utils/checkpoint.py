@@ -146,6 +146,18 @@ def torchvision_state(weights, published, constant, alternative):
                         f"{published.url} yourself and set {constant} to the file, or {alternative}.") from error
 
 
+def is_local(name):
+    """-> whether a model's name is a folder and no hub id ("owner/name")."""
+    return (Path(name).exists() or name.startswith((".", "/", "~")) or "/" not in name
+            or os.sep in name.replace("/", "", 1))
+
+
+def unpickled(error):
+    """-> whether a library's error is about weights that only running foreign code would read; its own words would
+    advise that."""
+    return "weights_only" in str(error) or "pickl" in f"{type(error).__name__} {error}".lower()
+
+
 def require_weights(weights, constant):
     """CheckpointError, which names `constant`, where its local file of torchvision's weights is not there."""
     if problem := system.absent(weights):

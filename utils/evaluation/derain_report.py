@@ -40,12 +40,8 @@ def rows_of(name, scores, models_of, absent):
     """-> [{"set", "method", "count", metric: mean, metric_low, metric_high, "published"}, ...] of one test set."""
     rows = []
     for row, metrics in scores.items():
-        values = {}
-        for metric, found in metrics.items():
-            low, high = image_quality.bootstrap_interval(found)
-            values |= {metric: float(np.mean(found)), f"{metric}_low": low, f"{metric}_high": high}
-        rows.append({"set": name, "method": row, "count": len(next(iter(metrics.values())))} | values
-                    | {"published": published(models_of.get(row), name)})
+        rows.append({"set": name, "method": row, "count": len(next(iter(metrics.values())))}
+                    | image_quality.means_and_intervals(metrics) | {"published": published(models_of.get(row), name)})
     return rows + [{"set": name, "method": row, "count": 0, "published": f"absent: {why}"} for row, why in
                    absent.items()]
 

@@ -70,6 +70,15 @@ def bootstrap_interval(values, level=0.95, resamples=2000, seed=0):
     return float(low), float(high)
 
 
+def means_and_intervals(scores):
+    """{metric: [value per image]} -> {metric: mean, metric_low, metric_high: `bootstrap_interval`}."""
+    values = {}
+    for metric, found in scores.items():
+        low, high = bootstrap_interval(found)
+        values |= {metric: float(np.mean(found)), f"{metric}_low": low, f"{metric}_high": high}
+    return values
+
+
 def full_quality(images, targets, lpips_model=None):
     """`image_quality`, the mean squared error on RGB in [0, 1], and LPIPS where its network is given.
 

@@ -56,6 +56,19 @@ def peak_gigabytes(model, images):
     return (own + peak_bytes(lambda: model(images))) / 1e9
 
 
+def training_gigabytes(model, step):
+    """-> {"weights", "optimizer", "activations and gradients": GB} of a training step with Adam; on "meta" nothing is
+    made.
+
+    Args:
+        model: its float32 parameters that train have two numbers each in the optimizer; step: () -> None, forward and
+            backward pass.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"weights": sum(p.nbytes for p in model.parameters()) / 1e9, "optimizer": 8 * trained / 1e9,
+            "activations and gradients": peak_bytes(step) / 1e9}
+
+
 def peak_bytes(work):
     """-> bytes of the tensors that `work()` makes, most at any moment; tensors on "meta" count as if they were there,
     so that the memory of a training step is known before the network is."""

@@ -4,7 +4,6 @@ diffusers and peft are optional (requirements-diffusion.txt): they are imported 
 every other script works without.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from utils import system
+from utils import checkpoint, system
 from utils.config import UserError
 
 disable_progress_bar()  # transformers draws bars in block characters, even for a file of a megabyte
@@ -55,19 +54,13 @@ def diffusers_and_peft():
     return diffusers, peft
 
 
-def is_local(name):
-    """-> whether a base is a folder and no hub id ("owner/name")."""
-    return (Path(name).exists() or name.startswith((".", "/", "~")) or "/" not in name
-            or os.sep in name.replace("/", "", 1))
-
-
 def settings_of(name, constant="BASE_MODEL"):
     """-> (config of the U-Net, config of the autoencoder), from a local folder or, for a hub id, what is built in.
 
     Raises:
         UserError: no pipeline, half of one, or one for another task; names `constant`.
     """
-    if not is_local(name):
+    if not checkpoint.is_local(name):
         return UNET, VAE
     root = Path(name)
     if problem := system.absent(name, folder=True):
@@ -114,7 +107,7 @@ def load_base(name, prompt, dtype=torch.float32, constant="BASE_MODEL"):
     diffusers, _ = diffusers_and_peft()
     settings_of(name, constant)  # finds what is wrong with a local folder
     from transformers import CLIPTextModel, CLIPTokenizer
-    options = {"local_files_only": is_local(name)}
+    options = {"local_files_only": checkpoint.is_local(name)}
     try:
         unet = diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=dtype, **options)
         require_conditioned(unet.config.in_channels, f"{constant} = '{name}'")
@@ -135,7 +128,7 @@ def load_base(name, prompt, dtype=torch.float32, constant="BASE_MODEL"):
 def _reason(error):
     """-> why a base could not be loaded, and what to do, in words."""
     text = str(error).strip()
-    if "weights_only" in text or "pickle" in text.lower() or "Unpickling" in type(error).__name__:
+    if checkpoint.unpickled(error):
         return "its weights are damaged, or hold other things than tensors; .safetensors is the safe form"
     first = text.splitlines()[0][:200] if text else type(error).__name__
     return (f"{first}. Where the hub is out of reach, run 'hf download {PUBLISHED} --local-dir instruct-pix2pix' on a "
@@ -152,7 +145,7 @@ def encode(prompt, tokenizer, text_encoder):
 
 def downloads(name):
     """-> lines about what a base would fetch."""
-    if is_local(name):
+    if checkpoint.is_local(name):
         return [f"{name}: a local folder, nothing is downloaded"]
     files = ", ".join(f"{part} {size:.2f} GB" for part, size in PUBLISHED_GIGABYTES.items())
     return [f"{name}: downloaded once into the Hugging Face cache ({files} for {PUBLISHED}, with scheduler and "

@@ -361,12 +361,9 @@ def load_refiner(folder, device="cpu", dtype=torch.float32, constant="REFINER_DI
 class RefinedDerainer(nn.Module):
     """A de-rainer and a refiner behind it: rainy (B, 3, H, W) in [0, 1] -> refined, the same."""
 
-    image_size = None
-
     def __init__(self, derainer, refiner):
         super().__init__()
         self.derainer, self.refiner = derainer, refiner
-        self.model_args = {"arch": "refiner"}
 
     def forward(self, images):
         """De-rain, then refine."""

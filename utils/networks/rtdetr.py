@@ -6,7 +6,6 @@ no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import RTDetrConfig, RTDetrResNetConfig
 from transformers.utils.logging import disable_progress_bar
 
-from utils import system
+from utils import checkpoint, system
 from utils.config import UserError
 from utils.networks.rtdetr_loss import rtdetr_loss
 
@@ -101,8 +100,7 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     Raises:
         UserError: not there, hub unreachable, not an RT-DETR, another number of classes.
     """
-    looks_local = (Path(name).exists() or name.startswith((".", "/", "~")) or "/" not in name  # hub ids: owner/name
-                   or os.sep in name.replace("/", "", 1))
+    looks_local = checkpoint.is_local(name)
     if looks_local and not (Path(name) / "config.json").is_file():
         problem = system.absent(name, folder=True) or "has no config.json in it"
         raise UserError(f"{constant} = '{name}' {problem}. Give a folder that save_pretrained wrote, or a Hugging Face "
@@ -113,16 +111,16 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     loudness = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # an unreachable hub is reported below, once, and not at each of its retries
     try:
-        settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=bool(looks_local))
+        settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=looks_local)
         _require_rtdetr(settings, f"{constant} = '{name}'")
         # float32: transformers keeps a checkpoint's own dtype otherwise
         detector, report = transformers.RTDetrForObjectDetection.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, local_files_only=bool(looks_local), **changes)
+            name, dtype=torch.float32, output_loading_info=True, local_files_only=looks_local, **changes)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # huggingface_hub and httpx raise many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "pickle" in str(error).lower():  # the advice would be to run foreign code
+        if checkpoint.unpickled(error):
             reason = "its weights are damaged, or hold other things than tensors; model.safetensors is the safe form"
         if isinstance(error, (AttributeError, TypeError)):  # transformers has not expected that
             reason = "its config.json is not that of a model"

@@ -80,7 +80,7 @@ LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a 
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 30                         # the plan's 20 to 50
-BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.4 GB in float32
+BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.9 GB in float32
 GRADIENT_ACCUMULATION_STEPS = 8         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # of LoRA and SKIPS, and of the network of mode "pixel"
 GAIN_LEARNING_RATE = 1e-3               # one_step: of the gain, four numbers that start at zero

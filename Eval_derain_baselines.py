@@ -22,12 +22,12 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import config, processes, report, system, transfer
+from utils import config, memory, processes, report, system, transfer
 from utils.datasets import derain_sets, image_check, windshield_pairs
 from utils.datasets.samples import evenly, images_below, images_by_name, read_image
 from utils.demo.coco import ensure_demo
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import behind_derainer, derain_report, image_quality, latency, memory, study
+from utils.evaluation import behind_derainer, derain_report, image_quality, latency, study
 from utils.images import to_floats
 from utils.networks import derainers
 from utils.networks.rtdetr import require_size

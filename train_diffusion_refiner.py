@@ -21,11 +21,11 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 
 import train_unet_derain
-from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, transfer, visualize
+from utils import checkpoint, config, datasets, freeze, losses, memory, processes, report, system, transfer, visualize
 from utils.datasets import derained, loaders, presets, windshield_pairs
 from utils.datasets.samples import evenly
 from utils.demo.windshield import ensure_windshield_demo
-from utils.evaluation import behind_derainer, image_quality, memory
+from utils.evaluation import behind_derainer, image_quality
 from utils.networks import diffusion_base
 from utils.networks import refiner as refiners
 from utils.networks.derainers import load_trained

@@ -4,7 +4,7 @@
     python -m benchmarks.refiner --demo          # the tiny base
 
 A call refines one image (batch 1, median of REPEATS after one warm-up, all modes in turns). Memory: the weights and the
-tensors of a call, and of a training step with and without GRADIENT_CHECKPOINTING, as utils/evaluation/memory.py counts
+tensors of a call, and of a training step with and without GRADIENT_CHECKPOINTING, as utils/memory.py counts
 (on "meta" for training steps, so that they need no memory).
 """
 
@@ -13,8 +13,8 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch import nn
 
-from utils import config, freeze, processes, report
-from utils.evaluation import latency, memory
+from utils import config, freeze, memory, processes, report
+from utils.evaluation import latency
 from utils.networks import diffusion_base
 from utils.networks.refiner import DiffusionRefiner, PixelRefiner
 

@@ -44,9 +44,9 @@ def outcome(work, name, device, where="", **constants):
             the step's name unless given; constants: {constant: value} on top of the step's.
     Returns:
         {"history": [{name: number}, ...] of a training, "seconds" of the processor; on the GPU also "waits" and
-        "launches" of
-        the second optimizer step, "validation": waits of an epoch's validation, "whole": waits of the run,
-        "table": what the step (the run, of other scripts) waited for, "validation_table": the same of the validation}
+        "launches" of the second optimizer step, "validation": waits of an epoch's validation, "whole": waits of the
+        run, "table": what the step (the run, of other scripts) waited for, "validation_table": the same of the
+        validation; on the CPU "training_bytes" and "validation_bytes" of tensors, most at any moment}
     """
     step = STEPS[name]
     known = golden.demo_of(step.script)[1]
@@ -80,6 +80,10 @@ def on_device(device):
         yield None
         return
     import pretend_cuda  # here: it leaves traces in the process
+
+    from utils.training import needs
+    # tensors without content cannot pose as the pretend GPU's; what counts them has tests of its own
+    needs.of_training = lambda *given: needs.Needs(0.1, 0.1, 0.1, 40.0, 2)
     with pretend_cuda.on(str(ROOT), own_stream=False) as audit:
         yield audit
 
@@ -99,7 +103,29 @@ class Counted:
     def __init__(self, audit):
         self.audit, self.marks, self.validation = audit, [], Counter()
         if audit is None:
-            return
+            self.bytes = {}
+            self._count_bytes()
+        else:
+            self._count_waits(audit)
+
+    def _count_bytes(self):
+        from utils import memory
+        from utils.training import engine
+        plain = engine.train_one_epoch, engine.finish_epoch
+
+        def peak(name, work):
+            found = []
+            peak = memory.peak_bytes(lambda: found.append(work()))
+            self.bytes[f"{name}_bytes"] = max(peak, self.bytes.get(f"{name}_bytes", 0))
+            return found[0]
+
+        def finish_epoch(run, record, evaluate, *rest):
+            counted = evaluate and (lambda model: peak("validation", lambda: evaluate(model)))
+            return plain[1](run, record, counted, *rest)
+        engine.train_one_epoch = lambda *given: peak("training", lambda: plain[0](*given))
+        engine.finish_epoch = finish_epoch
+
+    def _count_waits(self, audit):
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         from utils.training import engine
@@ -117,7 +143,7 @@ class Counted:
 
     def report(self):
         if self.audit is None:
-            return {}
+            return self.bytes
         waits, launches = self.audit.counts()
         found = {"whole": waits.total(), "validation": self.validation.total(), "table": table(waits)}
         if len(self.marks) > 1:

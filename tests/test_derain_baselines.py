@@ -12,9 +12,10 @@ from test_unet import picture, trained
 
 import Eval_derain_baselines as script
 import make_rain
+from utils import memory
 from utils.config import UserError
 from utils.datasets import derain_sets
-from utils.evaluation import derain_report, image_quality, memory
+from utils.evaluation import derain_report, image_quality
 from utils.networks.derainers import NETWORKS
 
 

@@ -53,10 +53,14 @@ def trained(work):
 def test_a_training_equals_the_cpu_and_keeps_to_its_budget(work, trained, name):
     found, (waits, launches, validation) = trained(name), BUDGET[name]
     assert "device: Pretend GPU" in found["printed"] or "cuda (Pretend GPU)" in found["printed"]
+    assert "BATCH_SIZE = 1 fits" in found["printed"] or "--batch 1 fits" in found["printed"]
+    assert "40.3 GB were estimated" in found["printed"]
     assert found["waits"] <= waits, found["table"]
     assert found["validation"] <= validation, found["validation_table"]
     assert launches / 2 < found["launches"] <= GROWTH * launches
-    expected = outcome(work, name, "cpu", where=f"{name}_cpu", **FULL.get(name, {}))["history"]
+    on_cpu = outcome(work, name, "cpu", where=f"{name}_cpu", **FULL.get(name, {}))
+    assert on_cpu["validation_bytes"] <= on_cpu["training_bytes"]
+    expected = on_cpu["history"]
     assert len(expected) == len(found["history"]) > 0
     for record, own in zip(expected, found["history"], strict=True):
         assert record.keys() == own.keys()

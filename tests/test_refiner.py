@@ -21,10 +21,9 @@ import Eval_derain_baselines
 import Eval_unet_derain
 import train_diffusion_refiner as train
 import train_unet_derain
-from utils import checkpoint, freeze
+from utils import checkpoint, freeze, memory
 from utils.config import UserError
 from utils.datasets import derained, windshield_pairs
-from utils.evaluation import memory
 from utils.networks import derainers, diffusion_base, refiner
 from utils.networks.refiner import ATTENTION, DiffusionRefiner, PixelRefiner
 

@@ -458,7 +458,14 @@ class Collate:
         return self.scales[int.from_bytes(digest, "big") % len(self.scales)]
 
     def __call__(self, samples):
-        size = (self.size_of([sample["key"] for sample in samples]),) * 2
+        return self._batch(samples, self.size_of([sample["key"] for sample in samples]))
+
+    def at_largest(self, samples):
+        """-> the batch at the largest size that batches get."""
+        return self._batch(samples, max(self.scales, default=self.resolution))
+
+    def _batch(self, samples, side):
+        size = (side, side)
         batch = datasets.collate([sample | {"image": stretched_image(sample["image"], size)} for sample in samples])
         for label, sample in zip(batch["labels"], samples, strict=True):
             if "masks" in sample:

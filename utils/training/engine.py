@@ -17,11 +17,9 @@ from tqdm import tqdm
 
 from utils import datasets, processes, system, transfer
 from utils.config import UserError
-from utils.training import run_folder
+from utils.training import needs, run_folder
 from utils.training.plan import usable_seed
 from utils.training.run_state import Run
-
-_AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
 
 
 def seed_everything(seed):
@@ -74,6 +72,8 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
               own_files, fixed, validated_on, written_before)
     say_notes(run)
+    if run.main and run.accelerator.device.type == "cuda":
+        run.needs = needs.said_before(model, loader, compute_losses, plan, parameters, optimizer)
     with run_folder.claimed(run.folder):
         run.prepare(last)
         try:
@@ -153,7 +153,7 @@ def train_one_epoch(run, compute_losses):
         last_of_group = run.batch + 1 == first + group
 
         with nullcontext() if last_of_group else accelerator.no_sync(model):
-            with torch.autocast(accelerator.device.type, _AUTOCAST[plan.precision], enabled=low_precision):
+            with torch.autocast(accelerator.device.type, needs.AUTOCAST[plan.precision], enabled=low_precision):
                 losses = compute_losses(model, batch)
             total = sum(weight * losses[name].float() for name, weight in plan.loss_weights.items())
             clock.lap("forward")

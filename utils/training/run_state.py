@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import checkpoint, freeze, processes, report, system, visualize
 from utils.config import UserError
-from utils.training import run_folder
+from utils.training import needs, run_folder
 from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
 from utils.training.schedule import plateau_factor, schedule_factor
@@ -46,6 +46,7 @@ class Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.batch = self.step = self.bad_epochs = self.best_epoch = 0
         self.best_score, self.history, self.sums = None, [], {}
+        self.needs, self.steps_done = None, 0  # of needs.said_before; optimizer steps of this process
         self.clock, self.curve = Clock(self.accelerator.device), StepCurve()
         self.drawn_epochs, self.drawn_at = 0, time.monotonic()
         self.seed = torch.initial_seed() % 2**24  # of the ranks' own randomness, see train_one_epoch
@@ -222,6 +223,9 @@ class Run:
         self.curve.end_step(self.step)
         if not self.main:
             return
+        self.steps_done += 1
+        if self.needs and self.steps_done == 2:  # the first one had no state of the optimizer yet
+            needs.said_after(self.needs, self.accelerator.device)
         shown = {name: f"{value:.3g}" for name, value in self.latest.items()} | {"lr": f"{rate:.1e}"}
         if self.accelerator.device.type == "cuda":
             shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"

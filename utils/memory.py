@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Within, counts the bytes of the tensors that operations make and that are still in use; `peak` is the most."""
 
     def __init__(self):
@@ -19,10 +19,10 @@ class _LiveTensors(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self.count(tensor.untyped_storage())
         return found
 
-    def _count(self, storage):
+    def count(self, storage):
         key, size = storage._cdata, storage.nbytes()  # views share what they look at, it is counted once
         if key in self.known:
             return
@@ -72,6 +72,6 @@ def training_gigabytes(model, step):
 def peak_bytes(work):
     """-> bytes of the tensors that `work()` makes, most at any moment; tensors on "meta" count as if they were there,
     so that the memory of a training step is known before the network is."""
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         work()
     return live.peak

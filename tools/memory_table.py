@@ -1,0 +1,178 @@
+"""What fits on a GPU of 8, 12 or 16 GB: the memory of every training, counted without a GPU.
+
+    python -m tools.memory_table
+
+Every script runs up to its training loop, with the guides' settings, networks of the published sizes with random
+weights, and a few drawn scenes at the guides' image sizes. utils/training/needs.py then counts the tensors of one step.
+Prints the Markdown table of docs/gpu.md. Needs PyTorch's CUDA build (on Linux PyPI's), but no GPU.
+"""
+
+import contextlib
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import utils.threads  # noqa: F401 (before torch)
+
+import torch
+from PIL import Image
+
+import rfdetr.main
+from rfdetr.config import COCO_ROWS
+from tools import golden
+from utils import checkpoint, config
+from utils.networks.rain_detector import RainDetector, save_rain_detector
+from utils.networks.rtdetr import new_rtdetr
+from utils.networks.spdnet import SPDNet
+from utils.training import engine, needs
+
+ONLY = ()                               # scripts, () for all
+GPUS = (8, 12, 16)                      # GB of the GPUs in the table
+
+DEMO = {"ONLY": ("train_unet_derain", "Training_RainDetector")}
+_SCENES = 4, 2                          # training and validation scenes
+_BF16, _KEPT = {"PRECISION": "bf16"}, {"ACTIVATION_CHECKPOINTING": False}
+_PHASE2 = {"PHASE1_EPOCHS": 0}
+_ROWS = (  # script, constants that differ from its own
+    ("Training_SPDNet_Adaptation", {}), ("Training_SPDNet_Adaptation", _BF16),
+    ("Training_SPDNet_Adaptation", _KEPT), ("Training_SPDNet_Adaptation", _BF16 | _KEPT),
+    ("Training_SPDNet", {}), ("Training_RTDETR", {}), ("Training_RTDETR", _BF16), ("Training_RainDetector", {}),
+    ("Training_Conditional", {}), ("Training_Conditional", _BF16),
+    ("Training_FeatureDerain", {}), ("Training_FeatureDerain", _BF16),
+    ("Training_FeatureDerain", _PHASE2), ("Training_FeatureDerain", _PHASE2 | _BF16),
+    ("train_unet_derain", {}), ("train_unet_derain", {"CROP_SIZES": ()}),
+    ("train_unet_derain", {"CROP_SIZES": (), "IMAGE_SIZE": 512}), ("train_unet_derain", {"ARCH": "nafnet"}),
+    *(("train_detector_stage1", {"SIZE": size}) for size in ("nano", "small", "medium")),
+    ("train_seg_stage2", {}), ("train_seg_stage2", {"CACHE_FEATURES": True}), ("train_seg_single_stage", {}),
+)
+_FILES = {  # where `prepare` puts what every script reads, and what they write
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "DATASET_DIR": "./demo/dataset",
+    "RAINY_DIR": "./pairs/rainy", "CLEAN_DIR": "./pairs/clear", "CLEAR_DIR": "./pairs/clear",
+    "VAL_RAINY_DIR": "./pairs/rainy", "VAL_CLEAN_DIR": "./pairs/clear", "REAL_DIR": "",
+    "CLEAN_DIRS": ("./pairs/clear",), "RAINY_DIRS": ("./pairs/rainy",), "RTDETR_MODEL_NAME": "./rtdetr",
+    "SPDNET_MODEL_PATH": "./spdnet.pt", "RAIN_DETECTOR_PATH": "./rain_detector.pt", "BACKBONE_WEIGHTS": "",
+    "PRETRAIN_WEIGHTS": "none", "CHECKPOINT": "./detector.pth", "OUTPUT_DIR": "./run", "CHECKPOINT_DIR": "./run",
+    "RUNS_DIR": "./run", "CACHE_DIR": "./cache", "PERCENT_DATASET": 100, "VALIDATION_SHARE": 0.5, "BASELINES": False,
+    "MULTI_SCALE": False,
+    "DATALOADER_WORKERS": 0, "NUM_WORKERS": 0, "WORKERS": 0}
+_ORIGINAL = {"Training_SPDNet": {"SPDNET_MODEL_PATH": ""}}
+
+
+class _Found(BaseException):
+    """Ends a script where its training would begin; holds the Needs."""
+
+
+def prepare():
+    """Fill the current folder: scenes, pairs, networks of the published sizes with random weights."""
+    golden.draw_scenes(Path("demo"), *_SCENES)
+    for name, folder in (("rainy", "coco_rain"), ("clear", "coco")):
+        for path in sorted((Path("demo") / folder).rglob("*.jpg")):
+            target = Path("pairs") / name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((640, 640)).save(target)
+    classes = dict(enumerate(COCO_ROWS))
+    new_rtdetr("r18", classes, train_backbone_norms=False).save_pretrained("rtdetr")
+    checkpoint.save(SPDNet(32, 3).state_dict(), Path("spdnet.pt"))
+    save_rain_detector(RainDetector(), Path("rain_detector.pt"))
+
+
+def needs_of(script, constants):
+    """-> needs.Needs of a script with the published settings and the `constants`; writes ./detector.pth in stage 1."""
+    known = golden.demo_of(script)[1]
+    values = {name: value for name, value in (_FILES | _ORIGINAL.get(script, {})).items() if name in known} | constants
+
+    def fit(model, loader, compute_losses, plan, *, parameters, optimizer=torch.optim.AdamW, extras=None, **others):
+        if script == "train_detector_stage1" and constants["SIZE"] == "nano":
+            checkpoint.save(extras | {"model": model.state_dict()}, Path("detector.pth"))
+        raise _Found(needs.of_training(model, loader, compute_losses, plan, parameters, optimizer))
+    with mock.patch.object(engine, "fit", fit), as_on_a_gpu(), open(os.devnull, "w", encoding="utf-8") as nowhere, \
+            contextlib.redirect_stdout(nowhere):
+        try:
+            importlib.import_module(script).main(**values)
+        except _Found as found:
+            return found.args[0]
+    raise RuntimeError(f"{script} has not come to its training")
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Within, torch answers about a GPU that is not there as about one from Ampere on: autocast, bf16, attention."""
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **others):
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    with contextlib.ExitStack() as stack:
+        for owner, name, answer in (
+                (rfdetr.main, "amp_precision", lambda off: "float32" if off else "bf16"),
+                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+                (torch.cuda, "is_bf16_supported", lambda *args, **others: True),
+                (torch.nn.functional, "scaled_dot_product_attention", attention)):
+            stack.enter_context(mock.patch.object(owner, name, answer))
+        yield
+
+
+def accelerator_without_devices():
+    """Let autograd work on tensors of a GPU that is not there: it asks "the accelerator" for its streams, and CUDA
+    would look for a driver. Before the process's first backward pass."""
+    class Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self):
+            return False
+
+        def is_built(self):
+            return True
+
+        def has_primary_context(self, index):
+            return False
+
+    class Guard(torch._C._acc.DeviceGuard):
+        def type_(self):
+            return torch._C._autograd.DeviceType.PrivateUse1
+    torch._C._ensureCUDADeviceGuardSet()
+    torch.utils.rename_privateuse1_backend("none")
+    torch._register_device_module("none", SimpleNamespace(
+        is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=int))
+    kept = Hooks(), Guard()
+    torch._C._acc.register_python_privateuseone_hook(kept[0])
+    torch._C._acc.register_python_privateuseone_device_guard(kept[1])
+    return kept  # torch does not keep them
+
+
+def main(**overrides):
+    """-> [{"script", "constants", "needs": Needs}, ...]"""
+    cfg = config.resolve(globals(), overrides)
+    kept = None if torch.cuda.is_available() else accelerator_without_devices()
+    found, before = [], Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            prepare()
+            for script, constants in _ROWS:
+                if not cfg.ONLY or script in cfg.ONLY:
+                    found.append({"script": script, "constants": constants, "needs": needs_of(script, constants)})
+                    print(f"{script} {constants}: {found[-1]['needs']}", flush=True)
+        finally:
+            os.chdir(before)
+    del kept
+    print(as_markdown(found))
+    return found
+
+
+def as_markdown(found):
+    """-> the table of docs/gpu.md."""
+    lines = ["| script | constants | networks, optimizer, gradients | per image | in all | "
+             + " | ".join(f"batch on {gigabytes} GB" for gigabytes in GPUS) + " |", "|" + "---|" * (5 + len(GPUS))]
+    for row in found:
+        own = row["needs"]
+        constants = ", ".join(f"`{name} = {value!r}`" for name, value in row["constants"].items()) or "the script's"
+        lines.append(f"| `{row['script']}.py` | {constants} | {own.total - own.activations:.2f} GB | "
+                     f"{own.activations / own.images:.3f} GB | {own.total:.1f} GB ({own.images}) | "
+                     + " | ".join(str(own.batch_for(gigabytes)) for gigabytes in GPUS) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -61,6 +61,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in 
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase; 0: never stop early
 NUM_WORKERS = 4                         # processes that load images; at most the number of cores is used

@@ -53,6 +53,7 @@ WARMUP_STEPS = 50                       # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 5.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better validation likelihood; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that render; at most the number of cores is used
 SEED = 0                                # subset, order, weather, augmentation

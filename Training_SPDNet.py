@@ -57,6 +57,7 @@ DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shar
 WARMUP_STEPS = 100                      # optimizer steps; without, the first ones break the identity
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 50            # epochs without a better validation PSNR; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # order, patches, initial weights

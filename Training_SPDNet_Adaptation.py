@@ -57,6 +57,7 @@ SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 FP16 = False                            # must stay False: SPDNet overflows in half precision
 PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, processes, system, transfer, visualize
+from utils import config, fast, processes, system, transfer, visualize
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.datasets import presets
@@ -58,6 +58,7 @@ DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quar
 PIPELINE_DIR: str | None = ""           # folder of save_pretrained: replaces the constants above for conditional
 IMAGE_SIZE = 640                        # side of the square that the models see, as in training
 BATCH_SIZE = 4                          # images per forward; 1 for a camera, so that nothing waits
+FAST = ()                               # for GPUs: "tf32", "channels_last", "compile", "cuda_graphs", see docs/gpu.md
 
 DEMO = {
     "SOURCE": "./demo/rain_begins.mp4", "OUTPUT": "./demo/runs/detect", "IMAGE_SIZE": 160, "DERAIN_SCALE": 0.5,
@@ -404,13 +405,18 @@ def main(**overrides):
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
+    fast.require("FAST", cfg.FAST, fast.INFERENCE)
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
         ensure_clip(cfg.SOURCE, video.VideoWriter)
     device = processes.announced_device()
+    if "compile" in cfg.FAST:
+        comparison.require_compiler(device, "FAST = ('compile',)", "FAST = ()")
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         for note in source.notes:
             processes.say(f"note: {note}")
         models = build_models(cfg, device)
+        for model in models.values():
+            fast.switch_on(model, cfg.FAST, device)
         note_without_effect(cfg, overrides)
         note_other_sizes(cfg)
         folder = new_folder(cfg.OUTPUT)

@@ -90,6 +90,7 @@ WARMUP_STEPS = 20                       # optimizer steps of linear warm-up
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.995                       # moving average of the trained weights; it is what is saved; 0: none
 PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4): half the memory, also of the base
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 GRADIENT_CHECKPOINTING = True           # a third more time for a fifth of the activations' memory
 EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation PSNR; 0: never stop early
 DATALOADER_WORKERS = 4                  # processes that load images; at most the number of cores is used

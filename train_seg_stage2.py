@@ -49,6 +49,7 @@ DICE_LOSS_COEF = 1.0                    # weight of the dice loss
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows
 NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 PATIENCE = 10                           # epochs without a better mask mAP before the run stops; 0: never
 SEED = 0                                # order, augmentation, new weights
 

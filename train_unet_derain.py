@@ -98,6 +98,7 @@ BETAS = (0.9, 0.9)                      # of adam and adamw, as in NAFNet's reci
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.0                         # moving average of the weights, such as 0.999; it is then what best.pt holds
 PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
 TARGET_PSNR = 0.0                       # stop when both targets are reached on the validation pairs, such as the plan's
 TARGET_SSIM = 0.0                       # 28 dB and 0.85; 0 and 0 never stop a run that still gets better

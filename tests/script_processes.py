@@ -48,16 +48,40 @@ def on_two_processes(script, settings):
     return printed
 
 
-def under_torchrun(script, settings):
-    """Run a root script under torchrun on gloo, two processes, with flags for {constant: value}. -> what it printed"""
+def under_torchrun(script, settings, *options):
+    """Run a root script under torchrun on gloo, with flags for {constant: value}. -> what it printed
+
+    options: of torchrun; without any two processes on this machine.
+    """
+    return _printed_by(_torchrun(script, settings, options or ("--standalone", "--nproc-per-node", "2")))
+
+
+def on_two_nodes(script, settings):
+    """Run a root script as on two machines with one process each: two torchruns. -> what each printed"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [_torchrun(script, settings, ("--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1",
+                                          "--master-addr", "127.0.0.1", "--master-port", port)) for rank in "01"]
+    return [_printed_by(node) for node in nodes]
+
+
+def _torchrun(script, settings, options):
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py",
-         *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, f"{script}.py", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def _printed_by(process):
+    try:
+        printed, errors = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 # ---- the processes ---------------------------------------------------------------------------------------------

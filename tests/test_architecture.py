@@ -28,7 +28,7 @@ class Floor(NamedTuple):
 
 MODELS = ("utils.integrated_model", "utils.feature_derain", "utils.conditional_model")  # paths that users import
 GROUND = ("utils.processes", "utils.checkpoint", "utils.freeze", "utils.report", "utils.visualize", "utils.boxes",
-          "utils.images", "utils.losses", "utils.memory", "utils.transfer")
+          "utils.fast", "utils.images", "utils.losses", "utils.memory", "utils.transfer")
 FLOORS = {  # from the ground up
     "base": Floor(("utils.config", "utils.system", "utils.threads"), ()),  # without torch
     "ground": Floor(GROUND, ("base",)),

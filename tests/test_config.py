@@ -18,7 +18,7 @@ from utils import config, processes
 from utils.evaluation import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = {"RATE": 1e-4, "EPOCHS": 3, "NAME": "a", "FAST": False, "CUTS": (0.5, 0.9), "PLACE": None,
+SCRIPT = {"RATE": 1e-4, "EPOCHS": 3, "NAME": "a", "TURBO": False, "CUTS": (0.5, 0.9), "PLACE": None,
           "DEMO": {"EPOCHS": 1}, "helper": len}
 
 
@@ -26,13 +26,13 @@ def test_overrides_beat_demo_beats_defaults():
     assert config.resolve(SCRIPT, {}).EPOCHS == 3
     assert config.resolve(SCRIPT, {"demo": True}).EPOCHS == 1
     assert config.resolve(SCRIPT, {"demo": True, "EPOCHS": 7}).EPOCHS == 7
-    assert config.resolve(SCRIPT, {}).as_dict().keys() == {"RATE", "EPOCHS", "NAME", "FAST", "CUTS", "PLACE"}
+    assert config.resolve(SCRIPT, {}).as_dict().keys() == {"RATE", "EPOCHS", "NAME", "TURBO", "CUTS", "PLACE"}
 
 
 def test_values_are_converted_only_where_nothing_is_lost():
     cfg = config.resolve(SCRIPT, {"RATE": 1, "NAME": Path("x") / "y", "CUTS": [0.1]})
     assert cfg.RATE == 1.0 and isinstance(cfg.RATE, float) and cfg.NAME == str(Path("x/y")) and cfg.CUTS == (0.1,)
-    for name, wrong in (("EPOCHS", 2.5), ("EPOCHS", "2"), ("EPOCHS", True), ("FAST", 1), ("NAME", 3), ("CUTS", 0.1)):
+    for name, wrong in (("EPOCHS", 2.5), ("EPOCHS", "2"), ("EPOCHS", True), ("TURBO", 1), ("NAME", 3), ("CUTS", 0.1)):
         with pytest.raises(config.UserError, match=name):
             config.resolve(SCRIPT, {name: wrong})
 
@@ -47,8 +47,8 @@ def test_unknown_names_are_refused_with_a_suggestion():
 def test_command_line_parses_by_type_and_ignores_case():
     parse = lambda *argv: config.from_command_line(SCRIPT, argv)  # noqa: E731
     assert parse("--EPOCHS", "4", "--demo") == {"EPOCHS": 4, "demo": True}
-    assert parse("--epochs", "4", "--RATE", "1e-3", "--NAME", "12", "--FAST", "true", "--CUTS", "(0.2,)") == {
-        "EPOCHS": 4, "RATE": 1e-3, "NAME": "12", "FAST": True, "CUTS": (0.2,)}
+    assert parse("--epochs", "4", "--RATE", "1e-3", "--NAME", "12", "--TURBO", "true", "--CUTS", "(0.2,)") == {
+        "EPOCHS": 4, "RATE": 1e-3, "NAME": "12", "TURBO": True, "CUTS": (0.2,)}
     assert parse("--PLACE", "./somewhere") == {"PLACE": "./somewhere"}
     with pytest.raises(config.UserError, match="EPOCHS"):
         parse("--EPOCHS", "many")
@@ -66,7 +66,7 @@ def test_an_unknown_flag_is_one_line_with_a_suggestion(capsys):
 
 
 def test_numbers_in_quotes_are_refused():
-    for name, value in (("BATCH_SIZE", "4"), ("RATE", "1e-4"), ("FAST", "False")):
+    for name, value in (("BATCH_SIZE", "4"), ("RATE", "1e-4"), ("TURBO", "False")):
         with pytest.raises(config.UserError, match=f"{name} = '{value}' is text: write it without the quotes"):
             config.resolve({name: value}, {})
     assert config.resolve({"PLACE": "./1"}, {}).PLACE == "./1"
@@ -108,11 +108,11 @@ def test_words_of_a_tuple_that_is_empty_by_default_have_its_types():
 
 
 def test_the_command_line_and_its_help_follow_the_annotation(capsys):
-    script = annotated(EPOCHS=float, RATE=float | None, PLACE=str | None, FAST=bool | None, CUTS=tuple | None)
+    script = annotated(EPOCHS=float, RATE=float | None, PLACE=str | None, TURBO=bool | None, CUTS=tuple | None)
     parse = lambda *argv: config.from_command_line(script, argv)  # noqa: E731
-    assert parse("--epochs", "0.5", "--rate", "None", "--place", "3", "--fast", "--cuts", "0.1", "0.2") == {
-        "EPOCHS": 0.5, "RATE": None, "PLACE": "3", "FAST": True, "CUTS": [0.1, 0.2]}
-    assert parse("--place", "None", "--fast", "None", "--cuts", "None") == {"PLACE": None, "FAST": None, "CUTS": None}
+    assert parse("--epochs", "0.5", "--rate", "None", "--place", "3", "--turbo", "--cuts", "0.1", "0.2") == {
+        "EPOCHS": 0.5, "RATE": None, "PLACE": "3", "TURBO": True, "CUTS": [0.1, 0.2]}
+    assert parse("--place", "None", "--turbo", "None", "--cuts", "None") == {"PLACE": None, "TURBO": None, "CUTS": None}
     with pytest.raises(config.UserError, match="--RATE much: not a float or None"):
         parse("--rate", "much")
     with pytest.raises(SystemExit):

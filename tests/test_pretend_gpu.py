@@ -12,7 +12,7 @@ BUDGET = {  # training: (waits in a step, operations launched in it, waits in a 
     "adaptation": (2, 6420, 1),           # matching, losses | detections of a batch
     "rtdetr": (4, 2970, 1),               # besides: transformers' finite check and denoising queries
     "rain_detector": (1, 770, 1),
-    "conditional": (3, 7090, 7),          # besides: the gate | gate, its count, fallbacks, detections; two domains
+    "conditional": (3, 7090, 5),          # besides: the gate | gate, fallbacks, detections; two domains
     "feature": (2, 2870, 2),
     "unet": (1, 470, 1),
     "stage1": (3, 4920, 2),               # besides: transformers' sizes of the feature maps
@@ -22,7 +22,8 @@ BUDGET = {  # training: (waits in a step, operations launched in it, waits in a 
 GROWTH = 1.1                              # launches may grow so much: versions of torch differ
 OTHERS = ("eval_adaptation", "eval_conditional", "eval_feature", "eval_unet", "eval_baselines", "detect_images",
           "detect_feature", "detect_video", "export", "validate_setup")
-HALF = {"rtdetr": {"PRECISION": "bf16"}, "unet": {"PRECISION": "fp16"}, "stage1": {"NO_AMP": False}}
+HALF = {"rtdetr": {"PRECISION": "bf16", "FAST": ("tf32", "channels_last")}, "unet": {"PRECISION": "fp16"},
+        "stage1": {"NO_AMP": False}}
 FULL = {"stage1": {"NO_AMP": True}, "stage2_uncached": {"NO_AMP": True}, "single_stage": {"NO_AMP": True}}
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import WHOLE_IMAGES, Killed, dies_after, names_in
 from nbclient import NotebookClient
 from PIL import Image
-from script_processes import on_two_processes, with_spawned_loaders
+from script_processes import on_two_nodes, on_two_processes, with_spawned_loaders
 from test_unet import write_pairs
 
 import Eval_unet_derain
@@ -90,6 +90,16 @@ def test_resume_keeps_the_split_although_pairs_were_added(base, tmp_path):
     write_pairs(tmp_path / "data", count=26)
     train.main(**base | {"EPOCHS": 2, "RESUME": True})
     assert file.read_text(encoding="utf-8") == before
+
+
+def test_two_machines_equal_two_processes_of_one(base, tmp_path):
+    settings = base | {"EPOCHS": 1, "BATCH_SIZE": 2}
+    first, second = on_two_nodes("train_unet_derain", settings | {"CHECKPOINT_DIR": str(tmp_path / "nodes")})
+    assert "gain: " in first and "gain: " not in second  # one of them prints and writes
+    on_two_processes("train_unet_derain", settings | {"CHECKPOINT_DIR": str(tmp_path / "processes")})
+    nodes, processes = (torch.load(tmp_path / name / "last.pt") for name in ("nodes", "processes"))
+    assert nodes["step"] == processes["step"] == 3  # 12 images, two at a time in each of two processes
+    assert all(torch.equal(value, processes["model"][name]) for name, value in nodes["model"].items())
 
 
 def test_two_processes_log_what_one_measures_with_their_weights(base, tmp_path):

@@ -100,7 +100,11 @@ def needs_of(script, constants):
 @contextlib.contextmanager
 def as_on_a_gpu():
     """Within, torch answers about a GPU that is not there as about one from Ampere on: autocast, bf16, attention."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **others):
+        if not query.is_cuda:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
         if attn_mask is not None:
             attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(

@@ -36,14 +36,16 @@ def evaluate_models(models, loader, device, parts):
     return rows + [row for part in by_part.values() for row in part]
 
 
-def require_compiler(device):
-    """UserError where torch.compile has nothing to compile with, known before anything is loaded."""
+def require_compiler(device, setting="COMPILE = True", off="COMPILE = False"):
+    """UserError where torch.compile has nothing to compile with, known before anything is loaded.
+
+    setting, off: what asks for it in the script, and what does without.
+    """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("COMPILE = True needs Triton: pip install triton-windows (on Linux it comes with torch), or "
-                        "COMPILE = False")
+        raise UserError(f"{setting} needs Triton: pip install triton-windows (on Linux it comes with torch), or {off}")
     if device.type == "cpu" and sys.platform == "win32" and not shutil.which("cl"):
-        raise UserError("COMPILE = True needs Microsoft's C++ compiler (cl) on a CPU: start from its developer prompt, "
-                        "or COMPILE = False")
+        raise UserError(f"{setting} needs Microsoft's C++ compiler (cl) on a CPU: start from its developer prompt, or "
+                        f"{off}")
 
 
 def note_other_sizes(trained, image_size, constant="IMAGE_SIZE"):

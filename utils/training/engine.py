@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import datasets, processes, system, transfer
+from utils import datasets, fast, processes, system, transfer
 from utils.config import UserError
 from utils.training import needs, run_folder
 from utils.training.plan import usable_seed
@@ -74,6 +74,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
     say_notes(run)
     if run.main and run.accelerator.device.type == "cuda":
         run.needs = needs.said_before(model, loader, compute_losses, plan, parameters, optimizer)
+    fast.switch_on(model, plan.fast, run.accelerator.device)
     with run_folder.claimed(run.folder):
         run.prepare(last)
         try:

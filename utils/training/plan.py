@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from utils import fast
 from utils.config import UserError
 from utils.training.schedule import SCHEDULES
 
@@ -124,6 +125,11 @@ def usable_precision(name, value, plan):
                                    "float32")
 
 
+def known_speedups(name, value, plan):
+    """Some of fast.TRAINING."""
+    fast.require(name, value, fast.TRAINING)
+
+
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 def setting(constant, check, **default):
@@ -173,6 +179,8 @@ class Plan:
     precision: str = setting("PRECISION", usable_precision, default="float32")
     # what the network stands: all networks here train in bf16, few in fp16
     precisions: tuple = setting(None, known_precisions, default=("float32", "bf16"))
+    # what makes a GPU faster, see utils/fast.py
+    fast: tuple = setting("FAST", known_speedups, default=())
     # decay of a moving average of the trained weights, 0 for none. The average is then what is evaluated, handed to
     # `on_best` and kept as best.pt; last.pt holds both
     ema: float = setting("EMA_DECAY", below_one, default=0.0)

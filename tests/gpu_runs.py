@@ -158,6 +158,17 @@ def table(counter):
     return "\n".join(f"{count:6d}  {text}" for text, count in counter.most_common(BUSY))
 
 
+def report(folder):
+    """In a process: tools/gpu_report.py's demo on the pretend GPU, into the folder."""
+    with open(folder / "report.txt", "wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    torch.set_num_threads(1)
+    with on_device("cuda"):
+        from tools import gpu_report
+        gpu_report.main(demo=True, OUT=str(folder / "report.md"))
+
+
 def faults(file):
     """In a process: write what the pretend GPU fails to notice, or why it cannot be had, to a file."""
     try:

@@ -5,7 +5,8 @@ those of the small runs here; what a real GPU does beyond that, tests/pretend_cu
 """
 
 import pytest
-from gpu_runs import outcome, prepare, reason_to_skip
+from gpu_runs import outcome, prepare, reason_to_skip, report
+from script_processes import finished, started
 
 BUDGET = {  # training: (waits in a step, operations launched in it, waits in a validation)
     "spdnet": (1, 4420, 3),               # losses | one pair at a time
@@ -94,3 +95,14 @@ def test_what_trains_nothing_runs(work, trained, name):
     changes = {"eval_adaptation": {"ADAPTED_MODEL_PATH": "./assets/demo/spdnet_adapted.pt"},
                "eval_feature": {"LIGHTWEIGHT_MODEL_NAME": ""}, "export": {"RTDETR_MODEL_NAME": ""}}
     outcome(work, name, "cuda", **changes.get(name, {}))
+
+
+def test_the_report_on_a_gpu_is_written(work):
+    finished(started(report, work), work / "report.txt")
+    page = (work / "report.md").read_text(encoding="utf-8")
+    parity, speed, exported, trainings = page.split("\n## ")[1:]
+    assert "failed" not in parity + speed + trainings
+    for line in parity.splitlines()[4:]:
+        name, float32, bf16 = (cell.strip() for cell in line.strip("| ").split("|"))
+        assert float(float32) < 1e-5 and float(float32) < float(bf16) < 0.1, name
+    assert trainings.count("| Training_RainDetector |") == 1 and "40.3" in trainings

@@ -33,10 +33,9 @@ ONLY = ()                               # scripts, () for all
 GPUS = (8, 12, 16)                      # GB of the GPUs in the table
 
 DEMO = {"ONLY": ("train_unet_derain", "Training_RainDetector")}
-_SCENES = 4, 2                          # training and validation scenes
 _BF16, _KEPT = {"PRECISION": "bf16"}, {"ACTIVATION_CHECKPOINTING": False}
 _PHASE2 = {"PHASE1_EPOCHS": 0}
-_ROWS = (  # script, constants that differ from its own
+ROWS = (  # script, constants that differ from its own
     ("Training_SPDNet_Adaptation", {}), ("Training_SPDNet_Adaptation", _BF16),
     ("Training_SPDNet_Adaptation", _KEPT), ("Training_SPDNet_Adaptation", _BF16 | _KEPT),
     ("Training_SPDNet", {}), ("Training_RTDETR", {}), ("Training_RTDETR", _BF16), ("Training_RainDetector", {}),
@@ -61,38 +60,42 @@ _FILES = {  # where `prepare` puts what every script reads, and what they write
 _ORIGINAL = {"Training_SPDNet": {"SPDNET_MODEL_PATH": ""}}
 
 
-class _Found(BaseException):
-    """Ends a script where its training would begin; holds the Needs."""
+class Found(BaseException):
+    """Ends a script where its training would begin; holds what was found out."""
 
 
-def prepare():
-    """Fill the current folder: scenes, pairs, networks of the published sizes with random weights."""
-    golden.draw_scenes(Path("demo"), *_SCENES)
+def prepare(train=4, val=2, side=640):
+    """Fill the current folder: so many scenes, pairs of that size, networks of the published sizes with random
+    weights."""
+    golden.draw_scenes(Path("demo"), train, val)
     for name, folder in (("rainy", "coco_rain"), ("clear", "coco")):
         for path in sorted((Path("demo") / folder).rglob("*.jpg")):
             target = Path("pairs") / name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(path).resize((640, 640)).save(target)
+            Image.open(path).resize((side, side)).save(target)
     classes = dict(enumerate(COCO_ROWS))
     new_rtdetr("r18", classes, train_backbone_norms=False).save_pretrained("rtdetr")
     checkpoint.save(SPDNet(32, 3).state_dict(), Path("spdnet.pt"))
     save_rain_detector(RainDetector(), Path("rain_detector.pt"))
 
 
+def settings_of(script):
+    """-> {constant: value}: the files of `prepare`, for a script that is otherwise as published."""
+    known = golden.demo_of(script)[1]
+    return {name: value for name, value in (_FILES | _ORIGINAL.get(script, {})).items() if name in known}
+
+
 def needs_of(script, constants):
     """-> needs.Needs of a script with the published settings and the `constants`; writes ./detector.pth in stage 1."""
-    known = golden.demo_of(script)[1]
-    values = {name: value for name, value in (_FILES | _ORIGINAL.get(script, {})).items() if name in known} | constants
-
     def fit(model, loader, compute_losses, plan, *, parameters, optimizer=torch.optim.AdamW, extras=None, **others):
         if script == "train_detector_stage1" and constants["SIZE"] == "nano":
             checkpoint.save(extras | {"model": model.state_dict()}, Path("detector.pth"))
-        raise _Found(needs.of_training(model, loader, compute_losses, plan, parameters, optimizer))
+        raise Found(needs.of_training(model, loader, compute_losses, plan, parameters, optimizer))
     with mock.patch.object(engine, "fit", fit), as_on_a_gpu(), open(os.devnull, "w", encoding="utf-8") as nowhere, \
             contextlib.redirect_stdout(nowhere):
         try:
-            importlib.import_module(script).main(**values)
-        except _Found as found:
+            importlib.import_module(script).main(**settings_of(script), **constants)
+        except Found as found:
             return found.args[0]
     raise RuntimeError(f"{script} has not come to its training")
 
@@ -154,7 +157,7 @@ def main(**overrides):
         os.chdir(folder)
         try:
             prepare()
-            for script, constants in _ROWS:
+            for script, constants in ROWS:
                 if not cfg.ONLY or script in cfg.ONLY:
                     found.append({"script": script, "constants": constants, "needs": needs_of(script, constants)})
                     print(f"{script} {constants}: {found[-1]['needs']}", flush=True)

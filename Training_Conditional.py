@@ -43,7 +43,7 @@ SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # start wei
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # start weights
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder; stays frozen
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
-ACTIVATION_CHECKPOINTING = True         # SPDNet keeps 1.7 GB per image; False: 12, for 1.4 times the speed
+ACTIVATION_CHECKPOINTING = True         # a step takes 2.6 GB per image; False: 14, for 1.4 times the speed
 RAIN_THRESHOLD: float | None = 0.5      # of the hard gate, in validation and afterwards; None: the rain detector's own
 GATE = "soft"                           # soft: the loss trains the gate as well; hard: the gate stays as it is
 

@@ -45,7 +45,7 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that th
 SPDNET_MODEL_PATH = "./model_spa.pt"    # start weights: the published ones, or Training_SPDNet.py's spdnet_best.pt
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id, or a folder written by save_pretrained
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; see docs/lab_notes.md
-ACTIVATION_CHECKPOINTING = True         # SPDNet keeps 1.7 GB per image; False: 12, for 1.4 times the speed
+ACTIVATION_CHECKPOINTING = True         # a step takes 2.6 GB per image; False: 14, for 1.4 times the speed
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 10                         # the best one is usually among epochs 3 to 5

@@ -20,7 +20,8 @@ INLINE = re.compile(r"`([^`]+)`")
 SCRIPT = re.compile(r"(?P<called>python3? +(?:-m +)?)?(?P<target>(?<![\w./-])(?:tools|benchmarks)\.\w+"
                     r"|(?<![\w./-])(?:\w+/)*\w+\.py)(?=\s|$)")
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
-OF_OTHER_PROGRAMS = {"nproc-per-node", "nproc_per_node", "index-url", "local-dir", "logdir", "onnx", "durations"}
+OF_OTHER_PROGRAMS = {"nproc-per-node", "nproc_per_node", "nnodes", "node-rank", "master-addr", "master-port",
+                      "index-url", "local-dir", "logdir", "onnx", "durations"}
 
 
 def slug(heading):

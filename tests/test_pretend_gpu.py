@@ -17,6 +17,7 @@ BUDGET = {  # training: (waits in a step, operations launched in it, waits in a 
     "feature": (2, 2870, 2),
     "unet": (1, 470, 1),
     "stage1": (3, 4920, 2),               # besides: transformers' sizes of the feature maps
+    "stage2": (1, 490, 3),                # cached features | masks of a batch
     "stage2_uncached": (3, 1890, 3),      # besides | masks of a batch
     "single_stage": (4, 5550, 3),         # besides: the masks' own matching
 }
@@ -24,8 +25,9 @@ GROWTH = 1.1                              # launches may grow so much: versions 
 OTHERS = ("eval_adaptation", "eval_conditional", "eval_feature", "eval_unet", "eval_baselines", "detect_images",
           "detect_feature", "detect_video", "export", "validate_setup")
 HALF = {"rtdetr": {"PRECISION": "bf16", "FAST": ("tf32", "channels_last")}, "unet": {"PRECISION": "fp16"},
-        "stage1": {"NO_AMP": False}}
-FULL = {"stage1": {"NO_AMP": True}, "stage2_uncached": {"NO_AMP": True}, "single_stage": {"NO_AMP": True}}
+        "stage1": {"NO_AMP": False}, "conditional": {"PRECISION": "bf16"}}
+FULL = {"stage1": {"NO_AMP": True}, "stage2": {"NO_AMP": True, "CHECKPOINT": "./assets/demo/rfdetr_tiny.pth"},
+        "stage2_uncached": {"NO_AMP": True}, "single_stage": {"NO_AMP": True}}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import torch
 
+from utils.transfer import sent
+
 
 def to_floats(images, device=None):
     """(..., 3, H, W) uint8 -> float32 in [0, 1], on `device` where one is given (moved as bytes: a quarter of the
@@ -9,7 +11,7 @@ def to_floats(images, device=None):
     if images.dtype != torch.uint8:
         raise TypeError(f"expected uint8 images, got {images.dtype}")
     if device is not None:
-        images = images.to(device, non_blocking=True)
+        images = sent(images, device)
     return images.float().div_(255)
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as rle
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import RTDetrImageProcessor
@@ -120,6 +121,23 @@ def test_the_fast_scores_are_pycocotools_scores(iou_type, monkeypatch):
     assert 0.05 < fast["mAP"] < 0.9 and fast["AP_small"] > 0 and fast["per_class"]["class 4"] == -1
     assert fast.pop("per_class") == pytest.approx(reference.pop("per_class"), abs=1e-12)
     assert fast == pytest.approx(reference, abs=1e-12)
+
+
+def test_texture_similarity_falls_with_blur_and_with_detail_that_is_not_there():
+    generator = torch.Generator().manual_seed(0)
+    clean = F.interpolate(torch.rand(2, 3, 13, 17, generator=generator), scale_factor=4, mode="bicubic").clamp(0, 1)
+
+    def blurred(times):
+        return F.avg_pool2d(F.pad(blurred(times - 1), (1, 1, 1, 1), "reflect"), 3, 1) if times else clean
+    values = [image_quality.texture_similarity(blurred(times), clean) for times in (0, 1, 3)]
+    torch.testing.assert_close(values[0], torch.ones(2, dtype=torch.float64))
+    assert (values[1] < 0.999).all() and (values[2] < values[1]).all()
+    noise = 0.1 * torch.randn(clean.shape, generator=generator)
+    assert (image_quality.texture_similarity(clean + noise, clean) < 0.9).all()
+    turned = image_quality.texture_similarity(clean.flip(3), clean)  # as strong, elsewhere: structure alone falls
+    assert ((0.4 < turned) & (turned < 0.8)).all()
+    tiny = torch.rand(1, 3, 2, 2, generator=generator)
+    torch.testing.assert_close(image_quality.texture_similarity(tiny, tiny), torch.ones(1, dtype=torch.float64))
 
 
 def test_image_quality_matches_scikit_image():

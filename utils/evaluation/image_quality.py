@@ -5,6 +5,7 @@ import warnings
 import lpips
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.models import AlexNet_Weights
 
 from utils import checkpoint, freeze
@@ -12,6 +13,8 @@ from utils.losses import ssim
 from utils.transfer import sent
 
 _LUMA = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64).view(1, 3, 1, 1)  # MATLAB's rgb2ycbcr
+
+_TINY = 1e-6  # of DISTS: slopes of less than a thousandth count as none
 
 
 def luma(images):
@@ -57,6 +60,34 @@ def quality_by_protocol(images, targets):
                   f"ssim_{end}": ssim(y, y_target, data_range=255.0)}
     return found | {"psnr": psnr(rounded, targets, 1.0),
                     "ssim": ssim(rounded, targets, data_range=1.0)}
+
+
+def texture_similarity(images, targets, levels=4):
+    """How alike details are in strength and place, blur being the usual loss; 1 for equal images, else less.
+
+    The two terms of DISTS (Ding et al., "Image Quality Assessment: Unifying Structure and Texture Similarity", TPAMI
+    2020, equations 4 and 5), taken of the slopes in a pyramid of halvings in the place of VGG's features, so that no
+    weights are needed.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1], sides of at least 2 pixels; smaller levels than that are left out.
+    Returns:
+        (B,) float64.
+    """
+    images, targets = images.double().clamp(0, 1), targets.double()
+    found = []
+    for _ in range(levels):
+        for axis in (-1, -2):
+            a, b = (one.diff(dim=axis).abs().flatten(2) for one in (images, targets))  # (B, 3, pixels)
+            mean_a, mean_b = a.mean(2), b.mean(2)
+            covariance = ((a - mean_a[..., None]) * (b - mean_b[..., None])).mean(2)
+            texture = (2 * mean_a * mean_b + _TINY) / (mean_a**2 + mean_b**2 + _TINY)
+            structure = (2 * covariance + _TINY) / (a.var(2, correction=0) + b.var(2, correction=0) + _TINY)
+            found.append((texture + structure).mean(1) / 2)
+        if min(images.shape[-2:]) < 4:
+            break
+        images, targets = F.avg_pool2d(images, 2), F.avg_pool2d(targets, 2)
+    return torch.stack(found).mean(0)
 
 
 def bootstrap_interval(values, level=0.95, resamples=2000, seed=0):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from utils import checkpoint, conditional_model, config, datasets, freeze, integrated_model, losses, processes
 from utils.datasets import loaders, presets
+from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
@@ -35,6 +36,9 @@ COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain
 PERCENT_DATASET: float = 10             # seeded subset in percent
 COCO_RATIO = 0.5                        # share of clean images: the gate has to see both
 RAIN_RATIO = 0.5                        # share of rainy images
+RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
+                                        # validation stays COCO_RAIN_DIR's)
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 
@@ -101,7 +105,7 @@ def build_loaders(cfg, id2label):
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(cfg.FEATURE_WEIGHT),
-        unknown=cfg.UNKNOWN_CATEGORIES)
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
                                           unknown=cfg.UNKNOWN_CATEGORIES, train=train)

@@ -21,6 +21,7 @@ from transformers import RTDetrImageProcessor
 from utils import checkpoint, config, datasets, freeze, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import coco_split, label_table, read_annotations
+from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
@@ -33,6 +34,9 @@ COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/,
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy twin from make_rain.py; only read where RAIN_RATIO > 0
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
+RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
+                                        # validation stays COCO_RAIN_DIR's)
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that only the validation files have
@@ -102,7 +106,7 @@ def build_loaders(cfg, id2label):
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        unknown=cfg.UNKNOWN_CATEGORIES)
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
     datasets.say_notes(train)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     val = datasets.clean_rainy_validation(

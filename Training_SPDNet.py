@@ -21,6 +21,7 @@ import torch
 
 from utils import checkpoint, config, datasets, freeze, losses, processes, report, system, transfer, visualize
 from utils.datasets import image_check, loaders, presets
+from utils.datasets.fresh_rain import fresh_rain
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import image_quality
@@ -34,6 +35,8 @@ RAINY_DIR = "./dataset/coco_rain/train2017"  # rainy images, searched recursivel
 CLEAN_DIR = "./dataset/coco/train2017"       # their clean partners, same relative names
 VAL_RAINY_DIR = "./dataset/coco_rain/val2017"  # pairs for validation
 VAL_CLEAN_DIR = "./dataset/coco/val2017"     # their clean partners
+RAIN = "files"                          # files: RAINY_DIR's images; fresh: drawn on CLEAN_DIR's anew in every epoch
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training pairs, in percent
 VAL_IMAGES = 100                         # validation pairs, a seeded subset; whole images, so they take time
 VAL_LIMIT = 1024                        # of larger ones the middle; a million pixels take 2.4 GB
@@ -114,7 +117,7 @@ def build_loaders(cfg):
     """-> loader of random patches, loader of whole validation pairs (one by one: their sizes differ)."""
     patches = presets.paired_patches(cfg.PATCH_SIZE, cfg.IMAGE_SCALE)
     train = datasets.PairedRainDataset(cfg.RAINY_DIR, cfg.CLEAN_DIR, patches, percent=cfg.PERCENT_DATASET,
-                                       seed=cfg.SEED)
+                                       seed=cfg.SEED, fresh_rain=fresh_rain(cfg, side=0))
     whole = presets.scaled(cfg.IMAGE_SCALE, cfg.VAL_LIMIT)
     val = datasets.PairedRainDataset(cfg.VAL_RAINY_DIR, cfg.VAL_CLEAN_DIR, whole, limit=cfg.VAL_IMAGES, seed=cfg.SEED,
                                      constants=("VAL_RAINY_DIR", "VAL_CLEAN_DIR"))

@@ -23,6 +23,7 @@ import torch
 
 from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize
 from utils.datasets import loaders, presets
+from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after
 from utils.evaluation import coco as coco_evaluation
@@ -38,6 +39,9 @@ COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
 RAIN_RATIO = 1.0                        # share of rainy images
+RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
+                                        # validation stays COCO_RAIN_DIR's)
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 
@@ -115,13 +119,13 @@ def build_data(cfg, id2label):
     if not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR):
         processes.say("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
-                                               percent=cfg.PERCENT_DATASET, seed=cfg.SEED)
+                                               percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))
         return Data(train, val, labelled=False)
     needs_twins = cfg.FEATURE_WEIGHT or cfg.RECONSTRUCTION_WEIGHT or cfg.IDENTITY_WEIGHT
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(needs_twins),
-        unknown=cfg.UNKNOWN_CATEGORIES)
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
                                           unknown=cfg.UNKNOWN_CATEGORIES, train=train)

@@ -38,15 +38,16 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         domain: "clean" or "rainy"; what this root is, whatever its path looks like.
         twin_root: COCO-layout root of clean images with the same file names (and `twin_constant`), or None.
         percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
+        fresh_rain: FreshRain that draws on the images of this clean root, whose domain is then "rainy", or None.
     Raises:
         UserError: missing files or folders, broken JSON or images, boxes of unknown categories.
     """
 
     def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
-                 part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True):
-        self.folder, self.annotation_file = coco_split(root, split, constant,
-                                                       ADVICE["rainy" if domain == "rainy" else "clean"])
-        self.transform, self.domain, self.seed = transform, domain, seed
+                 part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True, fresh_rain=None):
+        from_twin = domain == "rainy" and not fresh_rain
+        self.folder, self.annotation_file = coco_split(root, split, constant, ADVICE["rainy" if from_twin else "clean"])
+        self.transform, self.domain, self.seed, self.fresh_rain = transform, domain, seed, fresh_rain
         content = read_annotations(self.annotation_file, masks=False)
         self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
         self.category_of = one_category_each(self.label_of, content["annotations"], self.annotation_file.as_posix())
@@ -96,7 +97,9 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
             "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(self.boxes[span]), format="XYXY", canvas_size=size),
             "labels": torch.from_numpy(self.labels[span]),
         }
-        if self.twin_folder:
+        if self.fresh_rain:
+            sample = self.fresh_rain(sample, epoch, self.files[index], twin=bool(self.twin_folder))
+        elif self.twin_folder:
             own = self.twin_folder == self.folder  # a clean image is its own twin
             twin = image.clone() if own else read_image(self.twin_folder / self.files[index])
             if twin.shape != image.shape:
@@ -128,13 +131,14 @@ class Mixture(torch.utils.data.Dataset):
 
 
 def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, rain_ratio, percent, seed,
-                        split="train", twins=False, unknown="error"):
+                        split="train", twins=False, unknown="error", fresh_rain=None):
     """The training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
 
     Args:
         coco_dir, rain_dir: COCO-layout roots with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).
         coco_ratio, rain_ratio: shares that add up to 1.
         twins: give every sample its clean image as "twin" (a clean sample is its own twin).
+        fresh_rain: FreshRain that draws on clean images in the place of those of rain_dir, which is then not read.
     """
     if min(coco_ratio, rain_ratio) < 0 or abs(coco_ratio + rain_ratio - 1) > 1e-6:
         raise UserError(f"COCO_RATIO = {coco_ratio} and RAIN_RATIO = {rain_ratio} must be shares that add up to 1")
@@ -142,15 +146,18 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
               "unknown": unknown}
     if twins:
         common |= {"twin_root": coco_dir, "twin_constant": "COCO_DIR"}
-    if rain_ratio > 0:
+    if fresh_rain:
+        require_no_rain(coco_dir, ("COCO_DIR", "COCO_RAIN_DIR"))
+    elif rain_ratio > 0:
         require_clean_and_rainy(coco_dir, rain_dir)
     parts = []
     if coco_ratio > 0:
         parts.append(CocoDetectionDataset(coco_dir, constant="COCO_DIR", domain="clean", part=(0.0, coco_ratio),
                                           **common))
     if rain_ratio > 0:
-        parts.append(CocoDetectionDataset(rain_dir, constant="COCO_RAIN_DIR", domain="rainy", part=(coco_ratio, 1.0),
-                                          **common))
+        root, constant = (coco_dir, "COCO_DIR") if fresh_rain else (rain_dir, "COCO_RAIN_DIR")
+        parts.append(CocoDetectionDataset(root, constant=constant, domain="rainy", part=(coco_ratio, 1.0),
+                                          fresh_rain=fresh_rain, **common))
     if not any(len(part.labels) for part in parts):
         raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
                         "images: there is nothing to learn from")

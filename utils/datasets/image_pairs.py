@@ -9,7 +9,7 @@ from utils import system
 from utils.config import UserError
 from utils.datasets import image_check
 from utils.datasets.annotations import ADVICE
-from utils.datasets.coco import require_clean_and_rainy
+from utils.datasets.coco import require_clean_and_rainy, require_no_rain
 from utils.datasets.presets import OverEpochs
 from utils.datasets.samples import epoch_and_index, images_by_name, read_image, sample_randomness, seeded_subset
 
@@ -25,6 +25,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
         transform: one of utils.datasets.presets.
         percent, part, seed: see `seeded_subset`; two data sets with parts (0, 0.9) and (0.9, 1) never share a pair.
         limit: at most so many pairs (a seeded choice), None for all.
+        fresh_rain: FreshRain that draws on the clean images in the place of those of rainy_dir, which is then not read.
     """
 
     crops = 1         # samples of each pair in an epoch
@@ -32,10 +33,14 @@ class PairedRainDataset(torch.utils.data.Dataset):
     cached_bytes = 0  # ... and that are
 
     def __init__(self, rainy_dir, clean_dir, transform, *, constants=("RAINY_DIR", "CLEAN_DIR"), percent=100, seed=0,
-                 part=(0.0, 1.0), limit=None, check=True):
-        rainy = images_by_name(rainy_dir, constants[0], ADVICE["rainy"])
+                 part=(0.0, 1.0), limit=None, check=True, fresh_rain=None):
         clean = images_by_name(clean_dir, constants[1], ADVICE["clean"])
-        require_clean_and_rainy(clean_dir, rainy_dir, constants[::-1])
+        if fresh_rain:
+            rainy, rainy_dir = clean, clean_dir
+            require_no_rain(clean_dir, constants[::-1])
+        else:
+            rainy = images_by_name(rainy_dir, constants[0], ADVICE["rainy"])
+            require_clean_and_rainy(clean_dir, rainy_dir, constants[::-1])
         alone = sorted(rainy.keys() - clean.keys())
         if alone:
             raise UserError(f"{constants[1]} = '{Path(clean_dir).as_posix()}' has no clean partner for "
@@ -47,7 +52,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
         if not names:
             raise UserError(f"{constants[0]} = '{Path(rainy_dir).as_posix()}' has too few images for a split")
         self.pairs = [(rainy[name], clean[name]) for name in names]
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.fresh_rain = transform, seed, fresh_rain
         if check:
             rainy, clean = zip(*self.pairs, strict=True)
             image_check.check_images(rainy + clean, " and ".join(constants),
@@ -75,9 +80,13 @@ class PairedRainDataset(torch.utils.data.Dataset):
         number, index = index, index % len(self.pairs)
         rainy, clean = self.read(index)
         size = tuple(rainy.shape[-2:])
+        sample = {"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)}
+        if self.fresh_rain:
+            name = f"{number}:{self.pairs[index][0].name}"
+            sample = self.fresh_rain({"image": sample["image"]}, epoch, name, twin=True)
         transform = self.transform.at(epoch) if isinstance(self.transform, OverEpochs) else self.transform
         with sample_randomness(self.seed, epoch, number):
-            sample = transform({"image": tv_tensors.Image(rainy), "twin": tv_tensors.Image(clean)})
+            sample = transform(sample)
         return sample | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": index,
                          "size": size, "domain": "rainy", "path": self.pairs[index][0].as_posix()}
 
@@ -101,12 +110,15 @@ def without_annotations(clean_dir, rainy_dir):
                for folder in (clean_dir, rainy_dir))
 
 
-def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed):
+def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed, fresh_rain=None):
     """Plain folders (the constants COCO_DIR and COCO_RAIN_DIR) in two parts that share no pair.
+
+    fresh_rain: FreshRain of the training part, or None.
 
     Returns:
         PairedRainDataset of nine tenths to train on, PairedRainDataset of the rest to validate on.
     """
     return tuple(PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
-                                   percent=percent, seed=seed, part=part)
-                 for transform, part in ((train_transform, (0.0, 0.9)), (val_transform, (0.9, 1.0))))
+                                   percent=percent, seed=seed, part=part, fresh_rain=own)
+                 for transform, part, own in ((train_transform, (0.0, 0.9), fresh_rain),
+                                              (val_transform, (0.9, 1.0), None)))

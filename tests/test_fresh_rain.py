@@ -1,0 +1,115 @@
+"""Rain drawn while loading: a function of seed, epoch and image; the clean twin in the same geometry; no rainy copy."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Killed, dies_after, names_in
+from PIL import Image
+
+import Training_FeatureDerain as Training
+from utils import datasets
+from utils.config import UserError
+from utils.datasets import loaders, presets
+from utils.datasets.fresh_rain import FreshRain, fresh_rain
+from utils.datasets.rain_or_clean import KINDS
+
+NAMES = {0: "person", 1: "car"}
+HEAVY = FreshRain({"heavy": 1.0}, seed=3, side=64)
+
+
+def opened(root, rain=HEAVY, transform=None, **kwargs):
+    return datasets.clean_rainy_mixture(
+        root / "coco", root / "no such folder", NAMES, transform or presets.evaluation(64), coco_ratio=0.5,
+        rain_ratio=0.5, percent=100, seed=0, twins=True, fresh_rain=rain, **kwargs)
+
+
+def of_domain(data, epoch, domain):
+    samples = [data[epoch, i] for i in range(len(data))]
+    return {sample["path"]: sample for sample in samples if sample["domain"] == domain}
+
+
+def test_every_epoch_has_its_own_rain_over_clean_twins_and_needs_no_rainy_copy(coco):
+    data = opened(coco)
+    first, again, second = (of_domain(data, epoch, "rainy") for epoch in (0, 0, 1))
+    assert len(first) == 4 and all("coco_rain" not in path for path in first)
+    for path, sample in first.items():
+        assert torch.equal(sample["image"], again[path]["image"])
+        assert not torch.equal(sample["image"], second[path]["image"])
+        assert torch.equal(sample["twin"], second[path]["twin"])
+        with Image.open(path) as image:
+            expected = presets.evaluation(64)(datasets.read_image(image.filename))
+        assert (sample["twin"].float() - expected.float()).abs().max() <= 1
+        assert sample["image"].float().std() < sample["twin"].float().std()  # a veil takes contrast
+    clean = of_domain(data, 0, "clean")
+    assert len(clean) == 4 and all(torch.equal(s["image"], s["twin"]) for s in clean.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_ranks_see_the_same(coco, workers):
+    data = opened(coco, transform=presets.adaptation(64))
+    whole = list(loaders.training_loader(data, 4, workers, seed=0))
+    alone = {path: image for batch in whole for path, image in zip(batch["paths"], batch["images"], strict=True)}
+    assert len(alone) == 8
+    for rank in range(2):
+        keys = loaders.EpochBatches(8, 2, True, 0, rank, 2)
+        for batch in keys:
+            for sample in (data[key] for key in batch):
+                assert torch.equal(sample["image"], alone[sample["path"]])
+
+
+def test_large_images_shrink_with_their_boxes_before_the_rain_is_drawn(coco):
+    small = of_domain(opened(coco, FreshRain({"light": 1.0}, 0, side=48)), 0, "rainy")
+    plain = of_domain(opened(coco, FreshRain({"light": 1.0}, 0, side=0)), 0, "rainy")
+    for path, sample in small.items():
+        torch.testing.assert_close(sample["boxes"], plain[path]["boxes"], atol=1e-3, rtol=0)
+        assert sample["size"] == plain[path]["size"] == (96, 96)
+        # half the pixels and enlarged again: the finest detail is gone
+        assert sample["twin"].float().diff(dim=2).abs().mean() < plain[path]["twin"].float().diff(dim=2).abs().mean()
+
+
+def test_pairs_without_labels(coco):
+    folder = coco / "coco" / "train2017"
+    train, val = datasets.unlabelled_pairs(folder, coco / "coco_rain" / "train2017", presets.evaluation(64),
+                                           presets.evaluation(64), percent=100, seed=0, fresh_rain=HEAVY)
+    sample, later = train[0, 0], train[1, 0]
+    assert sample["path"].startswith(folder.as_posix()) and torch.equal(sample["twin"], later["twin"])
+    assert not torch.equal(sample["image"], later["image"])
+    assert torch.equal(val[0, 0]["image"], val[1, 0]["image"]) and "coco_rain" in val[0]["path"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"RAIN": "new"}, "RAIN = 'new': choose files or fresh"), ({"RAIN_KINDS": {}}, "RAIN_KINDS = {}"),
+    ({"RAIN_KINDS": {"hail": 1.0}}, "RAIN_KINDS = .*light.*mist"), ({"RAIN_KINDS": {"light": 0.0}}, "RAIN_KINDS"),
+    ({"RAIN_KINDS": {"light": -1.0, "mist": 3.0}}, "RAIN_KINDS"), ({"RAIN_KINDS": ("light",)}, "RAIN_KINDS"),
+    ({"RAIN_KINDS": {"light": float("nan")}}, "RAIN_KINDS")])
+def test_constants_that_cannot_be(changes, message):
+    constants = {"RAIN": "fresh", "RAIN_KINDS": {"light": 1.0}, "SEED": 0, "IMAGE_SIZE": 64}
+    with pytest.raises(UserError, match=message):
+        fresh_rain(SimpleNamespace(**constants | changes))
+    assert fresh_rain(SimpleNamespace(**constants | changes | {"RAIN": "files"})) is None
+    assert fresh_rain(SimpleNamespace(**constants | {"RAIN_KINDS": {"mist": 2, "drops": 0}})).kinds == ["mist"]
+
+
+def test_every_kind_is_drawn_as_often_as_asked(coco):
+    image = datasets.read_image(next((coco / "coco" / "train2017").iterdir()))
+    rain = FreshRain(dict.fromkeys(KINDS, 1.0), 0, 0)
+    found = {rain({"image": image}, epoch, "a")["image"].float().mean().item() for epoch in range(12)}
+    assert len(found) == 12
+    with pytest.raises(UserError, match="COCO_DIR.*swapped"):
+        (coco / "coco" / "rain.json").write_text("{}", encoding="utf-8")
+        opened(coco)
+
+
+def test_a_killed_training_goes_on_bit_for_bit_without_training_images_in_rain(feature_base, tmp_path, monkeypatch):
+    settings = feature_base | {"RAIN": "fresh", "PHASE1_EPOCHS": 2, "PHASE2_EPOCHS": 0}
+    shutil.rmtree(feature_base["COCO_RAIN_DIR"] + "/train2017")
+    Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "whole")})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training, "compute_losses", dies_after(3, Training.compute_losses))
+        Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "cut"), "CHECKPOINT_STEPS": 1})
+    Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "cut"), "RESUME": True})
+    whole, cut = (torch.load(tmp_path / name / "phase1" / "last.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert "phase1" in names_in(tmp_path / "cut")

@@ -1,0 +1,71 @@
+"""Rain that is drawn while images are loaded: another one on every image in every epoch, and no rainy copy on the disk.
+
+A fixed rainy copy shows a network the same streaks again and again, which it can learn by heart; rain drawn anew wins
+more at no cost but the drawing (docs/lab_notes.md, "Fresh rain").
+"""
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from utils.config import UserError
+from utils.datasets.rain_or_clean import KINDS, add_weather
+from utils.weather import rain
+
+SOURCES = ("files", "fresh")
+
+
+class FreshRain:
+    """Draws weather on samples.
+
+    Args:
+        kinds: {kind of rain_or_clean.KINDS: share}, shares of any sum.
+        seed: with the epoch and the image's name it decides on the weather, so that a resumed run, other workers or
+            more processes see the same.
+        side: the short side in pixels to which larger images are shrunk before, usually the network's input: what is
+            drawn finer than that would be lost, and the time with it. 0: never.
+    """
+
+    def __init__(self, kinds, seed, side):
+        self.kinds, self.shares = list(kinds), np.array(list(kinds.values()), float) / sum(kinds.values())
+        self.seed, self.side = seed, side
+
+    def __call__(self, sample, epoch, name, twin=False):
+        """A clean sample {"image": (3, H, W) uint8, "boxes": ...} before its transform -> the same in the rain; twin:
+        with the clean image as "twin"."""
+        size = tuple(sample["image"].shape[-2:])
+        if 0 < self.side < min(size):
+            scale = self.side / min(size)
+            sample = v2.Resize([max(1, round(length * scale)) for length in size], antialias=True)(sample)
+        clean = sample["image"]
+        rng = rain.rng_for(self.seed, f"{epoch}:{name}")
+        kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
+        pixels = add_weather(np.ascontiguousarray(clean.permute(1, 2, 0).numpy()), rng, kind)
+        sample = sample | {"image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))}
+        return sample | ({"twin": clean} if twin else {})
+
+
+def fresh_rain(cfg, side=None):
+    """-> FreshRain of a script's constants RAIN and RAIN_KINDS, None for RAIN = "files".
+
+    Args:
+        side: see FreshRain; None takes IMAGE_SIZE.
+    Raises:
+        UserError: unknown or useless values.
+    """
+    if cfg.RAIN not in SOURCES:
+        raise UserError(f"RAIN = {cfg.RAIN!r}: choose {' or '.join(SOURCES)}")
+    if cfg.RAIN == "files":
+        return None
+    shares = cfg.RAIN_KINDS
+    if not isinstance(shares, dict) or not shares.keys() <= KINDS.keys() or not _usable(shares.values()):
+        raise UserError(f"RAIN_KINDS = {shares!r}: give shares of some of {', '.join(KINDS)}, such as "
+                        "{'medium': 0.5, 'heavy': 0.5}")
+    return FreshRain({kind: share for kind, share in shares.items() if share}, cfg.SEED,
+                     cfg.IMAGE_SIZE if side is None else side)
+
+
+def _usable(shares):
+    numbers = all(isinstance(share, (int, float)) and 0 <= share < float("inf") for share in shares)
+    return numbers and sum(shares) > 0

@@ -63,6 +63,7 @@ DEMO = {
     "SOURCE": "./demo/rain_begins.mp4", "OUTPUT": "./demo/runs/detect", "IMAGE_SIZE": 160, "DERAIN_SCALE": 0.5,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
+    "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "REFINER_DIR": "./demo/outputs_refiner/refiner",
 }
 _MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
                     "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
@@ -291,6 +292,7 @@ class Tally:
         """Count one frame; `one` is its result, None where it has no image."""
         if frame.problem:
             self.report(frame.problem)
+            self.before = None  # the frames around it are not consecutive
         if one is None:
             return
         self.images += 1

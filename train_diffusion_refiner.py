@@ -13,6 +13,7 @@ Writes OUTPUT_DIR/refiner/ (the LoRA file for any diffusers user, refiner.safete
 refined.png (test pairs), last.pt, best.pt, metrics.json, curves.png, tb/, derained/ and folds/.
 """
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -342,6 +343,8 @@ def evaluate(model, loader, device, lpips_model=None):
         return (means[f"{share}/ssim"] < means[f"{_BLENDS[0]}/ssim"]
                 or means.get(f"{share}/lpips", 0.0) > means.get(f"{_BLENDS[0]}/lpips", 0.0))
     best = max((share for share in _BLENDS if not loses(share)), key=lambda share: means[f"{share}/psnr"])
+    if any(map(math.isnan, means.values())):  # an overflow, which as "does not help" would go unseen; fit stops at it
+        best = _BLENDS[-1]
     model.blend = best
     names = [name for name in ("psnr", "ssim", "lpips") if f"{best}/{name}" in means]
     return {f"val/{name}": means[f"{best}/{name}"] for name in names} | {"val/blend": best}
@@ -435,6 +438,9 @@ def main(**overrides):
     diffusion_base.settings_of(cfg.BASE_MODEL)
     if cfg.MODE != "pixel":
         say_needs(cfg)
+    elif cfg.DRY_RUN:
+        processes.say(f"MODE = 'pixel': a NAFNet of about {freeze.count_parameters(outline(cfg))[1]:,} parameters, as "
+                      "many as LoRA has; nothing is downloaded")
     if cfg.DRY_RUN:
         return None
     if cfg.demo:

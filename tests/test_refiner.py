@@ -453,6 +453,15 @@ def test_a_refiner_that_harms_gets_no_share():
         assert train.evaluate(model, [batch], "cpu")["val/blend"] == share == model.blend
 
 
+def test_a_correction_that_is_not_finite_is_no_refiner_that_does_not_help():
+    """fit stops at a score that is not a number; share 0 of it would have looked sound."""
+    class Overflow(torch.nn.Module):
+        def correction(self, images):
+            return images * float("nan")
+    batch = {"images": (255 * picture()).byte(), "twins": (255 * picture(1)).byte(), "labels": []}
+    assert np.isnan(train.evaluate(Overflow(), [batch], "cpu")["val/psnr"])
+
+
 def test_blend_is_lowered_until_the_detector_finds_no_less(base, monkeypatch, capsys):
     scores = {0.0: 0.5, 1.0: 0.3, 0.8: 0.45, 0.6: 0.49, 0.4: 0.5, 0.2: 0.6}
     model = PixelRefiner(20000)
@@ -486,6 +495,8 @@ def test_memory_of_a_step_is_known_before_anything_is_loaded(base, capsys):
     assert outlined == pytest.approx(real, rel=0.1)
     assert train.main(**base, DRY_RUN=True) is None
     assert "GB" in capsys.readouterr().out and not Path(base["OUTPUT_DIR"]).exists()
+    assert train.main(**base, DRY_RUN=True, MODE="pixel") is None
+    assert "parameters" in capsys.readouterr().out
 
 
 def test_checkpointing_gives_the_same_gradients_for_less_memory():

@@ -402,7 +402,11 @@ def lower_blend(cfg, model, labelled, device):
 
 def best_refiner(cfg, labelled, device, digest):
     """-> the refiner of the best epoch, its blend lowered by a detector if that was asked for; every rank calls it."""
-    model = refiners.load_refiner(Path(cfg.OUTPUT_DIR) / "refiner", device, constant="OUTPUT_DIR")
+    folder = Path(cfg.OUTPUT_DIR) / "refiner"
+    if problem := system.absent(folder, folder=True):
+        raise config.UserError(f"OUTPUT_DIR: {folder.as_posix()} {problem}, which this run wrote after its best epoch: "
+                               "put it back, or start anew without RESUME = True")
+    model = refiners.load_refiner(folder, device, constant="OUTPUT_DIR")
     if labelled and model.blend:
         lower_blend(cfg, model, labelled, device)
         if processes.is_main():

@@ -430,6 +430,13 @@ def test_no_run_moves_its_derainer_aside(base, trained_unet):
     assert names_in(Path(base["DERAIN_MODEL_PATH"]).parent) == before
 
 
+def test_a_finished_run_without_its_refiner_is_one_line(trained_refiner):
+    base, folder = trained_refiner
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="OUTPUT_DIR.*put it back"):
+        train.main(**base | {"NUM_EPOCHS": 1, "RESUME": True})
+
+
 def test_folds_need_the_constants_of_the_derainer(base, tmp_path):
     content = torch.load(base["DERAIN_MODEL_PATH"])
     del content["constants"]

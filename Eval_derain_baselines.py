@@ -30,6 +30,7 @@ from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import behind_derainer, derain_report, image_quality, latency, study
 from utils.images import to_floats
 from utils.networks import derainers
+from utils.networks.refiner import read_settings
 from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
 
@@ -130,9 +131,12 @@ def load_models(cfg, device):
 def note_trained_on(cfg, sets, models):
     """A line for each network that was trained on pairs of a test set, as the splits.json beside its weights says."""
     for row in models:
+        kind, weights = cfg.MODELS[row]
+        if kind == "refiner":  # learns from its de-rainer's pairs
+            weights = read_settings(weights, f"MODELS['{row}']")["derainer"]
         for name, pairs in sets.items():
             rainy = next(iter(pairs.values())).rainy.parent
-            if seen := windshield_pairs.trained_on(cfg.MODELS[row][1], rainy, pairs):
+            if seen := windshield_pairs.trained_on(weights, rainy, pairs):
                 processes.say(f"note: {name}: '{row}' was trained or validated on {len(seen)} of {len(pairs)} pairs "
                               "(splits.json beside its weights): set SPLITS_FILE to that file to leave them out")
 

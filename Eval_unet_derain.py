@@ -26,10 +26,10 @@ from utils.evaluation import behind_derainer, image_quality
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.comparison import note_other_sizes
 from utils.images import to_bytes, to_floats
-from utils.networks.derainers import load_trained
+from utils.networks.derainers import load_trained, other_derainer
 from utils.networks.rain_detector import SIDE as _SIDE
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.refiner import RefinedDerainer, load_refiner, read_settings
+from utils.networks.refiner import RefinedDerainer, load_refiner
 from utils.networks.rtdetr import require_size
 from utils.networks.tiling import require_tiles, restore
 
@@ -106,14 +106,6 @@ def score_pairs(cfg, networks, chosen, transform, device, lpips_model, title):
         values, = transfer.rows({(row, key): value for row, own in scores.items() for key, value in own.items()})
         found[name] = {row: {key: values[row, key] for key in own} for row, own in scores.items()}
     return found
-
-
-def note_other_derainer(cfg):
-    """A line where the refiner was trained behind another network than UNET_PATH."""
-    other = read_settings(cfg.REFINER_DIR)["derainer"]
-    if Path(other).resolve() != Path(cfg.UNET_PATH).resolve():
-        processes.say(f"note: REFINER_DIR = '{cfg.REFINER_DIR}' was trained behind {other}, not behind UNET_PATH = "
-                      f"'{cfg.UNET_PATH}', whose traces it has not seen")
 
 
 def rows_of(scores, groups, size):
@@ -278,14 +270,15 @@ def main(**overrides):
     if cfg.demo:
         ensure_windshield_demo()
     if cfg.LABELED_RAIN_DIR:
-        require_size(cfg.DETECTOR_SIZE)
+        require_size(cfg.DETECTOR_SIZE, "DETECTOR_SIZE")
     require_apart(cfg)
     device = processes.announced_device()
     model = load_trained(cfg.UNET_PATH, device)
     networks = {"U-Net": model}
     if cfg.REFINER_DIR:
         networks["U-Net + refiner"] = RefinedDerainer(model, load_refiner(cfg.REFINER_DIR, device)).eval()
-        note_other_derainer(cfg)
+        if note := other_derainer(cfg.REFINER_DIR, cfg.UNET_PATH):
+            processes.say(note)
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device) if cfg.RAIN_DETECTOR_PATH else None
     # all that is needed, before any of it is scored for minutes
     photographs = photographs_of(cfg) if cfg.REAL_DIR else []

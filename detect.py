@@ -30,7 +30,7 @@ from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
 from utils.inference import detections, video
 from utils.integrated_model import RainRobustRTDETR, require_trained_scale
-from utils.networks.derainers import load_derainer
+from utils.networks.derainers import load_derainer, require_arch
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
 from utils.networks.spdnet import load_spdnet
@@ -64,6 +64,7 @@ DEMO = {
     "SOURCE": "./demo/rain_begins.mp4", "OUTPUT": "./demo/runs/detect", "IMAGE_SIZE": 160, "DERAIN_SCALE": 0.5,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
+    "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "REFINER_DIR": "./demo/outputs_refiner/refiner",
 }
 _MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
                     "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
@@ -97,7 +98,11 @@ def note_without_effect(cfg, given):
     if idle := [name for name in _MODEL_CONSTANTS if name in given and name not in used]:
         chosen = (f"PIPELINE_DIR = '{cfg.PIPELINE_DIR}'" if cfg.PIPELINE_DIR else f"MODEL = '{cfg.MODEL}'"
                   if cfg.MODEL != "conditional" else f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}'")
-        processes.say(f"note: without effect with {chosen}: {', '.join(idle)}")
+        paths = {constant for _, constant in _DERAINERS.values()} if "DERAIN" in used else set()
+        for reason, names in ((f"DERAIN = '{cfg.DERAIN}'", [name for name in idle if name in paths]),
+                              (chosen, [name for name in idle if name not in paths])):
+            if names:
+                processes.say(f"note: without effect with {reason}: {', '.join(names)}")
 
 
 def note_other_sizes(cfg):
@@ -117,7 +122,11 @@ def build_model(cfg, device):
     def derainer():
         name, constant = _DERAINERS[cfg.DERAIN]
         if name:
-            return load_derainer(name, getattr(cfg, constant), constant=constant)
+            model, kind = load_derainer(name, getattr(cfg, constant), constant=constant), cfg.DERAIN.partition("+")[0]
+            if name != kind:
+                require_arch(model.derainer, kind, f"DERAIN = '{cfg.DERAIN}': the de-rainer of {constant} = "
+                                                   f"'{cfg.REFINER_DIR}'")
+            return model
         require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
         return load_spdnet(cfg.SPDNET_MODEL_PATH, constant=constant)
 
@@ -284,6 +293,7 @@ class Tally:
         """Count one frame; `one` is its result, None where it has no image."""
         if frame.problem:
             self.report(frame.problem)
+            self.before = None  # the frames around it are not consecutive
         if one is None:
             return
         self.images += 1
@@ -373,8 +383,8 @@ def print_summary(cfg, tally, source, folder):
         more = 255 * tally.flicker / tally.flicker_count
         lines.append(f"  flicker  {more:+.2f} levels: consecutive frames differ by so much more after de-raining")
     if tally.fallbacks:
-        lines.append(f"  note     {tally.fallbacks} image(s) were detected on as they were: SPDNet's answer was not "
-                     "finite")
+        lines.append(f"  note     {tally.fallbacks} image(s) were detected on as they were: the de-rainer's answer was "
+                     "not finite")
     for switch in tally.switches:
         lines.append(f"  gate     {switch['branch']} branch from frame {switch['frame']} ({switch['seconds']:.2f} s), "
                      f"rain probability {switch['rain_probability']:.2f}")

@@ -13,6 +13,7 @@ Writes OUTPUT_DIR/refiner/ (the LoRA file for any diffusers user, refiner.safete
 refined.png (test pairs), last.pt, best.pt, metrics.json, curves.png, tb/, derained/ and folds/.
 """
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from utils.networks import diffusion_base
 from utils.networks import refiner as refiners
 from utils.networks.derainers import load_trained
 from utils.networks.rtdetr import require_size
-from utils.networks.tiling import require_tiles, restore
+from utils.networks.tiling import require_tiles, restore, usual_overlap
 from utils.training import engine, run_state
 from utils.training.plan import Plan, not_negative, whole
 
@@ -112,6 +113,9 @@ DEMO = {
     "GAIN_LEARNING_RATE": 1e-2, "EMA_DECAY": 0.9, "GRADIENT_CHECKPOINTING": False, "DATALOADER_WORKERS": 0,
     "OUTPUT_DIR": "./demo/outputs_refiner",
 }
+_NETWORK = "content of DERAIN_MODEL_PATH"  # among the constants in last.pt: a de-rainer that was trained again
+_SPLIT = ("TRAIN_PAIRS", "VAL_PAIRS", "TEST_PAIRS", "SEQUENCE_SEPARATOR")  # of a de-rainer: its folds have SPLITS_FILE
+_OWN_FOLDERS = ("refiner", "tb")  # of OUTPUT_DIR, replaced or moved aside as a whole
 _HEADINGS = ("de-rained", "refined", "clear")  # of refined.png
 _BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the correction that are tried on the validation pairs
 
@@ -130,18 +134,25 @@ def check(cfg):
     for name, least in (("VAL_IMAGES", 1), ("VAL_LIMIT", 32), ("STEPS", 1), ("LORA_RANK", 1), ("LORA_ALPHA", 1),
                         ("PICTURES", 1), ("TIME", 0), ("PAIRS_PER_EPOCH", 0)):
         whole(least)(name, getattr(cfg, name))
-    for name in ("LOCK_SIGMA", "LPIPS_WEIGHT"):
-        not_negative(name, getattr(cfg, name))
+    not_negative("LPIPS_WEIGHT", cfg.LPIPS_WEIGHT)
+    if cfg.LOCK_SIGMA and not 0.5 <= cfg.LOCK_SIGMA <= cfg.IMAGE_SIZE / 4:  # less keeps nothing, more is one colour
+        raise config.UserError(f"LOCK_SIGMA = {cfg.LOCK_SIGMA}: choose 0 (off), or 0.5 to {cfg.IMAGE_SIZE / 4:g} "
+                               "pixels, a quarter of IMAGE_SIZE")
     if cfg.LABELED_RAIN_DIR:
-        require_size(cfg.DETECTOR_SIZE)
+        require_size(cfg.DETECTOR_SIZE, "DETECTOR_SIZE")
     if not cfg.LORA_TARGETS:
         raise config.UserError("LORA_TARGETS is empty: nothing would train")
     if cfg.LPIPS_WEIGHT and not cfg.LPIPS_WEIGHTS:
         raise config.UserError("LPIPS_WEIGHT needs LPIPS_WEIGHTS: \"imagenet\", or a file of torchvision's alexnet")
-    require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
+    require_tiles(cfg.TILE, usual_overlap(cfg.TILE))
     for name in ("OUTPUT_DIR", "CACHE_DIR"):
         if folder := getattr(cfg, name):
             report.require_apart(name, folder, [("CLEAR_DIR", cfg.CLEAR_DIR), ("RAINY_DIR", cfg.RAINY_DIR)])
+    report.require_apart("CACHE_DIR", cfg.CACHE_DIR or cfg.OUTPUT_DIR, [
+        (f"OUTPUT_DIR/{name}", Path(cfg.OUTPUT_DIR) / name) for name in _OWN_FOLDERS])
+    if Path(cfg.DERAIN_MODEL_PATH).resolve().parent == Path(cfg.OUTPUT_DIR).resolve():
+        raise config.UserError(f"OUTPUT_DIR = '{cfg.OUTPUT_DIR}' is the folder of DERAIN_MODEL_PATH, whose files this "
+                               "run would move aside: choose another")
 
 
 def build_plan(cfg):
@@ -155,20 +166,6 @@ def build_plan(cfg):
 
 # ---- data ------------------------------------------------------------------------------------------------------
 
-def splits_of(cfg, found):
-    """-> {"train", "val", "test": names}, the parts that the de-rainer knew.
-
-    Raises:
-        UserError: no such file, or it belongs to other pairs.
-    """
-    file = Path(cfg.SPLITS_FILE or Path(cfg.DERAIN_MODEL_PATH).with_name("splits.json"))
-    if not cfg.SPLITS_FILE and not file.is_file():
-        raise config.UserError(f"DERAIN_MODEL_PATH = '{cfg.DERAIN_MODEL_PATH}' has no splits.json beside it: set "
-                               "SPLITS_FILE to the one that its training wrote, so that the refiner knows which pairs "
-                               "the de-rainer was trained on")
-    return windshield_pairs.read_splits(file, found, "SPLITS_FILE" if cfg.SPLITS_FILE else "DERAIN_MODEL_PATH")
-
-
 def cache_of(cfg):
     """-> Path of the folder that keeps de-rained images and the folds' networks."""
     return Path(cfg.CACHE_DIR or cfg.OUTPUT_DIR)
@@ -178,21 +175,27 @@ def fold_networks(cfg, parts, content, digest):
     """Train a de-rainer for every fold of the training part, on the others, as DERAIN_MODEL_PATH was trained.
 
     Args:
-        parts: of `splits_of`; content: of DERAIN_MODEL_PATH; digest: of that file. A finished fold is not repeated.
+        parts: of `derained.parts_of`; content: of DERAIN_MODEL_PATH; digest: of that file. A finished fold is not
+            repeated.
     Returns:
         [(path of its weights, names that it has not seen), ...].
     """
-    constants = {name: value for name, value in content["constants"].items() if hasattr(train_unet_derain, name)}
-    folds = derained.in_folds(parts["train"], cfg.FOLDS, constants.get("SEQUENCE_SEPARATOR", ""))
+    if not (trained := content.get("constants")):
+        raise config.UserError(f"FOLDS = {cfg.FOLDS}: DERAIN_MODEL_PATH = '{cfg.DERAIN_MODEL_PATH}' does not hold the "
+                               "constants that it was trained with: give the best.pt of that run, or FOLDS = 0")
+    constants = {name: value for name, value in trained.items()
+                 if hasattr(train_unet_derain, name) and name not in _SPLIT}
+    folds = derained.in_folds(parts["train"], cfg.FOLDS, trained.get("SEQUENCE_SEPARATOR", ""))
     if not all(folds):
         raise config.UserError(f"FOLDS = {cfg.FOLDS}: the training part has too few pairs (or sequences) for it")
     networks = []
     for number, names in enumerate(folds):
-        folder = cache_of(cfg) / "folds" / f"{digest}_{number}"
-        splits = folder.with_suffix(".json")
         others = sorted(set(parts["train"]) - set(names))
-        processes.main_first(partial(report.write_json, splits, {"train": others, "val": parts["val"], "test": []}),
-                             "the folds")
+        # as test pairs MORE_PAIRS leaves them out as well
+        split = {"train": others, "val": parts["val"], "test": sorted([*names, *parts["test"]])}
+        folder = cache_of(cfg) / "folds" / derained.fold_name(digest, split)
+        splits = folder.with_suffix(".json")
+        processes.main_first(partial(report.write_json, splits, split), "the folds")
         processes.say(f"fold {number + 1} of {len(folds)}: a de-rainer is trained on {len(others)} pairs, for "
                       f"{len(names)}")
         train_unet_derain.main(**constants | {
@@ -212,17 +215,16 @@ def build_data(cfg, device):
     @cache  # several parts have the same one
     def network(path):
         derain = partial(restore, load_trained(path, device, "DERAIN_MODEL_PATH"), tile=cfg.TILE,
-                         overlap=min(128, cfg.TILE // 2))
-        return derain, derained.network_digest(path)
+                         overlap=usual_overlap(cfg.TILE))
+        return derain, checkpoint.file_digest(path)
     digest = network(cfg.DERAIN_MODEL_PATH)[1]
-    parts, separator = splits_of(cfg, found), (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", "")
+    parts = derained.parts_of(cfg.DERAIN_MODEL_PATH, found, cfg.SPLITS_FILE, cfg.RAINY_DIR, cfg.CLEAR_DIR)
     if cfg.FOLDS:
         sources = {"train": fold_networks(cfg, parts, content, digest), "val": [(cfg.DERAIN_MODEL_PATH, parts["val"])]}
         said = f"{len(parts['train'])} training pairs, each de-rained by a network that was not trained on it"
     else:
-        count = len(parts["val"])
-        own, _ = windshield_pairs.split_names(parts["val"], (round(0.8 * count), count - round(0.8 * count), 0), 0,
-                                              separator)
+        own = derained.shared_out(parts["val"], (content.get("constants") or {}).get("SEQUENCE_SEPARATOR", ""),
+                                  cfg.DERAIN_MODEL_PATH)
         sources = {part: [(cfg.DERAIN_MODEL_PATH, own[part])] for part in ("train", "val")}
         said = (f"{len(own['train'])} training and {len(own['val'])} validation pairs, all of the de-rainer's "
                 "validation part")
@@ -342,6 +344,8 @@ def evaluate(model, loader, device, lpips_model=None):
         return (means[f"{share}/ssim"] < means[f"{_BLENDS[0]}/ssim"]
                 or means.get(f"{share}/lpips", 0.0) > means.get(f"{_BLENDS[0]}/lpips", 0.0))
     best = max((share for share in _BLENDS if not loses(share)), key=lambda share: means[f"{share}/psnr"])
+    if any(map(math.isnan, means.values())):  # an overflow, which as "does not help" would go unseen; fit stops at it
+        best = _BLENDS[-1]
     model.blend = best
     names = [name for name in ("psnr", "ssim", "lpips") if f"{best}/{name}" in means]
     return {f"val/{name}": means[f"{best}/{name}"] for name in names} | {"val/blend": best}
@@ -367,10 +371,10 @@ def sample_images(model, data, device):
     return {", ".join(_HEADINGS): visualize.as_tensor(page)}
 
 
-def write_refiner(model, cfg):
-    """OUTPUT_DIR/refiner, which load_refiner reads."""
+def write_refiner(model, cfg, digest):
+    """OUTPUT_DIR/refiner, which load_refiner reads; digest: of the file DERAIN_MODEL_PATH."""
     refiners.save_refiner(model, Path(cfg.OUTPUT_DIR) / "refiner", base=cfg.BASE_MODEL, prompt=cfg.PROMPT,
-                          derainer=Path(cfg.DERAIN_MODEL_PATH).as_posix())
+                          derainer=Path(cfg.DERAIN_MODEL_PATH).as_posix(), derainer_digest=digest)
 
 
 def lower_blend(cfg, model, labelled, device):
@@ -385,6 +389,10 @@ def lower_blend(cfg, model, labelled, device):
         model.blend = share
         return behind_derainer.rows_behind({f"blend {share}": both}, *labelled, device, "row")[0]["mAP"]
     chosen, alone = model.blend, found(0.0)
+    if alone < 0:  # COCO's word for "no such objects"
+        processes.say("note: LABELED_RAIN_DIR: the chosen images have no boxes, so the detector has no say")
+        model.blend = chosen
+        return
     for share in (share for share in reversed(_BLENDS) if share <= chosen):
         model.blend = share
         if not share or (score := found(share)) >= alone:
@@ -393,13 +401,17 @@ def lower_blend(cfg, model, labelled, device):
                       f"{alone:.4f} behind the de-rainer alone: less is used")
 
 
-def best_refiner(cfg, labelled, device):
+def best_refiner(cfg, labelled, device, digest):
     """-> the refiner of the best epoch, its blend lowered by a detector if that was asked for; every rank calls it."""
-    model = refiners.load_refiner(Path(cfg.OUTPUT_DIR) / "refiner", device, constant="OUTPUT_DIR")
+    folder = Path(cfg.OUTPUT_DIR) / "refiner"
+    if problem := system.absent(folder, folder=True):
+        raise config.UserError(f"OUTPUT_DIR: {folder.as_posix()} {problem}, which this run wrote after its best epoch: "
+                               "put it back, or start anew without RESUME = True")
+    model = refiners.load_refiner(folder, device, constant="OUTPUT_DIR")
     if labelled and model.blend:
         lower_blend(cfg, model, labelled, device)
         if processes.is_main():
-            write_refiner(model, cfg)
+            write_refiner(model, cfg, digest)
     return model
 
 
@@ -431,17 +443,23 @@ def main(**overrides):
     diffusion_base.settings_of(cfg.BASE_MODEL)
     if cfg.MODE != "pixel":
         say_needs(cfg)
+    elif cfg.DRY_RUN:
+        processes.say(f"MODE = 'pixel': a NAFNet of about {freeze.count_parameters(outline(cfg))[1]:,} parameters, as "
+                      "many as LoRA has; nothing is downloaded")
     if cfg.DRY_RUN:
         return None
     if cfg.demo:
         ensure_windshield_demo()
     last = run_state.require_free(Path(cfg.OUTPUT_DIR), plan, "val/psnr")
     engine.seed_everything(cfg.SEED)
+    checkpoint.require_writable(cache_of(cfg))
     device = processes.announced_device()
-    data = build_data(cfg, device)
+    # before the folds' trainings, which may take a day
     lpips_model = image_quality.load_lpips(cfg.LPIPS_WEIGHTS, device) if cfg.LPIPS_WEIGHTS else None
     labelled = (behind_derainer.labelled_rain(cfg, "DETECTOR_SIZE", device, "train", cfg.PERCENT_DATASET)
                 if cfg.LABELED_RAIN_DIR else None)
+    data = build_data(cfg, device)
+    digest = checkpoint.file_digest(cfg.DERAIN_MODEL_PATH)
     engine.seed_everything(cfg.SEED)  # the folds' trainings have used it
     model = build_refiner(cfg, device)
     val_loader = loaders.validation_loader(data["val"], 1, cfg.DATALOADER_WORKERS)  # sizes differ
@@ -451,14 +469,16 @@ def main(**overrides):
         parameters=parameter_groups(cfg, model), evaluate=partial(evaluate, loader=val_loader, device=device,
                                                                   lpips_model=lpips_model),
         score="val/psnr", sample_images=partial(sample_images, data=data["val"], device=device),
-        on_best=partial(write_refiner, cfg=cfg), constants=cfg.as_dict(), last=last,
+        on_best=partial(write_refiner, cfg=cfg, digest=digest), last=last,
+        constants=cfg.as_dict() | {_NETWORK: digest},
         fixed=("MODE", "BASE_MODEL", "PROMPT", "TIME", "STRENGTH", "STEPS", "SKIPS", "LOCK_SIGMA", "LORA_RANK",
-               "LORA_ALPHA", "LORA_TARGETS", "DERAIN_MODEL_PATH", "FOLDS", "VAL_IMAGES", "VAL_LIMIT"),
+               "LORA_ALPHA", "LORA_TARGETS", "DERAIN_MODEL_PATH", _NETWORK, "FOLDS", "VAL_IMAGES", "VAL_LIMIT",
+               "LPIPS_WEIGHTS"),
         validated_on=data["val"].names,
         own_files=("refiner", "results.json", "refined.png"))
     if not result["history"]:
         return result | {"test": []}
-    best = best_refiner(cfg, labelled, device)
+    best = best_refiner(cfg, labelled, device, digest)
     return result | {"test": write_report(cfg, best, data, device, lpips_model) if processes.is_main() else []}
 
 

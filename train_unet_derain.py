@@ -30,7 +30,7 @@ from utils.demo.windshield import ensure_windshield_demo
 from utils.evaluation import image_quality
 from utils.images import to_floats
 from utils.networks import derainers, nafnet
-from utils.networks.tiling import require_tiles, restore
+from utils.networks.tiling import require_tiles, restore, usual_overlap
 from utils.networks.unet import new_unet, require_arch
 from utils.training import engine
 from utils.training.plan import Plan, not_negative, whole
@@ -171,7 +171,7 @@ def check(cfg):
     report.require_apart("CHECKPOINT_DIR", cfg.CHECKPOINT_DIR, [
         (name, getattr(cfg, name)) for name in ("CLEAR_DIR", "RAINY_DIR", "REAL_DIR")] + [
         ("MORE_PAIRS", folder) for entry in cfg.MORE_PAIRS for folder in entry[:2]])
-    require_tiles(cfg.TILE, min(128, cfg.TILE // 2))
+    require_tiles(cfg.TILE, usual_overlap(cfg.TILE))
 
 
 def without_effect(cfg):
@@ -401,7 +401,7 @@ def real_sheet(model, paths, tile):
     for path in paths:
         image = to_floats(datasets.read_image(path)[None])
         cells = [visualize.to_pil(picture[0]) for picture in
-                 (image, restore(model, image, tile, min(128, tile // 2)))]
+                 (image, restore(model, image, tile, usual_overlap(tile)))]
         size = (min(_SHOWN, cells[0].width), max(1, round(cells[0].height * min(1, _SHOWN / cells[0].width))))
         rows.append([cell.resize(size, Image.Resampling.LANCZOS) for cell in cells])
     return visualize.grid(rows, ["real rain", "derained"])

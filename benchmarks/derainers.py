@@ -23,7 +23,7 @@ from benchmarks.peak_memory import PeakMemory
 from utils import config, processes, report
 from utils.evaluation import latency
 from utils.networks.derainers import Derainer
-from utils.networks.tiling import restore
+from utils.networks.tiling import restore, usual_overlap
 from utils.networks.unet import new_unet
 
 NETWORKS = ("unet", "nafnet", "spdnet", "prenet", "prn_r", "rescan", "ddn", "derainnet")
@@ -74,7 +74,7 @@ def photograph(constants, name):
     with PeakMemory() as peak:
         images = torch.rand(1, 3, *cfg.PHOTOGRAPH)
         begin = time.perf_counter()
-        restore(model, images, cfg.TILE, min(128, cfg.TILE // 2))
+        restore(model, images, cfg.TILE, usual_overlap(cfg.TILE))
         seconds = time.perf_counter() - begin
     return {"network": name, "size": "{1} x {0}".format(*cfg.PHOTOGRAPH), "ms": 1000 * seconds, "GB": peak.gigabytes}
 

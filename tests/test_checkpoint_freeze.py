@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from utils import checkpoint, config, freeze
@@ -25,6 +26,18 @@ def test_saved_files_load_with_a_plain_torch_load(tmp_path):
     content = torch.load(tmp_path / "a" / "x.pt")
     assert content["step"] == 3 and content["history"] == [{"a": 1.0}]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.pt"]
+
+
+def test_a_full_disk_keeps_the_old_folder(tmp_path):
+    """safetensors has an error of its own for it, which is no OSError."""
+    def write(path):
+        path.mkdir()
+        raise SafetensorError("I/O error: No space left on device")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    with pytest.raises(config.UserError, match="model.*No space left"):
+        checkpoint.replace_folder(write, tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

@@ -263,3 +263,9 @@ def test_squeeze_and_excitation_weighs_channels():
 
 def test_trainable_networks_can_be_built_and_others_not():
     assert set(derainers.TRAINABLE) == set(NETWORKS) - {"mprnet", "restormer"}
+
+
+def test_every_tile_has_an_overlap_that_goes_with_it():
+    for tile in (0, 32, 64, 96, 160, 256, 1024):
+        tiling.require_tiles(tile, tiling.usual_overlap(tile))
+    assert tiling.usual_overlap(1024) == 128

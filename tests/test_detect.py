@@ -190,6 +190,19 @@ def test_a_saved_pipeline_answers_like_its_parts(base, clip, tmp_path):
     assert results(parts["folder"]) == results(whole["folder"])
 
 
+def test_flicker_is_of_consecutive_frames_alone():
+    """What de-raining adds to the change between two frames; not across one that could not be read."""
+    tally = detect.Tally()
+
+    def count(number, level, problem=None):
+        one = None if problem else {"boxes": [], "given": torch.full((3, 4, 4), level), "branch": None, "rain": None,
+                                    "seen": torch.full((3, 4, 4), level**2)}
+        tally.count(video.Frame(f"v frame {number}", number=number, seconds=0.0, problem=problem), one)
+    for number, level in enumerate((0.5, 1.0, None, 0.0, 0.5)):
+        count(number, level, "broken" if level is None else None)
+    assert tally.flicker_count == 2 and tally.flicker == pytest.approx(0.25 - 0.25)  # 0.75 - 0.5 and 0.25 - 0.5
+
+
 @pytest.mark.parametrize("values, idle, used", [
     ({"PIPELINE_DIR": "p"}, ("RAIN_THRESHOLD", "SPDNET_MODEL_PATH", "RTDETR_MODEL_NAME"), ()),
     ({"MODEL": "spdnet"}, ("RAIN_THRESHOLD", "FEATURE_MODEL_DIR"), ("SPDNET_MODEL_PATH", "RTDETR_MODEL_NAME")),

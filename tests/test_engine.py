@@ -219,6 +219,17 @@ def test_the_scripts_own_output_is_set_aside_too(coco, tmp_path):
     assert (tmp_path / "out" / "previous_1" / "adapted.pt").read_text() == "earlier"
 
 
+def test_a_resume_that_finds_no_last_pt_replaces_nothing(coco, tmp_path):
+    """It starts from the beginning, so what an earlier run has left there makes way as at any start."""
+    run(coco, tmp_path / "out", epochs=1, own_files=("adapted.pt",))
+    (tmp_path / "out" / "adapted.pt").write_text("earlier")
+    (tmp_path / "out" / "last.pt").unlink()
+    best = (tmp_path / "out" / "best.pt").read_bytes()
+    run(coco, tmp_path / "out", epochs=1, own_files=("adapted.pt",), resume=True)
+    assert (tmp_path / "out" / "previous_1" / "best.pt").read_bytes() == best
+    assert (tmp_path / "out" / "previous_1" / "adapted.pt").read_text() == "earlier"
+
+
 def test_a_loss_that_is_not_finite_stops_with_names(coco, tmp_path):
     def explodes(model, batch):
         return {"mse": compute_losses(model, batch)["mse"] * float("nan")}

@@ -1,6 +1,7 @@
 """The diffusion refiner on the tiny base of assets/demo: identity, files, diffusers' own pipeline, training, errors."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,9 @@ def test_what_is_no_base_is_one_line(tmp_path):
             diffusion_base.load_base(str(folder), PROMPT)
         return str(error.value)
 
+    def weights_of(folder, ending="safetensors"):
+        return folder / "unet" / f"diffusion_pytorch_model.{ending}"
+
     def plain(folder):
         file = folder / "unet" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 4}))
@@ -191,7 +195,17 @@ def test_what_is_no_base_is_one_line(tmp_path):
     assert "no pipeline" in refused(lambda folder: [shutil.rmtree(path) if path.is_dir() else path.unlink()
                                                     for path in folder.iterdir()])
     assert "damaged" in refused(lambda folder: (folder / "unet" / "config.json").write_text("{"))
-    refused(lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half"))
+    assert "hub" not in refused(lambda folder: weights_of(folder).write_bytes(b"half"))
+    assert "safetensors missing" in refused(  # another variant, which is not what would be read
+        lambda folder: weights_of(folder).rename(weights_of(folder, "fp16.safetensors")))
+    assert "vocab.json" in refused(  # without words every prompt is the same
+        lambda folder: [(folder / "tokenizer" / name).unlink() for name in ("vocab.json", "merges.txt",
+                                                                            "tokenizer.json")])
+
+    def other_vae(folder):
+        file = folder / "vae" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_channels": 16}))
+    assert "16 latent channels" in refused(other_vae)
     with pytest.raises(UserError, match="does not exist"):
         diffusion_base.load_base(str(tmp_path / "nothing"), PROMPT)
     with pytest.raises(UserError, match="hf download"):
@@ -215,6 +229,49 @@ def test_what_is_no_refiner_is_one_line(tmp_path):
     (tmp_path / "one" / refiner.OWN_FILE).unlink()
     with pytest.raises(UserError, match=refiner.OWN_FILE):
         refiner.load_refiner(tmp_path / "one")
+
+
+@pytest.mark.parametrize("change", [
+    {"blend": "much"}, {"blend": 5}, {"blend": None}, {"settings": 5}, {"derainer": 5}, {"prompt": 5},
+    {"settings": {"width": 12}}, {"settings": {"mode": "turbo"}}, {"settings": {"lock_sigma": -3}}])
+def test_an_edited_settings_file_is_one_line(tmp_path, change):
+    refiner.save_refiner(PixelRefiner(width=8), tmp_path / "one", base=TINY, prompt=PROMPT, derainer="x.pt")
+    file = tmp_path / "one" / refiner.SETTINGS_FILE
+    content = json.loads(file.read_text())
+    if isinstance(change.get("settings"), dict):
+        change = {"settings": content["settings"] | change["settings"]}
+    file.write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match="REFINER_DIR"):
+        refiner.load_refiner(tmp_path / "one")
+
+
+def test_no_setting_of_a_refiner_is_guessed(tmp_path):
+    """A file without the time that it was trained with does not get the default's."""
+    refiner.save_refiner(new(), tmp_path / "one", base=TINY, prompt=PROMPT, derainer="x.pt")
+    file = tmp_path / "one" / refiner.SETTINGS_FILE
+    content = json.loads(file.read_text())
+    del content["settings"]["time"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=refiner.SETTINGS_FILE):
+        refiner.load_refiner(tmp_path / "one")
+
+
+def test_the_prompt_is_the_one_that_was_trained_with(tmp_path):
+    model = shaken(new())
+    refiner.save_refiner(model, tmp_path / "one", base=TINY, prompt=PROMPT, derainer="x.pt")
+    file = tmp_path / "one" / refiner.SETTINGS_FILE
+    file.write_text(file.read_text().replace(PROMPT, "a photograph of a cat"))
+    assert torch.equal(refiner.load_refiner(tmp_path / "one").prompt, model.prompt)
+
+
+def test_the_lock_takes_one_axis_after_the_other():
+    """Two thin kernels take what torchvision's square one takes."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+    model, images = PixelRefiner(width=8, lock_sigma=2.0), picture()
+    model.raw_correction = lambda images: images
+    wide = torch.nn.functional.pad(images, (6,) * 4, mode="replicate")
+    assert torch.allclose(model.correction(images), images - gaussian_blur(wide, [13, 13], [2.0, 2.0])[..., 6:-6, 6:-6],
+                          atol=1e-6)
 
 
 # ---- training --------------------------------------------------------------------------------------------------
@@ -273,22 +330,47 @@ def test_a_killed_training_ends_with_the_same_weights(base, tmp_path, monkeypatc
 
 
 def test_no_image_is_derained_by_a_network_that_was_trained_on_it(base, monkeypatch):
-    """Each training image's file comes from the fold's network that had not seen it."""
+    """Each training image's file comes from the fold's network that had not seen it, also where CACHE_DIR holds the
+    networks of other folds."""
+    train.main(**base | {"FOLDS": 3, "NUM_EPOCHS": 1, "CACHE_DIR": base["OUTPUT_DIR"] + "_cache"})
     asked = []
     original = derained.derained_pairs
     monkeypatch.setattr(derained, "derained_pairs", lambda derain, pairs, names, folder: (
         asked.append((Path(folder).name, set(names))), original(derain, pairs, names, folder))[1])
-    train.main(**base | {"FOLDS": 2, "NUM_EPOCHS": 1})
+    train.main(**base | {"FOLDS": 2, "NUM_EPOCHS": 1, "CACHE_DIR": base["OUTPUT_DIR"] + "_cache"})
     parts = windshield_pairs.splits_of(Path(base["DERAIN_MODEL_PATH"]).with_name("splits.json"))
     used = {}
-    for file in sorted((Path(base["OUTPUT_DIR"]) / "folds").glob("*.json")):
-        network = derained.network_digest(file.with_suffix("") / "best.pt")
-        used[network] = set(windshield_pairs.splits_of(file)["train"])
-    own = derained.network_digest(base["DERAIN_MODEL_PATH"])
-    assert len(used) == 2 and own not in used
+    for file in sorted(Path(base["OUTPUT_DIR"] + "_cache", "folds").glob("*.json")):
+        network, split = checkpoint.file_digest(file.with_suffix("") / "best.pt"), windshield_pairs.splits_of(file)
+        used[network] = set(split["train"])
+        # MORE_PAIRS leaves out what is validated or tested on, also under other rain
+        assert set(split["test"]) == (set(parts["train"]) - used[network]) | set(parts["test"])
+    own = checkpoint.file_digest(base["DERAIN_MODEL_PATH"])
+    assert len(used) == 5 and own not in used
     seen = [(used.get(network, set(parts["train"])), names) for network, names in asked]
     assert all(not trained & names for trained, names in seen)
     assert set.union(*(names for network, names in asked if network in used)) == set(parts["train"])
+
+
+def test_no_part_of_the_pairs_was_trained_on(base, trained_unet, tmp_path):
+    """Parts of another de-rainer, parts that are too small, swapped folders."""
+    own = windshield_pairs.splits_of(Path(base["DERAIN_MODEL_PATH"]).with_name("splits.json"))
+    found = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])[0]
+
+    def parts(content, rainy=base["RAINY_DIR"], clear=base["CLEAR_DIR"]):
+        (tmp_path / "splits.json").write_text(json.dumps(content))
+        return derained.parts_of(base["DERAIN_MODEL_PATH"], found, str(tmp_path / "splits.json"), rainy, clear)
+    assert parts(own) == own
+    with pytest.raises(UserError, match="SPLITS_FILE"):
+        parts({"train": own["val"], "val": own["train"], "test": own["test"]})
+    with pytest.raises(UserError, match="CLEAR_DIR.*swapped"):
+        parts(own, base["CLEAR_DIR"], base["RAINY_DIR"])
+    for count in (2, 3, 8):
+        shares = derained.shared_out(own["val"][:count], "", "x.pt")
+        assert shares["train"] and shares["val"] and sorted(shares["train"] + shares["val"]) == own["val"][:count]
+    for few, separator in ((own["val"][:1], ""), (["a_1", "a_2", "a_3"], "_")):
+        with pytest.raises(UserError, match="DERAIN_MODEL_PATH.*FOLDS"):
+            derained.shared_out(few, separator, "x.pt")
 
 
 def test_derained_images_are_made_once(base):
@@ -297,6 +379,70 @@ def test_derained_images_are_made_once(base):
     before = [path.stat().st_mtime_ns for path in files]
     train.main(**base | {"NUM_EPOCHS": 1, "RESUME": True})
     assert files and before == [path.stat().st_mtime_ns for path in files]
+
+
+def test_kept_images_are_those_of_this_rain_and_whole(base, tmp_path):
+    """Other rain under the same names and the same time is not taken for it; half a file is made again."""
+    found = windshield_pairs.find_pairs(base["RAINY_DIR"], base["CLEAR_DIR"])[0]
+    name, (rainy, clear) = next(iter(found.items()))
+    other = tmp_path / "other" / rainy.name
+    other.parent.mkdir()
+    Image.new("RGB", Image.open(rainy).size, (9, 9, 9)).save(other)
+    os.utime(other, ns=(rainy.stat().st_atime_ns, rainy.stat().st_mtime_ns))
+
+    def kept(path):
+        return derained.derained_pairs(lambda images: images, {name: (path, clear)}, [name], tmp_path / "kept")[name][0]
+    first, second = kept(rainy), kept(other)
+    assert np.asarray(Image.open(second)).max() < 20 < np.asarray(Image.open(first)).max()
+    whole = first.read_bytes()
+    for broken in (whole[:len(whole) // 2], second.read_bytes()[:-20], b""):
+        first.write_bytes(broken)
+        assert kept(rainy).read_bytes() == whole
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        train.main(**base | {"CACHE_DIR": str(tmp_path / "file")})
+
+
+def test_a_derainer_that_was_trained_again_is_told(base, trained_unet, tmp_path, capsys):
+    """Under the same path: no run goes on with its images, and the old refiner says so where it is used."""
+    shutil.copytree(Path(base["DERAIN_MODEL_PATH"]).parent, tmp_path / "unet")
+    weights, moved = tmp_path / "unet" / "best.pt", tmp_path / "moved.pt"
+    run = base | {"DERAIN_MODEL_PATH": str(weights), "NUM_EPOCHS": 1}
+    train.main(**run)
+    folder = Path(base["OUTPUT_DIR"]) / "refiner"
+    derainers.load_derainer("refiner", folder)
+    shutil.copy(weights, moved)
+    assert "note" not in capsys.readouterr().out and not derainers.other_derainer(folder, moved)
+    content = torch.load(weights)
+    content["epoch"] += 1  # stands for other weights
+    torch.save(content, weights)
+    derainers.load_derainer("refiner", folder)
+    assert str(folder) in capsys.readouterr().out
+    with pytest.raises(UserError, match="DERAIN_MODEL_PATH"):
+        train.main(**run | {"RESUME": True, "NUM_EPOCHS": 2})
+
+
+def test_no_run_moves_its_derainer_aside(base, trained_unet):
+    before = names_in(Path(base["DERAIN_MODEL_PATH"]).parent)
+    with pytest.raises(UserError, match="OUTPUT_DIR"):
+        train.main(**base | {"OUTPUT_DIR": str(Path(base["DERAIN_MODEL_PATH"]).parent)})
+    assert names_in(Path(base["DERAIN_MODEL_PATH"]).parent) == before
+
+
+def test_a_finished_run_without_its_refiner_is_one_line(trained_refiner):
+    base, folder = trained_refiner
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="OUTPUT_DIR.*put it back"):
+        train.main(**base | {"NUM_EPOCHS": 1, "RESUME": True})
+
+
+def test_folds_need_the_constants_of_the_derainer(base, tmp_path):
+    content = torch.load(base["DERAIN_MODEL_PATH"])
+    del content["constants"]
+    torch.save(content, tmp_path / "best.pt")
+    shutil.copy(Path(base["DERAIN_MODEL_PATH"]).with_name("splits.json"), tmp_path)
+    with pytest.raises(UserError, match="FOLDS"):
+        train.main(**base | {"FOLDS": 2, "DERAIN_MODEL_PATH": str(tmp_path / "best.pt")})
 
 
 def test_a_refiner_that_harms_gets_no_share():
@@ -313,6 +459,15 @@ def test_a_refiner_that_harms_gets_no_share():
         assert train.evaluate(model, [batch], "cpu")["val/blend"] == share == model.blend
 
 
+def test_a_correction_that_is_not_finite_is_no_refiner_that_does_not_help():
+    """fit stops at a score that is not a number; share 0 of it would have looked sound."""
+    class Overflow(torch.nn.Module):
+        def correction(self, images):
+            return images * float("nan")
+    batch = {"images": (255 * picture()).byte(), "twins": (255 * picture(1)).byte(), "labels": []}
+    assert np.isnan(train.evaluate(Overflow(), [batch], "cpu")["val/psnr"])
+
+
 def test_blend_is_lowered_until_the_detector_finds_no_less(base, monkeypatch, capsys):
     scores = {0.0: 0.5, 1.0: 0.3, 0.8: 0.45, 0.6: 0.49, 0.4: 0.5, 0.2: 0.6}
     model = PixelRefiner(20000)
@@ -327,6 +482,10 @@ def test_blend_is_lowered_until_the_detector_finds_no_less(base, monkeypatch, ca
     scores |= dict.fromkeys((0.2, 0.4), 0.1)
     train.lower_blend(cfg, model, (None, type("L", (), {"dataset": [0]})), "cpu")
     assert model.blend == 0.0 and "less is used" in capsys.readouterr().out
+    model.blend = 0.4
+    scores |= dict.fromkeys(scores, -1.0)  # COCO's word for images without boxes
+    train.lower_blend(cfg, model, (None, type("L", (), {"dataset": [0]})), "cpu")
+    assert model.blend == 0.4 and "LABELED_RAIN_DIR" in capsys.readouterr().out
 
 
 def test_memory_of_a_step_is_known_before_anything_is_loaded(base, capsys):
@@ -342,6 +501,8 @@ def test_memory_of_a_step_is_known_before_anything_is_loaded(base, capsys):
     assert outlined == pytest.approx(real, rel=0.1)
     assert train.main(**base, DRY_RUN=True) is None
     assert "GB" in capsys.readouterr().out and not Path(base["OUTPUT_DIR"]).exists()
+    assert train.main(**base, DRY_RUN=True, MODE="pixel") is None
+    assert "parameters" in capsys.readouterr().out
 
 
 def test_checkpointing_gives_the_same_gradients_for_less_memory():
@@ -369,7 +530,11 @@ def test_validation_memory_does_not_grow(base):
     ({"MODE": "turbo"}, "MODE"), ({"FOLDS": 1}, "FOLDS"), ({"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
     ({"STRENGTH": 1.5}, "STRENGTH"), ({"TIME": 1000}, "TIME"), ({"LORA_TARGETS": ("nothing",)}, "LORA_TARGETS"),
     ({"LPIPS_WEIGHT": 0.1}, "LPIPS_WEIGHTS"), ({"DERAIN_MODEL_PATH": "nothing.pt"}, "DERAIN_MODEL_PATH"),
-    ({"LORA_RANK": 0}, "LORA_RANK"), ({"LOCK_SIGMA": -1.0}, "LOCK_SIGMA"), ({"FOLDS": 20}, "FOLDS")])
+    ({"LORA_RANK": 0}, "LORA_RANK"), ({"LOCK_SIGMA": -1.0}, "LOCK_SIGMA"), ({"FOLDS": 20}, "FOLDS"),
+    ({"LOCK_SIGMA": 1e-50}, "LOCK_SIGMA"), ({"LOCK_SIGMA": 2000.0}, "LOCK_SIGMA"),
+    ({"MODE": "sample", "STRENGTH": 0.001}, "STRENGTH"), ({"MODE": "sample", "STEPS": 1500}, "STEPS"),
+    ({"LORA_TARGETS": ("to_q", "to_kk")}, "to_kk"), ({"LORA_TARGETS": ("norm1",)}, "convolutions"),
+    ({"LABELED_RAIN_DIR": "x", "DETECTOR_SIZE": 100}, "DETECTOR_SIZE"), ({"TILE": 100}, "TILE")])
 def test_constants_that_cannot_be_are_one_line(base, change, named):
     with pytest.raises(UserError, match=named):
         train.main(**base | change)
@@ -382,7 +547,7 @@ def trained_refiner(base):
     return base, str(Path(base["OUTPUT_DIR"]) / "refiner")
 
 
-def test_detect_takes_every_derainer(trained_refiner, tmp_path):
+def test_detect_takes_every_derainer(trained_refiner, tmp_path, capsys):
     """Images behind the U-Net and behind U-Net and refiner, always and gated."""
     base, folder = trained_refiner
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)).save(tmp_path / "a.png")
@@ -393,8 +558,14 @@ def test_detect_takes_every_derainer(trained_refiner, tmp_path):
                 "SOURCE": str(tmp_path / "a.png"), "OUTPUT": str(tmp_path / "runs"), "MODEL": model, "DERAIN": kind,
                 "DERAIN_MODEL_PATH": base["DERAIN_MODEL_PATH"], "REFINER_DIR": folder})
             assert found["images"] == 1
-    with pytest.raises(UserError, match="DERAIN"):
-        detect.main(**demo | {"SOURCE": str(tmp_path / "a.png"), "OUTPUT": str(tmp_path / "runs"), "DERAIN": "x"})
+    given = demo | {"SOURCE": str(tmp_path / "a.png"), "OUTPUT": str(tmp_path / "runs"), "MODEL": "spdnet"}
+    capsys.readouterr()
+    detect.main(**given | {"DERAIN": "unet+refiner", "REFINER_DIR": folder, "DERAIN_MODEL_PATH": "x.pt"})
+    note = next(line for line in capsys.readouterr().out.splitlines() if "DERAIN_MODEL_PATH" in line)
+    assert "DERAIN = 'unet+refiner'" in note
+    for change in ({"DERAIN": "x"}, {"DERAIN": "nafnet+refiner", "REFINER_DIR": folder}):  # it is behind a U-Net
+        with pytest.raises(UserError, match="DERAIN"):
+            detect.main(**given | change)
 
 
 def test_both_evaluations_have_a_row_for_it(trained_refiner, tmp_path, capsys):
@@ -407,5 +578,6 @@ def test_both_evaluations_have_a_row_for_it(trained_refiner, tmp_path, capsys):
     found = Eval_derain_baselines.main(
         TEST_SETS=(str(Path(base["CLEAR_DIR"]).parent),), OUTPUT_DIR=str(tmp_path / "baselines"), LATENCY_SIZE=32,
         CROP=16, MODELS={"U-Net": ("unet", base["DERAIN_MODEL_PATH"]), "refined": ("refiner", folder)})
+    assert "'refined' was trained" in capsys.readouterr().out  # on its de-rainer's pairs
     assert {row["method"] for row in found["pairs"]} == {"rainy input", "U-Net", "refined"}
     assert found["costs"]["refined"]["parameters"] > 2_000_000

@@ -4,11 +4,13 @@ Files are written beside their target and moved into place, so a killed run neve
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils import system
@@ -58,10 +60,15 @@ def replace_folder(write, folder):
     try:
         write(fresh)
         system.swap_in(fresh, folder, old)
-    except OSError as error:  # a full disk; on Windows also a file of the old folder that another program has open
+    except (OSError, SafetensorError) as error:  # a full disk; on Windows also what another program has open
         raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "
                               "folder open.") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def file_digest(path):
+    """-> 16 hex digits that stand for a file's content."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
 def load(path, device="cpu"):
@@ -106,8 +113,10 @@ def state_of(content, path):
     return content
 
 
-def load_settings(path, keys, constant, otherwise):
+def load_settings(path, keys, constant, otherwise, optional=()):
     """-> the dict of exactly `keys` in the JSON file that a model's folder holds beside its weights.
+
+    optional: further keys, which files of earlier versions lack.
 
     Raises:
         CheckpointError: the file is missing (`otherwise` says which folder `constant` should name), or damaged.
@@ -119,7 +128,7 @@ def load_settings(path, keys, constant, otherwise):
         settings = system.read_json(path)
     except (OSError, ValueError):
         settings = None
-    if not isinstance(settings, dict) or settings.keys() != set(keys):
+    if not isinstance(settings, dict) or not set(keys) <= settings.keys() <= {*keys, *optional}:
         raise CheckpointError(f"{constant}: {path.as_posix()} is damaged; save the model again")
     return settings
 

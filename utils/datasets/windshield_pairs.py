@@ -218,13 +218,20 @@ def trained_on(weights, rainy_dir, names):
     Args:
         weights: path of its best.pt; rainy_dir: folder of the rainy images; names: of the pairs in question.
     """
-    try:
-        content = system.read_json(Path(weights).with_name("splits.json"))
-        if Path(content["rainy_dir"]) != Path(rainy_dir).resolve():
-            return set()
-        return {name_of_entry(entry, names) for part in ("train", "val") for entry in content[part]} & set(names)
-    except (OSError, ValueError, KeyError, TypeError):
+    folder, parts = splits_beside(weights)
+    if folder != Path(rainy_dir).resolve():
         return set()
+    return {name_of_entry(entry, names) for part in ("train", "val") for entry in parts[part]} & set(names)
+
+
+def splits_beside(weights):
+    """-> (folder of the rainy images, {"train", "val", "test": entries}) of the splits.json beside a network's weights;
+    (None, {}) where there is none, or one of another form."""
+    try:
+        file = Path(weights).with_name("splits.json")
+        return Path(system.read_json(file)["rainy_dir"]), splits_of(file)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None, {}
 
 
 def read_splits(path, names, constant="SPLITS_FILE"):

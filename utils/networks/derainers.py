@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from utils import checkpoint, system
+from utils import checkpoint, processes, system
 from utils.config import UserError
 from utils.networks import rescan
 from utils.networks.clamp import clamp_with_return
@@ -175,9 +175,7 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     content = checkpoint.load(weights)
     if _is_own(content):
         model = load_trained(weights, device, constant, content)
-        found = model.model_args["arch"]
-        if name != found and (name != "unet" or found in NETWORKS):
-            raise UserError(f"{constant} = '{weights}' holds a network with ARCH = {found!r}, not {name!r}")
+        require_arch(model, name, f"{constant} = '{weights}'")
         return model
     if name in ("unet", "nafnet"):
         raise UserError(f"{constant} = '{weights}' is not a file of {OWN} (no model_args of its network in it)")
@@ -194,6 +192,27 @@ def load_derainer(name, weights, device="cpu", constant="weights"):
     return model.to(device).eval()
 
 
+def require_arch(model, name, what):
+    """UserError where `model` of train_unet_derain.py is another network than `name` of load_derainer; what: the file,
+    for the message."""
+    found = model.model_args["arch"]
+    if name != found and (name != "unet" or found in NETWORKS):
+        raise UserError(f"{what} holds a network with ARCH = {found!r}, not {name!r}")
+
+
+def other_derainer(folder, derainer, constant="REFINER_DIR"):
+    """-> a line where a refiner's folder was trained behind another network than the file `derainer`, "" where it is
+    that one. Refiners of earlier versions know the path alone."""
+    content = read_settings(folder, constant)
+    known = content.get("derainer_digest")
+    if (checkpoint.file_digest(derainer) == known if known else
+            Path(content["derainer"]).resolve() == Path(derainer).resolve()):
+        return ""
+    same = " as it was then" if Path(content["derainer"]).resolve() == Path(derainer).resolve() else ""
+    return (f"note: {constant} = '{folder}' was trained behind {content['derainer']}{same}, not behind '{derainer}'"
+            f"{' as it is now' if same else ''}, whose traces it has not seen")
+
+
 def load_refined(folder, device="cpu", constant="REFINER_DIR"):
     """-> a refiner's folder as a de-rainer: the network that it was trained behind, then the refiner.
 
@@ -205,6 +224,8 @@ def load_refined(folder, device="cpu", constant="REFINER_DIR"):
         raise UserError(f"{constant} = '{folder}': its de-rainer '{derainer}' {problem}: put it back, or write its "
                         f"path into {Path(folder).as_posix()}/{SETTINGS_FILE}")
     model = RefinedDerainer(load_trained(derainer, device, constant), load_refiner(folder, device, constant=constant))
+    if note := other_derainer(folder, derainer, constant):
+        processes.say(note)
     model.source = _REFINED
     return model.eval()
 

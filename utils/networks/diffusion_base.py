@@ -19,6 +19,7 @@ disable_progress_bar()  # transformers draws bars in block characters, even for 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LATENTS, CONDITIONED = 4, 8  # channels of the latents; of what the U-Net sees: noisy latents and those of the image
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")  # of the files that diffusers reads
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 # timbrooks/instruct-pix2pix has these (its unet/config.json and vae/config.json); what they leave out is diffusers'
@@ -70,8 +71,11 @@ def settings_of(name, constant="BASE_MODEL"):
     for part in PARTS:
         file = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
         missing += [] if (root / part / file).is_file() else [f"{part}/{file}"]
-        if part in _WEIGHTS and not any((root / part).glob(f"{_WEIGHTS[part]}*")):
+        if part in _WEIGHTS and not any((root / part / f"{_WEIGHTS[part]}{ending}").is_file() for ending in _ENDINGS):
             missing.append(f"{part}/{_WEIGHTS[part]}.safetensors")
+    words = root / "tokenizer"
+    if not (words / "tokenizer.json").is_file():  # without any of them transformers makes an empty tokenizer
+        missing += [f"tokenizer/{file}" for file in ("vocab.json", "merges.txt") if not (words / file).is_file()]
     if "model_index.json" in missing and len(missing) > 1:
         raise UserError(f"{constant} = '{name}' is no pipeline of diffusers (no {system.listed(missing, 2)}): give the "
                         f"folder that 'hf download {PUBLISHED} --local-dir FOLDER' fills")
@@ -80,10 +84,13 @@ def settings_of(name, constant="BASE_MODEL"):
                         f"download {PUBLISHED} --local-dir FOLDER', it goes on where it stopped")
     try:
         unet, vae = (system.read_json(root / part / "config.json") for part in ("unet", "vae"))
-        channels = unet.get("in_channels")
+        channels, latents = unet.get("in_channels"), vae.get("latent_channels", LATENTS)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{constant} = '{name}': its config.json of unet or vae is damaged") from error
     require_conditioned(channels, f"{constant} = '{name}'")
+    if latents != LATENTS:
+        raise UserError(f"{constant} = '{name}': its vae has {latents} latent channels and is another model's; use "
+                        f"that of {PUBLISHED}, with {LATENTS}")
     return unet, vae
 
 
@@ -119,20 +126,24 @@ def load_base(name, prompt, dtype=torch.float32, constant="BASE_MODEL"):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # huggingface_hub, httpx, safetensors raise many kinds
-        raise UserError(f"{constant} = '{name}' cannot be loaded: {_reason(error)}") from error
+        raise UserError(f"{constant} = '{name}' cannot be loaded: {_reason(error, name)}") from error
     for part in (unet, vae):
         part.requires_grad_(False).eval()
     return Base(unet, vae, scheduler, encoded)
 
 
-def _reason(error):
+def _reason(error, name):
     """-> why a base could not be loaded, and what to do, in words."""
     text = str(error).strip()
     if checkpoint.unpickled(error):
         return "its weights are damaged, or hold other things than tensors; .safetensors is the safe form"
-    first = text.splitlines()[0][:200] if text else type(error).__name__
-    return (f"{first}. Where the hub is out of reach, run 'hf download {PUBLISHED} --local-dir instruct-pix2pix' on a "
-            "machine with network and give that folder; --demo needs no download")
+    first = (text.splitlines()[0][:200] if text else type(error).__name__).rstrip(".")
+    if checkpoint.is_local(name):
+        return (f"{first}. A file of it is damaged, half there or another model's: delete it and repeat 'hf download "
+                f"{PUBLISHED} --local-dir FOLDER'")
+    return (f"no folder has that name here, and the hub: {first}. Where the hub is out of reach, run 'hf download "
+            f"{PUBLISHED} --local-dir instruct-pix2pix' on a machine with network and give that folder; --demo needs "
+            "no download")
 
 
 @torch.no_grad()

@@ -35,6 +35,12 @@ from utils.networks.tiling import to_multiple
 MODES = ("one_step", "sample", "pixel")
 SETTINGS_FILE, OWN_FILE, LORA_FILE = "refiner.json", "refiner.safetensors", "pytorch_lora_weights.safetensors"
 TRAINER = "train_diffusion_refiner.py"
+# what refiner.json holds, and its settings: {name: what is there}
+_NUMBER = (int, float)
+_ENTRIES = {"settings": dict, "blend": _NUMBER, "base": str, "prompt": str, "derainer": str}
+_PIXEL = {"mode": str, "width": int, "lock_sigma": _NUMBER}
+_DIFFUSION = {"mode": str, "time": int, "strength": _NUMBER, "steps": int, "rank": int, "alpha": int, "targets": list,
+              "skips": bool, "seed": int, "lock_sigma": _NUMBER}
 # layers of the U-Net by the ends of their names
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LAYERS = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
@@ -61,8 +67,9 @@ class Refiner(nn.Module):
             side = 2 * math.ceil(3 * self.lock_sigma) + 1
             half = side // 2
             wide = F.pad(found, (half,) * 4, mode="replicate")
-            found = found - v2.functional.gaussian_blur(wide, [side, side], [self.lock_sigma] * 2)[
-                ..., half:-half, half:-half]
+            for kernel in ([side, 1], [1, side]):  # one axis after the other: torchvision's kernel is a square
+                wide = v2.functional.gaussian_blur(wide, kernel, [self.lock_sigma] * 2)
+            found = found - wide[..., half:-half, half:-half]
         return found
 
     def forward(self, images, targets=None):
@@ -135,6 +142,12 @@ class DiffusionRefiner(Refiner):
         if not 0 <= time < base.scheduler.config.num_train_timesteps:
             raise UserError(f"TIME = {time}: choose a step of the scheduler, 0 to "
                             f"{base.scheduler.config.num_train_timesteps - 1}")
+        if mode == "sample" and strength and (walk := _walk(steps, strength)) > len(base.scheduler.alphas_cumprod):
+            raise UserError(f"STEPS = {steps}, STRENGTH = {strength}: that is a walk of {walk} steps in all, of which "
+                            f"the scheduler has {len(base.scheduler.alphas_cumprod)}: fewer STEPS or more STRENGTH")
+        if base.scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"BASE_MODEL: its scheduler's prediction_type = "
+                            f"{base.scheduler.config.prediction_type!r} is none that the refiner knows")
         self.settings = {"mode": mode, "time": time, "strength": strength, "steps": steps, "rank": rank,
                          "alpha": alpha, "targets": list(targets), "skips": skips, "seed": seed,
                          "lock_sigma": lock_sigma}
@@ -187,7 +200,10 @@ class DiffusionRefiner(Refiner):
     def read(self, folder, constant):
         """See `load_refiner`."""
         own = checkpoint.load(Path(folder) / OWN_FILE)
-        own.pop("prompt", None)
+        prompt = own.pop("prompt", self.prompt)
+        if prompt.shape != self.prompt.shape:
+            raise UserError(f"{constant} = '{folder}': {OWN_FILE} has a prompt of another text encoder than its base")
+        self.prompt.copy_(prompt)  # the one it was trained with, whatever refiner.json says
         lora = checkpoint.load(Path(folder) / LORA_FILE)
         lora = {name.removesuffix(".weight") + ".default.weight": value for name, value in lora.items()}
         checkpoint.load_into(self, own | lora, f"{constant} = '{folder}'", "its own settings")
@@ -260,7 +276,7 @@ class DiffusionRefiner(Refiner):
         if not self.steps or not self.strength:
             return latents
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(max(self.steps, round(self.steps / self.strength)), device=latents.device)
+        scheduler.set_timesteps(_walk(self.steps, self.strength), device=latents.device)
         times = scheduler.timesteps[-self.steps:]
         generator = torch.Generator().manual_seed(self.seed)  # the CPU's: the same on every device
         noise = torch.randn(1, *latents.shape[1:], generator=generator).to(latents.device).expand_as(latents)
@@ -281,9 +297,15 @@ class DiffusionRefiner(Refiner):
         noise = torch.randn_like(clean)
         times = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
         found = self.predict(self.scheduler.add_noise(clean, noise, times), times, condition)
-        wanted = (self.scheduler.get_velocity(clean, noise, times)
-                  if self.scheduler.config.prediction_type == "v_prediction" else noise)
+        kind = self.scheduler.config.prediction_type
+        wanted = (self.scheduler.get_velocity(clean, noise, times) if kind == "v_prediction" else
+                  clean if kind == "sample" else noise)
         return F.mse_loss(found, wanted)
+
+
+def _walk(steps, strength):
+    """-> how many steps the scheduler takes from noise alone, of which the last `steps` are gone."""
+    return max(steps, round(steps / strength))
 
 
 def _zero_convolution(up, down, device):
@@ -296,11 +318,16 @@ def _zero_convolution(up, down, device):
 def _with_lora(unet, rank, alpha, targets):
     """-> the U-Net with LoRA layers, which alone train and are float32."""
     _, peft = diffusion_base.diffusers_and_peft()
+    names = [name for name, _ in unet.named_modules()]
+    if unknown := [end for end in targets if end not in ALL_LAYERS
+                   and not any(name == end or name.endswith(f".{end}") for name in names)]:
+        raise UserError(f"LORA_TARGETS = {tuple(targets)}: no layer of the U-Net has a name that ends in "
+                        f"{system.listed(unknown)}; choose from {', '.join(ALL_LAYERS)}")
     try:
         unet.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     except ValueError as error:
-        raise UserError(f"LORA_TARGETS = {tuple(targets)}: no layer of the U-Net has a name that ends so; choose from "
-                        f"{', '.join(ALL_LAYERS)}") from error
+        raise UserError(f"LORA_TARGETS = {tuple(targets)}: LoRA takes linear layers and convolutions alone; choose "
+                        f"from {', '.join(ALL_LAYERS)}") from error
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -323,15 +350,26 @@ def save_refiner(refiner, folder, **more):
 
 
 def read_settings(folder, constant="REFINER_DIR"):
-    """-> {"settings", "blend", "base", "prompt", "derainer"} of a refiner's folder.
+    """-> {"settings", "blend", "base", "prompt", "derainer", perhaps "derainer_digest"} of a refiner's folder.
 
     Raises:
-        UserError: not there, or no refiner; names `constant`.
+        UserError: not there, no refiner, or damaged; names `constant`.
     """
     if problem := system.absent(folder, folder=True):
         raise UserError(f"{constant} = '{folder}' {problem}: train a refiner with {TRAINER}")
-    return checkpoint.load_settings(Path(folder) / SETTINGS_FILE, ("settings", "blend", "base", "prompt", "derainer"),
-                                    constant, f"it is no refiner; {TRAINER} writes one into OUTPUT_DIR/refiner")
+    content = checkpoint.load_settings(Path(folder) / SETTINGS_FILE, _ENTRIES, constant, "it is no refiner; "
+                                       f"{TRAINER} writes one into OUTPUT_DIR/refiner", optional=("derainer_digest",))
+    settings = content["settings"]
+    kinds = _PIXEL if isinstance(settings, dict) and settings.get("mode") == "pixel" else _DIFFUSION
+    if not (_of_kinds(content, _ENTRIES) and 0 <= content["blend"] <= 1 and settings.keys() == kinds.keys()
+            and _of_kinds(settings, kinds) and settings["mode"] in MODES and settings["lock_sigma"] >= 0
+            and settings.get("rank", 1) > 0):
+        raise UserError(f"{constant} = '{folder}': {SETTINGS_FILE} is damaged; save the refiner again")
+    return content
+
+
+def _of_kinds(content, kinds):
+    return all(isinstance(content[name], kind) for name, kind in kinds.items())
 
 
 def load_refiner(folder, device="cpu", dtype=torch.float32, constant="REFINER_DIR", base=None):
@@ -343,16 +381,12 @@ def load_refiner(folder, device="cpu", dtype=torch.float32, constant="REFINER_DI
         UserError: not there, damaged, or its base is not to be had; names `constant`.
     """
     content = read_settings(folder, constant)
-    settings = dict(content["settings"])
-    try:
-        mode = settings["mode"]
-        if mode == "pixel":
-            refiner = PixelRefiner(lock_sigma=settings["lock_sigma"], width=settings["width"])
-        else:
-            refiner = DiffusionRefiner(diffusion_base.load_base(
-                base or content["base"], content["prompt"], dtype, f"{constant}: base"), **settings)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{constant} = '{folder}': {SETTINGS_FILE} is damaged; save the refiner again") from error
+    settings = content["settings"]
+    if settings["mode"] == "pixel":
+        refiner = PixelRefiner(lock_sigma=settings["lock_sigma"], width=settings["width"])
+    else:
+        refiner = DiffusionRefiner(diffusion_base.load_base(
+            base or content["base"], content["prompt"], dtype, f"{constant}: base"), **settings)
     refiner.read(folder, constant)
     refiner.blend = float(content["blend"])
     return refiner.to(device).eval()

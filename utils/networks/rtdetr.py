@@ -151,10 +151,10 @@ def _require_rtdetr(settings, what):
                         f"a gap; it has {system.listed(classes, 8)}")
 
 
-def require_size(image_size):
-    """UserError unless the side of the square input is one that RT-DETR takes."""
+def require_size(image_size, constant="IMAGE_SIZE"):
+    """UserError unless the side of the square input is one that RT-DETR takes; names `constant`."""
     if image_size < 32 or image_size % 32:
-        raise UserError(f"IMAGE_SIZE = {image_size}: RT-DETR needs a multiple of 32, such as "
+        raise UserError(f"{constant} = {image_size}: RT-DETR needs a multiple of 32, such as "
                         f"{max(32, round(image_size / 32) * 32)}")
 
 

@@ -60,6 +60,11 @@ def restore(model, images, tile=0, overlap=128):
     return total / weight
 
 
+def usual_overlap(tile):
+    """-> the overlap of scripts that have no constant for it: 128, of small tiles as much as goes with their side."""
+    return min(128, max(tile, 0) // 64 * 32)
+
+
 def require_tiles(tile, overlap):
     """UserError unless TILE and OVERLAP go together; see `restore`."""
     if tile < 0 or tile % 32 or overlap < 0 or overlap % 32 or tile and 2 * overlap > tile:

@@ -62,7 +62,7 @@ class Run:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
-            if not self.plan.resume:
+            if not self.plan.resume or not (last or self.last.is_file()):  # without last.pt nothing goes on
                 set_aside(self.folder, [name for name in self.own_files if name not in self.written_before],
                           self.plan.resume_hint)
         self.accelerator.wait_for_everyone()

@@ -220,6 +220,8 @@ def main(**overrides):
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     if cfg.demo:
         ensure_demo()
+    comparison.note_same(cfg, ("SPDNET_MODEL_PATH", "ADAPTED_MODEL_PATH"),
+                         ("RTDETR_MODEL_NAME", "FINETUNED_MODEL_NAME"))
     device = processes.announced_device()
     checkpoint.require_writable(cfg.OUTPUT_DIR)
     if cfg.COMPILE:

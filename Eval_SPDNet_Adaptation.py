@@ -65,8 +65,8 @@ def build_models(cfg, device):
         cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
         freeze_detection=True, derain_scale=cfg.DERAIN_SCALE)
     adapted = integrated_model.RainRobustRTDETR(
-        freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device)), original.detection_module,
-        derain_scale=cfg.DERAIN_SCALE).to(device)
+        freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device, constant="ADAPTED_MODEL_PATH")),
+        original.detection_module, derain_scale=cfg.DERAIN_SCALE).to(device)
     return {_VANILLA: original.detection_module.eval(), _ORIGINAL: original.eval(), _ADAPTED: adapted.eval()}
 
 

@@ -32,6 +32,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison, gates, rain_report
 from utils.evaluation.coco import detect
 from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
+from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
@@ -125,6 +126,9 @@ def build_models(cfg, device):
         if name in ("fine-tuned", "feature"):
             branches[name] = load_rainy_detector(value, device, constant)
             require_same_outputs(vanilla, branches[name], constant)
+            if isinstance(branches[name], FeatureDerainRTDETR) != (name == "feature"):  # its rows would be misnamed
+                raise config.UserError(f"{constant} = '{value}' belongs in the other of FEATURE_MODEL_DIR (model/ of "
+                                       "Training_FeatureDerain.py) and RAINY_DETECTOR_NAME (a plain RT-DETR)")
             continue
         pipelines[name] = pipeline = ConditionalRainRobustRTDETR.from_pretrained(value, device, constant=constant)
         if pipeline.derain_module is None:
@@ -310,6 +314,7 @@ def main(**overrides):
     threshold = pipeline.rain_threshold
 
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
+    comparison.are_twins(data["rainy"], data["clean"])  # for what it says of twins with other boxes, or without rain
     parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results

@@ -163,8 +163,9 @@ def restore_files(cfg, model, paths, folder, rain_detector, device):
         target = folder / relative.with_suffix(".png")
         if target in (done for _, done in written):  # a.jpg and a.png
             target = folder / relative.with_name(f"{relative.name}.png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        visualize.to_pil(restored[0]).save(target)
+        with config.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            visualize.to_pil(restored[0]).save(target)
         written.append((path, target))
         rows.append({"file": relative.as_posix(), "rain before": rain_probability(rain_detector, image, device),
                      "rain after": rain_probability(rain_detector, restored, device)})

@@ -203,7 +203,8 @@ def main(**overrides):
         on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), last=last,
         own_files=(pipeline.name,),
         fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE"),
-        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()})
+        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
+        validated_images=[path for loader in val_loaders.values() for path in loader.dataset.image_paths()])
     if result["history"]:
         processes.say(f"pipeline: {pipeline.as_posix()}\n"
                       f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")

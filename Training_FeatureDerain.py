@@ -305,8 +305,10 @@ def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
         plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
         sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
         constants=cfg.as_dict(),
-        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"),
-        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()})
+        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE",
+               *(() if best.truths else ("FEATURE_LEVEL",))),  # without labels the score is the features' error
+        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()},
+        validated_images=[path for loader in best.val_loaders.values() for path in loader.dataset.image_paths()])
     if result["stopped"] != "interrupted":
         best.score = max(best.score, result["best_score"])
         checkpoint.load_into(model, checkpoint.load_state(folder / "best.pt"), (folder / "best.pt").as_posix())
@@ -319,9 +321,11 @@ def check(cfg):
     require_feature_level(cfg.FEATURE_LEVEL)
     if not cfg.DETECTION_WEIGHT and not cfg.CONSISTENCY_WEIGHT:
         raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
-    if min(cfg.RAIN_SCORE_WEIGHT, cfg.CLEAN_SCORE_WEIGHT) < 0 or cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
-        raise config.UserError(f"RAIN_SCORE_WEIGHT = {cfg.RAIN_SCORE_WEIGHT} and CLEAN_SCORE_WEIGHT = "
-                               f"{cfg.CLEAN_SCORE_WEIGHT}: neither may be negative, nor both 0")
+    for name in ("RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT"):
+        not_negative(name, getattr(cfg, name))
+    if cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
+        raise config.UserError("RAIN_SCORE_WEIGHT and CLEAN_SCORE_WEIGHT are both 0: no epoch would be better than "
+                               "another")
     if not 0 <= cfg.PRETRAINED_SHARE < 1:
         raise config.UserError(f"PRETRAINED_SHARE = {cfg.PRETRAINED_SHARE}: choose 0 (off) or a number below 1")
 

@@ -190,8 +190,10 @@ def main(**overrides):
         evaluate=partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares), score="val/mAP",
         on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
-        constants=cfg.as_dict(), own_files=(folder.name,), fixed=("IMAGE_SIZE",),
-        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()})
+        constants=cfg.as_dict() | {"classes": list(id2label.values())}, own_files=(folder.name,),
+        fixed=("IMAGE_SIZE", "COCO_RATIO", "RAIN_RATIO", "classes"),  # the ratios are the score's weights as well
+        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
+        validated_images=[path for loader in val_loaders.values() for path in loader.dataset.image_paths()])
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
         processes.say(report.table([best], {f"val/{name}": name for name in coco_evaluation.METRICS}))

@@ -70,6 +70,7 @@ DEMO = {
     "BACKBONE_WEIGHTS": "", "LEARNING_RATE": 1e-3, "NUM_EPOCHS": 4, "BATCH_SIZE": 32, "DATALOADER_WORKERS": 0,
     "OUTPUT_DIR": "./demo/rain_detector_pretrained",
 }
+_TEST_FILES = ("test.json", "rain_roc.png", "rain_mistakes.png")
 
 
 def build_data(cfg):
@@ -176,11 +177,14 @@ def train_and_test(cfg, plan, model, train_loader, val, device):
         score="val/likelihood",
         on_best=partial(save_rain_detector, path=output),
         sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
-        fixed=("VALIDATION_SHARE", "FALSE_ALARM_RATE"),
-        own_files=(output.name, "test.json", "rain_roc.png", "rain_mistakes.png"))
+        fixed=("VALIDATION_SHARE", "FALSE_ALARM_RATE", "RENDERED_SHARE", "SEED"),  # also of validation's weather
+        validated_on=[len(val.clean), len(val.rainy)], validated_images=val.image_paths(),
+        own_files=(output.name, *_TEST_FILES))
     if not output.is_file():
         return result
     if cfg.TEST_CLEAN_DIRS:
+        if cfg.RESUME:  # the folder may hold the test of another length of the run, or of other images
+            report.output_folder(cfg.OUTPUT_DIR, _TEST_FILES)
         result["test"] = test(cfg, output, device)
     processes.say(f"\nrain detector: {output.as_posix()}")
     return result

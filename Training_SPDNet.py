@@ -194,7 +194,8 @@ def main(**overrides):
         on_best=partial(save_spdnet, path=output),
         sample_images=partial(sample_images, dataset=val_loader.dataset, device=device),
         constants=cfg.as_dict(), last=last, own_files=(output.name,),
-        fixed=("VAL_RAINY_DIR", "VAL_CLEAN_DIR", "VAL_IMAGES", "VAL_LIMIT", "IMAGE_SCALE"))
+        fixed=("VAL_RAINY_DIR", "VAL_CLEAN_DIR", "VAL_IMAGES", "VAL_LIMIT", "IMAGE_SCALE"),
+        validated_images=val_loader.dataset.image_paths())
     if result["history"]:
         rows = [{"images": "rainy input"} | untouched,
                 {"images": "de-rained"} | result["history"][result["best_epoch"] - 1]]

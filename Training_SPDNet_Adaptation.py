@@ -240,7 +240,8 @@ def train_and_show(cfg, plan, model, data, device):
         sample_images=partial(sample_images, dataset=val, device=device,
                               id2label=id2label_of(model.detection_module)),
         constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE),
-        fixed=("IMAGE_SIZE", "DERAIN_SCALE"), validated_on=coco_evaluation.identity(truth) if labelled else None)
+        fixed=("IMAGE_SIZE", "DERAIN_SCALE", *(() if labelled else ("FEATURE_LEVEL",))),  # unlabelled: what is scored
+        validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)

@@ -8,6 +8,7 @@ compares its outputs with PyTorch's. Input: pixel_values (BATCH_SIZE, 3, IMAGE_S
 logits (B, Q, K) and pred_boxes (B, Q, 4), normalised cxcywh. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
+import io
 import warnings
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def build_models(cfg):
 
 def to_torch_export(program, path):
     """Write the exported program. -> callable of the file that was written."""
-    torch.export.save(program, path)
+    content = io.BytesIO()  # a full disk would end the process within torch's own writing
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     return torch.export.load(path).module()
 
 
@@ -83,7 +86,7 @@ def export(model, name, cfg):
     found = {}
     for kind in cfg.FORMATS:
         path = Path(cfg.OUTPUT_DIR) / f"{name}{_SUFFIXES[kind]}"
-        with system.written(path, path.suffix) as temporary:
+        with config.writing(path), system.written(path, path.suffix) as temporary:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 written = (onnx_file.write(program, temporary, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx"

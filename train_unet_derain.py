@@ -431,15 +431,17 @@ def after_epoch(model, history, cfg, data, photographs, device):
 
 def save_page(page, path):
     """Write a picture, its folder included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
+    with config.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
 
 
 def copy_file(source, target):
     """Copy a file, complete or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with system.written(target) as temporary:
-        shutil.copyfile(source, temporary)
+    with config.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with system.written(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------
@@ -476,7 +478,7 @@ def main(**overrides):
         on_epoch=partial(after_epoch, cfg=cfg, data=data, photographs=photographs, device=device),
         stop=partial(stop_reason, cfg=cfg), constants=cfg.as_dict(),
         fixed=("IMAGE_SIZE", "RANDOM_CROP", "CROP_SIZES", "KEEP_TONE", "RESIDUAL", "NAFNET_WINDOW", "OPTIMIZER"),
-        validated_on=[data["val"].names, data["test"].names],
+        validated_on=[data["val"].names, data["test"].names], validated_images=data["val"].image_paths(),
         own_files=("checkpoints", "samples", "real_rain", "splits.json", "eval"))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]

@@ -292,7 +292,7 @@ def check_weights(found, cfg, names=()):
         with urllib.request.urlopen(request, timeout=cfg.TIMEOUT) as answer:
             size = int(answer.headers.get("Content-Length") or 0) / 2**20
         found.ok(f"weights: {published.url} answers; training downloads {f'{size:.0f} MB' if size else 'it'} once")
-    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+    except (OSError, ValueError, OverflowError) as error:  # URLError is an OSError; the last: an endless TIMEOUT
         found.fail(f"weights: {published.url} cannot be reached ({getattr(error, 'reason', error)}). Put that file at "
                    f"{cached.as_posix()}, or train with --pretrain_weights none")
 

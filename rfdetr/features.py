@@ -55,6 +55,10 @@ class CachedDataset(torch.utils.data.Dataset):
             self._fill(model, missing, resolution, batch_size, workers)
         processes.accelerator().wait_for_everyone()
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return self.data.image_paths()
+
     def file(self, index, mirror):
         return self.folder / f"{self.names[index]}{'_mirror' if mirror else ''}.safetensors"
 

@@ -206,7 +206,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
                                   class_rows=start.class_rows),
             constants=cfg.as_dict(), extras=extras, last=start.last, written_before=(config_file,),
             own_files=tuple(filter(None, (best_file, epoch_file, config_file, "results.json", "predictions.png"))),
-            validated_on=identity(splits["valid"].truth, with_masks))
+            validated_on=identity(splits["valid"].truth, with_masks), validated_images=data["valid"].image_paths())
         _require_best(folder, result, best_file, extras)
         return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks, result)
 

@@ -144,6 +144,20 @@ def test_rates_of_a_phase_that_is_left_out():
     refused(lambda: script("Training_FeatureDerain").main(PHASE1_EPOCHS=0, PHASE1_LR=-1.0), "PHASE1_LR")
 
 
+@pytest.mark.parametrize("constant", ["RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_scores_are_weighted_with_numbers(constant, value):
+    refused(lambda: script("Training_FeatureDerain").main(**{constant: value}), constant)
+
+
+@pytest.mark.parametrize("values", [{"COCO_RATIO": float("nan")}, {"RAIN_RATIO": float("nan")},
+                                    {"COCO_RATIO": -0.5, "RAIN_RATIO": 1.5}, {"COCO_RATIO": 0.2}])
+def test_shares_of_clean_and_rainy_images_are_shares(coco, values):
+    settings = {"coco_ratio": 0.5, "rain_ratio": 0.5} | {name.lower(): value for name, value in values.items()}
+    refused(lambda: datasets.clean_rainy_mixture(coco / "coco", coco / "coco_rain", NAMES, presets.adaptation(64),
+                                                 percent=100, seed=0, **settings), "COCO_RATIO", "RAIN_RATIO")
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
 @pytest.mark.parametrize("name", ["Training_SPDNet", "shrink_head"])
 def test_seeds_that_no_generator_takes(name, seed, tmp_path):

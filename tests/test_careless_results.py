@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WHOLE_IMAGES, names_in, write_coco
+from matplotlib import pyplot as plt
 from PIL import Image
 from test_careless_hands import ROOT, edited, fit, refused, script
 from test_rfdetr_data import write_dataset
@@ -21,13 +22,14 @@ import train_seg_single_stage
 import train_unet_derain
 from rfdetr import weights
 from tools import sweep_unet_derain
-from utils import checkpoint, config, datasets, losses, processes, report, system
+from utils import checkpoint, config, datasets, feature_derain, losses, processes, report, system, visualize
 from utils.config import UserError
 from utils.datasets import presets, windshield_pairs
 from utils.evaluation import comparison, image_quality
 from utils.inference import video
 from utils.networks import derainers, onnx_file
 from utils.networks.rain_detector import new_rain_detector
+from utils.networks.rtdetr import load_rtdetr
 from utils.networks.unet import UNetDerainer, new_unet
 from utils.training import run_state
 
@@ -249,6 +251,66 @@ def test_the_same_model_twice_is_noted(tmp_path, capsys):
 @pytest.mark.parametrize("values", [{"PICTURES": -3}, {"SCORE_THRESHOLD": 40.0}])
 def test_pages_of_nothing_are_refused(name, values, tmp_path):
     refused(lambda: script(name).main(**values, OUTPUT_DIR=str(tmp_path)), *values)
+
+
+def test_twins_without_rain_are_noted(tmp_path, capsys):
+    clean = write_coco(tmp_path / "clean")
+    shutil.copytree(clean, tmp_path / "rainy")
+    rainy, clean = (datasets.CocoDetectionDataset(tmp_path / root, "val", {0: "person", 1: "car"},
+                                                  presets.evaluation(64), constant="COCO_DIR", domain="clean")
+                    for root in ("rainy", "clean"))
+    assert comparison.are_twins(rainy, clean) and "no rain in them" in capsys.readouterr().out
+    path = rainy.folder / rainy.files[0]
+    path.write_bytes(path.read_bytes() + b"rain")
+    assert comparison.are_twins(rainy, clean) and "no rain" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("constant", ["FEATURE_MODEL_DIR", "RAINY_DETECTOR_NAME"])
+def test_a_row_is_named_after_what_it_is(constant, coco, weights):
+    """A plain detector is no feature model, and the reverse."""
+    model = feature_derain.FeatureDerainRTDETR(load_rtdetr(str(weights / "rtdetr")), "multiscale")
+    model.save_pretrained(coco / "feature")
+    wrong = {"FEATURE_MODEL_DIR": weights / "rtdetr", "RAINY_DETECTOR_NAME": coco / "feature"}[constant]
+    refused(lambda: script("Eval_conditional").main(
+        COCO_DIR=str(coco / "coco"), COCO_RAIN_DIR=str(coco / "coco_rain"), IMAGE_SIZE=96, DATALOADER_WORKERS=0,
+        RTDETR_MODEL_NAME=str(weights / "rtdetr"), SPDNET_MODEL_PATH=str(weights / "spdnet.pt"),
+        ORIGINAL_SPDNET_PATH="", RAIN_DETECTOR_PATH=str(ROOT / "assets/demo/rain_detector.pt"),
+        OUTPUT_DIR=str(coco / "out"), **{constant: str(wrong)}), constant, str(wrong))
+
+
+# ---- a disk that is full -----------------------------------------------------------------------------------------
+
+def test_pictures_that_cannot_be_written_are_one_line_and_replace_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    path = tmp_path / "map.png"
+    path.write_text("earlier")
+    monkeypatch.setattr(plt.Figure, "savefig", full)
+    refused(lambda: visualize.bars({"a": 1.0, "b": 2.0}, path, "x"), "map.png", "free disk space")
+    assert path.read_text() == "earlier" and names_in(tmp_path) == {"map.png"} and not plt.get_fignums()
+    monkeypatch.setattr(Image.Image, "save", full)
+    refused(lambda: train_unet_derain.save_page(Image.new("RGB", (8, 8)), path), "map.png", "free disk space")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    refused(lambda: train_unet_derain.copy_file(path, tmp_path / "copy" / "a.pt"), "a.pt", "free disk space")
+
+
+def test_curves_that_cannot_be_drawn_end_no_training(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(plt.Figure, "savefig", full)
+    fit(tmp_path)
+    assert "drawn again after a later epoch" in capsys.readouterr().out and (tmp_path / "last.pt").is_file()
+
+
+def test_an_export_onto_a_full_disk_is_one_line(exported, monkeypatch):
+    """torch's own writing ends the process there, so it gets no file."""
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+    module = script("export")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(report, "output_folder", lambda path, names: Path(path))
+    refused(lambda: module.main(**exported | {"IMAGE_SIZE": 160}), "vanilla.pt2", "free disk space")
+    assert (Path(exported["OUTPUT_DIR"]) / "vanilla.pt2").read_text() == "earlier"
 
 
 # ---- detect.py: what is not looked at ----------------------------------------------------------------------------
@@ -473,6 +535,17 @@ def test_products_of_another_script_move_with_their_run(tmp_path, capsys):
     assert (tmp_path / "notes.txt").is_file()
 
 
+def test_products_that_an_earlier_version_did_not_list_move_as_well(tmp_path):
+    mine = {"notes.txt", "data.pt"}
+    theirs = {"checkpoint_best_regular.pth", "checkpoint.pt", "results.json", "spdnet_best.pt", "last.pt"}
+    for name in mine | theirs:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "metrics.json").write_text(json.dumps({"best_epoch": 1, "history": []}), encoding="utf-8")
+    run_state.set_aside(tmp_path, ())
+    assert names_in(tmp_path) == mine | {"previous_1"}
+    assert names_in(tmp_path / "previous_1") == theirs | {"metrics.json"}
+
+
 def test_a_run_of_rfdetr_moves_aside_as_a_whole(again):
     run = Path(again["RESUME"])
     products = names_in(run)
@@ -482,6 +555,65 @@ def test_a_run_of_rfdetr_moves_aside_as_a_whole(again):
     assert names_in(run) == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb", "previous_1"}
     run_state.set_aside(run, ("phase1",))  # of a script whose own runs are in folders below
     assert names_in(run) == {"previous_1", "previous_2"}
+
+
+@pytest.mark.parametrize("change", ["SEED", "RENDERED_SHARE", "images"])
+def test_a_rain_detector_is_not_resumed_on_another_validation(coco, change):
+    settings = {"CLEAN_DIRS": (str(coco / "coco" / "train2017"),), "RAINY_DIRS": (str(coco / "coco_rain/train2017"),),
+                "BACKBONE_WEIGHTS": "", "NUM_EPOCHS": 1, "BATCH_SIZE": 4, "PERCENT_DATASET": 100, "WARMUP_STEPS": 0,
+                "VALIDATION_SHARE": 0.4, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out")}
+    settings |= {f"TEST_{kind}_DIRS": (str(coco / root / "val2017"),)
+                 for kind, root in (("CLEAN", "coco"), ("RAINY", "coco_rain"))}
+    module = script("Training_RainDetector")
+    module.main(**settings)
+    module.main(**settings, RESUME=True)
+    assert (coco / "out" / "previous_1" / "test.json").is_file() and (coco / "out" / "test.json").is_file()
+    if change == "images":
+        for path in (coco / "coco_rain" / "train2017").iterdir():
+            path.write_bytes(path.read_bytes() + b"another")
+    other = {"SEED": {"SEED": 3}, "RENDERED_SHARE": {"RENDERED_SHARE": 0.2}, "images": {}}[change]
+    refused(lambda: module.main(**settings | other, RESUME=True), "last.pt", change)
+
+
+def test_an_spdnet_is_not_resumed_on_other_validation_images(coco):
+    roots = [f"{coco / root}/{split}2017" for split in ("train", "val") for root in ("coco_rain", "coco")]
+    settings = dict(zip(("RAINY_DIR", "CLEAN_DIR", "VAL_RAINY_DIR", "VAL_CLEAN_DIR"), roots, strict=True)) | {
+        "SPDNET_N_FEATS": 6, "SPDNET_N_RESBLOCKS": 1, "PATCH_SIZE": 16, "NUM_EPOCHS": 1, "BATCH_SIZE": 8,
+        "WARMUP_STEPS": 0, "VAL_IMAGES": 2, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out")}
+    module = script("Training_SPDNet")
+    module.main(**settings)
+    module.main(**settings, RESUME=True)
+    refused(lambda: module.main(**settings | {"SEED": 5}, RESUME=True), "last.pt", "validated on other data")
+
+
+def test_a_detector_is_resumed_with_the_classes_and_the_score_of_its_run(coco):
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "RTDETR_MODEL_NAME": "",
+                "ARCHITECTURE": "tiny", "IMAGE_SIZE": 96, "NUM_EPOCHS": 1, "BATCH_SIZE": 8, "WARMUP_STEPS": 0,
+                "DATALOADER_WORKERS": 0, "OUTPUT_DIR": str(coco / "out"), "COCO_RATIO": 0.5, "RAIN_RATIO": 0.5}
+    module = script("Training_RTDETR")
+    module.main(**settings)
+    refused(lambda: module.main(**settings | {"COCO_RATIO": 0.75, "RAIN_RATIO": 0.25}, RESUME=True), "RAIN_RATIO")
+    for root in ("coco", "coco_rain"):
+        edited(coco / root / "annotations" / "instances_train2017.json",
+               lambda content: [one.update(name={"person": "car", "car": "person"}[one["name"]])
+                                for one in content["categories"]])
+    refused(lambda: module.main(**settings, RESUME=True), "classes was ['person', 'car'], is now ['car', 'person']")
+
+
+@pytest.mark.parametrize("name", ["Training_SPDNet_Adaptation", "Training_FeatureDerain"])
+def test_a_run_without_labels_is_resumed_by_the_score_that_it_had(name, coco, weights):
+    for root in ("coco", "coco_rain"):
+        shutil.rmtree(coco / root / "annotations")
+    settings = {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "PERCENT_DATASET": 100,
+                "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "SPDNET_MODEL_PATH": str(weights / "spdnet.pt"),
+                "IMAGE_SIZE": 96, "NUM_EPOCHS": 1, "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 0, "BATCH_SIZE": 8,
+                "DETECTION_WEIGHT": 0.0, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0, "NUM_WORKERS": 0,
+                "OUTPUT_DIR": str(coco / "out"), "FEATURE_LEVEL": "encoder"}
+    module = script(name)
+    settings = {one: value for one, value in settings.items() if one in config.constants_of(vars(module))}
+    module.main(**settings)
+    refused(lambda: module.main(**settings | {"FEATURE_LEVEL": "backbone"}, RESUME=True), "last.pt", "FEATURE_LEVEL")
+    refused(lambda: module.main(**settings | {"SEED": 3}, RESUME=True), "last.pt", "validated on other data")
 
 
 def test_a_full_disk_or_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import signal
 import threading
 
@@ -137,6 +138,51 @@ def test_a_run_with_other_fixed_constants_or_other_validation_data_is_not_resume
     _, result = run(coco, tmp_path / "out", **settings | {
         "validated_on": {"val": [1, 3]}, "constants": {"KIND": "a", "FREE": 2}, "resume": True, "epochs": 2})
     assert len(result["history"]) == 2  # of a file of an earlier version it is not known
+
+
+def test_a_run_with_other_validation_images_is_not_resumed(coco, tmp_path):
+    """Also where the annotations are the same: a rainy twin that was made anew."""
+    images = sorted((coco / "coco" / "val2017").iterdir())
+    run(coco, tmp_path / "out", epochs=1, validated_images=images)
+    assert run(coco, tmp_path / "out", epochs=2, validated_images=images[::-1], resume=True)[1]["stopped"]
+    os.utime(images[0], (1, 1))  # as a copy of the data set has it
+    run(coco, tmp_path / "out", epochs=2, validated_images=images, resume=True)
+    for others in (images[1:], images):
+        with pytest.raises(UserError, match="last.pt was validated on other data.*RESUME = True"):
+            run(coco, tmp_path / "out", epochs=3, validated_images=others, resume=True)
+        images[0].write_bytes(images[0].read_bytes() + b"another")
+
+
+def test_training_images_that_were_edited_in_place_are_noted(coco, tmp_path, capsys):
+    run(coco, tmp_path / "out", epochs=1)
+    run(coco, tmp_path / "out", epochs=2, resume=True)
+    assert "training images" not in capsys.readouterr().out
+    path = next((coco / "coco" / "train2017").iterdir())
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    run(coco, tmp_path / "out", epochs=3, resume=True)
+    assert "note: the training images are not those" in capsys.readouterr().out
+    content = torch.load(tmp_path / "out" / "last.pt")
+    torch.save({name: value for name, value in content.items() if name != "trained_images"}, tmp_path / "out/last.pt")
+    os.utime(path, (2, 2))
+    run(coco, tmp_path / "out", epochs=3, resume=True)
+    assert "training images" not in capsys.readouterr().out  # of an earlier version's run it is not known
+
+
+def test_a_part_that_was_not_frozen_is_refused_by_its_constant(coco, tmp_path):
+    run(coco, tmp_path / "out", epochs=1, constants={"FREEZE_TAIL": False})
+    content = torch.load(tmp_path / "out" / "last.pt")
+    content["model"]["tail.0.weight"] += 1
+    torch.save(content, tmp_path / "out" / "last.pt")
+    with pytest.raises(UserError, match="FREEZE_TAIL was False, is now True"):
+        run(coco, tmp_path / "out", epochs=2, constants={"FREEZE_TAIL": True}, resume=True)
+    with pytest.raises(UserError, match="FREEZE_NORM was 'unknown', is now True"):  # another group for the optimizer
+        torch.save(content | {"model": Net().state_dict()}, tmp_path / "out" / "last.pt")
+        model = Net()
+        model.tail.load_state_dict({name[5:]: value for name, value in torch.load(tmp_path / "out" / "last.pt")[
+            "model"].items() if name.startswith("tail.")})
+        run(coco, tmp_path / "out", epochs=2, model=model, constants={"FREEZE_NORM": True}, resume=True,
+            parameters=[{"params": [model.head[0].weight], "lr": 1e-2}])
 
 
 def test_a_resumed_run_takes_the_optimizers_settings_of_now(coco, tmp_path, capsys):

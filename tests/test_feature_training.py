@@ -169,7 +169,7 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"EMA_DECAY": 1.5}, "EMA_DECAY = 1.5"),
     ({"PRETRAINED_SHARE": 1.0}, "PRETRAINED_SHARE = 1.0"),
     ({"RAIN_SCORE_WEIGHT": -1.0}, "RAIN_SCORE_WEIGHT = -1.0"),
-    ({"RAIN_SCORE_WEIGHT": 0.0, "CLEAN_SCORE_WEIGHT": 0.0}, "nor both 0"),
+    ({"RAIN_SCORE_WEIGHT": 0.0, "CLEAN_SCORE_WEIGHT": 0.0}, "are both 0"),
     ({"PHASE2_DETECTOR_LR": -1.0}, "PHASE2_DETECTOR_LR = -1.0"),
     ({"SCHEDULE": "linear"}, "SCHEDULE = 'linear'"),
     ({"UNKNOWN_CATEGORIES": "Error"}, "UNKNOWN_CATEGORIES = 'Error'"),

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from utils import system
 from utils.boxes import decode, pixel_corners
 from utils.config import writing
 from utils.images import to_bytes, to_floats
@@ -283,6 +284,11 @@ def _finish(figure, path):
 
 
 def _save(figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """Write a PNG, complete or not at all; UserError where that cannot be."""
+    try:
+        with writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with system.written(path) as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        plt.close(figure)

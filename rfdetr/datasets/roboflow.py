@@ -374,6 +374,10 @@ class RoboflowDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return [self.folder / name for name in self.files]
+
     def __getitem__(self, key):
         epoch, index = datasets.epoch_and_index(key)
         path = self.folder / self.files[index]

@@ -86,6 +86,11 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return [folder / name for folder in dict.fromkeys((self.folder, self.twin_folder)) if folder
+                for name in self.files]
+
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
         path = self.folder / self.files[index]
@@ -124,6 +129,10 @@ class Mixture(torch.utils.data.Dataset):
     def __len__(self):
         return int(self.ends[-1])
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return [path for part in self.parts for path in part.image_paths()]
+
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
         which = int(np.searchsorted(self.ends, index, side="right"))
@@ -140,7 +149,7 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         twins: give every sample its clean image as "twin" (a clean sample is its own twin).
         fresh_rain: FreshRain that draws on clean images in the place of those of rain_dir, which is then not read.
     """
-    if min(coco_ratio, rain_ratio) < 0 or abs(coco_ratio + rain_ratio - 1) > 1e-6:
+    if not (coco_ratio >= 0 and rain_ratio >= 0 and abs(coco_ratio + rain_ratio - 1) <= 1e-6):  # NaN is neither
         raise UserError(f"COCO_RATIO = {coco_ratio} and RAIN_RATIO = {rain_ratio} must be shares that add up to 1")
     common = {"split": split, "id2label": id2label, "transform": transform, "percent": percent, "seed": seed,
               "unknown": unknown}

@@ -62,6 +62,10 @@ class PairedRainDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.pairs) * self.crops
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return [path for pair in self.pairs for path in pair]
+
     def read(self, index):
         """-> rainy and clean image of a pair, (3, H, W) uint8; kept for the next time while the cache has room."""
         cache = self.__dict__.setdefault("_cache", {})

@@ -131,6 +131,10 @@ class RainClassificationDataset(torch.utils.data.Dataset):
     def __len__(self):
         return 2 * len(self.clean)
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return [*self.clean, *self.rainy]
+
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
         wet, index = divmod(index, len(self.clean))

@@ -59,6 +59,10 @@ class Walk(torch.utils.data.Dataset):
     def __len__(self):
         return self.count
 
+    def image_paths(self):
+        """-> paths of all image files that samples come from."""
+        return self.data.image_paths()
+
     def __getitem__(self, key):
         epoch, index = epoch_and_index(key)
         pair = (epoch * self.count + index) * self.step % self.pairs

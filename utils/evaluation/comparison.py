@@ -1,5 +1,6 @@
 """What the evaluation scripts share when they set several detectors against each other."""
 
+import filecmp
 import importlib.util
 import shutil
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from utils import processes, system
 from utils.config import UserError
+from utils.datasets.samples import evenly
 from utils.evaluation import latency
 from utils.evaluation.coco import coco_scores, detection_scores, entries, ground_truth
 
@@ -74,9 +76,14 @@ def require_page(cfg):
 
 
 def are_twins(rainy, clean):
-    """-> whether two data sets hold the same files; says so where their objects are not the same nevertheless."""
+    """-> whether two data sets hold the same files; says so where their objects are not the same nevertheless, or where
+    the rainy images are the clean ones over again."""
     if rainy.files != clean.files:
         return False
+    if all(filecmp.cmp(*pair, shallow=False) for pair in zip(
+            evenly(rainy.image_paths(), 20), evenly(clean.image_paths(), 20), strict=True)):
+        processes.say(f"note: the rainy images in {rainy.folder.as_posix()} are the clean ones over again, there is no "
+                      "rain in them")
 
     def objects(data):
         truth = ground_truth(data.annotation_file)

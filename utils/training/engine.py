@@ -34,7 +34,8 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimizer=torch.optim.AdamW, evaluate=None,
         score=None, on_best=None, on_epoch=None, stop=None, sample_images=None, constants=None, extras=None,
-        own_files=(), last=None, written_before=(), fixed=(), validated_on=None):
+        own_files=(), last=None, written_before=(), fixed=(), validated_on=None,
+        validated_images=()):
     """Train `model` and keep the best epoch.
 
     Scripts hand over their own functions with `functools.partial`, which binds what else these need.
@@ -61,6 +62,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
             optimizer keeps: no run goes on with others.
         validated_on: what tells the validation data from others (anything JSON; see evaluation.coco.identity): no run
             goes on with others, because its best score could not be compared with new ones.
+        validated_images: paths of the validation images: no run goes on with others either (names and sizes tell).
         own_files: names that the script writes into output_dir; a new start moves them aside with the rest.
         written_before: those of them that are there already, of this run.
     Returns:
@@ -70,7 +72,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
-              own_files, fixed, validated_on, written_before)
+              own_files, fixed, validated_on, validated_images, written_before)
     say_notes(run)
     if run.main and run.accelerator.device.type == "cuda":
         run.needs = needs.said_before(model, loader, compute_losses, plan, parameters, optimizer)

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import checkpoint, freeze, processes, report, system, visualize
 from utils.config import UserError
+from utils.datasets import image_check
 from utils.training import needs, run_folder
 from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
@@ -19,6 +20,10 @@ from utils.training.schedule import plateau_factor, schedule_factor
 from utils.training.step_curve import StepCurve
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
+UNLISTED = (  # what the scripts wrote beside these when metrics.json did not list it yet
+    "checkpoint_best_regular.pth", "checkpoint.pt", "stage2_config.json", "results.json", "predictions.png",
+    "spdnet_best.pt", "spdnet_adapted.pt", "before_after.png", "rain_detector_best.pt", "test.json", "rain_roc.png",
+    "rain_mistakes.png", "detector", "pipeline", "checkpoints", "samples", "real_rain", "splits.json")
 DRAWING_PAUSE = 30  # seconds between two drawings of curves.png, which takes as long as some epochs of small data
 
 
@@ -30,15 +35,17 @@ class Run:
     """
 
     def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files,
-                 fixed=(), validated_on=None, written_before=()):
+                 fixed=(), validated_on=None, validated_images=(), written_before=()):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.plan = model, loader, plan
         self.folder, self.last = folder, folder / "last.pt"
         self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
         self.fixed, self.written_before = fixed, written_before
-        self.validated_on = None if validated_on is None else hashlib.blake2b(
-            json.dumps(validated_on, default=str).encode(), digest_size=16).hexdigest()
+        self.validated_on = None if validated_on is None else _digest(validated_on)
+        self.validated_images = _digest(image_check.contents(validated_images)) if validated_images else None
+        trained_images = getattr(loader.dataset, "image_paths", tuple)()  # data without images of its own has none
+        self.trained_images = _digest(image_check.contents(trained_images, times=True)) if trained_images else None
         self.trainable = [p for group in parameters for p in group["params"]]
         if not any(p.requires_grad for group in parameters if group["lr"] for p in group["params"]):
             raise UserError("nothing to train: every parameter is frozen or has a learning rate of 0")
@@ -74,15 +81,12 @@ class Run:
             if not is_last(content):
                 raise _not_ours(self.last, self.plan)
             self._require_same_run(content)
-            changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
-                                for name, value in self.changed_constants(content))
-            checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=changed and (
-                f"That run had other constants ({changed}): set back what decides on the network, or start anew "
-                f"without {self.plan.resume_hint}"))
+            advice = self._advice(content)
+            checkpoint.load_into(self.model, content["model"], self.last.as_posix(), advice=advice)
             for name, (module, before) in self.frozen.items():
                 if freeze.fingerprint(module) != before:
-                    raise UserError(f"{self.last.as_posix()} was trained with another frozen {name}: resume with the "
-                                    f"weights of that run, or start anew without {self.plan.resume_hint}")
+                    raise UserError(f"{self.last.as_posix()} was trained with another frozen {name}, or trained it. "
+                                    + (advice or self._start_anew("Resume with the weights of that run")))
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.average = None
         if self.plan.ema:
@@ -100,6 +104,17 @@ class Run:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
         self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
 
+    def _advice(self, content):
+        """-> a sentence for a last.pt that does not fit: the constants that its run had otherwise; "" where all are the
+        same."""
+        changed = ", ".join(f"{name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}"
+                            for name, value in self.changed_constants(content))
+        return changed and self._start_anew(f"That run had other constants ({changed}): set back what decides on the "
+                                            "network and on what of it is trained")
+
+    def _start_anew(self, otherwise):
+        return f"{otherwise}, or start anew without {self.plan.resume_hint}"
+
     def _require_same_run(self, content):
         """UserError where the content of last.pt is of a run that cannot go on as what this one is."""
         _require_score(content, self.score, self.last, self.plan)
@@ -109,8 +124,8 @@ class Run:
             raise UserError(f"{self.last.as_posix()} was trained with other constants ({other}): its network, its "
                             "optimizer or its best score would not mean the same; set them back, or start anew "
                             f"without {self.plan.resume_hint}")
-        there = content.get("validated_on")  # not in files of earlier versions
-        if there and self.validated_on and there != self.validated_on:
+        there = [(content.get(name), getattr(self, name)) for name in ("validated_on", "validated_images")]
+        if any(old and new and old != new for old, new in there):  # neither is in files of earlier versions
             raise UserError(f"{self.last.as_posix()} was validated on other data (images or annotations have changed "
                             "since), so its best score could not be compared with new ones: give that run's data, or "
                             f"start anew without {self.plan.resume_hint}")
@@ -126,6 +141,7 @@ class Run:
             "step": self.step, "bad_epochs": self.bad_epochs,
             "score": self.score, "best_score": self.best_score, "best_epoch": self.best_epoch,
             "history": self.history, "curve": self.curve.state(), "validated_on": self.validated_on,
+            "validated_images": self.validated_images, "trained_images": self.trained_images,
             "scaler": self.scaler.state_dict(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -136,8 +152,9 @@ class Run:
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except ValueError as error:
-            raise UserError(f"{self.last.as_posix()} was trained with other trainable parts ({error}): resume with "
-                            f"that run's constants, or start anew without {self.plan.resume_hint}") from error
+            otherwise = self._advice(content) or self._start_anew("Resume with that run's constants")
+            raise UserError(f"{self.last.as_posix()} was trained with other trainable parts ({error}). {otherwise}"
+                            ) from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # weight decay and the like are what the constants say now
         for name in ("epoch", "batch", "step", "bad_epochs", "best_score", "best_epoch", "history", "sums"):
@@ -165,6 +182,9 @@ class Run:
             print(f"resuming {self.folder.as_posix()} at epoch {self.epoch + 1}, batch {self.batch + 1}")
             for name, value in self.changed_constants(content):
                 print(f"  note: {name} was {content['constants'].get(name, 'unknown')!r}, is now {value!r}")
+            if content.get("trained_images") not in (None, self.trained_images):  # None: of earlier versions
+                print("  note: the training images are not those that this run has seen so far (other files, or their "
+                      "sizes or times have changed)")
 
     def changed_constants(self, content):
         """-> [(name, value now), ...] of the constants that a last.pt's run had otherwise; content: of the file."""
@@ -296,7 +316,7 @@ class Run:
         try:
             visualize.curves(self.history, self.folder / "curves.png", self.curve.points)
             self.drawn_epochs = len(self.history)
-        except OSError as error:  # open in another program on Windows
+        except UserError as error:  # a full disk; on Windows open in another program
             print(f"note: {error}: drawn again after a later epoch")
 
     def _line(self, record, better):
@@ -321,6 +341,10 @@ class Run:
                 best = "" if self.best_score is None else (
                     f", best {self.score} {self.best_score:.4f} in epoch {self.best_epoch}")
                 print(f"training ended: {stopped}{best}")
+
+
+def _digest(content):
+    return hashlib.blake2b(json.dumps(content, default=str).encode(), digest_size=16).hexdigest()
 
 
 def is_last(content):
@@ -372,9 +396,11 @@ def set_aside(folder, names, resume_hint="RESUME = True"):
 
 
 def _products(folder):
-    """-> what the run in a folder wrote beside its own files, as its metrics.json says: perhaps another script's."""
+    """-> what the run in a folder wrote beside its own files, as its metrics.json says: perhaps another script's. That
+    of an earlier version does not say it: all that such runs wrote."""
     try:
-        names = system.read_json(folder / "metrics.json")["files"]
+        content = system.read_json(folder / "metrics.json")
+        names = content.get("files", UNLISTED if "history" in content else ())
         return [name for name in names if Path(name).name == name and not name.startswith(".")]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return []

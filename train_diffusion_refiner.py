@@ -323,31 +323,37 @@ def compute_losses(model, batch, weights, lpips_model=None):
 
 # ---- validation ------------------------------------------------------------------------------------------------
 
+def quality(images, targets, lpips_model=None):
+    """-> image_quality.full_quality, and "texture": image_quality.texture_similarity; (B,) each."""
+    return image_quality.full_quality(images, targets, lpips_model) | {
+        "texture": image_quality.texture_similarity(images, targets)}
+
+
 @torch.no_grad()
 def evaluate(model, loader, device, lpips_model=None):
     """Score the validation pairs at every share of _BLENDS, and keep the best share as `model.blend`.
 
-    The best has the highest PSNR of those that lose neither SSIM nor LPIPS against the de-rained images; share 0 always
-    qualifies. -> {"val/psnr", "val/ssim", perhaps "val/lpips": means at that share, "val/blend"}
+    The best has the highest PSNR of those that lose neither SSIM nor texture nor LPIPS against the de-rained images;
+    share 0 always qualifies. -> {"val/psnr", "val/ssim", "val/texture", perhaps "val/lpips": means, "val/blend"}
     """
     found = []
     for batch in loader:
         batch = datasets.to_device(batch, device)
         correction = model.correction(batch["images"])
-        scores = {share: image_quality.full_quality((batch["images"] + share * correction).clamp(0, 1), batch["twins"],
-                                                    lpips_model) for share in _BLENDS}
-        found += transfer.rows({f"{share}/{name}": values for share, quality in scores.items()
-                                for name, values in quality.items()})
+        scores = {share: quality((batch["images"] + share * correction).clamp(0, 1), batch["twins"], lpips_model)
+                  for share in _BLENDS}
+        found += transfer.rows({f"{share}/{name}": values for share, own in scores.items()
+                                for name, values in own.items()})
     means = processes.mean_over_ranks(found)
 
     def loses(share):
-        return (means[f"{share}/ssim"] < means[f"{_BLENDS[0]}/ssim"]
+        return (any(means[f"{share}/{name}"] < means[f"{_BLENDS[0]}/{name}"] for name in ("ssim", "texture"))
                 or means.get(f"{share}/lpips", 0.0) > means.get(f"{_BLENDS[0]}/lpips", 0.0))
     best = max((share for share in _BLENDS if not loses(share)), key=lambda share: means[f"{share}/psnr"])
     if any(map(math.isnan, means.values())):  # an overflow, which as "does not help" would go unseen; fit stops at it
         best = _BLENDS[-1]
     model.blend = best
-    names = [name for name in ("psnr", "ssim", "lpips") if f"{best}/{name}" in means]
+    names = [name for name in ("psnr", "ssim", "texture", "lpips") if f"{best}/{name}" in means]
     return {f"val/{name}": means[f"{best}/{name}"] for name in names} | {"val/blend": best}
 
 
@@ -358,7 +364,7 @@ def test_rows(model, data, device, lpips_model):
         for i in range(len(data)):
             batch = datasets.to_device(datasets.collate([data[i]]), device)
             for row, images in (("de-rained", batch["images"]), ("refined", model(batch["images"]))):
-                found[row] += transfer.rows(image_quality.full_quality(images, batch["twins"], lpips_model))
+                found[row] += transfer.rows(quality(images, batch["twins"], lpips_model))
     return [{"images": row, "count": len(scores)} | image_quality.means_and_intervals(
         {name: [score[name] for score in scores] for name in scores[0]}) for row, scores in found.items()]
 
@@ -423,7 +429,7 @@ def write_report(cfg, model, data, device, lpips_model):
         return []
     rows = test_rows(model, data["test"], device, lpips_model)
     columns = {"images": "test pairs", "count": "n", "psnr": "PSNR (RGB)", "ssim": "SSIM (RGB)", "psnr_y": "PSNR (Y)",
-               "ssim_y": "SSIM (Y)"} | ({"lpips": "LPIPS"} if lpips_model is not None else {})
+               "ssim_y": "SSIM (Y)", "texture": "texture"} | ({"lpips": "LPIPS"} if lpips_model is not None else {})
     print("\n" + report.table(rows, columns))
     print(f"gain: {rows[1]['psnr'] - rows[0]['psnr']:+.2f} dB with blend {model.blend}"
           + (" (none of the correction helps)" if not model.blend else ""))

@@ -459,6 +459,19 @@ def test_a_refiner_that_harms_gets_no_share():
         assert train.evaluate(model, [batch], "cpu")["val/blend"] == share == model.blend
 
 
+def test_a_refiner_that_blurs_gets_no_share_although_its_psnr_is_higher():
+    class Blur(torch.nn.Module):
+        def correction(self, images):
+            padded = torch.nn.functional.pad(images, (1, 1, 1, 1), "reflect")
+            return torch.nn.functional.avg_pool2d(padded, 3, 1) - images + 0.1
+    clear = 0.2 + 0.1 * picture(1, (32, 32))[:1]  # fine detail, all of which is lost
+    batch = {"images": (255 * (clear - 0.1)).round().byte(), "twins": (255 * clear).round().byte(), "labels": []}
+    blurred = (clear - 0.1 + Blur().correction(clear - 0.1)).clamp(0, 1)
+    before, after = (train.quality(images, clear) for images in (clear - 0.1, blurred))
+    assert after["psnr"] > before["psnr"] + 5 and after["texture"] < before["texture"] - 0.05
+    assert train.evaluate(Blur(), [batch], "cpu")["val/blend"] == 0
+
+
 def test_a_correction_that_is_not_finite_is_no_refiner_that_does_not_help():
     """fit stops at a score that is not a number; share 0 of it would have looked sound."""
     class Overflow(torch.nn.Module):

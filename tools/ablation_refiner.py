@@ -78,7 +78,7 @@ def run(variant, seed, folder, cfg, device):
     gc.collect()
     model = derainers.load_derainer("refiner", folder / "run" / "refiner", device)
     detector = detector_of(cfg, device)
-    scores = {row["images"]: {name: row[name] for name in ("psnr", "ssim", "psnr_y", "ssim_y")}
+    scores = {row["images"]: {name: row[name] for name in ("psnr", "ssim", "psnr_y", "ssim_y", "texture")}
               for row in result["test"]}
     return {"variant": variant, "seed": seed, "blend": model.refiner.blend, "steps": steps, "seconds": seconds,
             "map": behind_derainer.rows_behind({"refined": model}, *detector, device, "row")[0]["mAP"]} | {
@@ -107,17 +107,17 @@ def main(**overrides):
     network = Training.DEMO["DERAIN_MODEL_PATH"]
     alone = once(folder / "derainer.json", {"network": network}, lambda: behind_derainer.rows_behind(
         {"derained": derainers.load_trained(network, device)}, *detector_of(cfg, device), device, "row")[0])
-    rows = [{"variant": "de-rainer alone", "psnr": round(runs[0]["derained"]["psnr"], 3),
-             "ssim": round(runs[0]["derained"]["ssim"], 4), "map": round(alone["mAP"], 4)}]
+    rows = [{"variant": "de-rainer alone", "map": round(alone["mAP"], 4)}
+            | {metric: round(runs[0]["derained"][metric], 4) for metric in ("psnr", "ssim", "texture")}]
     for variant in cfg.VARIANTS:
         mine = [r for r in runs if r["variant"] == variant]
         gains = [r["refined"]["psnr"] - r["derained"]["psnr"] for r in mine]
         rows.append({"variant": variant, "gain": spread(gains), "map": spread([r["map"] for r in mine]),
                      "blend": f"{np.mean([r['blend'] for r in mine]):.2f}",
                      "steps": round(np.mean([r["steps"] for r in mine]).item())}
-                    | {metric: spread([r["refined"][metric] for r in mine]) for metric in ("psnr", "ssim")})
+                    | {metric: spread([r["refined"][metric] for r in mine]) for metric in ("psnr", "ssim", "texture")})
     print("\n" + report.table(rows, {"variant": "variant", "psnr": "PSNR (RGB)", "gain": "gain", "ssim": "SSIM (RGB)",
-                                     "map": "mAP in rain", "blend": "blend", "steps": "steps"}))
+                                     "texture": "texture", "map": "mAP in rain", "blend": "blend", "steps": "steps"}))
     report.write_results(folder / "results.json", cfg.as_dict(), {"runs": runs})
 
 

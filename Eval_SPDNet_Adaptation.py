@@ -20,7 +20,6 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after, comparison
 from utils.evaluation import coco as coco_evaluation
 from utils.networks.rtdetr import id2label_of, require_queries, require_size, trained_size
-from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
@@ -31,7 +30,9 @@ PREFIXES = ()                           # also score rainy images by file-name p
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 
 # --- models -------------------------------------------------------------------------------------------------------
+DERAINER = "spdnet"                     # what was adapted: spdnet, or unet, nafnet
 SPDNET_MODEL_PATH = "./model_spa.pt"    # the original SPDNet, before adaptation
+DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # the original of DERAINER unet and nafnet
 ADAPTED_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost
@@ -46,13 +47,14 @@ OUTPUT_DIR = "./outputs_spdnet_adaptation/eval"
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
-    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt",
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "ADAPTED_MODEL_PATH": "./demo/outputs_spdnet_adaptation/spdnet_adapted.pt",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0,
 }
 _FILES = ("results.json", "detections.png", "latency_map.png")
-_VANILLA, _ORIGINAL, _ADAPTED = before_after.VANILLA, before_after.ORIGINAL, before_after.ADAPTED
+_VANILLA = before_after.VANILLA
 
 
 def build_models(cfg, device):
@@ -61,13 +63,15 @@ def build_models(cfg, device):
         raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' is no file: run python "
                                f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
     integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
+    constant = "SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH"
     original = integrated_model.load_integrated_model(
-        cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
-        freeze_detection=True, derain_scale=cfg.DERAIN_SCALE)
+        getattr(cfg, constant), cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
+        freeze_detection=True, derain_scale=cfg.DERAIN_SCALE, derainer=cfg.DERAINER, constant=constant)
     adapted = integrated_model.RainRobustRTDETR(
-        freeze.freeze(load_spdnet(cfg.ADAPTED_MODEL_PATH, device=device, constant="ADAPTED_MODEL_PATH")),
+        freeze.freeze(integrated_model.read_derainer(cfg.DERAINER, cfg.ADAPTED_MODEL_PATH, "ADAPTED_MODEL_PATH")),
         original.detection_module, derain_scale=cfg.DERAIN_SCALE).to(device)
-    return {_VANILLA: original.detection_module.eval(), _ORIGINAL: original.eval(), _ADAPTED: adapted.eval()}
+    rows = before_after.labels(integrated_model.DERAINERS[cfg.DERAINER])
+    return {_VANILLA: original.detection_module.eval(), rows[0]: original.eval(), rows[1]: adapted.eval()}
 
 
 def build_loaders(cfg, id2label):
@@ -100,15 +104,16 @@ def draw_page(cfg, models, dataset, device, id2label, path):
 def print_summary(rows, latency, twins):
     """Three lines of scores, the table, the gap, the cost on clean images."""
     score = {(row["model"], row["images"]): row["mAP"] for row in rows}
+    derained = [name for name in latency if name != _VANILLA]
     vanilla = score[_VANILLA, "rainy"]
     print("\nRainy images:")
     print(f"{_VANILLA + ' mAP:':<28}{vanilla:.4f}")
-    for name in (_ORIGINAL, _ADAPTED):
+    for name in derained:
         change = before_after.gain(score[name, "rainy"], vanilla)
         print(f"{name + ':':<28}{score[name, 'rainy']:.4f}  {f'({change})' if change else ''}")
     headings = {"model": "model", "images": "images", "count": "n"} | {name: name for name in coco_evaluation.METRICS}
     print("\n" + report.table(rows, headings))
-    for name in (_ORIGINAL, _ADAPTED):
+    for name in derained:
         share = comparison.gap_won_back(rows, name, _VANILLA, twins)
         won = (f"{100 * share:.1f}% of the rain gap won back" if share is not None else
                "rain costs vanilla nothing here (is COCO_RAIN_DIR the rainy one?)" if twins else
@@ -125,9 +130,11 @@ def main(**overrides):
     require_size(cfg.IMAGE_SIZE)
     comparison.require_page(cfg)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
+    integrated_model.require_derainer(cfg.DERAINER)
     if cfg.demo:
         ensure_demo()
-    comparison.note_same(cfg, ("SPDNET_MODEL_PATH", "ADAPTED_MODEL_PATH"))
+    comparison.note_same(cfg, ("SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH",
+                               "ADAPTED_MODEL_PATH"))
     device = processes.announced_device()
     models = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),
@@ -143,7 +150,7 @@ def main(**overrides):
             + comparison.evaluate_models(models, found["clean"], device, {}))
     twins = comparison.are_twins(rainy, clean)
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
-    won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in (_ORIGINAL, _ADAPTED)}
+    won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in models if name != _VANILLA}
     results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
     if processes.is_main():
         print_summary(rows, latency, twins)

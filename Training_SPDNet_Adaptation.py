@@ -29,7 +29,6 @@ from utils.evaluation import before_after
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
-from utils.networks.spdnet import load_spdnet
 from utils.training import engine, run_folder
 from utils.training.plan import Plan
 
@@ -46,7 +45,9 @@ IMAGE_SIZE = 640                        # side of the square input, a multiple o
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 
 # --- models -------------------------------------------------------------------------------------------------------
+DERAINER = "spdnet"                     # what is adapted: spdnet, or unet, nafnet of DERAIN_MODEL_PATH
 SPDNET_MODEL_PATH = "./model_spa.pt"    # start weights: the published ones, or Training_SPDNet.py's spdnet_best.pt
+DERAIN_MODEL_PATH = "./outputs_unet/best.pt"  # start weights of DERAINER unet and nafnet, from train_unet_derain.py
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id, or a folder written by save_pretrained
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; see docs/lab_notes.md
 ACTIVATION_CHECKPOINTING = True         # a step takes 2.6 GB per image; False: 14, for 1.4 times the speed
@@ -84,23 +85,34 @@ PICTURES = 4                            # scenes in before_after.png
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 70, "IMAGE_SIZE": 160,
-    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt",
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "DERAIN_SCALE": 0.5,
     "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 1, "BATCH_SIZE": 4,
     "GRADIENT_ACCUMULATION_STEPS": 1, "LEARNING_RATE": 4e-4, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
     "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
-_SPDNET_FILE, _PICTURE_FILE = "spdnet_adapted.pt", "before_after.png"  # in OUTPUT_DIR
+_OUTPUTS, _PICTURE_FILE = ("derainer_adapted.pt", "spdnet_adapted.pt"), "before_after.png"  # in OUTPUT_DIR
+
+
+def start_weights(cfg):
+    """-> (constant, path) of what is adapted."""
+    constant = "SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH"
+    return constant, getattr(cfg, constant)
 
 
 def build_model(cfg, device):
-    """SPDNet (trainable) in front of RT-DETR (frozen); prints the parameter counts."""
+    """De-rainer (trainable) in front of RT-DETR (frozen); prints the parameter counts."""
+    constant, path = start_weights(cfg)
     model = integrated_model.load_integrated_model(
-        cfg.SPDNET_MODEL_PATH, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
-        derain_scale=cfg.DERAIN_SCALE)
+        path, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
+        derain_scale=cfg.DERAIN_SCALE, derainer=cfg.DERAINER, constant=constant)
+    processes.say(freeze.describe({integrated_model.DERAINERS[cfg.DERAINER]: model.derain_module,
+                                   "RT-DETR": model.detection_module}))
+    if cfg.DERAINER != "spdnet":
+        return model
     model.derain_module.activation_checkpointing = cfg.ACTIVATION_CHECKPOINTING
-    processes.say(freeze.describe({"SPDNet": model.derain_module, "RT-DETR": model.detection_module}))
-    if note := integrated_model.pretraining_note(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE):
+    if note := integrated_model.pretraining_note(path, cfg.DERAIN_SCALE):
         processes.say(f"note: {note}")
     return model
 
@@ -184,33 +196,40 @@ def sample_images(model, dataset, device, id2label):
     return {"rainy above, de-rained below": visualize.as_tensor(visualize.grid(rows, [""] * len(rows[0])))}
 
 
-def save_spdnet(model, path):
-    """Write the adapted SPDNet as a plain state dict."""
-    checkpoint.save(model.derain_module.state_dict(), path)
+def output_file(cfg):
+    """-> Path of the adapted weights: SPDNet's as a plain state dict, others as train_unet_derain.py writes them."""
+    return Path(cfg.OUTPUT_DIR) / _OUTPUTS[cfg.DERAINER == "spdnet"]
 
 
-def baselines_before_training(model, loader, device, truth, folder):
-    """-> {model: COCO scores} of vanilla and original SPDNet, printed, as what an epoch's score is to be read by.
+def save_derainer(model, path):
+    """Write the adapted de-rainer."""
+    integrated_model.write_derainer(model.derain_module, path)
 
-    folder: of the run; that it can be written is found before these passes, not after them.
+
+def baselines_before_training(model, loader, device, truth, cfg):
+    """-> {model: COCO scores} of vanilla and original de-rainer, printed, as what an epoch's score is to be read by.
+
+    That the run's folder can be written is found before these passes, not after them.
     """
     if processes.is_main():
-        checkpoint.require_writable(folder)
-    scores = before_after.baseline_scores(model, loader, device, truth)
+        checkpoint.require_writable(cfg.OUTPUT_DIR)
+    original, _ = before_after.labels(integrated_model.DERAINERS[cfg.DERAINER])
+    scores = before_after.baseline_scores(model, loader, device, truth, original)
     found = ", ".join(f"{name} {values['mAP']:.4f}" for name, values in scores.items())
     processes.say(f"before training, rain/mAP: {found}")
     return scores
 
 
 def show_result(model, dataset, baselines, best_epoch, device, cfg):
-    """The table of all models, where there are baselines, and before_after.png with the best epoch's SPDNet."""
+    """The table of all models, where there are baselines, and before_after.png with the best epoch's de-rainer."""
     folder = Path(cfg.OUTPUT_DIR)
     if baselines:
-        adapted = {name: best_epoch[f"rain/{name}"] for name in coco_evaluation.METRICS}
-        processes.say("\n" + before_after.table(baselines | {before_after.ADAPTED: adapted}))
+        _, adapted = before_after.labels(integrated_model.DERAINERS[cfg.DERAINER])
+        scores = {name: best_epoch[f"rain/{name}"] for name in coco_evaluation.METRICS}
+        processes.say("\n" + before_after.table(baselines | {adapted: scores}))
     if processes.is_main() and cfg.PICTURES > 0:
-        spdnet = load_spdnet(folder / _SPDNET_FILE, device=device)
-        best = integrated_model.RainRobustRTDETR(freeze.freeze(spdnet), model.detection_module,
+        derainer = integrated_model.read_derainer(cfg.DERAINER, output_file(cfg), "OUTPUT_DIR").to(device)
+        best = integrated_model.RainRobustRTDETR(freeze.freeze(derainer), model.detection_module,
                                                  derain_scale=cfg.DERAIN_SCALE)
         before_after.draw(model.detection_module, best.eval(), dataset, before_after.scenes(dataset, cfg.PICTURES),
                           device, id2label_of(model.detection_module), folder / _PICTURE_FILE)
@@ -223,31 +242,33 @@ def train_and_show(cfg, plan, model, data, device):
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth = ground_truth(val.annotation_file) if labelled else None
-    output = Path(cfg.OUTPUT_DIR) / _SPDNET_FILE
-    baselines = {}
+    output, baselines = output_file(cfg), {}
     if labelled and cfg.BASELINES:
-        baselines = baselines_before_training(model, val_loader, device, truth, cfg.OUTPUT_DIR)
+        baselines = baselines_before_training(model, val_loader, device, truth, cfg)
 
     result = engine.fit(
         model, train_loader,
         partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features,
                 feature_level=cfg.FEATURE_LEVEL),
         plan, output_dir=cfg.OUTPUT_DIR,
-        parameters=[{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}],
+        parameters=[{"params": [p for p in model.derain_module.parameters() if p.requires_grad],
+                     "lr": cfg.LEARNING_RATE}],
         evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth, weights=plan.loss_weights, cfg=cfg),
         score="rain/mAP" if labelled else "rain/consistency",
-        on_best=partial(save_spdnet, path=output),
+        on_best=partial(save_derainer, path=output),
         sample_images=partial(sample_images, dataset=val, device=device,
                               id2label=id2label_of(model.detection_module)),
-        constants=cfg.as_dict(), own_files=(_SPDNET_FILE, _PICTURE_FILE),
-        fixed=("IMAGE_SIZE", "DERAIN_SCALE", *(() if labelled else ("FEATURE_LEVEL",))),  # unlabelled: what is scored
+        constants=cfg.as_dict(), own_files=(*_OUTPUTS, _PICTURE_FILE),
+        fixed=("IMAGE_SIZE", "DERAIN_SCALE", "DERAINER",
+               *(() if labelled else ("FEATURE_LEVEL",))),  # unlabelled: what is scored
         validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)
-        processes.say(f"adapted SPDNet: {output.as_posix()}\n"
-                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} --ADAPTED_MODEL_PATH "
-                      f"{output.as_posix()}")
+        own = "" if cfg.DERAINER == "spdnet" else f" --DERAINER {cfg.DERAINER}"
+        processes.say(f"adapted {integrated_model.DERAINERS[cfg.DERAINER]}: {output.as_posix()}\n"
+                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}{own} "
+                      f"--ADAPTED_MODEL_PATH {output.as_posix()}")
     return result
 
 
@@ -260,6 +281,7 @@ def main(**overrides):
                                "overflows float16 (65504) and ends in NaN. Use PRECISION = 'bf16', which has the "
                                "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
     require_feature_level(cfg.FEATURE_LEVEL)
+    integrated_model.require_derainer(cfg.DERAINER)
     plan = build_plan(cfg)
     if cfg.demo:
         ensure_demo()

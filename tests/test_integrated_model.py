@@ -12,6 +12,7 @@ from utils.integrated_model import RainRobustRTDETR, load_integrated_model
 from utils.networks import clamp
 from utils.networks.rtdetr import FEATURE_LEVELS, new_rtdetr
 from utils.networks.spdnet import SPDNet
+from utils.networks.unet import new_unet
 
 LABELS = [{"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.2, 0.1, 0.1]])},
           {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
@@ -149,6 +150,18 @@ def test_files_reproduce_the_outputs(model, images, tmp_path):
                                    freeze_derain=True, freeze_detection=True)
     assert torch.equal(model(images).logits, loaded.eval()(images).logits)
     assert freeze.count_parameters(loaded)[1] == 0
+
+
+def test_files_of_another_derainer_reproduce_the_outputs(small_detector, images, tmp_path):
+    torch.manual_seed(0)
+    derainer = new_unet("unet", width=4)
+    with torch.no_grad():
+        derainer.net.head.bias += 0.1
+    model = RainRobustRTDETR(derainer, copy.deepcopy(small_detector), freeze_detection=True).eval()
+    model.save_pretrained(tmp_path / "both")
+    again = RainRobustRTDETR.from_pretrained(tmp_path / "both").eval()
+    assert torch.equal(model(images).logits, again(images).logits)
+    assert not torch.equal(model(images).derained, images)
 
 
 def test_without_weights_spdnet_starts_near_the_identity(weights):

@@ -17,8 +17,10 @@ import Training_SPDNet_Adaptation as Adaptation
 from utils import config, integrated_model, system
 from utils.config import UserError
 from utils.evaluation import before_after
+from utils.networks.derainers import Derainer, load_derainer
 from utils.networks.rtdetr import id2label_of, load_rtdetr
 from utils.networks.spdnet import load_spdnet
+from utils.networks.unet import new_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,38 @@ def test_adaptation_lowers_its_loss_and_writes_everything(base, capsys):
     assert f"{result['history'][result['best_epoch'] - 1]['rain/mAP']:.4f}" in table and "before_after.png" in table
     with Image.open(out / "before_after.png") as page:
         assert page.width > 5 * 240 and page.height > 4 * 240  # five columns, PICTURES scenes
+
+
+@pytest.mark.parametrize("name", ["unet", "nafnet"])
+def test_another_derainer_is_adapted_and_read_by_every_script(base, tmp_path, capsys, name):
+    start = new_unet("unet", width=4) if name == "unet" else Derainer("nafnet", width=8, middle=1)
+    with torch.no_grad():
+        for parameter in start.parameters():  # a new one is the identity
+            parameter += 0.02 * torch.randn_like(parameter)
+    integrated_model.write_derainer(start, tmp_path / "start.pt")
+    settings = base | {"DERAINER": name, "DERAIN_MODEL_PATH": str(tmp_path / "start.pt"), "SPDNET_MODEL_PATH": "none"}
+    Adaptation.main(**settings)
+    out = Path(base["OUTPUT_DIR"])
+    assert "derainer_adapted.pt" in names_in(out) and "spdnet_adapted.pt" not in names_in(out)
+    adapted = load_derainer(name, out / "derainer_adapted.pt")
+    moved = {key for key, value in adapted.state_dict().items() if not torch.equal(value, start.state_dict()[key])}
+    norms = {f"{prefix}.{own}" for prefix, module in start.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+             for own in module.state_dict()}
+    assert bool(norms) == (name == "unet") and moved == start.state_dict().keys() - norms
+    label = integrated_model.DERAINERS[name]
+    shown = capsys.readouterr().out
+    assert f"Adapted {label} + RT-DETR" in shown and f"--DERAINER {name} --ADAPTED_MODEL_PATH" in shown
+    used = vars(Eval_SPDNet_Adaptation)
+    results = Eval_SPDNet_Adaptation.main(**{key: value for key, value in settings.items() if key in used} | {
+        "ADAPTED_MODEL_PATH": str(out / "derainer_adapted.pt"), "OUTPUT_DIR": str(tmp_path / "eval"), "PICTURES": 1})
+    assert list(results["gap_won_back"]) == [f"Original {label} + RT-DETR", f"Adapted {label} + RT-DETR"]
+    with pytest.raises(UserError, match="DERAINER was '"):
+        Adaptation.main(**base | {"RESUME": True})
+    other = "nafnet" if name == "unet" else "unet"
+    with pytest.raises(UserError, match=f"DERAIN_MODEL_PATH = .*ARCH = '{name}', not '{other}'"):
+        Adaptation.main(**settings | {"DERAINER": other})
+    with pytest.raises(UserError, match="DERAINER = 'prenet': choose one of spdnet, unet, nafnet"):
+        Adaptation.main(**settings | {"DERAINER": "prenet"})
 
 
 def test_baselines_change_nothing_of_the_training(base):

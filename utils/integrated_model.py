@@ -11,10 +11,13 @@ from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOu
 from utils import checkpoint, freeze, report
 from utils.config import UserError
 from utils.networks.clamp import clamp_with_return, cut_share
+from utils.networks.derainers import load_derainer
 from utils.networks.rtdetr import backbone_features, clean_features, detect_from_features, load_rtdetr, select_features
 from utils.networks.spdnet import SPDNet, load_spdnet
 from utils.networks.spdnet_init import init_near_identity
 
+DERAINERS = {"spdnet": "SPDNet", "unet": "U-Net", "nafnet": "NAFNet"}  # what may be adapted, and how pages call it
+_FILE = ("derainer.pt", "spdnet.pt")  # in the folder of save_pretrained
 PIXELS_AT_ONCE = 4 * 640 * 640  # that SPDNet sees at a time without gradients: about 1 GB for 640 x 640
 
 
@@ -32,6 +35,45 @@ def require_scale(derain_scale):
     """UserError unless the scale is one that de-raining takes."""
     if not 0.1 <= derain_scale <= 1:  # SPDNet needs a handful of pixels
         raise UserError(f"DERAIN_SCALE = {derain_scale}: choose a number from 0.1 to 1, such as 1.0 or 0.5")
+
+
+def require_derainer(name):
+    """UserError unless DERAINER names a network that can be adapted."""
+    if name not in DERAINERS:
+        raise UserError(f"DERAINER = {name!r}: choose one of {', '.join(DERAINERS)}")
+
+
+def read_derainer(name, path, constant):
+    """-> a de-rainer whose every parameter can train: SPDNet of a state dict, or a network of train_unet_derain.py.
+
+    The latter's BatchNorm layers stay as they are: batches in front of a detector are too small for their statistics.
+
+    Args:
+        name: of DERAINERS; path: of its weights; constant: the script's for the path, for messages.
+    """
+    if name == "spdnet":
+        return load_spdnet(path, constant=constant)
+    derainer = load_derainer(name, path, constant=constant)
+    freeze.unfreeze(derainer)
+    for module in derainer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            freeze.freeze(module)
+    return derainer
+
+
+def name_of(derainer):
+    """-> which of DERAINERS a network is."""
+    if isinstance(derainer, SPDNet):
+        return "spdnet"
+    return "nafnet" if derainer.model_args["arch"] == "nafnet" else "unet"
+
+
+def write_derainer(derainer, path):
+    """Write the weights so that `read_derainer` and every script that takes such a network read them."""
+    content = derainer.state_dict()
+    if not isinstance(derainer, SPDNet):
+        content = {"model": content, "model_args": derainer.model_args}
+    checkpoint.save(content, path)
 
 
 def require_trained_scale(spdnet_path, derain_scale):
@@ -108,7 +150,7 @@ class RainRobustRTDETR(nn.Module):
     """De-rain, then detect.
 
     Args:
-        spdnet: SPDNet (works in [0, 255]; this class owns the conversion).
+        spdnet: SPDNet (works in [0, 255]; this class owns the conversion), or another de-rainer, see `read_derainer`.
         rtdetr: transformers' RTDetrForObjectDetection.
         freeze_derain, freeze_detection: freeze that part for good (parameters, buffers and mode, see utils.freeze).
         derain_scale: 1.0, or 0.5 to let SPDNet see the image at half size: its correction is enlarged and added, at a
@@ -134,8 +176,9 @@ class RainRobustRTDETR(nn.Module):
     @property
     def model_args(self):
         """What is needed to build this module again, as plain data."""
-        return {"n_feats": self.derain_module.n_feats, "n_resblocks": self.derain_module.n_resblocks,
-                "derain_scale": self.derain_scale, "detector": self.detection_module.config.to_dict()}
+        own = ({"n_feats": self.derain_module.n_feats, "n_resblocks": self.derain_module.n_resblocks}
+               if isinstance(self.derain_module, SPDNet) else {"derainer": self.derain_module.model_args})
+        return own | {"derain_scale": self.derain_scale, "detector": self.detection_module.config.to_dict()}
 
     def derain_unclamped(self, pixel_values):
         """(B, 3, H, W) in [0, 1] -> (B, 3, H, W), SPDNet's own output in the same unit, which may leave [0, 1]."""
@@ -169,36 +212,39 @@ class RainRobustRTDETR(nn.Module):
         return clean_features(self.detection_module, images, feature_level)
 
     def save_pretrained(self, folder):
-        """Write folder/spdnet.pt (a plain SPDNet state dict), folder/rtdetr/ (Hugging Face layout) and settings."""
-        folder = Path(folder)
+        """Write folder/spdnet.pt (a plain SPDNet state dict; derainer.pt of another one), folder/rtdetr/ (Hugging Face
+        layout) and settings."""
+        folder, name = Path(folder), name_of(self.derain_module)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(self.derain_module.state_dict(), folder / "spdnet.pt")
+        write_derainer(self.derain_module, folder / _FILE[name == "spdnet"])
         self.detection_module.save_pretrained(folder / "rtdetr")
-        report.write_json(folder / "integrated.json", {"derain_scale": self.derain_scale})
+        report.write_json(folder / "integrated.json", {"derain_scale": self.derain_scale, "derainer": name})
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", freeze_derain=False, freeze_detection=False):
         """Read what `save_pretrained` wrote."""
         folder = Path(folder)
         settings = checkpoint.load_settings(folder / "integrated.json", ("derain_scale",), "folder",
-                                            "not a folder of RainRobustRTDETR")
-        spdnet = load_spdnet(folder / "spdnet.pt", device=device)
+                                            "not a folder of RainRobustRTDETR", optional=("derainer",))
+        name = settings.get("derainer", "spdnet")  # the only one of earlier versions
+        require_derainer(name)
+        derainer = read_derainer(name, folder / _FILE[name == "spdnet"], "folder")
         rtdetr = load_rtdetr(str(folder / "rtdetr"), device=device, constant="folder")
-        return cls(spdnet, rtdetr, freeze_derain, freeze_detection, **settings).to(device)
+        return cls(derainer, rtdetr, freeze_derain, freeze_detection, settings["derain_scale"]).to(device)
 
 
 def load_integrated_model(spdnet_path, rtdetr_name, num_labels=80, device="cpu", freeze_derain=False,
-                          freeze_detection=False, derain_scale=1.0):
+                          freeze_detection=False, derain_scale=1.0, derainer="spdnet", constant="SPDNET_MODEL_PATH"):
     """Build the integrated model from files.
 
     Args:
         spdnet_path: SPDNet state dict (published or ours; its size is read from the shapes), or None for a new
-            full-size SPDNet near the identity.
+            full-size SPDNet near the identity; with another `derainer` (of DERAINERS) the file of that.
         rtdetr_name: hub id or local folder; num_labels: classes it must have, None for whatever it has.
     Raises:
         UserError: naming the constant whose file is missing or does not fit.
     """
     spdnet = (init_near_identity(SPDNet()) if spdnet_path is None
-              else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH"))
+              else read_derainer(derainer, spdnet_path, constant))
     rtdetr = load_rtdetr(rtdetr_name, num_labels, device)
     return RainRobustRTDETR(spdnet, rtdetr, freeze_derain, freeze_detection, derain_scale).to(device)

@@ -7,24 +7,33 @@ from utils import datasets, report, visualize
 from utils.datasets.samples import evenly
 from utils.evaluation.coco import detection_scores
 
-VANILLA, ORIGINAL, ADAPTED = "Vanilla RT-DETR", "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR"
+VANILLA = "Vanilla RT-DETR"
 FEW, MANY = 3, 10  # objects of a scene that is good to look at
 SCENES_RULE = f"evenly spaced among the validation images with {FEW} to {MANY} objects, or among all if none has"
 
 
+def labels(derainer="SPDNet"):
+    """-> how tables call the detector behind a de-rainer of that name, as it was and adapted."""
+    return tuple(f"{state} {derainer} + RT-DETR" for state in ("Original", "Adapted"))
+
+
+ORIGINAL, ADAPTED = labels()
+
+
 @torch.no_grad()
-def baseline_scores(model, loader, device, truth):
+def baseline_scores(model, loader, device, truth, original=ORIGINAL):
     """COCO scores before any training; the model's mode and the random numbers to come stay as they are.
 
     Args:
-        model: RainRobustRTDETR with the original SPDNet; loader: rainy validation images; truth: from `ground_truth`.
+        model: RainRobustRTDETR with the original de-rainer; loader: rainy validation images; truth: from
+            `ground_truth`; original: the model's row, of `labels`.
     Returns:
-        {VANILLA: scores, ORIGINAL: scores}, see coco_scores; every rank must call.
+        {VANILLA: scores, original: scores}, see coco_scores; every rank must call.
     """
     training = model.training
     model.eval()
     scores = {name: detection_scores(detector, loader, device, truth, name)[0]
-              for name, detector in ((VANILLA, model.detection_module), (ORIGINAL, model))}
+              for name, detector in ((VANILLA, model.detection_module), (original, model))}
     model.train(training)
     return scores
 

@@ -159,7 +159,7 @@ def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
         truth = with_masks_only(truth)
     with contextlib.redirect_stdout(io.StringIO()):
         found = COCO()
-        found.dataset = truth.dataset | {"annotations": _results(detections, category_of, iou_type)}
+        found.dataset = truth.dataset | {"annotations": results_of(detections, category_of, iou_type)}
         found.createIndex()
         numbered = all(isinstance(i, int) and abs(i) < LARGEST_ID
                        for i in (*image_ids, *category_of.values()))  # words are ids as well
@@ -177,7 +177,7 @@ def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
     return dict(zip(METRICS, map(float, evaluator.stats[:6]), strict=True)) | {"per_class": per_class}
 
 
-def _results(detections, category_of, iou_type):
+def results_of(detections, category_of, iou_type):
     """-> annotations of COCOeval's second side: what COCO.loadRes makes of results, without a polygon for every box."""
     results = []
     for number, one in enumerate((d for d in detections if d["label"] in category_of), 1):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from utils import datasets, fast, processes, system, transfer
 from utils.config import UserError
 from utils.training import needs, run_folder
-from utils.training.plan import usable_seed
+from utils.training.plan import AUTOCAST, usable_seed
 from utils.training.run_state import Run
 
 
@@ -156,7 +156,7 @@ def train_one_epoch(run, compute_losses):
         last_of_group = run.batch + 1 == first + group
 
         with nullcontext() if last_of_group else accelerator.no_sync(model):
-            with torch.autocast(accelerator.device.type, needs.AUTOCAST[plan.precision], enabled=low_precision):
+            with torch.autocast(accelerator.device.type, AUTOCAST[plan.precision], enabled=low_precision):
                 losses = compute_losses(model, batch)
             total = sum(weight * losses[name].float() for name, weight in plan.loss_weights.items())
             clock.lap("forward")

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from utils import datasets, memory, processes
+from utils.training.plan import AUTOCAST
 
-AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off for float32
 GPU = torch.device("cuda", 0)
 LOOKED_AT = 8      # samples, of which the one with the most objects fills the batch
 CUDA_ITSELF = 0.7  # GB that driver and libraries take beside torch's tensors; differs between GPUs and versions
@@ -120,7 +120,7 @@ def _step(model, compute_losses, batch, plan):
     with torch.autocast(GPU.type, AUTOCAST[plan.precision], enabled=plan.precision != "float32"):
         losses = compute_losses(model, batch)
     total = sum(weight * losses[name].float() for name, weight in plan.loss_weights.items())
-    with torch.autograd.set_multithreading_enabled(False):
+    with torch.autograd.set_multithreading_enabled(False):  # the modes hold in this thread
         total.backward()
 
 

@@ -14,7 +14,9 @@ from utils import fast
 from utils.config import UserError
 from utils.training.schedule import SCHEDULES
 
-PRECISIONS = ("float32", "bf16", "fp16")  # all that the engine knows
+# {precision: type of autocast}, which is off for float32; all that the engine knows
+AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(AUTOCAST)
 
 
 # ---- checks: (name as the user knows it, value, Plan) -> None, or UserError ------------------------------------------

@@ -64,7 +64,7 @@ def test_weights_stand_for_copies_of_images():
 def test_the_interval_is_narrower_for_a_difference_on_the_same_images():
     content, found = scene(40, seed=1)
     truth, ids = coco._indexed(content), range(1, 41)
-    worse = [one | {"bbox": [one["bbox"][0] + 8, *one["bbox"][1:]]} for one in found]
+    worse = [one | {"bbox": [one["bbox"][0] + 5, *one["bbox"][1:]]} for one in found]
     models = {name: intervals.matches_of(truth, own, CATEGORY_OF, ids) for name, own in
               (("good", found), ("worse", worse), ("none", []))}
     maps = intervals.resampled_maps(models, 40, resamples=200)
@@ -73,8 +73,9 @@ def test_the_interval_is_narrower_for_a_difference_on_the_same_images():
     whole = intervals.weighted_map(models["good"], np.ones(40))
     low, high = intervals.interval(maps["good"])
     assert low < whole < high
-    difference = intervals.interval(maps["good"] - maps["worse"])
-    assert 0 < difference[0] and difference[1] - difference[0] < high - low
+    both = maps["good"], maps["worse"], maps["good"] - maps["worse"]
+    good, worse, difference = (np.ptp(intervals.interval(values)) for values in both)
+    assert intervals.interval(both[2])[0] > 0 and difference < np.hypot(good, worse)
 
 
 def test_without_objects_there_is_no_number():

@@ -22,7 +22,8 @@ BUDGET = {  # training: (waits in a step, operations launched in it, waits in a 
     "single_stage": (4, 5550, 3),         # besides: the masks' own matching
 }
 GROWTH = 1.1                              # launches may grow so much: versions of torch differ
-OTHERS = ("eval_adaptation", "eval_conditional", "eval_feature", "eval_unet", "eval_baselines", "detect_images",
+OTHERS = ("eval_adaptation", "eval_conditional", "eval_feature", "eval_unet", "eval_baselines", "eval_robustness",
+          "detect_images",
           "detect_feature", "detect_video", "export", "validate_setup")
 HALF = {"rtdetr": {"PRECISION": "bf16", "FAST": ("tf32", "channels_last")}, "unet": {"PRECISION": "fp16"},
         "stage1": {"NO_AMP": False}, "conditional": {"PRECISION": "bf16"}}

@@ -120,6 +120,7 @@ STEPS = {
     "eval_unet": Step("Eval_unet_derain", {
         "CLEAR_DIR": UNET["CLEAR_DIR"], "RAINY_DIR": UNET["RAINY_DIR"], "REAL_DIR": UNET["REAL_DIR"],
         "SPLITS_FILE": "./runs/unet/splits.json", "UNET_PATH": "./runs/unet/best.pt"}, ("unet",)),
+    "eval_robustness": Step("Eval_robustness", {"WEATHER": ("rain", "jpeg"), "RESAMPLES": 5}),
     "detect_images": Step("detect", {"SOURCE": "./demo/coco_rain/val2017"}),
     "detect_pipeline": Step("detect", {"SOURCE": "./demo/coco/val2017", "PIPELINE_DIR": "./runs/conditional/pipeline"},
                             ("conditional",)),

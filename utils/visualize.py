@@ -231,6 +231,20 @@ def cost_against_accuracy(points, path, x_label, y_label):
     _finish(figure, path)
 
 
+def heat_map(values, rows, columns, path, label):
+    """A PNG of numbers in [0, 1]: values [row][column], names of rows and columns; label: what is counted."""
+    figure, panel = plt.subplots(figsize=(2.6 + 0.5 * len(columns), 1.9 + 0.5 * len(rows)))
+    panel.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    panel.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=9)
+    panel.set_yticks(range(len(rows)), rows, fontsize=9)
+    for y, numbers in enumerate(values):
+        for x, value in enumerate(numbers):
+            panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                       color="black" if value > 0.6 else "white")
+    panel.set_title(f"{label}, in percent", fontsize=10)
+    _finish(figure, path)
+
+
 def bars(values, path, x_label):
     """Horizontal bars of {name: number}, first on top, into a PNG; the axis begins near the smallest."""
     figure, panel = plt.subplots(figsize=(7, 1.2 + 0.3 * len(values)))

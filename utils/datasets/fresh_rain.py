@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from utils.config import UserError
 from utils.datasets.rain_or_clean import KINDS, add_weather
-from utils.weather import rain
+from utils.weather import rain, severity
 
 SOURCES = ("files", "fresh")
 
@@ -39,11 +39,29 @@ class FreshRain:
             scale = self.side / min(size)
             sample = v2.Resize([max(1, round(length * scale)) for length in size], antialias=True)(sample)
         clean = sample["image"]
-        rng = rain.rng_for(self.seed, f"{epoch}:{name}")
-        kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
-        pixels = add_weather(np.ascontiguousarray(clean.permute(1, 2, 0).numpy()), rng, kind)
+        pixels = np.ascontiguousarray(clean.permute(1, 2, 0).numpy())
+        pixels = np.array(self.draw(pixels, rain.rng_for(self.seed, f"{epoch}:{name}")))
         sample = sample | {"image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))}
         return sample | ({"twin": clean} if twin else {})
+
+
+    def draw(self, pixels, rng):
+        """(H, W, 3) uint8 -> the same in weather of one of the kinds."""
+        return add_weather(pixels, rng, self.kinds[rng.choice(len(self.kinds), p=self.shares)])
+
+
+class SteadyWeather(FreshRain):
+    """One weather of utils.weather.severity at one level, the same on an image every time, for evaluations."""
+
+    def __init__(self, weather, level, seed, side):
+        self.weather, self.level, self.seed, self.side = weather, level, seed, side
+
+    def __call__(self, sample, epoch, name, twin=False):
+        """See FreshRain; whatever the epoch."""
+        return super().__call__(sample, f"{self.weather} {self.level}", name, twin)
+
+    def draw(self, pixels, rng):
+        return severity.WEATHERS[self.weather](pixels, rng, self.level)
 
 
 def fresh_rain(cfg, side=None):

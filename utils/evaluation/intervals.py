@@ -103,6 +103,9 @@ def resampled_maps(models, images, resamples=1000, seed=0):
 
 
 def interval(values):
-    """-> (low, high), the percentile interval of resampled numbers; resamples without any object do not count."""
+    """-> (low, high), the percentile interval of resampled numbers; resamples without any object do not count, and
+    without any other there is None."""
+    if np.isnan(values).all():
+        return None
     low, high = np.nanquantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)

@@ -89,7 +89,7 @@ def as_text(rows):
     texts = []
     for row in rows:
         gain = "" if row is rows[0] else f"{row['mPC'] - rows[0]['mPC']:+.4f}"
-        if "gain_interval" in row:
+        if row.get("gain_interval"):
             gain += " [{:+.4f}, {:+.4f}]".format(*row["gain_interval"])
         texts.append({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} | {
             key: with_interval(row, key) for key in ("clean", "mPC", "rPC")} | {"gain": gain})

@@ -1,8 +1,9 @@
-"""Claim: the loader delivers at least 60 images/s per core at 640x640 from COCO JPEGs with boxes.
+"""Claims: the loader delivers at least 60 images/s per core at 640x640 from COCO JPEGs with boxes, 25 with fresh rain.
 
     python -m benchmarks.dataloading --COCO_DIR ./dataset/coco
 
-One process without workers is one core; with WORKERS the rate per worker is printed as well. Twins double the work.
+One process without workers is one core; with WORKERS the rate per worker is printed as well. Twins double the work, but
+for those of fresh rain, which is drawn on them.
 """
 
 import time
@@ -12,6 +13,8 @@ import torch
 from utils import config, datasets, report
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import coco_split, read_annotations
+from utils.datasets.fresh_rain import FreshRain
+from utils.weather import rain
 
 COCO_DIR = "./dataset/coco"             # COCO-layout root; its train split is read
 COCO_RAIN_DIR: str | None = ""          # its rainy twin; "" skips the rows with twins
@@ -45,15 +48,18 @@ def main(**overrides):
     content = read_annotations(coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])
     id2label = dict(enumerate(c["name"] for c in content["categories"]))
     settings = {"id2label": id2label, "split": "train", "constant": "COCO_DIR", "domain": "clean"}
-    rows = []
+    rows, kinds = [], {"": {}, " with fresh rain and twins": {
+        "twin_root": cfg.COCO_DIR, "twin_constant": "COCO_DIR",
+        "fresh_rain": FreshRain(dict.fromkeys(rain.INTENSITIES, 1.0), 0, cfg.IMAGE_SIZE)}}
+    if cfg.COCO_RAIN_DIR:
+        kinds[" with twins"] = {"twin_root": cfg.COCO_RAIN_DIR, "twin_constant": "COCO_RAIN_DIR"}
     for name, preset in (("adaptation", presets.adaptation), ("detection", presets.detection)):
-        for twins in (False, True) if cfg.COCO_RAIN_DIR else (False,):
-            extra = {"twin_root": cfg.COCO_RAIN_DIR, "twin_constant": "COCO_RAIN_DIR"} if twins else {}
+        for kind, extra in kinds.items():
             data = datasets.CocoDetectionDataset(cfg.COCO_DIR, transform=preset(cfg.IMAGE_SIZE), **settings, **extra)
             single = rate(data, 0, cfg.IMAGES)
             shared = rate(data, cfg.WORKERS, cfg.IMAGES)
-            rows.append({"preset": name + (" with twins" if twins else ""), "one": f"{single:.0f}",
-                         "workers": f"{shared:.0f}", "each": f"{shared / cfg.WORKERS:.0f}"})
+            rows.append({"preset": name + kind, "one": f"{single:.0f}", "workers": f"{shared:.0f}",
+                         "each": f"{shared / cfg.WORKERS:.0f}"})
     print(report.table(rows, {"preset": f"samples/s at {cfg.IMAGE_SIZE}", "one": "1 process",
                               "workers": f"{cfg.WORKERS} workers", "each": "per worker"}))
 

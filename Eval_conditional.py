@@ -33,6 +33,7 @@ from utils.evaluation import comparison, gates, rain_report
 from utils.evaluation.coco import detect
 from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.networks import adapter
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
@@ -56,6 +57,7 @@ SOFT_PIPELINE_DIR: str | None = ""      # OUTPUT_DIR/pipeline of Training_Condit
 HARD_PIPELINE_DIR: str | None = ""      # the same from a run with GATE = "hard", to compare the two
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
 FEATURE_MODEL_DIR: str | None = ""      # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
+ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py; "" leaves its rows out
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
@@ -75,11 +77,12 @@ DEMO = {
     "SOFT_PIPELINE_DIR": "./demo/outputs_conditional/pipeline",
     "HARD_PIPELINE_DIR": "./demo/outputs_conditional_hard/pipeline",
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
+    "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors",
 }
 _FILES = ("results.json", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
-_OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "soft-trained": "SOFT_PIPELINE_DIR",
-             "hard-trained": "HARD_PIPELINE_DIR"}
+_OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "adapter": "ADAPTER_PATH",
+             "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
 
 
 def build_loaders(cfg, id2label):
@@ -95,7 +98,7 @@ def build_loaders(cfg, id2label):
 class Models(NamedTuple):
     """What is compared.
 
-    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature",
+    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature", "adapter",
     "soft-trained", "hard-trained" (SPDNets that were trained together with a gate). All are (pixel_values) -> outputs
     with logits and pred_boxes; those with SPDNet de-rain every image and have `rain_stats`.
     """
@@ -123,8 +126,11 @@ def build_models(cfg, device):
         value = getattr(cfg, constant)
         if not value:
             continue
+        if name == "adapter":
+            branches[name] = adapter.fold(vanilla, value, constant)
+            continue
         if name in ("fine-tuned", "feature"):
-            branches[name] = load_rainy_detector(value, device, constant)
+            branches[name] = load_rainy_detector(value, device, constant, vanilla)
             require_same_outputs(vanilla, branches[name], constant)
             if isinstance(branches[name], FeatureDerainRTDETR) != (name == "feature"):  # its rows would be misnamed
                 raise config.UserError(f"{constant} = '{value}' belongs in the other of FEATURE_MODEL_DIR (model/ of "

@@ -30,6 +30,7 @@ from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
 from utils.inference import detections, video
 from utils.integrated_model import RainRobustRTDETR, require_trained_scale
+from utils.networks.adapter import is_adapter
 from utils.networks.derainers import load_derainer, require_arch
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
@@ -45,7 +46,8 @@ COMPARE = False                         # put vanilla RT-DETR's result beside it
 
 # --- models -------------------------------------------------------------------------------------------------------
 MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet, feature: always; vanilla: never
-RAINY_BRANCH = "spdnet"                 # of conditional: spdnet, or a detector that knows rain (folder or hub id)
+RAINY_BRANCH = "spdnet"                 # of conditional: spdnet, a detector that knows rain (folder or hub id), or
+                                        # rain.safetensors of Training_WeatherAdapter.py
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
 DERAIN = "spdnet"                       # de-rainer of MODEL conditional and spdnet: spdnet, unet, nafnet, unet+refiner
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # from Training_SPDNet_Adaptation.py
@@ -139,7 +141,7 @@ def build_model(cfg, device):
             return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device, constant="PIPELINE_DIR")
         rain_detector, rtdetr = load_rain_detector(cfg.RAIN_DETECTOR_PATH), load_rtdetr(cfg.RTDETR_MODEL_NAME)
         spdnet, rainy = ((derainer(), None) if cfg.RAINY_BRANCH == "spdnet" else
-                         (None, load_rainy_detector(cfg.RAINY_BRANCH)))
+                         (None, load_rainy_detector(cfg.RAINY_BRANCH, base=rtdetr)))
         return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, cfg.RAIN_THRESHOLD, "hard",
                                            cfg.DERAIN_SCALE, rainy).to(device)
 
@@ -160,10 +162,11 @@ def build_models(cfg, device):
         raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
                                "MODEL, or leave them out")
     gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
-    if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (
-            problem := system.absent(cfg.RAINY_BRANCH, folder=True)):  # a hub id has a slash
-        raise config.UserError(f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}' {problem}: choose spdnet, or a detector's folder "
-                               "or hub id")
+    a_folder = not is_adapter(cfg.RAINY_BRANCH)
+    if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (  # a hub id has a slash
+            problem := system.absent(cfg.RAINY_BRANCH, folder=a_folder)):
+        raise config.UserError(f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}' {problem}: choose spdnet, a detector's folder or "
+                               "hub id, or an adapter's file")
     if gate and cfg.RAINY_BRANCH != "spdnet" and cfg.SHOW_DERAINED:
         raise config.UserError(f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
                                "there is no image to show")

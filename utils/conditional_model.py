@@ -18,6 +18,7 @@ from utils import checkpoint, feature_derain, freeze, report
 from utils.config import UserError
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import RainRobustOutput, derain_unclamped, detect_with_features, require_scale
+from utils.networks import adapter
 from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.rain_detector import load_rain_detector, save_rain_detector
 from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr, rtdetr_of
@@ -255,8 +256,13 @@ def require_same_outputs(one, other, constant="RAINY_BRANCH"):
                         f"for clean images {one.config.num_queries}")
 
 
-def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH"):
-    """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, else see load_rtdetr."""
+def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH", base=None):
+    """-> a frozen detector for rainy images: a folder of Training_FeatureDerain.py, an adapter of
+    Training_WeatherAdapter.py folded into `base`, the detector of clean images, else see load_rtdetr."""
+    if adapter.is_adapter(name):
+        if base is None:
+            raise UserError(f"{constant} = '{name}' is an adapter, which needs the detector that it was trained for")
+        return adapter.fold(base, name, constant).to(device)
     if (Path(name) / feature_derain.SETTINGS).is_file():
         return freeze.freeze(FeatureDerainRTDETR.from_pretrained(name, device, constant))
     return freeze.freeze(load_rtdetr(name, device=device, constant=constant))
@@ -274,6 +280,6 @@ def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, ra
     rain_detector = load_rain_detector(rain_detector_path)
     rtdetr = freeze.freeze(load_rtdetr(rtdetr_name))
     spdnet = None if spdnet_path is None else load_spdnet(spdnet_path, constant="SPDNET_MODEL_PATH")
-    rainy = None if rainy_detector_name is None else load_rainy_detector(rainy_detector_name)
+    rainy = None if rainy_detector_name is None else load_rainy_detector(rainy_detector_name, base=rtdetr)
     return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, rain_threshold, gate, derain_scale,
                                        rainy).to(device).eval()

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class _StayInEval:
-    """Stands in for a frozen module's `train` method: a parent's train() leaves the module in eval mode.
+    """Stands in for a module's `train` method: a parent's train() leaves the module in eval mode.
 
     A class rather than a closure so that deepcopy and pickle carry it over to the copy.
     """
@@ -23,11 +23,22 @@ class _StayInEval:
         return nn.Module.train(self.module, False)
 
 
+class _Frozen(_StayInEval):
+    """The same, of a module that went through `freeze`."""
+
+
+def pin_to_eval(module):
+    """Keep `module` in eval mode whatever its parents do; its parameters may train. -> module"""
+    module.eval()
+    object.__setattr__(module, "train", _StayInEval(module))
+    return module
+
+
 def freeze(module):
     """Take gradients from every parameter of `module` and pin it to eval mode. -> module"""
     module.requires_grad_(False)
     module.eval()
-    object.__setattr__(module, "train", _StayInEval(module))
+    object.__setattr__(module, "train", _Frozen(module))
     return module
 
 
@@ -40,7 +51,7 @@ def unfreeze(module):
 
 def is_frozen(module):
     """True for a module that went through `freeze`."""
-    return isinstance(module.__dict__.get("train"), _StayInEval)
+    return isinstance(module.__dict__.get("train"), _Frozen)
 
 
 def frozen_modules(model):

@@ -1,0 +1,159 @@
+"""Teach a frozen detector one weather with a megabyte beside it: low-rank adapters and a few thin layers.
+
+The detector's own weights stay as they are, bit for bit; what trains is a low-rank change of its layers (Hu et al.,
+"LoRA", ICLR 2022). Behind the rain detector the adapter is folded into a second set of weights: rainy images cost what
+clean ones cost, clean images never meet it. One detector can have several: rain, mist, windshield drops.
+
+    python Training_WeatherAdapter.py --demo
+    python Training_WeatherAdapter.py --ADAPTER_NAME mist --RAIN_KINDS "{'mist': 1.0}"
+
+Writes OUTPUT_DIR/<ADAPTER_NAME>.safetensors (best epoch), last.pt, best.pt, metrics.json, curves.png and tb/. Needs
+peft (requirements-diffusion.txt); what uses the file does not.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import utils.threads  # noqa: F401 (before torch)
+
+import torch
+
+import Training_RTDETR
+from utils import config, datasets, freeze, processes, report
+from utils.datasets import loaders, presets
+from utils.datasets.fresh_rain import fresh_rain
+from utils.demo.coco import ensure_demo
+from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks import adapter
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
+from utils.training import engine
+from utils.training.plan import Plan, whole
+
+# --- data ---------------------------------------------------------------------------------------------------------
+COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_RAIN_DIR = "./dataset/coco_rain"   # the same images in the weather: to validate on and, with RAIN = "files", train
+PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
+RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
+IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
+UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
+
+# --- model --------------------------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder; stays frozen
+ADAPTER_NAME = "rain"                   # the weather: OUTPUT_DIR/rain.safetensors
+LORA_RANK = 4                           # of the changes: 1.6 MB for an R18, 0.9 with 2
+LORA_ALPHA = 4                          # the changes count alpha / rank
+LORA_TARGETS = ("attention", "feed_forward", "convolutions")  # which layers are changed
+THIN_LAYERS = True                      # also the normalisations' scales and shifts and the first convolution, in full
+
+# --- training -----------------------------------------------------------------------------------------------------
+NUM_EPOCHS = 12                         # passes over the training images
+BATCH_SIZE = 16                         # per GPU
+GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
+LEARNING_RATE = 1e-3                    # of low-rank changes: ten times that of fine-tuning
+CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR's own; 0: none
+WARMUP_STEPS = 100                      # optimizer steps of linear warm-up
+SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
+EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
+PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
+FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
+DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+SEED = 0                                # subset, order, weather, initial changes
+
+# --- output -------------------------------------------------------------------------------------------------------
+OUTPUT_DIR = "./outputs_adapter"
+RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
+CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+EVAL_BATCH_SIZE = 16                    # validation batch
+
+DEMO = {
+    "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_adapter",
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "NUM_EPOCHS": 5, "BATCH_SIZE": 8, "LORA_RANK": 16,
+    "LORA_ALPHA": 16, "LEARNING_RATE": 2e-3, "CLIP_NORM": 1.0, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
+    "DATALOADER_WORKERS": 0,
+}
+
+
+def check(cfg):
+    """UserError for constants that cannot be; Plan checks the others."""
+    require_size(cfg.IMAGE_SIZE)
+    for name in ("LORA_RANK", "LORA_ALPHA"):
+        whole(1)(name, getattr(cfg, name))
+    if not cfg.LORA_TARGETS or not set(cfg.LORA_TARGETS) <= set(adapter.TARGETS):
+        raise config.UserError(f"LORA_TARGETS = {cfg.LORA_TARGETS!r}: choose some of {', '.join(adapter.TARGETS)}")
+    if Path(cfg.ADAPTER_NAME).name != cfg.ADAPTER_NAME or cfg.ADAPTER_NAME in ("", ".", ".."):
+        raise config.UserError(f"ADAPTER_NAME = '{cfg.ADAPTER_NAME}': choose a file's name without a folder, such as "
+                               "rain")
+
+
+def build_data(cfg, id2label):
+    """-> training images in the weather, validation images of COCO_RAIN_DIR."""
+    train = datasets.clean_rainy_mixture(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
+        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+    datasets.say_notes(train)
+    val = datasets.clean_rainy_validation(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=("rainy",),
+        unknown=cfg.UNKNOWN_CATEGORIES, train=train)
+    return train, val["rainy"]
+
+
+def evaluate(model, loader, device, truth):
+    """-> {"rain/mAP", "rain/AP50", ...} on the validation images in the weather."""
+    scores = detection_scores(lambda images: model(pixel_values=images), loader, device, truth, "rainy validation")[0]
+    return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
+
+
+def say_result(cfg, base, best, path):
+    """The table of the detector without and with the best epoch's adapter, and what to do next."""
+    rows = [{"model": name} | {metric: values[f"rain/{metric}"] for metric in coco_evaluation.METRICS}
+            for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
+    processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in coco_evaluation.METRICS}))
+    demo = " --demo" if cfg.demo else ""
+    processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
+                  f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}\n"
+                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}")
+
+
+def main(**overrides):
+    """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
+    plan = Plan.of(cfg, loss_weights={"detection": 1.0})
+    if cfg.demo:
+        ensure_demo()
+    engine.seed_everything(cfg.SEED)
+    device = processes.announced_device()
+    base = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
+    require_queries(base, cfg.IMAGE_SIZE)
+    digest = freeze.fingerprint(base)
+    model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
+    processes.say(freeze.describe({"RT-DETR with its adapter": model}))
+    train, val = build_data(cfg, id2label_of(base))
+    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+    truth, path = ground_truth(val.annotation_file), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
+    before = evaluate(base, val_loader, device, truth)
+    processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
+    result = engine.fit(
+        model, loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+        Training_RTDETR.compute_losses, plan, output_dir=cfg.OUTPUT_DIR,
+        parameters=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": cfg.LEARNING_RATE}],
+        evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth), score="rain/mAP",
+        on_best=partial(adapter.write, path=path, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
+                        weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
+        sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
+        constants=cfg.as_dict() | {"base": digest}, own_files=(path.name,),
+        fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base"),
+        validated_on=coco_evaluation.identity(truth), validated_images=val.image_paths())
+    if freeze.fingerprint(base) != digest:
+        raise RuntimeError("the detector has changed, which nothing here may do")
+    if result["history"] and processes.is_main():
+        say_result(cfg, before, result["history"][result["best_epoch"] - 1], path)
+    return result
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # one input size: let cuDNN pick the fastest kernels
+    main(**config.from_command_line(globals()))

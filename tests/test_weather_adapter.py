@@ -1,0 +1,165 @@
+"""Weather adapters: the detector stays, the fold equals what trained, files belong to one detector, the scripts."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Killed, dies_after, names_in
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("peft")
+
+import detect
+import Eval_conditional
+import Training_WeatherAdapter as Training
+from utils import freeze
+from utils.conditional_model import load_rainy_detector
+from utils.config import UserError
+from utils.networks import adapter
+from utils.networks.rain_detector import RainDetector, save_rain_detector
+from utils.networks.rtdetr import load_rtdetr, new_rtdetr
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def base(coco, weights):
+    """Constants that point the training at eight small images."""
+    return {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "IMAGE_SIZE": 96, "BATCH_SIZE": 4,
+            "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"), "NUM_EPOCHS": 2,
+            "LORA_RANK": 2, "LORA_ALPHA": 4, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0, "EMA_DECAY": 0.5}
+
+
+def shaken(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def images():
+    return torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("feed_forward",), ("convolutions",), adapter.TARGETS])
+def test_a_new_adapter_changes_nothing_and_the_fold_equals_it(tmp_path, targets):
+    detector = load_rtdetr(str(ROOT / "assets" / "demo" / "rtdetr"))  # a new one would choose its queries by rounding
+    digest = freeze.fingerprint(detector)
+    model = adapter.inject(detector, 2, 3, targets, thin=len(targets) > 1)
+    with torch.no_grad():
+        expected = detector(images())
+        assert torch.equal(model.eval()(images()).logits, expected.logits)
+        shaken(model)
+        adapter.write(model, tmp_path / "rain.safetensors", digest, rank=2, alpha=3)
+        folded = adapter.fold(detector, tmp_path / "rain.safetensors", "ADAPTER_PATH")
+        own, again = model(images()), folded(images())
+    assert (own.logits - expected.logits).abs().max() > 1e-3
+    torch.testing.assert_close(again.logits, own.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.pred_boxes, own.pred_boxes, rtol=0, atol=1e-5)
+    assert freeze.fingerprint(detector) == digest and freeze.is_frozen(folded)
+    kinds = {name.rpartition(".")[2] for name in load_file(tmp_path / "rain.safetensors")}
+    assert {"lora_A", "lora_B"} <= kinds and ("weight" in kinds) == (len(targets) > 1)
+
+
+def test_of_the_published_size_it_takes_less_than_two_megabytes():
+    detector = new_rtdetr("r18", dict(enumerate("abc")), train_backbone_norms=False)
+    model = adapter.inject(detector, Training.LORA_RANK, Training.LORA_ALPHA, Training.LORA_TARGETS)
+    assert 4 * freeze.count_parameters(model)[1] < 2e6
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(head in name for name in trained for head in ("class_embed", "bbox_embed", "score_head"))
+
+
+def test_running_statistics_stay_and_scales_train(small_detector):
+    model = adapter.inject(small_detector, 2, 2, adapter.TARGETS)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.train()
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}] * 2
+    model(pixel_values=images(), labels=labels).loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms) and any(m.weight.grad is not None for m in norms)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_training_writes_a_file_that_detects_better_in_its_weather(base, weights, capsys):
+    files = {path: path.read_bytes() for path in Path(base["RTDETR_MODEL_NAME"]).iterdir()}
+    shutil.rmtree(base["COCO_RAIN_DIR"] + "/train2017")  # fresh rain needs none
+    result = Training.main(**base)
+    out = Path(base["OUTPUT_DIR"])
+    assert {"rain.safetensors", "last.pt", "best.pt", "metrics.json"} <= names_in(out)
+    assert result["history"][1]["detection"] < result["history"][0]["detection"]
+    assert all(path.read_bytes() == content for path, content in files.items())
+    shown = capsys.readouterr().out
+    assert "with rain.safetensors" in shown and "without an adapter" in shown and shown.isascii()
+    detector = load_rtdetr(base["RTDETR_MODEL_NAME"])
+    folded = load_rainy_detector(str(out / "rain.safetensors"), base=detector)
+    with torch.no_grad():
+        assert not torch.equal(folded(images()).logits, detector(images()).logits)
+    with pytest.raises(UserError, match="RAINY_BRANCH = .*rain.safetensors' is an adapter, which needs"):
+        load_rainy_detector(str(out / "rain.safetensors"))
+    Training.main(**base | {"NUM_EPOCHS": 1, "ADAPTER_NAME": "mist", "RAIN_KINDS": {"mist": 1.0}})
+    assert {"mist.safetensors", "previous_1"} <= names_in(out) and "rain.safetensors" not in names_in(out)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+    Training.main(**base | {"OUTPUT_DIR": str(tmp_path / "whole")})
+    settings = base | {"OUTPUT_DIR": str(tmp_path / "cut"), "CHECKPOINT_STEPS": 1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training.Training_RTDETR, "compute_losses",
+                      dies_after(3, Training.Training_RTDETR.compute_losses))
+        Training.main(**settings)
+    Training.main(**settings | {"RESUME": True})
+    whole, cut = (load_file(tmp_path / name / "rain.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    with pytest.raises(UserError, match="LORA_RANK was 2, is now 3"):
+        Training.main(**settings | {"RESUME": True, "LORA_RANK": 3})
+
+
+def test_an_adapter_of_another_detector_and_files_that_are_none(small_detector, tmp_path):
+    digest = freeze.fingerprint(small_detector)
+    path = tmp_path / "rain.safetensors"
+    adapter.write(adapter.inject(small_detector, 2, 2, adapter.TARGETS), path, digest, rank=2, alpha=2)
+    other = copy.deepcopy(small_detector)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    with pytest.raises(UserError, match="ADAPTER_PATH = .* trained for another detector than RTDETR_MODEL_NAME"):
+        adapter.fold(other, path, "ADAPTER_PATH")
+    with pytest.raises(UserError, match="ADAPTER_PATH = .*none.safetensors' does not exist"):
+        adapter.fold(small_detector, tmp_path / "none.safetensors", "ADAPTER_PATH")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:100])
+    for name in ("foreign", "broken"):
+        with pytest.raises(UserError, match=f"ADAPTER_PATH = .*{name}.safetensors' is no adapter"):
+            adapter.fold(small_detector, tmp_path / f"{name}.safetensors", "ADAPTER_PATH")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"LORA_TARGETS": ()}, "LORA_TARGETS"), ({"LORA_TARGETS": ("heads",)}, "LORA_TARGETS"),
+    ({"LORA_RANK": 0}, "LORA_RANK"), ({"ADAPTER_NAME": "a/b"}, "ADAPTER_NAME"),
+    ({"ADAPTER_NAME": ""}, "ADAPTER_NAME"), ({"RAIN": "hail"}, "RAIN = ")])
+def test_constants_that_cannot_be(base, changes, message):
+    with pytest.raises(UserError, match=message):
+        Training.main(**base | changes)
+
+
+def test_detect_and_the_evaluation_take_it(base, weights, coco, tmp_path, monkeypatch):
+    detector = load_rtdetr(base["RTDETR_MODEL_NAME"])
+    path = tmp_path / "rain.safetensors"
+    adapter.write(shaken(adapter.inject(detector, 2, 2, adapter.TARGETS)), path, freeze.fingerprint(detector), rank=2,
+                  alpha=2)
+    torch.manual_seed(0)
+    save_rain_detector(RainDetector(), tmp_path / "gate.pt")
+    result = detect.main(SOURCE=str(coco / "coco" / "val2017"), OUTPUT=str(tmp_path / "found"), MODEL="conditional",
+                         RAINY_BRANCH=str(path), RTDETR_MODEL_NAME=base["RTDETR_MODEL_NAME"], IMAGE_SIZE=96,
+                         RAIN_DETECTOR_PATH=str(tmp_path / "gate.pt"), RAIN_THRESHOLD=0.0, THRESHOLD=0.0)
+    assert result["images"] == 8 and result["derained"] == 8
+    found = Eval_conditional.main(
+        COCO_DIR=base["COCO_DIR"], COCO_RAIN_DIR=base["COCO_RAIN_DIR"], IMAGE_SIZE=96, DATALOADER_WORKERS=0, PICTURES=1,
+        RTDETR_MODEL_NAME=base["RTDETR_MODEL_NAME"], RAIN_DETECTOR_PATH=str(tmp_path / "gate.pt"),
+        ADAPTER_PATH=str(path), SPDNET_MODEL_PATH=str(weights / "spdnet.pt"), ORIGINAL_SPDNET_PATH="",
+        OUTPUT_DIR=str(tmp_path / "eval"))
+    assert any("adapter" in str(row) for row in found["scores"])

@@ -12,6 +12,7 @@ BUDGET = {  # training: (waits in a step, operations launched in it, waits in a 
     "spdnet": (1, 4420, 3),               # losses | one pair at a time
     "adaptation": (2, 6420, 1),           # matching, losses | detections of a batch
     "rtdetr": (4, 2970, 1),               # besides: transformers' finite check and denoising queries
+    "adapter": (4, 4010, 1),              # as rtdetr
     "rain_detector": (1, 770, 1),
     "conditional": (3, 7090, 5),          # besides: the gate | gate, fallbacks, detections; two domains
     "feature": (2, 2870, 2),

@@ -91,6 +91,7 @@ STEPS = {
                                             "RAIN_RATIO": 0.5, "AUGMENTATION": "full"}, stop_after=3),
     "rain_detector": Step("Training_RainDetector", {"VALIDATION_SHARE": 0.25}, stop_after=4),
     "conditional": Step("Training_Conditional", stop_after=3),
+    "adapter": Step("Training_WeatherAdapter", stop_after=3),
     "feature": Step("Training_FeatureDerain", {"PHASE1_EPOCHS": 2, "PHASE2_EPOCHS": 1}, stop_after=3),  # in phase 1
     "feature_light": Step("Training_FeatureDerain", {"PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 2,
                                                      "DERAIN_TYPE": "lightweight"}, stop_after=5),  # in phase 2

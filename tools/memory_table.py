@@ -38,7 +38,8 @@ _PHASE2 = {"PHASE1_EPOCHS": 0}
 ROWS = (  # script, constants that differ from its own
     ("Training_SPDNet_Adaptation", {}), ("Training_SPDNet_Adaptation", _BF16),
     ("Training_SPDNet_Adaptation", _KEPT), ("Training_SPDNet_Adaptation", _BF16 | _KEPT),
-    ("Training_SPDNet", {}), ("Training_RTDETR", {}), ("Training_RTDETR", _BF16), ("Training_RainDetector", {}),
+    ("Training_SPDNet", {}), ("Training_RTDETR", {}), ("Training_RTDETR", _BF16),
+    ("Training_WeatherAdapter", {}), ("Training_WeatherAdapter", _BF16), ("Training_RainDetector", {}),
     ("Training_Conditional", {}), ("Training_Conditional", _BF16),
     ("Training_FeatureDerain", {}), ("Training_FeatureDerain", _BF16),
     ("Training_FeatureDerain", _PHASE2), ("Training_FeatureDerain", _PHASE2 | _BF16),

@@ -102,6 +102,17 @@ def test_every_kind_is_drawn_as_often_as_asked(coco):
         opened(coco)
 
 
+@pytest.mark.parametrize(("values", "words"), [
+    ({"RAIN": "files", "RAIN_KINDS": {"drops": 1.0}}, "RAIN_KINDS has no effect"),
+    ({"RAIN": "fresh", "RAIN_RATIO": 0.0}, "RAIN has no effect"),
+    ({"RAIN": "fresh"}, ""), ({"RAIN": "files"}, "")])
+def test_what_draws_no_rain_is_noted(values, words, capsys):
+    fresh_rain(SimpleNamespace(**{"RAIN_KINDS": {"heavy": 1, "light": 1, "medium": 1.0}, "RAIN_RATIO": 0.5, "SEED": 0,
+                                  "IMAGE_SIZE": 64} | values))
+    printed = capsys.readouterr().out
+    assert words in printed and bool(printed) == bool(words)
+
+
 def test_a_killed_training_goes_on_bit_for_bit_without_training_images_in_rain(feature_base, tmp_path, monkeypatch):
     settings = feature_base | {"RAIN": "fresh", "PHASE1_EPOCHS": 2, "PHASE2_EPOCHS": 0}
     shutil.rmtree(feature_base["COCO_RAIN_DIR"] + "/train2017")

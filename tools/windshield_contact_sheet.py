@@ -18,8 +18,8 @@ from utils.weather import rain, windshield
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "windshield_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)   # seeds of the scenes, one row each
 PANES = (14, 1, 6, 5)    # seeds of the water, one per row; chosen to show both focuses and wipers
-SIZE = (640, 480)        # the scenes' width and height: the water is drawn at this size
-TILE = (400, 300)        # the size in the sheet
+SCENE_SIZE = (640, 480)  # the scenes' width and height: the water is drawn at this size
+PICTURE_SIZE = (400, 300)   # the size in the sheet
 QUALITY = 80             # JPEG quality; the sheet is to stay below 400 KB
 
 
@@ -29,7 +29,7 @@ def main(**overrides):
     if not system.is_image(cfg.OUT):
         raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
     columns = ("clean", *windshield.INTENSITIES)
-    width, height = cfg.TILE
+    width, height = cfg.PICTURE_SIZE
     band = 24
     sheet = Image.new("RGB", (len(columns) * width, band + len(cfg.SCENES) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -37,11 +37,11 @@ def main(**overrides):
         draw.text((column * width + width // 2, band // 2), title, fill="black", anchor="mm",
                   font=ImageFont.load_default(16))
     for row, (scene, pane) in enumerate(zip(cfg.SCENES, cfg.PANES, strict=True)):
-        clean = np.asarray(render_scene(scene, size=cfg.SIZE)[0])
+        clean = np.asarray(render_scene(scene, size=cfg.SCENE_SIZE)[0])
         pictures = [clean] + [windshield.add_windshield_rain(clean, rain.rng_for(pane, "sheet"), name)
                               for name in windshield.INTENSITIES]
         for column, pixels in enumerate(pictures):
-            tile = Image.fromarray(pixels).resize(cfg.TILE, Image.Resampling.LANCZOS)
+            tile = Image.fromarray(pixels).resize(cfg.PICTURE_SIZE, Image.Resampling.LANCZOS)
             sheet.paste(tile, (column * width, band + row * height))
     out = Path(cfg.OUT)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from utils.feature_derain import create_feature_derain_rtdetr
 SECONDS = 8.0                           # of training steps per measurement, after three steps of warm-up
 ROUNDS = 3                              # every variant once per round; the best round counts, as disturbance only slows
 IMAGES = 8                              # batch, as in the demo
-IMAGE_SIZE = 160                              # side of the square images, as in the demo
+IMAGE_SIZE = 160                        # side of the square images, as in the demo
 VARIANTS = ("spinning", "short spin", "passive", "one thread", "this project")  # names of _ENVIRONMENTS below
 CHILD = False                           # internal: this is one of the measured processes
 

@@ -12,10 +12,10 @@ import torch
 
 from utils import config, feature_derain, freeze, processes, report
 from utils.evaluation import latency
-from utils.networks.rtdetr import backbone_features, new_rtdetr
+from utils.networks.rtdetr import backbone_features, new_rtdetr, require_queries
 
 ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny
-IMAGE_SIZE = 640                              # height and width of the image
+IMAGE_SIZE = 640                        # height and width of the image
 BATCH = 1                               # images per call
 ROUNDS = 7                              # measurements per variant, after two of warm-up
 COMPILE = False                         # also torch.compile of vanilla and multiscale, which takes minutes
@@ -34,6 +34,7 @@ def main(**overrides):
     device = processes.device()
     torch.manual_seed(0)
     rtdetr = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(cfg.CLASSES)}).to(device).eval()
+    require_queries(rtdetr, cfg.IMAGE_SIZE)
     models = {"vanilla": rtdetr} | {name: feature_derain.FeatureDerainRTDETR(rtdetr, **settings).to(device).eval()
                                     for name, settings in _VARIANTS.items()}
     if cfg.COMPILE:

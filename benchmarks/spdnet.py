@@ -22,7 +22,7 @@ from utils.networks import conv3x3
 from utils.networks.spdnet import SPDNet
 from utils.networks.spdnet_init import init_near_identity
 
-IMAGE_SIZE = 256                              # height and width of the image
+IMAGE_SIZE = 256                        # height and width of the image
 ROUNDS = 5                              # measurements per variant
 COMPILE = False                         # also torch.compile, which takes minutes
 

@@ -79,6 +79,21 @@ def test_pairs_without_labels(coco):
     assert torch.equal(val[0, 0]["image"], val[1, 0]["image"]) and "coco_rain" in val[0]["path"]
 
 
+def test_no_validation_image_is_trained_on_where_rain_is_of_few(coco, capsys):
+    """The last tenth of few rainy images is another one than that of all clean ones."""
+    clean, rainy = (coco / name / "train2017" for name in ("coco", "coco_rain"))
+    validated = []
+    for left in (8, 7, 6):
+        train, val = datasets.unlabelled_pairs(clean, rainy, presets.evaluation(64), presets.evaluation(64),
+                                               percent=100, seed=0, fresh_rain=HEAVY)
+        names = [path.name for path, _ in val.pairs]
+        assert len(names) == 1 and names[0] not in {path.name for path, _ in train.pairs}
+        assert len(train) == (7 if left == 8 else 6)
+        validated += names
+        (rainy / names[0]).unlink()
+    assert len(set(validated)) == 3 and "no rain in them" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"RAIN": "new"}, "RAIN = 'new': choose files or fresh"), ({"RAIN_KINDS": {}}, "RAIN_KINDS = {}"),
     ({"RAIN_KINDS": {"hail": 1.0}}, "RAIN_KINDS = .*light.*mist"), ({"RAIN_KINDS": {"light": 0.0}}, "RAIN_KINDS"),

@@ -13,7 +13,6 @@ from utils import config, integrated_model
 from utils.config import UserError
 from utils.networks.rtdetr import backbone_features
 
-
 ROOT = Path(__file__).resolve().parent.parent
 WITH_CONSTANTS = [f"{path.parent.name}.{path.stem}" for folder in ("tools", "benchmarks")
                   for path in sorted((ROOT / folder).glob("*.py"))
@@ -49,7 +48,8 @@ def test_the_table_of_memory_is_of_known_scripts_and_of_the_gpus_that_were_asked
     for gpus in ((), (0,), (-8, 12)):
         with pytest.raises(UserError, match="GPUS"):
             memory_table.main(GPUS=gpus)
-    assert "batch on 24 GB |" in memory_table.as_markdown([], (24,)) and "8 GB" not in memory_table.as_markdown([], (24,))
+    heading = memory_table.as_markdown([], (24,))
+    assert "batch on 24 GB |" in heading and "8 GB" not in heading
 
 
 def test_scores_are_made_once_and_refused_under_other_settings(tmp_path):

@@ -16,7 +16,7 @@ from utils.weather import rain
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "rain_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)  # seeds of the scenes, one row each
-SCENE_SIZE = (640, 480) # the scenes' width and height: the rain is drawn at this size
+SCENE_SIZE = (640, 480)  # the scenes' width and height: the rain is drawn at this size
 PICTURE_SIZE = (400, 300)  # the size in the sheet
 SEED = 0                # of the rain
 QUALITY = 80            # JPEG quality; the sheet is to stay below 400 KB

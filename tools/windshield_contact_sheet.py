@@ -19,7 +19,7 @@ OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "windshie
 SCENES = (3, 5, 8, 12)   # seeds of the scenes, one row each
 PANES = (14, 1, 6, 5)    # seeds of the water, one per row; chosen to show both focuses and wipers
 SCENE_SIZE = (640, 480)  # the scenes' width and height: the water is drawn at this size
-PICTURE_SIZE = (400, 300)   # the size in the sheet
+PICTURE_SIZE = (400, 300)  # the size in the sheet
 QUALITY = 80             # JPEG quality; the sheet is to stay below 400 KB
 
 

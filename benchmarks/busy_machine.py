@@ -76,6 +76,8 @@ def main(**overrides):
     if cfg.CHILD:
         print(images_per_s(cfg))
         return None
+    if unknown := [variant for variant in cfg.VARIANTS if variant not in _ENVIRONMENTS]:
+        raise config.UserError(f"VARIANTS: {unknown[0]!r} is unknown; choose from {', '.join(_ENVIRONMENTS)}")
     found = {variant: {"free": 0.0, "busy": 0.0} for variant in cfg.VARIANTS}
     for _ in range(cfg.ROUNDS):
         for state, number in (("free", 0), ("busy", system.available_cores())):

@@ -28,6 +28,21 @@ def test_a_tool_takes_its_own_constants(name):
         config.resolve(vars(module), {"demo": True})
 
 
+@pytest.mark.parametrize(("name", "values", "words"), [
+    ("tools.windshield_contact_sheet", {"SCENES": (1, 2)}, "SCENES.*PANES"),
+    ("tools.windshield_contact_sheet", {"SCENE_SIZE": (0, 0)}, "SCENE_SIZE"),
+    ("tools.rain_contact_sheet", {"PICTURE_SIZE": (400,)}, "PICTURE_SIZE"),
+    ("tools.tiny_diffusion_base", {"OUT": "."}, "OUT = '.' is there already"),
+    ("benchmarks.busy_machine", {"VARIANTS": ("fast",)}, "VARIANTS: 'fast'"),
+    ("benchmarks.rain", {"SIZES": ("big",)}, "SIZES"), ("benchmarks.windshield", {"SIZES": (64, 64)}, "SIZES"),
+    ("benchmarks.feature_derain", {"IMAGE_SIZE": 64}, "IMAGE_SIZE = 64"),
+    ("benchmarks.rain_detector", {"IMAGE_SIZE": 64}, "IMAGE_SIZE = 64"),
+    ("benchmarks.feature_derain", {"ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "ROUNDS": 0}, "set 1 or more")])
+def test_what_a_tool_or_a_benchmark_cannot_do_is_one_line(name, values, words):
+    with pytest.raises(UserError, match=words):
+        importlib.import_module(name).main(**values)
+
+
 def test_bounds_of_de_raining_are_images_between_the_two():
     torch.manual_seed(0)
     rainy, clean = torch.rand(2, 3, 3, 32, 48)

@@ -206,8 +206,9 @@ def main(**overrides):
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
         validated_images=[path for loader in val_loaders.values() for path in loader.dataset.image_paths()])
     if result["history"]:
-        processes.say(f"pipeline: {pipeline.as_posix()}\n"
-                      f"next: python Eval_conditional.py{' --demo' if cfg.demo else ''}")
+        constant = "HARD_PIPELINE_DIR" if cfg.GATE == "hard" else "SOFT_PIPELINE_DIR"
+        processes.say(f"pipeline: {pipeline.as_posix()}\nnext: python Eval_conditional.py"
+                      f"{' --demo' if cfg.demo else ''} --{constant} {pipeline.as_posix()}")
     return result | {"before": start}
 
 

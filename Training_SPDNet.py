@@ -126,10 +126,10 @@ def build_loaders(cfg):
         processes.say(f"note: PATCH_SIZE = {cfg.PATCH_SIZE} is more than the side of some images "
                       f"({system.listed(small, 2)}{f', scaled by {cfg.IMAGE_SCALE}' if cfg.IMAGE_SCALE < 1 else ''}), "
                       "which are mirrored to that size: a smaller one trains faster")
-    trained = {rainy.absolute() for rainy, _ in train.pairs}
-    if both := sum(rainy.absolute() in trained for rainy, _ in val.pairs):
+    trained = {path.absolute() for path in train.image_paths()}  # of fresh rain the clean ones alone
+    if both := sum(any(path.absolute() in trained for path in pair) for pair in val.pairs):
         processes.say(f"note: {both} of {len(val)} validation pairs are trained on as well (does RAINY_DIR hold "
-                      "VAL_RAINY_DIR?): their scores say little")
+                      "VAL_RAINY_DIR, or CLEAN_DIR VAL_CLEAN_DIR?): their scores say little")
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             loaders.validation_loader(val, 1, cfg.DATALOADER_WORKERS))
 

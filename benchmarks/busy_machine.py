@@ -22,7 +22,7 @@ from utils.feature_derain import create_feature_derain_rtdetr
 SECONDS = 8.0                           # of training steps per measurement, after three steps of warm-up
 ROUNDS = 3                              # every variant once per round; the best round counts, as disturbance only slows
 IMAGES = 8                              # batch, as in the demo
-SIZE = 160                              # side of the square images, as in the demo
+IMAGE_SIZE = 160                        # side of the square images, as in the demo
 VARIANTS = ("spinning", "short spin", "passive", "one thread", "this project")  # names of _ENVIRONMENTS below
 CHILD = False                           # internal: this is one of the measured processes
 
@@ -42,7 +42,7 @@ def images_per_s(cfg):
     model.unfreeze_detector(True)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-    images, twins = torch.rand(2, cfg.IMAGES, 3, cfg.SIZE, cfg.SIZE)
+    images, twins = torch.rand(2, cfg.IMAGES, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE)
     labels = [{"class_labels": torch.tensor([0, 1]), "boxes": torch.full((2, 4), 0.4)} for _ in range(cfg.IMAGES)]
 
     def step():
@@ -64,7 +64,7 @@ def measured(cfg, variant):
     """-> images per second of a process with the variant's environment."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
     command = [sys.executable, "-m", "benchmarks.busy_machine", "--CHILD", "True"]
-    for name in ("SECONDS", "IMAGES", "SIZE"):
+    for name in ("SECONDS", "IMAGES", "IMAGE_SIZE"):
         command += [f"--{name}", str(getattr(cfg, name))]
     done = subprocess.run(command, env=inherited | _ENVIRONMENTS[variant], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -76,6 +76,8 @@ def main(**overrides):
     if cfg.CHILD:
         print(images_per_s(cfg))
         return None
+    if unknown := [variant for variant in cfg.VARIANTS if variant not in _ENVIRONMENTS]:
+        raise config.UserError(f"VARIANTS: {unknown[0]!r} is unknown; choose from {', '.join(_ENVIRONMENTS)}")
     found = {variant: {"free": 0.0, "busy": 0.0} for variant in cfg.VARIANTS}
     for _ in range(cfg.ROUNDS):
         for state, number in (("free", 0), ("busy", system.available_cores())):

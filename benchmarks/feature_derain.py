@@ -12,10 +12,10 @@ import torch
 
 from utils import config, feature_derain, freeze, processes, report
 from utils.evaluation import latency
-from utils.networks.rtdetr import backbone_features, new_rtdetr
+from utils.networks.rtdetr import backbone_features, new_rtdetr, require_queries
 
 ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny
-SIZE = 640                              # height and width of the image
+IMAGE_SIZE = 640                        # height and width of the image
 BATCH = 1                               # images per call
 ROUNDS = 7                              # measurements per variant, after two of warm-up
 COMPILE = False                         # also torch.compile of vanilla and multiscale, which takes minutes
@@ -34,18 +34,19 @@ def main(**overrides):
     device = processes.device()
     torch.manual_seed(0)
     rtdetr = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(cfg.CLASSES)}).to(device).eval()
+    require_queries(rtdetr, cfg.IMAGE_SIZE)
     models = {"vanilla": rtdetr} | {name: feature_derain.FeatureDerainRTDETR(rtdetr, **settings).to(device).eval()
                                     for name, settings in _VARIANTS.items()}
     if cfg.COMPILE:
         models |= {f"{name}, compiled": torch.compile(models[name]) for name in ("vanilla", "multiscale")}
-    images = torch.rand(cfg.BATCH, 3, cfg.SIZE, cfg.SIZE, device=device)
+    images = torch.rand(cfg.BATCH, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)
     with torch.no_grad():
         features = backbone_features(rtdetr, images)
     calls = {name: (lambda x, model=model: model(pixel_values=x)) for name, model in models.items()}
     calls |= {f"{name}, module": (lambda x, model=models[name]: model.derain_module(features)) for name in _VARIANTS}
     times = latency.latencies(calls, images, repeats=cfg.ROUNDS)
     print(f"{device}, {torch.get_num_threads()} threads, RT-DETR {cfg.ARCHITECTURE}, batch {cfg.BATCH}, "
-          f"{cfg.SIZE} x {cfg.SIZE}, median of {cfg.ROUNDS}")
+          f"{cfg.IMAGE_SIZE} x {cfg.IMAGE_SIZE}, median of {cfg.ROUNDS}")
     rows = [{"model": name, "ms": f"{times[name]:.1f}"} for name in models]
     for row in rows:
         if row["model"] in _VARIANTS:  # the module's own time: on a noisy machine a difference of totals says little

@@ -11,7 +11,7 @@ import torch
 from utils import config, processes, report
 from utils.evaluation import latency
 from utils.networks.rain_detector import RainDetector
-from utils.networks.rtdetr import new_rtdetr
+from utils.networks.rtdetr import new_rtdetr, require_queries
 
 IMAGE_SIZE = 640        # side of the square image that both get
 BATCHES = (1, 4)        # batch sizes
@@ -25,6 +25,7 @@ def main(**overrides):
     device = processes.device()
     rain_detector = RainDetector().eval().to(device)
     rtdetr = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(80)}).eval().to(device)
+    require_queries(rtdetr, cfg.IMAGE_SIZE)
     results, rows = {}, []
     for batch in cfg.BATCHES:
         images = torch.rand(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device=device)

@@ -22,7 +22,7 @@ from utils.networks import conv3x3
 from utils.networks.spdnet import SPDNet
 from utils.networks.spdnet_init import init_near_identity
 
-SIZE = 256                              # height and width of the image
+IMAGE_SIZE = 256                        # height and width of the image
 ROUNDS = 5                              # measurements per variant
 COMPILE = False                         # also torch.compile, which takes minutes
 
@@ -167,9 +167,9 @@ def benchmark(size, rounds, compiled, device):
 
 def main(**overrides):
     cfg = config.resolve(globals(), overrides)
-    benchmark(cfg.SIZE, cfg.ROUNDS, cfg.COMPILE, "cpu")
+    benchmark(cfg.IMAGE_SIZE, cfg.ROUNDS, cfg.COMPILE, "cpu")
     if torch.cuda.is_available():
-        for size in (cfg.SIZE, 640):
+        for size in (cfg.IMAGE_SIZE, 640):
             benchmark(size, cfg.ROUNDS, cfg.COMPILE, "cuda")
 
 

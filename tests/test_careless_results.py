@@ -326,6 +326,9 @@ def test_what_a_folder_holds_besides_images_is_said(tmp_path):
     notes = "\n".join(video.open_source(str(tmp_path)).notes)
     assert "1 image(s) in its folders" in notes and "c.gif" in notes and "d.tiff" in notes
     assert "several pictures" in video.open_source(str(tmp_path / "d.tiff")).notes[0]
+    for name in ("detections.json", "images.json"):
+        (tmp_path / name).write_text("[]")
+    assert any("results of detect.py" in note for note in video.open_source(str(tmp_path)).notes)
 
 
 def test_nothing_de_rained_to_show(tmp_path):

@@ -356,8 +356,9 @@ def base(files):
 TRAINING = {"NUM_EPOCHS": 2, "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "WARMUP_STEPS": 0}
 
 
-def test_training_moves_spdnet_and_gate_and_not_the_detector(base, files):
+def test_training_moves_spdnet_and_gate_and_not_the_detector(base, files, capsys):
     result = Training_Conditional.main(**base, **TRAINING)
+    assert f"--SOFT_PIPELINE_DIR {(files / 'out' / 'pipeline').as_posix()}\n" in capsys.readouterr().out
     assert result["history"][-1]["features"] < result["history"][0]["features"]
     assert {"detection", "gate", "gate_right", "clean/derained", "rainy/mAP"} <= set(result["history"][0])
     before = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])

@@ -154,6 +154,9 @@ def test_wrong_categories_and_broken_json_are_named(coco):
     (coco / "coco" / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         open_set(coco / "coco")
+    (coco / "coco" / "annotations" / "instances_train2017.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(UserError, match="not readable JSON: it is not in UTF-8: save it as UTF-8"):
+        open_set(coco / "coco")
 
 
 def test_sizes_and_fields_that_do_not_fit_are_named(coco):

@@ -79,6 +79,21 @@ def test_pairs_without_labels(coco):
     assert torch.equal(val[0, 0]["image"], val[1, 0]["image"]) and "coco_rain" in val[0]["path"]
 
 
+def test_no_validation_image_is_trained_on_where_rain_is_of_few(coco, capsys):
+    """The last tenth of few rainy images is another one than that of all clean ones."""
+    clean, rainy = (coco / name / "train2017" for name in ("coco", "coco_rain"))
+    validated = []
+    for left in (8, 7, 6):
+        train, val = datasets.unlabelled_pairs(clean, rainy, presets.evaluation(64), presets.evaluation(64),
+                                               percent=100, seed=0, fresh_rain=HEAVY)
+        names = [path.name for path, _ in val.pairs]
+        assert len(names) == 1 and names[0] not in {path.name for path, _ in train.pairs}
+        assert len(train) == (7 if left == 8 else 6)
+        validated += names
+        (rainy / names[0]).unlink()
+    assert len(set(validated)) == 3 and "no rain in them" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"RAIN": "new"}, "RAIN = 'new': choose files or fresh"), ({"RAIN_KINDS": {}}, "RAIN_KINDS = {}"),
     ({"RAIN_KINDS": {"hail": 1.0}}, "RAIN_KINDS = .*light.*mist"), ({"RAIN_KINDS": {"light": 0.0}}, "RAIN_KINDS"),
@@ -100,6 +115,17 @@ def test_every_kind_is_drawn_as_often_as_asked(coco):
     with pytest.raises(UserError, match="COCO_DIR.*swapped"):
         (coco / "coco" / "rain.json").write_text("{}", encoding="utf-8")
         opened(coco)
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"RAIN": "files", "RAIN_KINDS": {"drops": 1.0}}, "RAIN_KINDS has no effect"),
+    ({"RAIN": "fresh", "RAIN_RATIO": 0.0}, "RAIN has no effect"),
+    ({"RAIN": "fresh"}, ""), ({"RAIN": "files"}, "")])
+def test_what_draws_no_rain_is_noted(values, words, capsys):
+    fresh_rain(SimpleNamespace(**{"RAIN_KINDS": {"heavy": 1, "light": 1, "medium": 1.0}, "RAIN_RATIO": 0.5, "SEED": 0,
+                                  "IMAGE_SIZE": 64} | values))
+    printed = capsys.readouterr().out
+    assert words in printed and bool(printed) == bool(words)
 
 
 def test_a_killed_training_goes_on_bit_for_bit_without_training_images_in_rain(feature_base, tmp_path, monkeypatch):

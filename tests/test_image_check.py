@@ -32,6 +32,20 @@ def looked_at(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize(("there", "asked"), [
+    ("a.JPG", "a.jpg"), ("a.png", "a.jpg"), ("gru\u0308n.jpg", "gr\u00fcn.jpg")])
+def test_a_file_that_is_there_under_another_name_is_named(photos, there, asked):
+    """Other capitals, another export's ending, and letters in two parts (macOS), which look the same."""
+    photos[0].rename(photos[0].with_name(there))
+    if not photos[0].with_name(asked).exists():  # Windows and macOS do not tell capitals
+        with pytest.raises(UserError) as caught:
+            image_check.check_images([photos[0].with_name(asked), *photos[1:]], "PHOTOS")
+        assert ascii(there) in str(caught.value) and "(missing)" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        image_check.check_images([photos[0].with_name("b.jpg"), *photos[1:]], "PHOTOS")
+    assert "is there as" not in str(caught.value)
+
+
 def test_good_images_are_not_looked_at_twice(photos, looked_at):
     image_check.check_images(photos, "PHOTOS")
     assert sorted(looked_at) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]

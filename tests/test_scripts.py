@@ -255,6 +255,10 @@ def test_validation_pairs_among_the_training_pairs_are_noted(spdnet_base, coco, 
     Training_SPDNet.build_loaders(config.resolve(vars(Training_SPDNet), spdnet_base | {
         "RAINY_DIR": str(coco / "coco_rain"), "CLEAN_DIR": str(coco / "coco")}))
     assert "note: 3 of 3 validation pairs are trained on as well" in capsys.readouterr().out
+    Training_SPDNet.build_loaders(config.resolve(vars(Training_SPDNet), spdnet_base | {
+        "RAIN": "fresh", "RAINY_DIR": str(coco / "nowhere"), "CLEAN_DIR": str(coco / "coco")}))
+    shown = capsys.readouterr().out
+    assert "note: 3 of 3 validation pairs are trained on as well" in shown and "no rain in them" not in shown
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -1,13 +1,70 @@
 """The ablation tools' bookkeeping: a finished run is not repeated, and its scores do not pass for another's."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
-from tools import ablation_feature_derain, lite0_detector
+from tools import ablation_feature_derain, derain_bounds, gpu_report, lite0_detector, memory_table
 from tools import ablation_spdnet_adaptation as ablation
+from utils import config, integrated_model
 from utils.config import UserError
 from utils.networks.rtdetr import backbone_features
+
+ROOT = Path(__file__).resolve().parent.parent
+WITH_CONSTANTS = [f"{path.parent.name}.{path.stem}" for folder in ("tools", "benchmarks")
+                  for path in sorted((ROOT / folder).glob("*.py"))
+                  if "config.resolve(globals()" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", WITH_CONSTANTS)
+def test_a_tool_takes_its_own_constants(name):
+    """A constant that a script of the root has as well is of that script's kind: SIZE is text."""
+    module = importlib.import_module(name)
+    config.resolve(vars(module), {})
+    if hasattr(module, "DEMO"):
+        config.resolve(vars(module), {"demo": True})
+
+
+@pytest.mark.parametrize(("name", "values", "words"), [
+    ("tools.windshield_contact_sheet", {"SCENES": (1, 2)}, "SCENES.*PANES"),
+    ("tools.windshield_contact_sheet", {"SCENE_SIZE": (0, 0)}, "SCENE_SIZE"),
+    ("tools.rain_contact_sheet", {"PICTURE_SIZE": (400,)}, "PICTURE_SIZE"),
+    ("tools.tiny_diffusion_base", {"OUT": "."}, "OUT = '.' is there already"),
+    ("benchmarks.busy_machine", {"VARIANTS": ("fast",)}, "VARIANTS: 'fast'"),
+    ("benchmarks.rain", {"SIZES": ("big",)}, "SIZES"), ("benchmarks.windshield", {"SIZES": (64, 64)}, "SIZES"),
+    ("benchmarks.feature_derain", {"IMAGE_SIZE": 64}, "IMAGE_SIZE = 64"),
+    ("benchmarks.rain_detector", {"IMAGE_SIZE": 64}, "IMAGE_SIZE = 64"),
+    ("benchmarks.feature_derain", {"ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "ROUNDS": 0}, "set 1 or more")])
+def test_what_a_tool_or_a_benchmark_cannot_do_is_one_line(name, values, words):
+    with pytest.raises(UserError, match=words):
+        importlib.import_module(name).main(**values)
+
+
+def test_bounds_of_de_raining_are_images_between_the_two():
+    torch.manual_seed(0)
+    rainy, clean = torch.rand(2, 3, 3, 32, 48)
+    for name, bound in derain_bounds.bounds(8, 0.5).items():
+        assert bound(rainy, clean).shape == clean.shape, name
+
+    def perfect(_):
+        return torch.nn.functional.interpolate(clean, scale_factor=0.5, mode="bilinear", antialias=True)
+    torch.testing.assert_close(derain_bounds.bounds(8, 0.5)["everything at scale 0.5"](rainy, clean),
+                               integrated_model.derain_unclamped(perfect, rainy, 0.5))
+    torch.testing.assert_close(derain_bounds.perfect_network(rainy, clean, 1.0), clean)
+
+
+def test_the_table_of_memory_is_of_known_scripts_and_of_the_gpus_that_were_asked_for():
+    for tool, constant in ((memory_table, "ONLY"), (gpu_report, "TRAININGS")):
+        with pytest.raises(UserError, match=f"{constant}: 'Training_RTDETR.py'.*Training_RTDETR,"):
+            tool.main(**{constant: ("Training_RTDETR.py",)})
+    for gpus in ((), (0,), (-8, 12)):
+        with pytest.raises(UserError, match="GPUS"):
+            memory_table.main(GPUS=gpus)
+    heading = memory_table.as_markdown([], (24,))
+    assert "batch on 24 GB |" in heading and "8 GB" not in heading
 
 
 def test_scores_are_made_once_and_refused_under_other_settings(tmp_path):

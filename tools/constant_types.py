@@ -7,6 +7,7 @@ make text of IMAGE_SIZE. utils/config.py compares what stands there with this fi
 test says when the file is not up to date.
 """
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -56,4 +57,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import Eval_SPDNet_Adaptation as Eval
-from utils import config, datasets, integrated_model, processes, report
+from utils import config, datasets, processes, report
 from utils.demo.coco import ensure_demo
 from utils.evaluation.coco import detection_scores
 from utils.networks.rtdetr import id2label_of, load_rtdetr
@@ -36,10 +36,10 @@ def coarse_part(images, side):
     return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
 
-def perfect_network(clean, scale):
-    """The clean image by way of DERAIN_SCALE, as an SPDNet would bring it that answers with nothing else."""
-    small = F.interpolate(clean, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
-    return lambda _: (small * 255,)
+def perfect_network(rainy, clean, scale):
+    """What a de-rainer would win that sees DERAIN_SCALE of an image and answers with the clean one."""
+    small = F.interpolate(clean - rainy, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
+    return rainy + F.interpolate(small, clean.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def bounds(side, scale):
@@ -48,8 +48,7 @@ def bounds(side, scale):
         "nothing (rainy)": lambda rainy, clean: rainy,
         "tone": tone,
         "coarse brightness and colour": lambda rainy, clean: rainy + coarse_part(clean - rainy, side),
-        f"everything at scale {scale}": lambda rainy, clean: integrated_model.derain_unclamped(
-            perfect_network(clean, scale), rainy, scale),
+        f"everything at scale {scale}": lambda rainy, clean: perfect_network(rainy, clean, scale),
         "everything finer than coarse": lambda rainy, clean: clean + coarse_part(rainy - clean, side),
         "everything (clean)": lambda rainy, clean: clean,
     }

@@ -246,10 +246,12 @@ def measure(cfg, device):
 def main(**overrides):
     """-> Path of the page."""
     cfg = config.resolve(globals(), overrides)
+    memory_table.require_scripts("TRAININGS", cfg.TRAININGS)
     device = processes.announced_device()
     if device.type != "cuda":
         raise config.UserError("tools.gpu_report measures a GPU, and torch finds none here")
     out, before = Path(cfg.OUT).absolute(), Path.cwd()
+    report.output_folder(out.parent, [out.name])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:

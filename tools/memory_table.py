@@ -80,6 +80,13 @@ def prepare(train=4, val=2, side=640):
     save_rain_detector(RainDetector(), Path("rain_detector.pt"))
 
 
+def require_scripts(name, scripts):
+    """UserError unless a constant holds names of scripts in ROWS, without .py."""
+    known = dict.fromkeys(script for script, _ in ROWS)
+    if unknown := [script for script in scripts if script not in known]:
+        raise config.UserError(f"{name}: {unknown[0]!r} is not in the table; choose some of {', '.join(known)}")
+
+
 def settings_of(script):
     """-> {constant: value}: the files of `prepare`, for a script that is otherwise as published."""
     known = golden.demo_of(script)[1]
@@ -152,6 +159,9 @@ def accelerator_without_devices():
 def main(**overrides):
     """-> [{"script", "constants", "needs": Needs}, ...]"""
     cfg = config.resolve(globals(), overrides)
+    require_scripts("ONLY", cfg.ONLY)
+    if not cfg.GPUS or not all(isinstance(gigabytes, int) and gigabytes > 0 for gigabytes in cfg.GPUS):
+        raise config.UserError(f"GPUS = {cfg.GPUS}: give whole gigabytes from 1 on, such as {GPUS}")
     kept = None if torch.cuda.is_available() else accelerator_without_devices()
     found, before = [], Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -165,20 +175,20 @@ def main(**overrides):
         finally:
             os.chdir(before)
     del kept
-    print(as_markdown(found))
+    print(as_markdown(found, cfg.GPUS))
     return found
 
 
-def as_markdown(found):
-    """-> the table of docs/gpu.md."""
+def as_markdown(found, gpus=GPUS):
+    """-> the table of docs/gpu.md, with a column for each of so many GB."""
     lines = ["| script | constants | networks, optimizer, gradients | per image | in all | "
-             + " | ".join(f"batch on {gigabytes} GB" for gigabytes in GPUS) + " |", "|" + "---|" * (5 + len(GPUS))]
+             + " | ".join(f"batch on {gigabytes} GB" for gigabytes in gpus) + " |", "|" + "---|" * (5 + len(gpus))]
     for row in found:
         own = row["needs"]
         constants = ", ".join(f"`{name} = {value!r}`" for name, value in row["constants"].items()) or "the script's"
         lines.append(f"| `{row['script']}.py` | {constants} | {own.total - own.activations:.2f} GB | "
                      f"{own.activations / own.images:.3f} GB | {own.total:.1f} GB ({own.images}) | "
-                     + " | ".join(str(own.batch_for(gigabytes)) for gigabytes in GPUS) + " |")
+                     + " | ".join(str(own.batch_for(gigabytes)) for gigabytes in gpus) + " |")
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ from utils.weather import rain
 
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "rain_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)  # seeds of the scenes, one row each
-SIZE = (640, 480)       # the scenes' width and height: the rain is drawn at this size
-TILE = (400, 300)       # the size in the sheet
+SCENE_SIZE = (640, 480)  # the scenes' width and height: the rain is drawn at this size
+PICTURE_SIZE = (400, 300)  # the size in the sheet
 SEED = 0                # of the rain
 QUALITY = 80            # JPEG quality; the sheet is to stay below 400 KB
 
@@ -27,7 +27,10 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     if not system.is_image(cfg.OUT):
         raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
-    width, height = cfg.TILE
+    for name in ("SCENE_SIZE", "PICTURE_SIZE"):
+        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) < 32:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: give width and height, 32 pixels or more each")
+    width, height = cfg.PICTURE_SIZE
     band = 24
     sheet = Image.new("RGB", (4 * width, band + len(cfg.SCENES) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -35,11 +38,11 @@ def main(**overrides):
         draw.text((column * width + width // 2, band // 2), title, fill="black", anchor="mm",
                   font=ImageFont.load_default(16))
     for row, scene_seed in enumerate(cfg.SCENES):
-        clean = np.asarray(render_scene(scene_seed, size=cfg.SIZE)[0])
+        clean = np.asarray(render_scene(scene_seed, size=cfg.SCENE_SIZE)[0])
         pictures = [clean] + [rain.add_rain(clean, rain.rng_for(cfg.SEED, f"{scene_seed}-{name}"), name)
                               for name in rain.INTENSITIES]
         for column, pixels in enumerate(pictures):
-            tile = Image.fromarray(pixels).resize(cfg.TILE, Image.Resampling.LANCZOS)
+            tile = Image.fromarray(pixels).resize(cfg.PICTURE_SIZE, Image.Resampling.LANCZOS)
             sheet.paste(tile, (column * width, band + row * height))
     out = Path(cfg.OUT)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -144,6 +144,8 @@ def train_unet(cfg, pipeline, scenes, generator):
 def main(**overrides):
     """Train and write the pipeline; -> PSNR in dB of the autoencoder's reconstructions of validation scenes."""
     cfg = config.resolve(globals(), overrides)
+    if Path(cfg.OUT).exists() and cfg.OUT != OUT:  # the default is this project's own, which is made anew
+        raise config.UserError(f"OUT = '{cfg.OUT}' is there already: give the name of a new folder")
     root = ensure_demo("./demo")
     scenes, generator = load_scenes(root), torch.Generator().manual_seed(cfg.SEED)
     torch.manual_seed(cfg.SEED)

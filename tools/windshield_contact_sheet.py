@@ -18,8 +18,8 @@ from utils.weather import rain, windshield
 OUT = str(Path(__file__).resolve().parent.parent / "docs" / "images" / "windshield_contact_sheet.jpg")  # the sheet
 SCENES = (3, 5, 8, 12)   # seeds of the scenes, one row each
 PANES = (14, 1, 6, 5)    # seeds of the water, one per row; chosen to show both focuses and wipers
-SIZE = (640, 480)        # the scenes' width and height: the water is drawn at this size
-TILE = (400, 300)        # the size in the sheet
+SCENE_SIZE = (640, 480)  # the scenes' width and height: the water is drawn at this size
+PICTURE_SIZE = (400, 300)  # the size in the sheet
 QUALITY = 80             # JPEG quality; the sheet is to stay below 400 KB
 
 
@@ -28,8 +28,13 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     if not system.is_image(cfg.OUT):
         raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
+    if len(cfg.SCENES) != len(cfg.PANES):
+        raise config.UserError(f"SCENES = {cfg.SCENES} and PANES = {cfg.PANES}: give one pane for each scene")
     columns = ("clean", *windshield.INTENSITIES)
-    width, height = cfg.TILE
+    for name in ("SCENE_SIZE", "PICTURE_SIZE"):
+        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) < 32:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: give width and height, 32 pixels or more each")
+    width, height = cfg.PICTURE_SIZE
     band = 24
     sheet = Image.new("RGB", (len(columns) * width, band + len(cfg.SCENES) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -37,11 +42,11 @@ def main(**overrides):
         draw.text((column * width + width // 2, band // 2), title, fill="black", anchor="mm",
                   font=ImageFont.load_default(16))
     for row, (scene, pane) in enumerate(zip(cfg.SCENES, cfg.PANES, strict=True)):
-        clean = np.asarray(render_scene(scene, size=cfg.SIZE)[0])
+        clean = np.asarray(render_scene(scene, size=cfg.SCENE_SIZE)[0])
         pictures = [clean] + [windshield.add_windshield_rain(clean, rain.rng_for(pane, "sheet"), name)
                               for name in windshield.INTENSITIES]
         for column, pixels in enumerate(pictures):
-            tile = Image.fromarray(pixels).resize(cfg.TILE, Image.Resampling.LANCZOS)
+            tile = Image.fromarray(pixels).resize(cfg.PICTURE_SIZE, Image.Resampling.LANCZOS)
             sheet.paste(tile, (column * width, band + row * height))
     out = Path(cfg.OUT)
     out.parent.mkdir(parents=True, exist_ok=True)

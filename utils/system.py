@@ -84,6 +84,8 @@ def read_json(path, object_hook=None):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=object_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:  # PowerShell's > writes UTF-16
+        raise ValueError("it is not in UTF-8: save it as UTF-8") from None
 
 
 def absent(path, folder=False):

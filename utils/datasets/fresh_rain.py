@@ -9,11 +9,13 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from utils import processes
 from utils.config import UserError
 from utils.datasets.rain_or_clean import KINDS, add_weather
 from utils.weather import rain, severity
 
 SOURCES = ("files", "fresh")
+_USUAL = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # RAIN_KINDS that nobody has changed
 
 
 class FreshRain:
@@ -75,7 +77,11 @@ def fresh_rain(cfg, side=None):
     if cfg.RAIN not in SOURCES:
         raise UserError(f"RAIN = {cfg.RAIN!r}: choose {' or '.join(SOURCES)}")
     if cfg.RAIN == "files":
+        if cfg.RAIN_KINDS != _USUAL:
+            processes.say(f"note: RAIN_KINDS has no effect with RAIN = {cfg.RAIN!r}: RAIN = 'fresh' draws these kinds")
         return None
+    if getattr(cfg, "RAIN_RATIO", 1) == 0:
+        processes.say(f"note: RAIN has no effect with RAIN_RATIO = {cfg.RAIN_RATIO}: no training image is to be rainy")
     shares = cfg.RAIN_KINDS
     if not isinstance(shares, dict) or not shares.keys() <= KINDS.keys() or not _usable(shares.values()):
         raise UserError(f"RAIN_KINDS = {shares!r}: give shares of some of {', '.join(KINDS)}, such as "

@@ -3,6 +3,7 @@ scene?"""
 
 import hashlib
 import os
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -60,7 +61,7 @@ def _check(paths, what, sizes, partners):
     broken = [text for text, _ in found if text]
     if broken:
         raise UserError(f"{len(broken)} bad image(s) in {what}: {system.listed(broken, separator='; ')}. "
-                        "Replace them or remove them from the data set.")
+                        f"Replace them or remove them from the data set.{_other_spelling(paths)}")
     note = ""
     if turned := [Path(path).as_posix() for path, (_, is_turned) in zip(paths, found, strict=True) if is_turned]:
         note = (f"note: {what}: {len(turned)} image(s) are stored turned or mirrored and are read upright, as their "
@@ -107,6 +108,21 @@ def _problem(path, expected, partner):
     except system.FAULTS as error:
         return f"{name} ({error})", turned
     return None, turned
+
+
+def _other_spelling(paths):
+    """-> for a message, under which name the folder has the first missing file: other capitals, another ending, or
+    letters in two parts, as macOS writes them; "" where it has none such."""
+    def plain(path):
+        return unicodedata.normalize("NFC", path.stem).casefold()
+    missing = next((path for path in map(Path, paths) if not path.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return ""
+    for path in sorted(missing.parent.iterdir()):
+        if system.is_image(path) and plain(path) == plain(missing):
+            return (f" {missing.name!a} is there as {path.name!a}: rename the files, or write these names into the "
+                    "annotation file.")
+    return ""
 
 
 def contents(paths, times=False):

@@ -56,8 +56,11 @@ class PairedRainDataset(torch.utils.data.Dataset):
         self.transform, self.seed, self.fresh_rain = transform, seed, fresh_rain
         if check:
             rainy, clean = zip(*self.pairs, strict=True)
-            image_check.check_images(rainy + clean, " and ".join(constants),
-                                     partners=clean + (None,) * len(clean))
+            if fresh_rain:  # each would be found to be its own partner
+                image_check.check_images(clean, constants[1])
+            else:
+                image_check.check_images(rainy + clean, " and ".join(constants),
+                                         partners=clean + (None,) * len(clean))
 
     def __len__(self):
         return len(self.pairs) * self.crops
@@ -123,7 +126,10 @@ def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, perc
     Returns:
         PairedRainDataset of nine tenths to train on, PairedRainDataset of the rest to validate on.
     """
-    return tuple(PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
-                                   percent=percent, seed=seed, part=part, fresh_rain=own)
-                 for transform, part, own in ((train_transform, (0.0, 0.9), fresh_rain),
-                                              (val_transform, (0.9, 1.0), None)))
+    train, val = (PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
+                                    percent=percent, seed=seed, part=part, fresh_rain=own)
+                  for transform, part, own in ((train_transform, (0.0, 0.9), fresh_rain),
+                                               (val_transform, (0.9, 1.0), None)))
+    validated = {clean for _, clean in val.pairs}  # of fewer images than the clean ones others are the last tenth
+    train.pairs = [pair for pair in train.pairs if pair[1] not in validated]
+    return train, val

@@ -5,6 +5,8 @@ import time
 import numpy as np
 import torch
 
+from utils.config import UserError
+
 
 @torch.no_grad()
 def latencies(models, images, warmup=2, repeats=7):
@@ -15,6 +17,9 @@ def latencies(models, images, warmup=2, repeats=7):
     Returns:
         {name: milliseconds per batch}.
     """
+    if repeats < 1:
+        raise UserError(f"{repeats} repetitions have no median: set 1 or more")
+
     def clock():
         if images.is_cuda:
             torch.cuda.synchronize()

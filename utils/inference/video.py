@@ -272,6 +272,8 @@ def _left_out(folder, images, constant):
         notes.append(f"{begin}: {below} image(s) in its folders are not looked at; give those folders one by one")
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and not system.is_image(path)
                     and not path.name.startswith("."))
+    if {"detections.json", "images.json"} <= set(others):
+        notes.append(f"{begin} holds results of detect.py: boxes are drawn on its pictures, which the detector sees")
     if others:
         notes.append(f"{begin}: {len(others)} file(s) that are no images ({' '.join(system.SUFFIXES)}) are left out: "
                      f"{system.listed(others)}")

@@ -304,8 +304,8 @@ def main(**overrides):
     require_usable(cfg)
     if cfg.demo:
         ensure_demo()
-        for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR"):
-            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).is_dir():
+        for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
+            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
                 setattr(cfg, constant, "")
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))

@@ -444,7 +444,7 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
     rows = {row["model"]: row for row in results["scores"]}
     assert not results["false_alarms"]
     assert rows["conditional adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
-    assert capsys.readouterr().out.count("is empty, so the") == 5
+    assert capsys.readouterr().out.count("is empty, so the") == 6
     for change, message in (({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH"),
                             ({"RAIN_DETECTOR_PATH": "./none.pt"}, "RAIN_DETECTOR_PATH"),
                             ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR"),

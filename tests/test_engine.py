@@ -372,7 +372,8 @@ WRONG = {  # a field of Plan: values that it refuses
     "batch_size": (0, 2.0), "eval_batch_size": (0,), "workers": (-1,), "accumulate": (0,), "clip_norm": (-1.0, None),
     "warmup_steps": (-1,), "schedule": ("linear", "plateau"), "milestones": ((), (2.0,), 0.5, ("1/2",)),
     "plateau_metric": (None,), "plateau_patience": (-1,), "plateau_factor": (1.0, 0.0), "precision": ("fp16", "int8"),
-    "precisions": ((), ("int8",)), "ema": (1.0, -0.1), "patience": (-1, None), "checkpoint_steps": (0,),
+    "precisions": ((), ("int8",)), "fast": ("tf32", ("turbo",), None),
+    "ema": (1.0, -0.1), "patience": (-1, None), "checkpoint_steps": (0,),
     "resume": ("last", 1), "resume_hint": (None,),
 }
 

@@ -92,8 +92,8 @@ def test_a_run_goes_on_on_the_other_device(work, trained):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_trains_nothing_runs(work, trained, name):
-    needs = {"eval_conditional": ("conditional", "feature"), "eval_feature": ("feature",), "eval_unet": ("unet",),
-             "detect_feature": ("feature",), "export": ("feature",)}
+    needs = {"eval_conditional": ("conditional", "feature", "adapter"), "eval_feature": ("feature",),
+             "eval_unet": ("unet",), "detect_feature": ("feature",), "export": ("feature",)}
     for need in needs.get(name, ()):
         trained(need)
     changes = {"eval_adaptation": {"ADAPTED_MODEL_PATH": "./assets/demo/spdnet_adapted.pt"},

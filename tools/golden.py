@@ -114,7 +114,8 @@ STEPS = {
                             ("adaptation",)),
     "eval_conditional": Step("Eval_conditional", {
         "SOFT_PIPELINE_DIR": "./runs/conditional/pipeline", "HARD_PIPELINE_DIR": "",
-        "FEATURE_MODEL_DIR": "./runs/feature/model"}, ("conditional", "feature")),
+        "FEATURE_MODEL_DIR": "./runs/feature/model", "ADAPTER_PATH": "./runs/adapter/rain.safetensors"},
+        ("conditional", "feature", "adapter")),
     "eval_feature": Step("Eval_FeatureDerain", {"MULTISCALE_MODEL_NAME": "./runs/feature/model",
                                                 "LIGHTWEIGHT_MODEL_NAME": "./runs/feature_light/model"},
                          ("feature", "feature_light")),

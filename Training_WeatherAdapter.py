@@ -111,10 +111,10 @@ def say_result(cfg, base, best, path):
     rows = [{"model": name} | {metric: values[f"rain/{metric}"] for metric in coco_evaluation.METRICS}
             for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
     processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in coco_evaluation.METRICS}))
-    demo = " --demo" if cfg.demo else ""
+    demo, hidden = (" --demo", " --show_derained False") if cfg.demo else ("", "")  # there is no de-rained image
     processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
                   f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}\n"
-                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}")
+                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}{hidden}")
 
 
 def main(**overrides):

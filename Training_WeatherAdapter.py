@@ -70,7 +70,7 @@ EVAL_BATCH_SIZE = 16                    # validation batch
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_adapter",
-    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "NUM_EPOCHS": 5, "BATCH_SIZE": 8, "LORA_RANK": 16,
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "LORA_RANK": 16,
     "LORA_ALPHA": 16, "LEARNING_RATE": 2e-3, "CLIP_NORM": 1.0, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
     "DATALOADER_WORKERS": 0,
 }

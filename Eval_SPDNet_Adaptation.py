@@ -63,9 +63,9 @@ def build_models(cfg, device):
         raise config.UserError(f"ADAPTED_MODEL_PATH = '{cfg.ADAPTED_MODEL_PATH}' is no file: run python "
                                f"Training_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''} first")
     integrated_model.require_trained_scale(cfg.ADAPTED_MODEL_PATH, cfg.DERAIN_SCALE)
-    constant = "SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH"
+    constant, path = integrated_model.weights_of(cfg)
     original = integrated_model.load_integrated_model(
-        getattr(cfg, constant), cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
+        path, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_derain=True,
         freeze_detection=True, derain_scale=cfg.DERAIN_SCALE, derainer=cfg.DERAINER, constant=constant)
     adapted = integrated_model.RainRobustRTDETR(
         freeze.freeze(integrated_model.read_derainer(cfg.DERAINER, cfg.ADAPTED_MODEL_PATH, "ADAPTED_MODEL_PATH")),
@@ -133,8 +133,7 @@ def main(**overrides):
     integrated_model.require_derainer(cfg.DERAINER)
     if cfg.demo:
         ensure_demo()
-    comparison.note_same(cfg, ("SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH",
-                               "ADAPTED_MODEL_PATH"))
+    comparison.note_same(cfg, (integrated_model.weights_of(cfg)[0], "ADAPTED_MODEL_PATH"))
     device = processes.announced_device()
     models = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME),

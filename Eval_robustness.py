@@ -9,6 +9,8 @@ one of a difference to the first model is taken on the same images. Writes OUTPU
 heat_map.png and examples.png.
 """
 
+import copy
+
 import utils.threads  # noqa: F401 (before torch)
 
 import numpy as np
@@ -99,47 +101,50 @@ def build_model(cfg, row, device):
                                              cfg.DERAIN_SCALE).to(device).eval()
 
 
-def open_data(cfg, id2label, weather=None, level=0):
-    """-> validation images, clean or in one weather."""
-    drawn = weather and SteadyWeather(weather, level, cfg.SEED, cfg.IMAGE_SIZE)
-    return datasets.CocoDetectionDataset(
-        cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE), constant="COCO_DIR",
-        domain="rainy" if weather else "clean", percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        unknown=cfg.UNKNOWN_CATEGORIES, check=not weather, fresh_rain=drawn)
+def open_data(cfg, id2label):
+    """-> clean validation images."""
+    data = datasets.CocoDetectionDataset(
+        cfg.COCO_DIR, "val", id2label, presets.evaluation(cfg.IMAGE_SIZE), constant="COCO_DIR", domain="clean",
+        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES)
+    datasets.say_notes(data)
+    return data
+
+
+def in_weather(cfg, data, weather, level):
+    """-> the images of `open_data` in one of `conditions`; nothing is read again."""
+    if not weather:
+        return data
+    drawn = copy.copy(data)
+    drawn.domain, drawn.fresh_rain = "rainy", SteadyWeather(weather, level, cfg.SEED, cfg.IMAGE_SIZE)
+    return drawn
 
 
 def conditions(cfg):
-    """-> [(weather, level), ...], (None, 0) for the clean images first."""
-    return [(None, 0)] + [(weather, level) for weather in cfg.WEATHER for level in range(len(severity.LEVELS))]
+    """-> [(weather, level), ...], the clean images first."""
+    return [robustness.CLEAN] + [(weather, level) for weather in cfg.WEATHER for level in range(len(severity.LEVELS))]
 
 
-def measure(cfg, models, id2label, device):
-    """-> {model: {condition: [intervals.Category, ...]}}, number of images."""
-    found = {row: {} for row in models}
-    truth = None
-    for weather, level in conditions(cfg):
-        data = open_data(cfg, id2label, weather, level)
-        if truth is None:
-            datasets.say_notes(data)
-            truth = ground_truth(data.annotation_file)
-        loader = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
+def measure(cfg, models, data, device):
+    """-> {model: {condition: [intervals.Category, ...]}}; data: of `open_data`."""
+    found, truth = {row: {} for row in models}, ground_truth(data.annotation_file)
+    for condition in conditions(cfg):
+        loader = loaders.validation_loader(in_weather(cfg, data, *condition), cfg.EVAL_BATCH_SIZE,
+                                           cfg.DATALOADER_WORKERS)
         for row, model in models.items():
-            name = f"{row}, {weather} {severity.LEVELS[level]}" if weather else f"{row}, clean"
-            detections = detect(model, loader, device, name)
-            found[row][weather, level] = intervals.matches_of(truth, entries(detections), data.category_of,
-                                                              data.image_ids)
-    return found, len(data.image_ids)
+            detections = detect(model, loader, device, f"{row}, {robustness.name_of(*condition)}")
+            found[row][condition] = intervals.matches_of(truth, entries(detections), data.category_of, data.image_ids)
+    return found
 
 
 @torch.no_grad()
-def draw_examples(cfg, id2label, path):
+def draw_examples(cfg, data, id2label, path):
     """Page: some scenes, clean and in every weather at its medium strength."""
-    columns = [(None, 0)] + [(weather, 1) for weather in cfg.WEATHER]
-    sets = [open_data(cfg, id2label, *condition) for condition in columns]
+    columns = [robustness.CLEAN] + [(weather, 1) for weather in cfg.WEATHER]
+    sets = [in_weather(cfg, data, *condition) for condition in columns]
     scale = visualize.enlargement(cfg.IMAGE_SIZE)
     rows = []
-    for index in evenly(range(len(sets[0])), cfg.PICTURES):
-        samples = [data[index] for data in sets]
+    for index in evenly(range(len(data)), cfg.PICTURES):
+        samples = [one[index] for one in sets]
         rows.append([visualize.draw_truth(datasets.to_device(datasets.collate([sample]), "cpu")["images"][0], sample,
                                           id2label, scale) for sample in samples])
     visualize.grid(rows, ["clean", *cfg.WEATHER], path)
@@ -157,9 +162,9 @@ def main(**overrides):
     id2label = robustness.common_classes(models)
     for model in models.values():
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
-    open_data(cfg, id2label)  # a missing data set is said before earlier results are moved aside
-    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)
-    matches, images = measure(cfg, models, id2label, device)
+    data = open_data(cfg, id2label)
+    folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
+    matches, images = measure(cfg, models, data, device), len(data)
     scores = {row: {condition: intervals.weighted_map(own, np.ones(images)) for condition, own in found.items()}
               for row, found in matches.items()}
     rows = robustness.table(scores, robustness.resampled(matches, images, cfg.RESAMPLES, cfg.SEED))
@@ -171,7 +176,7 @@ def main(**overrides):
         report.write_results(folder / "results.json", cfg.as_dict(), result)
         robustness.write_markdown(rows, scores, folder / "robustness.md")
         robustness.heat_map(scores, folder / "heat_map.png")
-        draw_examples(cfg, id2label, folder / "examples.png")
+        draw_examples(cfg, data, id2label, folder / "examples.png")
         print(f"\nwritten: {', '.join([(folder / _FILES[0]).as_posix(), *_FILES[1:]])}")
     return result
 

@@ -204,7 +204,7 @@ def main(**overrides):
         own_files=(pipeline.name,),
         fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE"),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
-        validated_images=[path for loader in val_loaders.values() for path in loader.dataset.image_paths()])
+        validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:
         constant = "HARD_PIPELINE_DIR" if cfg.GATE == "hard" else "SOFT_PIPELINE_DIR"
         processes.say(f"pipeline: {pipeline.as_posix()}\nnext: python Eval_conditional.py"

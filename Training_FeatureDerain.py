@@ -308,7 +308,7 @@ def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
         fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE",
                *(() if best.truths else ("FEATURE_LEVEL",))),  # without labels the score is the features' error
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()},
-        validated_images=[path for loader in best.val_loaders.values() for path in loader.dataset.image_paths()])
+        validated_images=loaders.image_paths(best.val_loaders.values()))
     if result["stopped"] != "interrupted":
         best.score = max(best.score, result["best_score"])
         checkpoint.load_into(model, checkpoint.load_state(folder / "best.pt"), (folder / "best.pt").as_posix())

@@ -193,7 +193,7 @@ def main(**overrides):
         constants=cfg.as_dict() | {"classes": list(id2label.values())}, own_files=(folder.name,),
         fixed=("IMAGE_SIZE", "COCO_RATIO", "RAIN_RATIO", "classes"),  # the ratios are the score's weights as well
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
-        validated_images=[path for loader in val_loaders.values() for path in loader.dataset.image_paths()])
+        validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:
         best = result["history"][result["best_epoch"] - 1]
         processes.say(report.table([best], {f"val/{name}": name for name in coco_evaluation.METRICS}))

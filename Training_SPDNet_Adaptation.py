@@ -95,15 +95,9 @@ DEMO = {
 _OUTPUTS, _PICTURE_FILE = ("derainer_adapted.pt", "spdnet_adapted.pt"), "before_after.png"  # in OUTPUT_DIR
 
 
-def start_weights(cfg):
-    """-> (constant, path) of what is adapted."""
-    constant = "SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH"
-    return constant, getattr(cfg, constant)
-
-
 def build_model(cfg, device):
     """De-rainer (trainable) in front of RT-DETR (frozen); prints the parameter counts."""
-    constant, path = start_weights(cfg)
+    constant, path = integrated_model.weights_of(cfg)
     model = integrated_model.load_integrated_model(
         path, cfg.RTDETR_MODEL_NAME, num_labels=None, device=device, freeze_detection=True,
         derain_scale=cfg.DERAIN_SCALE, derainer=cfg.DERAINER, constant=constant)

@@ -422,14 +422,13 @@ def main(**overrides):
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
         ensure_clip(cfg.SOURCE, video.VideoWriter)
     device = processes.announced_device()
-    if "compile" in cfg.FAST:
-        comparison.require_compiler(device, "FAST = ('compile',)", "FAST = ()")
+    if {"compile", "cuda_graphs"} & set(cfg.FAST):
+        comparison.require_compiler(device, f"FAST = {tuple(cfg.FAST)!r}", "FAST = ()")
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         for note in source.notes:
             processes.say(f"note: {note}")
         models = build_models(cfg, device)
-        for model in models.values():
-            fast.switch_on(model, cfg.FAST, device)
+        fast.switch_on(cfg.FAST, device, *models.values())
         note_without_effect(cfg, overrides)
         note_other_sizes(cfg)
         folder = new_folder(cfg.OUTPUT)

@@ -48,10 +48,15 @@ def median_ms(function, repeats):
     return statistics.median(times)
 
 
+def require_pairs(sizes):
+    """UserError unless SIZES holds pairs of width and height."""
+    if not all(isinstance(size, (tuple, list)) and len(size) == 2 for size in sizes):
+        raise config.UserError(f"SIZES = {sizes}: give pairs of width and height, such as ((640, 480),)")
+
+
 def main(**overrides):
     cfg = config.resolve(globals(), overrides)
-    if not all(isinstance(size, (tuple, list)) and len(size) == 2 for size in cfg.SIZES):
-        raise config.UserError(f"SIZES = {cfg.SIZES}: give pairs of width and height, such as ((640, 480),)")
+    require_pairs(cfg.SIZES)
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} core(s){load}; "
           f"Python {platform.python_version()}, numpy {np.__version__}, Pillow {Image.__version__}")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import make_rain
-from benchmarks.rain import median_ms, test_picture
+from benchmarks.rain import median_ms, require_pairs, test_picture
 from utils import config
 from utils.weather import rain, windshield
 
@@ -28,8 +28,7 @@ REPEATS = 20                                   # images per number; the largest 
 
 def main(**overrides):
     cfg = config.resolve(globals(), overrides)
-    if not all(isinstance(size, (tuple, list)) and len(size) == 2 for size in cfg.SIZES):
-        raise config.UserError(f"SIZES = {cfg.SIZES}: give pairs of width and height, such as ((640, 480),)")
+    require_pairs(cfg.SIZES)
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} core(s){load}; "
           f"Python {platform.python_version()}, numpy {np.__version__}, Pillow {Image.__version__}")

@@ -33,6 +33,8 @@ import torch._dynamo  # takes stock of torch.cuda when it is imported, so before
 import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tools.stand_in_gpu import accelerator_without_devices
+
 CUDA, CPU, HERE = torch.device("cuda", 0), torch.device("cpu"), os.path.abspath(__file__)
 IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 CROSS = {"copy_", "_to_copy", "_foreach_copy_", "set_"}  # operations that may join two devices
@@ -428,32 +430,8 @@ def patches():
               for name in (torch.optim.Optimizer.__module__, "torch.utils._foreach_utils"))]
 
 
-class Hooks(torch._C._acc.PrivateUse1Hooks):
-    """A third device without devices: as long as it is "the accelerator", autograd asks no CUDA driver for streams."""
-
-    def is_available(self):
-        return False
-
-    def is_built(self):
-        return True
-
-    def has_primary_context(self, index):
-        return False
-
-
-class Guard(torch._C._acc.DeviceGuard):
-    def type_(self):
-        return torch._C._autograd.DeviceType.PrivateUse1
-
-
 def register():
-    torch._C._ensureCUDADeviceGuardSet()
-    torch.utils.rename_privateuse1_backend("pretend")
-    torch._register_device_module("pretend", SimpleNamespace(
-        is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=seed))
-    _state.keep = Hooks(), Guard()
-    torch._C._acc.register_python_privateuseone_hook(_state.keep[0])
-    torch._C._acc.register_python_privateuseone_device_guard(_state.keep[1])
+    _state.keep = accelerator_without_devices("pretend", seed)
     torch.serialization.register_package(
         0, lambda storage: "cuda:0" if _state.saving and storage._cdata in _state.saving else None, lambda *args: None)
 

@@ -21,11 +21,11 @@ def test_a_network_computes_the_same_and_keeps_its_names(capsys):
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 3)).eval()
     images = torch.rand(2, 3, 9, 11)
     quick, precision = copy.deepcopy(plain), torch.get_float32_matmul_precision()
-    fast.switch_on(quick, tuple(fast.TRAINING), torch.device("cpu"))
+    fast.switch_on(tuple(fast.TRAINING), torch.device("cpu"), quick)
     assert quick[0].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(quick(images), plain(images), rtol=1e-5, atol=1e-6)
     assert "tf32 without effect" in capsys.readouterr().out and torch.get_float32_matmul_precision() == precision
-    fast.switch_on(quick, ("compile",), torch.device("cpu"))
+    fast.switch_on(("compile",), torch.device("cpu"), quick)
     assert type(quick) is nn.Sequential and quick.state_dict().keys() == plain.state_dict().keys()
-    fast.switch_on(plain, (), torch.device("cpu"))
+    fast.switch_on((), torch.device("cpu"), plain)
     assert not capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from gpu_runs import SETTINGS, outcome, prepare
 from script_processes import started
 
-from tools import golden, memory_table
+from tools import golden, memory_table, stand_in_gpu
 from utils import datasets, memory
 from utils.training import engine, needs
 from utils.training.needs import Needs
@@ -20,7 +20,7 @@ CASES = {"unet": {}, "adaptation": {}, "rtdetr": {}, "conditional": {}, "stage1"
 def measure(folder, name, changes, file):
     """In a process: write what is estimated of a step and what a step on the CPU takes, in bytes, to a file."""
     os.chdir(folder)
-    kept = memory_table.accelerator_without_devices()
+    kept = stand_in_gpu.accelerator_without_devices()
     step = golden.STEPS[name]
     known = golden.demo_of(step.script)[1]
     values = golden.constants_of(name, step, folder)

@@ -128,11 +128,11 @@ def speed(case, device, cfg):
     for name in fast.INFERENCE:
         if name != "tf32" and (cfg.COMPILE or name == "channels_last"):
             net = copy.deepcopy(plain)
-            fast.switch_on(net, (name,), device)
+            fast.switch_on((name,), device, net)
             variants[name] = partial(case.run, net)
     found = latency.latencies(variants, images, repeats=cfg.REPEATS)
     before = torch.get_float32_matmul_precision()
-    fast.switch_on(plain, ("tf32",), device)  # of the whole process, so last
+    fast.switch_on(("tf32",), device)  # of the whole process, so last
     found["tf32"] = latency.latencies({"tf32": partial(case.run, plain)}, images, repeats=cfg.REPEATS)["tf32"]
     torch.set_float32_matmul_precision(before)
     return found
@@ -188,15 +188,14 @@ def guarded(work, *given):
     """-> work(*given), or {"failed": why}."""
     try:
         return work(*given)
-    except (Exception, config.UserError) as error:  # the report is there to find such things
+    except Exception as error:  # the report is there to find such things
         return {"failed": f"{type(error).__name__}: {system.listed(str(error).splitlines() or [''], 1)}"[:200]}
     finally:
         torch.cuda.empty_cache()
 
 
-def exported(cfg, device):
+def exported(case, device, cfg):
     """-> {"difference": of the exported RT-DETR on the GPU to PyTorch there, "ms": of one image}."""
-    case = cases(cfg)[f"RT-DETR {cfg.DETECTOR}"]
     model, images = Deployable(case.net).eval().to(device), images_for(case, device)
     with torch.no_grad():
         program = onnx_file.export_program(model, images).module()
@@ -212,10 +211,8 @@ def as_markdown(rows, title):
 
     def cell(value):
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/")
-    lines = [f"## {title}", "", "| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    lines += [f"| {name} | " + " | ".join(cell(row.get(column)) for column in columns) + " |"
-              for name, row in rows.items()]
-    return "\n".join(lines)
+    texts = [{"": name} | {column: cell(row.get(column)) for column in columns} for name, row in rows.items()]
+    return f"## {title}\n\n" + report.markdown(texts, {"": ""} | {column: column for column in columns}).rstrip()
 
 
 def measure(cfg, device):
@@ -230,7 +227,8 @@ def measure(cfg, device):
         said(f"parity: {name}").split(": ", 1)[1]: guarded(parity, case, device) for name, case in networks.items()}
     found["Milliseconds of one image"] = {
         said(f"speed: {name}").split(": ", 1)[1]: guarded(speed, case, device, cfg) for name, case in networks.items()}
-    found["An exported detector"] = {"torch.export": guarded(exported, cfg, device)}
+    detector = networks[f"RT-DETR {cfg.DETECTOR}"]
+    found["An exported detector"] = {"torch.export": guarded(exported, detector, device, cfg)}
     scripts = {}
     for script, constants in memory_table.ROWS:
         if not cfg.TRAININGS or script in cfg.TRAININGS:
@@ -250,15 +248,11 @@ def main(**overrides):
     device = processes.announced_device()
     if device.type != "cuda":
         raise config.UserError("tools.gpu_report measures a GPU, and torch finds none here")
-    out, before = Path(cfg.OUT).absolute(), Path.cwd()
+    out = Path(cfg.OUT).absolute()
     report.output_folder(out.parent, [out.name])
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            memory_table.prepare(*cfg.SCENES, side=cfg.IMAGE_SIZE)
-            found = measure(cfg, device)
-        finally:
-            os.chdir(before)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        memory_table.prepare(*cfg.SCENES, side=cfg.IMAGE_SIZE)
+        found = measure(cfg, device)
     where = report.environment()
     spdnet = found["Milliseconds of one image"]["SPDNet"].get("float32")
     text = "\n\n".join([

@@ -12,7 +12,6 @@ import importlib
 import os
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import utils.threads  # noqa: F401 (before torch)
@@ -22,8 +21,8 @@ from PIL import Image
 
 import rfdetr.main
 from rfdetr.config import COCO_ROWS
-from tools import golden
-from utils import checkpoint, config
+from tools import golden, stand_in_gpu
+from utils import checkpoint, config, report
 from utils.networks.rain_detector import RainDetector, save_rain_detector
 from utils.networks.rtdetr import new_rtdetr
 from utils.networks.spdnet import SPDNet
@@ -130,50 +129,20 @@ def as_on_a_gpu():
         yield
 
 
-def accelerator_without_devices():
-    """Let autograd work on tensors of a GPU that is not there: it asks "the accelerator" for its streams, and CUDA
-    would look for a driver. Before the process's first backward pass."""
-    class Hooks(torch._C._acc.PrivateUse1Hooks):
-        def is_available(self):
-            return False
-
-        def is_built(self):
-            return True
-
-        def has_primary_context(self, index):
-            return False
-
-    class Guard(torch._C._acc.DeviceGuard):
-        def type_(self):
-            return torch._C._autograd.DeviceType.PrivateUse1
-    torch._C._ensureCUDADeviceGuardSet()
-    torch.utils.rename_privateuse1_backend("none")
-    torch._register_device_module("none", SimpleNamespace(
-        is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=int))
-    kept = Hooks(), Guard()
-    torch._C._acc.register_python_privateuseone_hook(kept[0])
-    torch._C._acc.register_python_privateuseone_device_guard(kept[1])
-    return kept  # torch does not keep them
-
-
 def main(**overrides):
     """-> [{"script", "constants", "needs": Needs}, ...]"""
     cfg = config.resolve(globals(), overrides)
     require_scripts("ONLY", cfg.ONLY)
     if not cfg.GPUS or not all(isinstance(gigabytes, int) and gigabytes > 0 for gigabytes in cfg.GPUS):
         raise config.UserError(f"GPUS = {cfg.GPUS}: give whole gigabytes from 1 on, such as {GPUS}")
-    kept = None if torch.cuda.is_available() else accelerator_without_devices()
-    found, before = [], Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            prepare()
-            for script, constants in ROWS:
-                if not cfg.ONLY or script in cfg.ONLY:
-                    found.append({"script": script, "constants": constants, "needs": needs_of(script, constants)})
-                    print(f"{script} {constants}: {found[-1]['needs']}", flush=True)
-        finally:
-            os.chdir(before)
+    kept = None if torch.cuda.is_available() else stand_in_gpu.accelerator_without_devices()
+    found = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        prepare()
+        for script, constants in ROWS:
+            if not cfg.ONLY or script in cfg.ONLY:
+                found.append({"script": script, "constants": constants, "needs": needs_of(script, constants)})
+                print(f"{script} {constants}: {found[-1]['needs']}", flush=True)
     del kept
     print(as_markdown(found, cfg.GPUS))
     return found
@@ -181,15 +150,17 @@ def main(**overrides):
 
 def as_markdown(found, gpus=GPUS):
     """-> the table of docs/gpu.md, with a column for each of so many GB."""
-    lines = ["| script | constants | networks, optimizer, gradients | per image | in all | "
-             + " | ".join(f"batch on {gigabytes} GB" for gigabytes in gpus) + " |", "|" + "---|" * (5 + len(gpus))]
+    rows = []
     for row in found:
         own = row["needs"]
         constants = ", ".join(f"`{name} = {value!r}`" for name, value in row["constants"].items()) or "the script's"
-        lines.append(f"| `{row['script']}.py` | {constants} | {own.total - own.activations:.2f} GB | "
-                     f"{own.activations / own.images:.3f} GB | {own.total:.1f} GB ({own.images}) | "
-                     + " | ".join(str(own.batch_for(gigabytes)) for gigabytes in gpus) + " |")
-    return "\n".join(lines)
+        rows.append({"script": f"`{row['script']}.py`", "constants": constants,
+                     "rest": f"{own.total - own.activations:.2f} GB",
+                     "image": f"{own.activations / own.images:.3f} GB", "all": f"{own.total:.1f} GB ({own.images})"}
+                    | {gigabytes: own.batch_for(gigabytes) for gigabytes in gpus})
+    return report.markdown(rows, {
+        "script": "script", "constants": "constants", "rest": "networks, optimizer, gradients", "image": "per image",
+        "all": "in all"} | {gigabytes: f"batch on {gigabytes} GB" for gigabytes in gpus})
 
 
 if __name__ == "__main__":

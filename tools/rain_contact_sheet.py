@@ -22,14 +22,19 @@ SEED = 0                # of the rain
 QUALITY = 80            # JPEG quality; the sheet is to stay below 400 KB
 
 
+def require_sizes(cfg):
+    """UserError unless SCENE_SIZE and PICTURE_SIZE are sizes."""
+    for name in ("SCENE_SIZE", "PICTURE_SIZE"):
+        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) < 32:
+            raise config.UserError(f"{name} = {getattr(cfg, name)}: give width and height, 32 pixels or more each")
+
+
 def main(**overrides):
     """Draw the sheet; -> its path."""
     cfg = config.resolve(globals(), overrides)
     if not system.is_image(cfg.OUT):
         raise config.UserError(f"OUT = '{cfg.OUT}': give a file that ends in one of {' '.join(system.SUFFIXES)}")
-    for name in ("SCENE_SIZE", "PICTURE_SIZE"):
-        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) < 32:
-            raise config.UserError(f"{name} = {getattr(cfg, name)}: give width and height, 32 pixels or more each")
+    require_sizes(cfg)
     width, height = cfg.PICTURE_SIZE
     band = 24
     sheet = Image.new("RGB", (4 * width, band + len(cfg.SCENES) * height), "white")

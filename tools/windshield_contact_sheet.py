@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.rain_contact_sheet import require_sizes
 from utils import config, system
 from utils.demo.scene import render_scene
 from utils.weather import rain, windshield
@@ -31,9 +32,7 @@ def main(**overrides):
     if len(cfg.SCENES) != len(cfg.PANES):
         raise config.UserError(f"SCENES = {cfg.SCENES} and PANES = {cfg.PANES}: give one pane for each scene")
     columns = ("clean", *windshield.INTENSITIES)
-    for name in ("SCENE_SIZE", "PICTURE_SIZE"):
-        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) < 32:
-            raise config.UserError(f"{name} = {getattr(cfg, name)}: give width and height, 32 pixels or more each")
+    require_sizes(cfg)
     width, height = cfg.PICTURE_SIZE
     band = 24
     sheet = Image.new("RGB", (len(columns) * width, band + len(cfg.SCENES) * height), "white")

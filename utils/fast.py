@@ -25,20 +25,21 @@ def require(name, value, known):
                         "none")
 
 
-def switch_on(model, chosen, device):
-    """Make a network faster, in place; its class, its weights' names and what it computes stay.
+def switch_on(chosen, device, *models):
+    """Make networks faster, in place; their classes, their weights' names and what they compute stay.
 
     Args:
-        model: nn.Module on `device`; chosen: names of INFERENCE.
+        chosen: names of INFERENCE; models: nn.Modules on `device`.
     """
     if idle := [name for name in ("tf32", "cuda_graphs") if name in chosen and device.type != "cuda"]:
         processes.say(f"note: FAST: {', '.join(idle)} without effect, as this is no GPU")
     if "tf32" in chosen and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    if "channels_last" in chosen:
-        model.to(memory_format=torch.channels_last)
-    if "cuda_graphs" in chosen and device.type == "cuda":
-        model.compile(mode="reduce-overhead")
-    elif "compile" in chosen:
-        model.compile()
+    for model in models:
+        if "channels_last" in chosen:
+            model.to(memory_format=torch.channels_last)
+        if "cuda_graphs" in chosen and device.type == "cuda":
+            model.compile(mode="reduce-overhead")
+        elif "compile" in chosen:
+            model.compile()

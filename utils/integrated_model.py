@@ -43,10 +43,15 @@ def require_derainer(name):
         raise UserError(f"DERAINER = {name!r}: choose one of {', '.join(DERAINERS)}")
 
 
-def read_derainer(name, path, constant):
-    """-> a de-rainer whose every parameter can train: SPDNet of a state dict, or a network of train_unet_derain.py.
+def weights_of(cfg):
+    """-> (constant, path) of the weights of a script's DERAINER."""
+    constant = "SPDNET_MODEL_PATH" if cfg.DERAINER == "spdnet" else "DERAIN_MODEL_PATH"
+    return constant, getattr(cfg, constant)
 
-    The latter's BatchNorm layers stay as they are: batches in front of a detector are too small for their statistics.
+
+def read_derainer(name, path, constant):
+    """-> a de-rainer that can train: SPDNet of a state dict, or a network of train_unet_derain.py, all but the latter's
+    BatchNorm layers: batches in front of a detector are too small for their statistics.
 
     Args:
         name: of DERAINERS; path: of its weights; constant: the script's for the path, for messages.

@@ -91,6 +91,13 @@ def _commit():
         return None
 
 
+def markdown(rows, columns):
+    """-> a Markdown table of {key: text} rows; columns: {key: heading}. None shows "-"."""
+    lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(str(row.get(key) if row.get(key) is not None else "-") for key in columns) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
 def table(rows, columns):
     """-> a text table.
 

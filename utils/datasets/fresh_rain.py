@@ -46,7 +46,6 @@ class FreshRain:
         sample = sample | {"image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))}
         return sample | ({"twin": clean} if twin else {})
 
-
     def draw(self, pixels, rng):
         """(H, W, 3) uint8 -> the same in weather of one of the kinds."""
         return add_weather(pixels, rng, self.kinds[rng.choice(len(self.kinds), p=self.shares)])

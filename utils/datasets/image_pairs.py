@@ -105,7 +105,8 @@ def read_pair(rainy, clean):
     Raises:
         UserError: a file cannot be read, or their sizes differ; names the files.
     """
-    images = read_image(rainy), read_image(clean)
+    first = read_image(rainy)
+    images = first, first if clean == rainy else read_image(clean)  # fresh rain is drawn on the clean one
     if images[0].shape != images[1].shape:
         sizes = ["{2}x{1}".format(*image.shape) for image in images]
         raise UserError(f"{rainy.as_posix()} is {sizes[0]}, its clean partner {clean.as_posix()} is {sizes[1]}")

@@ -63,6 +63,11 @@ def validation_loader(dataset, batch_size, workers, collate=samples.collate):
     return _loader(dataset, workers, collate, batch_size=batch_size, sampler=mine)
 
 
+def image_paths(loaders):
+    """-> paths of the image files behind several loaders."""
+    return [path for loader in loaders for path in loader.dataset.image_paths()]
+
+
 def _loader(dataset, workers, collate, **kwargs):
     if workers < 0:
         raise UserError(f"DATALOADER_WORKERS = {workers}: choose 0 or more")

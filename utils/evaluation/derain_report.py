@@ -101,13 +101,6 @@ def shown(rows, cost):
     return found
 
 
-def markdown(rows, columns):
-    """-> a Markdown table of {key: text} rows."""
-    lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row.get(key) if row.get(key) is not None else "-") for key in columns) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
 def write(cfg, results, folder):
     """The tables on the console, results.md with the same, results.csv with the numbers, results.json, the plots."""
     rows = results["pairs"]
@@ -123,7 +116,7 @@ def write(cfg, results, folder):
         if table:
             print("\n" + report.table(table, titles))
     with system.written(folder / "results.md") as temporary:
-        temporary.write_text("\n".join(markdown(*table) for table in tables if table[0]), encoding="utf-8")
+        temporary.write_text("\n".join(report.markdown(*table) for table in tables if table[0]), encoding="utf-8")
     with system.written(folder / "results.csv") as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))

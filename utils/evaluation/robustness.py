@@ -6,17 +6,16 @@ import numpy as np
 
 from utils import report, system, visualize
 from utils.config import UserError, writing
+from utils.datasets.windshield_pairs import INTENSITIES
 from utils.evaluation import intervals
-from utils.evaluation.derain_report import markdown
 from utils.networks.rtdetr import id2label_of, rtdetr_of
 
 CLEAN = (None, 0)
-STRENGTHS = ("light", "medium", "heavy")  # of utils.weather.severity
 
 
 def name_of(weather, level):
     """-> "rain heavy", or "clean"."""
-    return f"{weather} {STRENGTHS[level]}" if weather else "clean"
+    return f"{weather} {INTENSITIES[level]}" if weather else "clean"
 
 
 def common_classes(models):
@@ -106,7 +105,7 @@ def write_markdown(rows, scores, path):
     conditions = list(next(iter(scores.values())))
     every = [{"condition": name_of(*condition)} | {row: f"{found[condition]:.4f}" for row, found in scores.items()}
              for condition in conditions]
-    text = markdown(as_text(rows), columns_of(rows)) + "\n" + markdown(
+    text = report.markdown(as_text(rows), columns_of(rows)) + "\n" + report.markdown(
         every, {"condition": "mAP"} | {row: row for row in scores})
     with writing(path), system.written(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -76,7 +76,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
     say_notes(run)
     if run.main and run.accelerator.device.type == "cuda":
         run.needs = needs.said_before(model, loader, compute_losses, plan, parameters, optimizer)
-    fast.switch_on(model, plan.fast, run.accelerator.device)
+    fast.switch_on(plan.fast, run.accelerator.device, model)
     with run_folder.claimed(run.folder):
         run.prepare(last)
         try:

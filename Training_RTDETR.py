@@ -239,7 +239,8 @@ def main(**overrides):
     folder = Path(cfg.OUTPUT_DIR) / "detector"
     result = engine.fit(
         model if teacher is None else distillation.Student(model), train_loader,
-        partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
+        partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
+        output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
         evaluate=partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares), score="val/mAP",
         on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),

@@ -55,7 +55,7 @@ def score(spdnet_path, **overrides):
 
 
 def scores_of(model, cfg):
-    """-> {"clean", "rainy"}: mAP of a detector, or of a wrapper of one, on the validation scenes of Eval's constants."""
+    """-> {"clean", "rainy"}: mAP of a detector or a wrapper of one on the validation scenes of Eval's constants."""
     loaders = Eval.build_loaders(cfg, id2label_of(rtdetr_of(model)))
     return {domain: detection_scores(lambda x: model(pixel_values=x), loaders[domain], processes.device())[0]["mAP"]
             for domain in ("clean", "rainy")}

@@ -50,7 +50,7 @@ _VARIANTS = {  # script, epochs, constants
 
 
 def run(variant, seed, folder, cfg):
-    """Train one variant. -> {"variant", "seed", "rainy", "clean": mAP of its best epoch, "seconds": of the processor}"""
+    """Train one variant. -> {"variant", "seed", "rainy", "clean": mAP of its best epoch, "seconds": of CPU time}"""
     script, epochs, constants = _VARIANTS[variant]
     begin = time.process_time()
     script.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), PERCENT_DATASET=cfg.PERCENT_DATASET,

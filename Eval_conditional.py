@@ -340,6 +340,13 @@ def require_usable(cfg):
     comparison.require_page(cfg)
 
 
+def leave_out_missing(cfg):
+    """In the demo, empty the constants of models that other demos make and have not made yet."""
+    for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
+        if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
+            setattr(cfg, constant, "")
+
+
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
     "sweep", "thresholds"}."""
@@ -347,9 +354,7 @@ def main(**overrides):
     require_usable(cfg)
     if cfg.demo:
         ensure_demo()
-        for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
-            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
-                setattr(cfg, constant, "")
+        leave_out_missing(cfg)
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()
@@ -377,8 +382,8 @@ def main(**overrides):
     between = {name: model for part in steps.values() for name, model in part.items()}
     found, fallbacks = detect_everything(branches | between, loaders_of, device)
 
-    table = score(strategies(branches, decisions, {branch: graded_gate(scores, part) for branch, part in steps.items()}),
-                  parts, found)
+    graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
+    table = score(strategies(branches, decisions, graded_gates), parts, found)
     thresholds = {name: best_threshold(parts["mix"], found, scores, name)._asdict() for name in list(branches)[1:]}
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)

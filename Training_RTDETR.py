@@ -122,7 +122,8 @@ def build_loaders(cfg, id2label):
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        twins=taught, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        twins=taught, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg),
+        labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     val = datasets.clean_rainy_validation(

@@ -100,7 +100,7 @@ def build_data(cfg, id2label, twins):
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
         percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=twins, unknown=cfg.UNKNOWN_CATEGORIES,
-        fresh_rain=fresh_rain(cfg))
+        fresh_rain=fresh_rain(cfg), labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=("rainy",),

@@ -1,6 +1,7 @@
 """The teacher that sees the clean twin: equal detectors differ in nothing, answers are kept, the trainings use it."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,15 @@ def test_training_with_a_teacher_goes_on_bit_for_bit(settings, tmp_path, monkeyp
     load_rtdetr(str(tmp_path / "cut" / "detector"))
     with pytest.raises(UserError, match="taught was True, is now False"):
         Training.main(**cut | {"RESUME": True, "QUERIES_WEIGHT": 0, "POSITIONS_WEIGHT": 0, "FEATURES_WEIGHT": 0})
+
+
+def test_without_any_object_in_the_training_images(settings):
+    file = Path(settings["COCO_DIR"]) / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"annotations": []}), encoding="utf-8")
+    with pytest.raises(UserError, match="no object of the detector's classes"):
+        Training.main(**settings)
+    assert Training.main(**settings | {"DETECTION_WEIGHT": 0.0, "NUM_EPOCHS": 1})["history"]
 
 
 def test_without_labels_and_with_a_frozen_backbone(settings, capsys):

@@ -31,12 +31,29 @@ from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison, gates, rain_report
 from utils.evaluation.coco import detect
-from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
+from utils.evaluation.gates import (
+    AlwaysRainy,
+    best_threshold,
+    gate_scores,
+    graded_gate,
+    hard_gate,
+    mixed_part,
+    part_of,
+    taking,
+)
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import adapter
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
+from utils.networks.rtdetr import (
+    id2label_of,
+    interpolated,
+    load_rtdetr,
+    require_queries,
+    require_size,
+    trained_size,
+)
 from utils.networks.spdnet import load_spdnet
+from utils.training.plan import whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
@@ -58,6 +75,8 @@ HARD_PIPELINE_DIR: str | None = ""      # the same from a run with GATE = "hard"
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
 FEATURE_MODEL_DIR: str | None = ""      # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
 ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py; "" leaves its rows out
+GATE_STEPS = 4                          # of the graded gate: the surer it is of rain, the more of an adapter or a
+                                        # fine-tuned detector is mixed into the weights; 0 leaves its rows out
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
@@ -106,6 +125,7 @@ class Models(NamedTuple):
     rain_detector: torch.nn.Module
     branches: dict  # {branch: model}
     pipelines: dict  # {branch: the pipeline that was trained as a whole}
+    steps: dict  # {branch: {name: the way from vanilla to it in steps, the last one the branch itself}}
 
 
 def build_models(cfg, device):
@@ -146,7 +166,16 @@ def build_models(cfg, device):
         if name not in branches:
             reason = "not there" if cfg.demo else "empty"
             processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
-    return Models(rain_detector, branches, pipelines)
+    steps = {name: graded(vanilla, name, branches[name], cfg.GATE_STEPS)
+             for name in ("adapter", "fine-tuned") if name in branches and cfg.GATE_STEPS > 1}
+    return Models(rain_detector, branches, pipelines, steps)
+
+
+def graded(vanilla, name, branch, number):
+    """-> {name of a step: detector}: `number` detectors whose weights lie between vanilla's and the branch's."""
+    between = {f"{name} {i}/{number}": freeze.freeze(interpolated(vanilla, branch, i / number))
+               for i in range(1, number)}
+    return between | {name: branch}
 
 
 def detect_everything(branches, loaders_of, device):
@@ -167,38 +196,35 @@ def detect_everything(branches, loaders_of, device):
     return found, {name: sum(gather_object([count])) for name, count in fallbacks.items()}
 
 
-def strategies(branches, decisions):
-    """-> [(row's name, rainy branch, goes(domain, image_id))]: when does an image take the rainy branch?
+def strategies(branches, decisions, graded_gates=None):
+    """-> [(row's name, rainy branch, choose(domain, image_id) -> branch)]: which branch does an image take?
 
     Args:
-        decisions: {"rain detector" and each pipeline that was trained as a whole: goes}.
+        decisions: {"rain detector" and each pipeline that was trained as a whole: goes(domain, image_id)}.
+        graded_gates: {branch: choose} of gates that take a part of a branch.
     """
-    def never(domain, image_id):
-        return False
-
-    def always(domain, image_id):
-        return True
-
-    def oracle(domain, image_id):
-        return domain == "rainy"
-    rows = [("vanilla (never)", "vanilla", never)]
+    rows = [("vanilla (never)", "vanilla", taking("vanilla", lambda *key: True))]
     for branch in [name for name in branches if name != "vanilla"]:
         gate = decisions.get(branch, decisions["rain detector"])
-        rows += [(f"always {branch}", branch, always), (f"conditional {branch}", branch, gate),
-                 (f"oracle gate, {branch}", branch, oracle)]
+        rows += [(f"always {branch}", branch, taking(branch, lambda *key: True)),
+                 (f"conditional {branch}", branch, taking(branch, gate)),
+                 (f"oracle gate, {branch}", branch, taking(branch, lambda domain, image_id: domain == "rainy"))]
+        if branch in (graded_gates or {}):
+            rows.append((f"graded gate, {branch}", branch, graded_gates[branch]))
     return rows
 
 
 def score(rows, parts, found):
     """-> [{"model", "branch", "clean/mAP", ..., "mix/AP75", "derained_clean", "derained_rainy": shares}, ...]."""
     table = []
-    for name, branch, goes in processes.progress(rows, "scoring"):
+    for name, branch, choose in processes.progress(rows, "scoring"):
         row = {"model": name, "branch": branch}
         for part_name, part in parts.items():
-            scores = part.scores(found, "vanilla", branch, goes)
+            scores = part.scores(found, choose)
             row |= {f"{part_name}/{metric}": scores[metric] for metric in gates.COLUMNS}
             if part_name != "mix":
-                row[f"derained_{part_name}"] = float(np.mean([goes(*key) for key in part.images]))
+                taken = [choose(*key) for key in part.images]
+                row[f"derained_{part_name}"] = float(np.mean([one != "vanilla" for one in taken]))
         table.append(row)
     return table
 
@@ -224,7 +250,7 @@ def add_cost(table, latency):
     times and the shares of images that take each."""
     one, many = ({name: list(values.values())[i] for name, values in latency.items()} for i in (0, -1))
     for row in table:
-        gated = row["model"].startswith("conditional")
+        gated = row["model"].startswith(("conditional", "graded"))
         for domain in _DOMAINS:
             share = row[f"derained_{domain}"]
             cost = [gated * ms["gate"] + share * ms[row["branch"]] + (1 - share) * ms["vanilla"] for ms in (one, many)]
@@ -248,6 +274,12 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
             cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
             rows.append(cells)
     visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
+
+
+def mistakes(predicted, threshold):
+    """Images of one domain that the gate takes for the other -> [(path, probability), ...]."""
+    return [(path, float(p)) for path, p in zip(predicted["paths"], predicted["probabilities"], strict=True)
+            if (p >= threshold) == (predicted["domain"] == "clean")]
 
 
 def cost_table(table, batch):
@@ -288,29 +320,45 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
+def print_thresholds(table, thresholds, threshold):
+    """The threshold of each branch that is best for the mix, and what may be expected of it."""
+    rows = {row["model"]: row for row in table}
+    cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
+              "best": f"{chosen['threshold']:.3f}", "score": f"{chosen['score']:.4f}"}
+             for branch, chosen in thresholds.items()]
+    print("\n" + report.table(cells, {"branch": "branch", "now": f"mix mAP, RAIN_THRESHOLD {threshold:.3g}",
+                                      "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
+
+
 def require_usable(cfg):
     """UserError for numbers with which nothing could be evaluated, before demo data is drawn or a model is loaded."""
     require_size(cfg.IMAGE_SIZE)
     gates.require_rain_share(cfg.RAIN_SHARE)
     require_threshold(cfg.RAIN_THRESHOLD)
+    whole(0, "no graded gate")("GATE_STEPS", cfg.GATE_STEPS)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     comparison.require_page(cfg)
 
 
+def leave_out_missing(cfg):
+    """In the demo, empty the constants of models that other demos make and have not made yet."""
+    for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
+        if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
+            setattr(cfg, constant, "")
+
+
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
-    "sweep"}."""
+    "sweep", "thresholds"}."""
     cfg = config.resolve(globals(), overrides)
     require_usable(cfg)
     if cfg.demo:
         ensure_demo()
-        for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
-            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
-                setattr(cfg, constant, "")
+        leave_out_missing(cfg)
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()
-    rain_detector, branches, pipelines = build_models(cfg, device)
+    rain_detector, branches, pipelines, steps = build_models(cfg, device)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
     id2label = id2label_of(branches["vanilla"])
     require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
@@ -331,9 +379,12 @@ def main(**overrides):
         own = {domain: gate_scores(trained.rain_detector, loader, device)
                for domain, loader in loaders_of.items()}
         decisions[name] = hard_gate(own, trained.rain_threshold)
-    found, fallbacks = detect_everything(branches, loaders_of, device)
+    between = {name: model for part in steps.values() for name, model in part.items()}
+    found, fallbacks = detect_everything(branches | between, loaders_of, device)
 
-    table = score(strategies(branches, decisions), parts, found)
+    graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
+    table = score(strategies(branches, decisions, graded_gates), parts, found)
+    thresholds = {name: best_threshold(parts["mix"], found, scores, name)._asdict() for name in list(branches)[1:]}
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
@@ -344,14 +395,12 @@ def main(**overrides):
                           "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
                  for domain in _DOMAINS}
     gate = rain_report.summarise(predicted, threshold)
-    false_alarms, missed = (
-        [(path, float(p))
-         for path, p in zip(predicted[domain]["paths"], predicted[domain]["probabilities"], strict=True)
-         if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
+    false_alarms, missed = (mistakes(predicted[domain], threshold) for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
-               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep}
+               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
+        print_thresholds(table, thresholds, threshold)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)

@@ -25,7 +25,8 @@ from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
-from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size
+from utils.networks import distillation
+from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size, rtdetr_of
 from utils.training import engine
 from utils.training.plan import Plan
 
@@ -45,13 +46,15 @@ AUGMENTATION = "full"                   # full: colour, zoom out, IoU crop, mirr
 # --- model --------------------------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # hub id or folder to start from; "" starts from scratch
 ARCHITECTURE = "r18"                    # r18, r34, r50 or tiny; only used from scratch
+TEACHER_NAME: str | None = ""           # frozen detector that sees each rainy image's clean twin; "": RTDETR_MODEL_NAME
+TEACHER_CACHE_GB = 0.0                  # memory for the teacher's answers, where images are few; 0: asked every time
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 12                         # enough for fine-tuning; from scratch 72 and more
 BATCH_SIZE = 16                         # per GPU
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # encoder, decoder and heads
-BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly; from scratch as LEARNING_RATE
+BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly, 0 freezes it; from scratch LEARNING_RATE
 WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
 CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR's own; 0: none
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
@@ -63,6 +66,12 @@ EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 
+# --- loss weights (0 switches a term off; a teacher's terms need no labels) ------------------------------------------
+DETECTION_WEIGHT = 1.0                  # RT-DETR's own loss, with the labels; 0 learns from the teacher alone
+QUERIES_WEIGHT = 0.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
+POSITIONS_WEIGHT = 0.0                  # scores and boxes by which queries are chosen
+FEATURES_WEIGHT = 0.0                   # features where the teacher sees objects
+
 # --- output -------------------------------------------------------------------------------------------------------
 OUTPUT_DIR = "./outputs_rtdetr"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
@@ -73,8 +82,14 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_rtdetr",
     "RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny", "IMAGE_SIZE": 160, "AUGMENTATION": "mirror", "NUM_EPOCHS": 5,
     "LEARNING_RATE": 1e-3, "BACKBONE_LEARNING_RATE": 1e-3, "WARMUP_STEPS": 50, "EMA_DECAY": 0.99,
-    "DATALOADER_WORKERS": 0,
+    "DATALOADER_WORKERS": 0, "TEACHER_CACHE_GB": 2.0,
 }
+_TEACHER_TERMS = {"queries": "QUERIES_WEIGHT", "positions": "POSITIONS_WEIGHT", "features": "FEATURES_WEIGHT"}
+
+
+def terms_of(cfg):
+    """-> {term of distillation.TERMS: its weight}."""
+    return {term: getattr(cfg, constant) for term, constant in _TEACHER_TERMS.items()}
 
 
 def build_model(cfg):
@@ -103,16 +118,19 @@ def build_loaders(cfg, id2label):
     augmentations = {"full": presets.detection, "mirror": presets.adaptation}
     if cfg.AUGMENTATION not in augmentations:
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
+    taught = any(terms_of(cfg).values())
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        twins=taught, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg),
+        labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
         domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
-    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
+    collate = datasets.collate_with_digests if taught else datasets.collate
+    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})
 
@@ -128,15 +146,45 @@ def parameter_groups(model, cfg):
             for (in_backbone, is_matrix), parameters in sorted(groups.items())]
 
 
-def compute_losses(model, batch):
-    """{"detection": RT-DETR's whole loss, with denoising queries; "vfl", "bbox", "giou": its last layer's terms}."""
-    outputs = model(pixel_values=batch["images"], labels=batch["labels"])
-    return {"detection": outputs.loss} | {name: outputs.loss_dict[f"loss_{name}"] for name in ("vfl", "bbox", "giou")}
+def build_teacher(cfg, model):
+    """-> distillation.Teacher where one of its terms is wanted, else None."""
+    if not any(terms_of(cfg).values()):
+        if cfg.TEACHER_NAME:
+            processes.say(f"note: TEACHER_NAME has no effect while {', '.join(_TEACHER_TERMS.values())} are 0")
+        return None
+    if not (cfg.TEACHER_NAME or cfg.RTDETR_MODEL_NAME):
+        raise config.UserError("TEACHER_NAME is empty, and a detector from scratch has nobody to learn from: give a "
+                               f"detector, or set {', '.join(_TEACHER_TERMS.values())} to 0")
+    constant = "TEACHER_NAME" if cfg.TEACHER_NAME else "RTDETR_MODEL_NAME"
+    teacher = load_rtdetr(getattr(cfg, constant), device=processes.device(), constant=constant)
+    distillation.require_same_form(teacher, model, constant)
+    return distillation.Teacher(teacher, cfg.TEACHER_CACHE_GB)
+
+
+def compute_losses(model, batch, teacher=None, weights=("detection",)):
+    """Named losses of one batch, scalars: {"detection": RT-DETR's whole loss, with denoising queries; "vfl", "bbox",
+    "giou": its last layer's terms}, and with a teacher those of distillation.TERMS.
+
+    Args:
+        model: the detector, or with a teacher distillation.Student, or their distributed wrapper; batch: see
+            datasets.to_device; teacher: None or distillation.Teacher; weights: names of the wanted losses.
+    """
+    labels, terms = batch["labels"] if "detection" in weights else None, {}
+    if teacher is None:
+        outputs = model(pixel_values=batch["images"], labels=labels)
+    else:
+        outputs, terms = model(batch["images"], labels, teacher(batch["twins"], batch.get("twin_digests")),
+                               [term for term in distillation.TERMS if term in weights])
+    if labels is not None:
+        terms |= {"detection": outputs.loss} | {name: outputs.loss_dict[f"loss_{name}"]
+                                                for name in ("vfl", "bbox", "giou")}
+    return terms
 
 
 def evaluate(model, val_loaders, truths, shares):
     """-> {"val/mAP", "val/AP50", ...}: the mean of the domains' scores weighted with their training shares,
     and {"clean/mAP", "rainy/mAP"} apart where both were trained on."""
+    model = rtdetr_of(model)
     device = next(model.parameters()).device
     found = {domain: detection_scores(lambda images: model(pixel_values=images), loader, device,
                                       truths[domain], f"{domain} validation")[0]
@@ -148,6 +196,7 @@ def evaluate(model, val_loaders, truths, shares):
 
 def sample_images(model, loader, id2label):
     """-> {tag: picture} of the first validation images with detections above 0.4."""
+    model = rtdetr_of(model)
     device = next(model.parameters()).device
     samples = [loader.dataset[i] for i in range(min(4, len(loader.dataset)))]
     batch = datasets.to_device(datasets.collate(samples), device)
@@ -162,7 +211,7 @@ def save_detector(model, folder, image_size):
 
 
 def _write_detector(model, image_size, folder):
-    model.save_pretrained(folder)
+    rtdetr_of(model).save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
     RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
 
@@ -171,12 +220,16 @@ def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
-    plan = Plan.of(cfg, learning_rates=("LEARNING_RATE", "BACKBONE_LEARNING_RATE"), loss_weights={"detection": 1.0})
+    plan = Plan.of(cfg, learning_rates=("LEARNING_RATE", "BACKBONE_LEARNING_RATE"),
+                   loss_weights={"detection": "DETECTION_WEIGHT"} | _TEACHER_TERMS)
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
     processes.announced_device()
     model = build_model(cfg)
+    if not cfg.BACKBONE_LEARNING_RATE:
+        freeze.freeze(model.model.backbone)  # its backward pass, half of a step, falls away as well
+    teacher = build_teacher(cfg, model)
     id2label = id2label_of(model)
     require_queries(model, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label)
@@ -186,12 +239,15 @@ def main(**overrides):
     processes.say(freeze.describe({"RT-DETR": model}))
     folder = Path(cfg.OUTPUT_DIR) / "detector"
     result = engine.fit(
-        model, train_loader, compute_losses, plan, output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
+        model if teacher is None else distillation.Student(model), train_loader,
+        partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
+        output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
         evaluate=partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares), score="val/mAP",
         on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
-        constants=cfg.as_dict() | {"classes": list(id2label.values())}, own_files=(folder.name,),
-        fixed=("IMAGE_SIZE", "COCO_RATIO", "RAIN_RATIO", "classes"),  # the ratios are the score's weights as well
+        constants=cfg.as_dict() | {"classes": list(id2label.values()), "taught": teacher is not None},
+        own_files=(folder.name,),
+        fixed=("IMAGE_SIZE", "COCO_RATIO", "RAIN_RATIO", "classes", "taught"),  # the ratios weight the score as well
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
         validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:

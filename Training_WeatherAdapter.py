@@ -25,8 +25,8 @@ from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
-from utils.networks import adapter
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
+from utils.networks import adapter, distillation
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of
 from utils.training import engine
 from utils.training.plan import Plan, whole
 
@@ -46,6 +46,7 @@ LORA_RANK = 4                           # of the changes: 1.6 MB for an R18, 0.9
 LORA_ALPHA = 4                          # the changes count alpha / rank
 LORA_TARGETS = ("attention", "feed_forward", "convolutions")  # which layers are changed
 THIN_LAYERS = True                      # also the normalisations' scales and shifts and the first convolution, in full
+TEACHER_CACHE_GB = 0.0                  # memory for the teacher's answers, where images are few; 0: asked every time
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 12                         # passes over the training images
@@ -62,6 +63,12 @@ EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, weather, initial changes
 
+# --- loss weights (0 switches a term off; the teacher is the frozen detector on the clean twin, and needs no labels) --
+DETECTION_WEIGHT = 1.0                  # RT-DETR's own loss, with the labels; 0 learns from the teacher alone
+QUERIES_WEIGHT = 1.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
+POSITIONS_WEIGHT = 1.0                  # scores and boxes by which queries are chosen
+FEATURES_WEIGHT = 1.0                   # features where the teacher sees objects
+
 # --- output -------------------------------------------------------------------------------------------------------
 OUTPUT_DIR = "./outputs_adapter"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
@@ -72,7 +79,7 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "OUTPUT_DIR": "./demo/outputs_adapter",
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "IMAGE_SIZE": 160, "NUM_EPOCHS": 4, "BATCH_SIZE": 8, "LORA_RANK": 16,
     "LORA_ALPHA": 16, "LEARNING_RATE": 2e-3, "CLIP_NORM": 1.0, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99,
-    "DATALOADER_WORKERS": 0,
+    "DATALOADER_WORKERS": 0, "TEACHER_CACHE_GB": 2.0,
 }
 
 
@@ -88,11 +95,12 @@ def check(cfg):
                                "rain")
 
 
-def build_data(cfg, id2label):
-    """-> training images in the weather, validation images of COCO_RAIN_DIR."""
+def build_data(cfg, id2label, twins):
+    """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR."""
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
-        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=twins, unknown=cfg.UNKNOWN_CATEGORIES,
+        fresh_rain=fresh_rain(cfg), labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=("rainy",),
@@ -102,6 +110,7 @@ def build_data(cfg, id2label):
 
 def evaluate(model, loader, device, truth):
     """-> {"rain/mAP", "rain/AP50", ...} on the validation images in the weather."""
+    model = rtdetr_of(model)
     scores = detection_scores(lambda images: model(pixel_values=images), loader, device, truth, "rainy validation")[0]
     return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
 
@@ -121,7 +130,9 @@ def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
-    plan = Plan.of(cfg, loss_weights={"detection": 1.0})
+    plan = Plan.of(cfg, loss_weights={"detection": "DETECTION_WEIGHT", "queries": "QUERIES_WEIGHT",
+                                      "positions": "POSITIONS_WEIGHT", "features": "FEATURES_WEIGHT"})
+    taught = bool(plan.loss_weights.keys() - {"detection"})
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -131,21 +142,26 @@ def main(**overrides):
     digest = freeze.fingerprint(base)
     model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
     processes.say(freeze.describe({"RT-DETR with its adapter": model}))
-    train, val = build_data(cfg, id2label_of(base))
+    train, val = build_data(cfg, id2label_of(base), twins=taught)
+    teacher = distillation.Teacher(base, cfg.TEACHER_CACHE_GB) if taught else None
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth, path = ground_truth(val.annotation_file), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
     before = evaluate(base, val_loader, device, truth)
     processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
     result = engine.fit(
-        model, loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
-        Training_RTDETR.compute_losses, plan, output_dir=cfg.OUTPUT_DIR,
+        distillation.Student(model) if taught else model,
+        loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
+                                datasets.collate_with_digests if taught else datasets.collate),
+        partial(Training_RTDETR.compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
+        output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": cfg.LEARNING_RATE}],
         evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth), score="rain/mAP",
         on_best=partial(adapter.write, path=path, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
-        constants=cfg.as_dict() | {"base": digest}, own_files=(path.name,),
-        fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base"),
+        constants=cfg.as_dict() | {"base": digest, "taught": taught}, own_files=(path.name,),
+        fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
+               "taught"),
         validated_on=coco_evaluation.identity(truth), validated_images=val.image_paths())
     if freeze.fingerprint(base) != digest:
         raise RuntimeError("the detector has changed, which nothing here may do")

@@ -18,8 +18,19 @@ from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditiona
 from utils.config import UserError
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
+from utils.evaluation import gates, intervals
 from utils.evaluation.coco import detect
-from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of, sweep
+from utils.evaluation.gates import (
+    AlwaysRainy,
+    best_threshold,
+    gate_scores,
+    graded_gate,
+    hard_gate,
+    mixed_part,
+    part_of,
+    sweep,
+    taking,
+)
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import clamp
 from utils.networks.rain_detector import RainDetector, load_rain_detector, save_rain_detector
@@ -330,6 +341,70 @@ def test_scores_of_a_mix_by_hand(files, small_detector):
     assert rows[0]["ms"] == 101 and rows[-1]["ms"] == 11
 
 
+def test_the_best_threshold_by_hand(files, small_detector):
+    """Vanilla finds everything on clean images, the branch on rainy ones: the probabilities between 0.6 and 0.7 part
+    them. A gate that knows nothing is not believed better than it is."""
+    clean, rainy = (validation(files / root, domain, small_detector).dataset
+                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    part = mixed_part(clean, rainy, 0.5, 0)
+    perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
+                            for note in read_annotations(rainy.annotation_file)["annotations"]
+                            if note["image_id"] == i]) for i in rainy.image_ids}
+    nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
+    found = {domain: {"vanilla": perfect if domain == "clean" else nothing,
+                      "adapted": perfect if domain == "rainy" else nothing} for domain in ("clean", "rainy")}
+    scores = {"clean": dict.fromkeys(clean.image_ids, 0.6), "rainy": dict.fromkeys(rainy.image_ids, 0.7)}
+    chosen = best_threshold(part, found, scores, "adapted")
+    assert 0.6 < chosen.threshold <= 0.7 and chosen.score == pytest.approx(1.0)
+    assert part.scores(found, taking("adapted", hard_gate(scores, chosen.threshold)))["mAP"] == pytest.approx(1.0)
+    everything = {"clean": {"vanilla": perfect, "adapted": nothing}, "rainy": {"vanilla": perfect, "adapted": nothing}}
+    assert best_threshold(part, everything, scores, "adapted").threshold > 0.7  # the branch is never to be taken
+
+
+def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
+    """The table of a gate's choice that is put together from two branches equals COCO's own of that choice."""
+    clean, rainy = (validation(files / root, domain, small_detector).dataset
+                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    part, rng = mixed_part(clean, rainy, 0.5, 0), np.random.default_rng(0)
+    truth = {i: [[*note["bbox"], 0.5, rainy.label_of[note["category_id"]]]
+                 for note in read_annotations(rainy.annotation_file)["annotations"] if note["image_id"] == i]
+             for i in rainy.image_ids}
+
+    def noisy():
+        return {i: np.array([[*(np.array(box[:4]) + rng.uniform(-3, 3, 4)), rng.uniform(), box[5]]
+                             for box in boxes * 3]).reshape(-1, 6) for i, boxes in truth.items()}
+    found = {domain: {"vanilla": noisy(), "adapted": noisy()} for domain in ("clean", "rainy")}
+    takes = rng.permutation(len(part.images)) % 2 == 0
+    goes = dict(zip(part.images, takes, strict=True))
+    expected = part.scores(found, taking("adapted", lambda *key: goes[key]))["mAP"]
+    order = sorted(part.images, key=lambda key: part.new_ids[key])
+    tables = [gates._merged(*pair, np.array([goes[key] for key in order]))
+              for pair in zip(part.matches(found, "vanilla"), part.matches(found, "adapted"), strict=True)]
+    assert 0 < expected < 1
+    assert intervals.weighted_map(tables, np.ones(len(order))) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_graded_gate_takes_more_the_surer_it_is(small_detector):
+    scores = {"clean": {1: 0.0, 2: 0.12}, "rainy": {1: 0.13, 2: 0.5, 3: 0.88, 4: 1.0}}
+    choose = graded_gate(scores, ["1/4", "2/4", "3/4", "whole"])
+    assert [choose("clean", i) for i in (1, 2)] == ["vanilla", "vanilla"]
+    assert [choose("rainy", i) for i in (1, 2, 3, 4)] == ["1/4", "2/4", "whole", "whole"]
+    other = copy.deepcopy(small_detector)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 1
+    before = {name: value.clone() for name, value in small_detector.state_dict().items()}
+    steps = Eval_conditional.graded(small_detector, "adapter", other, 4)
+    assert list(steps) == ["adapter 1/4", "adapter 2/4", "adapter 3/4", "adapter"] and steps["adapter"] is other
+    for name, value in steps["adapter 3/4"].state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, before[name] + 0.75)
+        else:
+            assert torch.equal(value, before[name])
+    assert all(torch.equal(value, before[name]) for name, value in small_detector.state_dict().items())
+
+
 def test_images_that_spdnet_spoils_are_counted_and_detected_on_as_they_are(files, small_detector):
     spdnet = small_spdnet()
     spdnet.register_forward_hook(lambda module, args, output: tuple(
@@ -420,7 +495,8 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys):
                                     RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"],
                                     FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1)
     rows = {row["model"]: row for row in results["scores"]}
-    assert set(rows) == {"vanilla (never)"} | {
+    assert results["thresholds"].keys() == {row["branch"] for row in results["scores"]} - {"vanilla"}
+    assert set(rows) == {"vanilla (never)", "graded gate, fine-tuned"} | {
         f"{what} {branch}" for what in ("always", "conditional", "oracle gate,")
         for branch in ("original", "adapted", "fine-tuned", "feature", "soft-trained", "hard-trained")}
     assert len(results["false_alarms"]) == results["rain_detector"]["false_positive"]

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from tools import ablation_feature_derain, derain_bounds, gpu_report, lite0_detector, memory_table
+from tools import ablation_feature_derain, ablation_teacher, derain_bounds, gpu_report, lite0_detector, memory_table
 from tools import ablation_spdnet_adaptation as ablation
 from utils import config, integrated_model
 from utils.config import UserError
@@ -83,6 +83,14 @@ def test_unknown_variants_and_constants_that_no_script_has(tool):
     script = tool.Adaptation if tool is ablation else tool.Training
     table = tool._LOSSES if tool is ablation else {name: one[1] for name, one in tool._VARIANTS.items()}
     assert all(set(constants) <= set(ablation.demo_constants(script)) for constants in table.values())
+
+
+def test_variants_of_the_teacher_name_constants_that_their_script_has():
+    with pytest.raises(UserError, match="VARIANTS: nobody is not in"):
+        ablation_teacher.main(VARIANTS=("nobody",))
+    assert set(ablation_teacher.VARIANTS) == set(ablation_teacher._VARIANTS)
+    for script, epochs, constants in ablation_teacher._VARIANTS.values():
+        assert epochs > 1 and set(constants) <= set(ablation.demo_constants(script))
 
 
 def test_lite0_detector_sees_images_as_its_backbone_was_trained_to():

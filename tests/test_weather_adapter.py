@@ -58,7 +58,7 @@ def test_a_new_adapter_changes_nothing_and_the_fold_equals_it(tmp_path, targets)
         folded = adapter.fold(detector, tmp_path / "rain.safetensors", "ADAPTER_PATH")
         own, again = model(images()), folded(images())
     assert (own.logits - expected.logits).abs().max() > 1e-3
-    torch.testing.assert_close(again.logits, own.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.logits, own.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(again.pred_boxes, own.pred_boxes, rtol=0, atol=1e-5)
     assert freeze.fingerprint(detector) == digest and freeze.is_frozen(folded)
     kinds = {name.rpartition(".")[2] for name in load_file(tmp_path / "rain.safetensors")}

@@ -51,8 +51,13 @@ def score(spdnet_path, **overrides):
     else:
         model = integrated_model.load_integrated_model(spdnet_path, cfg.RTDETR_MODEL_NAME, None, device, True, True,
                                                        cfg.DERAIN_SCALE).eval()
+    return scores_of(model, cfg)
+
+
+def scores_of(model, cfg):
+    """-> {"clean", "rainy"}: mAP of a detector or a wrapper of one on the validation scenes of Eval's constants."""
     loaders = Eval.build_loaders(cfg, id2label_of(rtdetr_of(model)))
-    return {domain: detection_scores(lambda x: model(pixel_values=x), loaders[domain], device)[0]["mAP"]
+    return {domain: detection_scores(lambda x: model(pixel_values=x), loaders[domain], processes.device())[0]["mAP"]
             for domain in ("clean", "rainy")}
 
 

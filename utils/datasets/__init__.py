@@ -16,6 +16,7 @@ from utils.datasets.coco import (
 from utils.datasets.image_pairs import PairedRainDataset, unlabelled_pairs, without_annotations
 from utils.datasets.samples import (
     collate,
+    collate_with_digests,
     epoch_and_index,
     images_by_name,
     read_image,
@@ -31,6 +32,7 @@ __all__ = [
     "clean_rainy_mixture",
     "clean_rainy_validation",
     "collate",
+    "collate_with_digests",
     "epoch_and_index",
     "images_by_name",
     "read_image",

@@ -140,7 +140,7 @@ class Mixture(torch.utils.data.Dataset):
 
 
 def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, rain_ratio, percent, seed,
-                        split="train", twins=False, unknown="error", fresh_rain=None):
+                        split="train", twins=False, unknown="error", fresh_rain=None, labelled=True):
     """The training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
 
     Args:
@@ -148,6 +148,7 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         coco_ratio, rain_ratio: shares that add up to 1.
         twins: give every sample its clean image as "twin" (a clean sample is its own twin).
         fresh_rain: FreshRain that draws on clean images in the place of those of rain_dir, which is then not read.
+        labelled: False takes annotation files without any object: nothing is to be learnt from labels.
     """
     if not (coco_ratio >= 0 and rain_ratio >= 0 and abs(coco_ratio + rain_ratio - 1) <= 1e-6):  # NaN is neither
         raise UserError(f"COCO_RATIO = {coco_ratio} and RAIN_RATIO = {rain_ratio} must be shares that add up to 1")
@@ -167,7 +168,7 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         root, constant = (coco_dir, "COCO_DIR") if fresh_rain else (rain_dir, "COCO_RAIN_DIR")
         parts.append(CocoDetectionDataset(root, constant=constant, domain="rainy", part=(coco_ratio, 1.0),
                                           fresh_rain=fresh_rain, **common))
-    if not any(len(part.labels) for part in parts):
+    if labelled and not any(len(part.labels) for part in parts):
         raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
                         "images: there is nothing to learn from")
     return Mixture(parts)

@@ -6,6 +6,7 @@ so a gate is a choice per image; tests hold the choice against the conditional m
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 
 from utils import datasets, processes
 from utils.config import UserError
+from utils.evaluation import intervals
 from utils.evaluation.coco import coco_scores, entries, ground_truth, merged_ground_truth
 from utils.images import to_floats
 
@@ -47,15 +49,22 @@ class Part:
     category_of: dict  # {label: category id}
     known: dict = field(default_factory=dict)  # scores by what was chosen: many gates choose alike
 
-    def scores(self, found, plain, branch, goes):
-        """COCO scores where an image takes `branch` if goes(domain, image_id), else `plain`; see the module."""
-        taken = tuple(branch if goes(*key) else plain for key in self.images)
+    def scores(self, found, choose):
+        """COCO scores where an image takes the branch choose(domain, image_id); see the module."""
+        taken = tuple(choose(*key) for key in self.images)
         if taken not in self.known:
-            chosen = {self.new_ids[key]: found[key[0]][name][key[1]]
-                      for key, name in zip(self.images, taken, strict=True)}
-            self.known[taken] = coco_scores(self.truth, entries(chosen), self.category_of,
+            self.known[taken] = coco_scores(self.truth, self._entries(found, taken), self.category_of,
                                             list(self.new_ids.values()))
         return self.known[taken]
+
+    def matches(self, found, branch):
+        """COCO's matching of one branch on all images: [intervals.Category, ...]."""
+        return intervals.matches_of(self.truth, self._entries(found, [branch] * len(self.images)), self.category_of,
+                                    list(self.new_ids.values()))
+
+    def _entries(self, found, taken):
+        return entries({self.new_ids[key]: found[key[0]][name][key[1]]
+                        for key, name in zip(self.images, taken, strict=True)})
 
 
 def part_of(data):
@@ -114,6 +123,18 @@ def _same_categories(clean, rainy):
     return both
 
 
+def taking(branch, goes, plain="vanilla"):
+    """-> choose(domain, image_id): `branch` for images that `goes` says True of, else `plain`."""
+    return lambda *key: branch if goes(*key) else plain
+
+
+def graded_gate(scores, steps, plain="vanilla"):
+    """-> choose(domain, image_id) of a gate that takes more of a specialist the surer it is of rain: the probability,
+    rounded to a step. steps: names in `found`, evenly spaced from the least to the whole specialist."""
+    names = [plain, *steps]
+    return lambda domain, image_id: names[int(len(steps) * scores[domain][image_id] + 0.5)]
+
+
 def hard_gate(scores, threshold):
     """-> goes(domain, image_id) of a gate: rainy from `threshold` on."""
     return lambda domain, image_id: scores[domain][image_id] >= threshold
@@ -135,5 +156,58 @@ def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
         share = float(np.mean([goes(*key) for key in part.images]))
         cost = milliseconds["gate"] + share * milliseconds["branch"] + (1 - share) * milliseconds["plain"]
         rows.append({"threshold": float(threshold), "derained": share, "ms": cost,
-                     "mAP": part.scores(found, plain, branch, goes)["mAP"]})
+                     "mAP": part.scores(found, taking(branch, goes, plain))["mAP"]})
     return rows
+
+
+class Chosen(NamedTuple):
+    """A threshold that was chosen by the mAP of a mix."""
+
+    threshold: float
+    score: float  # mAP of the mix that is to be expected: each half of the images scored with the other half's choice
+
+
+def best_threshold(part, found, scores, branch, plain="vanilla", candidates=21, splits=10, seed=0):
+    """-> Chosen: the threshold with the best mAP on average over random halves of the images, so that few images that
+    happen to lie well do not decide; among equals the middle one.
+
+    Args:
+        part: Part; found, scores: see the module; plain, branch: names in `found`.
+        candidates: thresholds that are tried, between the images' own probabilities.
+    """
+    one, other = (part.matches(found, name) for name in (plain, branch))
+    # pycocotools numbers the images by rising id
+    order = sorted(range(len(part.images)), key=lambda i: part.new_ids[part.images[i]])
+    probabilities = np.array([scores[part.images[i][0]][part.images[i][1]] for i in order])
+    at = np.unique(np.quantile(probabilities, np.linspace(0, 1, candidates), method="nearest"))
+    thresholds = np.concatenate([[0.0], (at[1:] + at[:-1]) / 2, [1.0 if at[-1] < 1 else 1.01]])
+    tables = [[_merged(*pair, probabilities >= threshold) for pair in zip(one, other, strict=True)]
+              for threshold in thresholds]
+    rng, halves, honest = np.random.default_rng(seed), [], []
+    for _ in range(splits):
+        first = np.zeros(len(order), bool)
+        for domain in ("clean", "rainy"):  # half of each
+            own = rng.permutation([place for place, i in enumerate(order) if part.images[i][0] == domain])
+            first[own[:len(own) // 2].astype(int)] = True
+        values = [np.array([intervals.weighted_map(table, weights.astype(float)) for table in tables])
+                  for weights in (first, ~first)]
+        honest += [values[1][_middle_best(values[0])], values[0][_middle_best(values[1])]]
+        halves += values
+    return Chosen(float(thresholds[_middle_best(np.nanmean(halves, 0))]), float(np.nanmean(honest)))
+
+
+def _middle_best(values):
+    best = np.flatnonzero(values >= np.nanmax(values) - 1e-12)
+    return best[len(best) // 2]
+
+
+def _merged(one, other, takes_other):
+    """intervals.Category of two branches -> that of a gate: `other`'s detections in images where takes_other (images,)
+    bool, else `one`'s."""
+    kept = ~takes_other[one.image], takes_other[other.image]
+    score = np.concatenate([one.score[kept[0]], other.score[kept[1]]])
+    order = np.argsort(-score, kind="mergesort")
+    image, right, wrong = (np.concatenate([getattr(own, name)[..., keep] for own, keep in zip((one, other), kept,
+                                                                                               strict=True)], -1)
+                           for name in ("image", "right", "wrong"))
+    return intervals.Category(image[order], right[:, order], wrong[:, order], one.objects, score[order])

@@ -26,6 +26,7 @@ class Category(NamedTuple):
     right: np.ndarray    # (T, n) bool, matched at each IoU
     wrong: np.ndarray    # (T, n) bool, not matched; neither for detections of crowds and the like
     objects: np.ndarray  # (images,), objects that are to be found
+    score: np.ndarray    # (n,), falling
 
 
 def matches_of(truth, detections, category_of, image_ids):
@@ -59,7 +60,7 @@ def matches_of(truth, detections, category_of, image_ids):
         image = np.repeat([i for i, _ in parts], [len(part["dtScores"]) for _, part in parts])
         order = np.argsort(-scores, kind="mergesort")  # as COCOeval orders equal scores
         categories.append(Category(image[order], (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order],
-                                   objects))
+                                   objects, scores[order]))
     return categories
 
 

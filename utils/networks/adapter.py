@@ -18,6 +18,7 @@ from torch import nn
 
 from utils import checkpoint, freeze, system
 from utils.config import UserError, writing
+from utils.networks.rtdetr import rtdetr_of
 
 SUFFIX = ".safetensors"
 FORMAT = "rainsight-weather-adapter-1"
@@ -94,14 +95,14 @@ def is_adapter(name):
 
 
 def write(model, path, base, **settings):
-    """Write the adapter of an `inject`ed model.
+    """Write the adapter of an `inject`ed model, or of a wrapper's (see rtdetr_of).
 
     Args:
         base: freeze.fingerprint of the detector; settings: rank and alpha, and further plain data to keep (weather).
     """
     metadata = {"format": FORMAT, "base": base, "settings": json.dumps(settings)}
     with writing(path), system.written(Path(path)) as temporary:
-        save_file(tensors_of(model), temporary, metadata)
+        save_file(tensors_of(rtdetr_of(model)), temporary, metadata)
 
 
 def read(path, constant):

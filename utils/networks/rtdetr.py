@@ -4,6 +4,7 @@ Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024. Input:
 no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4), normalised cxcywh.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -182,6 +183,17 @@ def trained_size(folder):
 def rtdetr_of(model):
     """-> the RTDetrForObjectDetection inside a wrapper (its property `rtdetr`), or the model itself where it is one."""
     return model if isinstance(model, transformers.RTDetrForObjectDetection) else model.rtdetr
+
+
+@torch.no_grad()
+def interpolated(one, other, share):
+    """-> a copy of `one` whose weights and buffers have gone `share` of the way to those of `other`, a detector of the
+    same shapes (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022)."""
+    model, wanted = copy.deepcopy(one), other.state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(wanted[name].to(tensor), share)
+    return model
 
 
 def id2label_of(detector):

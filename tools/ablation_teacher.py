@@ -1,0 +1,99 @@
+"""What does a teacher that sees the clean twin teach a specialist or an adapter? Over several seeds on the demo world.
+
+    python -m tools.ablation_teacher
+    python -m tools.ablation_teacher --SEEDS "(0,)" --VARIANTS "('fresh rain', 'no labels')"
+
+Runs Training_RTDETR.py on rain alone, drawn anew in every epoch, or Training_WeatherAdapter.py with the demo's data and
+the terms of utils/networks/distillation.py. Variants with a teacher have fewer epochs, so that all take about the same
+time, which the table shows. Finished runs are kept in OUTPUT_DIR and not repeated.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import Eval_SPDNet_Adaptation as Eval
+import Training_RTDETR
+import Training_WeatherAdapter
+from tools.ablation_spdnet_adaptation import demo_constants, once, place_of, require_known, score, scores_of, spread
+from utils import config, report
+from utils.demo.coco import ensure_demo
+from utils.networks import adapter
+from utils.networks.rtdetr import load_rtdetr
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+SEEDS = (0, 1, 2)                       # each run is repeated with these
+VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "no labels", "adapter",
+            "adapter, all three", "adapter, no labels")  # names of _VARIANTS below
+PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
+EPOCHS = 0                              # of every run; 0: those of _VARIANTS
+OUTPUT_DIR = "./demo/ablation_teacher"  # a folder per run, and results.json
+
+_SPECIALIST = {  # the demo's detector goes on, on rain alone
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "RAIN": "fresh",
+    "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}
+_ADAPTER = {"QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}
+_TEACHER = {"QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0, "FEATURES_WEIGHT": 1.0}
+_VARIANTS = {  # script, epochs, constants
+    "fresh rain": (Training_RTDETR, 6, _SPECIALIST),
+    "queries": (Training_RTDETR, 5, _SPECIALIST | {"QUERIES_WEIGHT": 1.0}),
+    "positions": (Training_RTDETR, 5, _SPECIALIST | {"POSITIONS_WEIGHT": 1.0}),
+    "features": (Training_RTDETR, 5, _SPECIALIST | {"FEATURES_WEIGHT": 1.0}),
+    "all three": (Training_RTDETR, 5, _SPECIALIST | _TEACHER),
+    "no labels": (Training_RTDETR, 6, _SPECIALIST | _TEACHER | {"DETECTION_WEIGHT": 0.0}),
+    "adapter": (Training_WeatherAdapter, 5, _ADAPTER),
+    "adapter, all three": (Training_WeatherAdapter, 4, _TEACHER),
+    "adapter, no labels": (Training_WeatherAdapter, 5, _TEACHER | {"DETECTION_WEIGHT": 0.0}),
+}
+
+
+def run(variant, seed, folder, cfg):
+    """Train one variant. -> {"variant", "seed", "rainy", "clean": mAP of its best epoch, "seconds": of CPU time}"""
+    script, epochs, constants = _VARIANTS[variant]
+    begin = time.process_time()
+    script.main(demo=True, SEED=seed, OUTPUT_DIR=str(folder), PERCENT_DATASET=cfg.PERCENT_DATASET,
+                NUM_EPOCHS=cfg.EPOCHS or epochs, **constants)
+    seconds = time.process_time() - begin
+    if script is Training_WeatherAdapter:
+        base = load_rtdetr(_SPECIALIST["RTDETR_MODEL_NAME"])
+        detector = adapter.fold(base, folder / "rain.safetensors", "OUTPUT_DIR")
+    else:
+        detector = load_rtdetr(str(folder / "detector"), constant="OUTPUT_DIR")
+    scores = scores_of(detector, config.resolve(vars(Eval), {"demo": True}))
+    return {"variant": variant, "seed": seed, "seconds": seconds} | scores
+
+
+def main(**overrides):
+    """Run what is missing, then print mean and spread over seeds of every variant."""
+    cfg = config.resolve(globals(), overrides)
+    os.chdir(_ROOT)
+    require_known(cfg.VARIANTS, _VARIANTS)
+    ensure_demo()
+    folder = Path(cfg.OUTPUT_DIR)
+    vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
+    runs = []
+    for seed in cfg.SEEDS:
+        for variant in cfg.VARIANTS:
+            script, epochs, constants = _VARIANTS[variant]
+            settings = demo_constants(script) | constants | {
+                "NUM_EPOCHS": cfg.EPOCHS or epochs, "PERCENT_DATASET": cfg.PERCENT_DATASET}
+            place = place_of(folder, variant, seed)
+            runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
+    gap = vanilla["clean"] - vanilla["rainy"]
+    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
+    for variant in cfg.VARIANTS:
+        mine = [r for r in runs if r["variant"] == variant]
+        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
+        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
+        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
+                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})",
+                     "seconds": f"{statistics.mean(r['seconds'] for r in mine):.0f} s"})
+    print("\n" + report.table(rows, {"variant": "variant", "rainy": "mAP in rain", "gap": "rain gap won back",
+                                     "clean": "mAP on clean images", "seconds": "CPU time"}))
+    report.write_results(folder / "results.json", cfg.as_dict(), {"vanilla": vanilla, "runs": runs})
+
+
+if __name__ == "__main__":
+    main(**config.from_command_line(globals()))

@@ -7,7 +7,8 @@ ones and on a mix, with the time that each costs.
     python Eval_conditional.py --demo
     python Eval_conditional.py
 
-Writes OUTPUT_DIR/results.json, threshold_sweep.png, rain_roc.png, rain_mistakes.png and detections.png.
+Writes OUTPUT_DIR/results.json, report.html (curves, confusions, calibration, the worst mistakes), threshold_sweep.png,
+rain_roc.png, rain_mistakes.png and detections.png.
 """
 
 from pathlib import Path
@@ -29,8 +30,8 @@ from utils.conditional_model import (
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import comparison, gates, rain_report
-from utils.evaluation.coco import detect
+from utils.evaluation import comparison, gates, rain_report, report_page
+from utils.evaluation.coco import detect, entries
 from utils.evaluation.gates import AlwaysRainy, gate_scores, hard_gate, mixed_part, part_of
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import adapter
@@ -79,7 +80,7 @@ DEMO = {
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
     "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors",
 }
-_FILES = ("results.json", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
+_FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
 _OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "adapter": "ADAPTER_PATH",
              "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
@@ -203,6 +204,20 @@ def score(rows, parts, found):
     return table
 
 
+def report_of(rows, parts, found, data):
+    """-> report_page.Page of vanilla and of every branch behind its gate, on clean and on rainy images."""
+    page = report_page.Page("Conditional de-raining")
+    for domain in ("rainy", "clean"):
+        part = parts[domain]
+        for name, branch, goes in rows:
+            if name.startswith(("vanilla", "conditional")):
+                chosen = {image_id: found[domain][branch if goes(domain, image_id) else "vanilla"][image_id]
+                          for image_id in data[domain].image_ids}
+                page.add(name, data[domain], part.scores(found, "vanilla", branch, goes), entries(chosen),
+                         truth=part.truth)
+    return page
+
+
 def measure_latency(cfg, rain_detector, branches, device):
     """Milliseconds per image of the parts, and of the whole conditional model on images that it calls clean or rainy.
 
@@ -299,7 +314,7 @@ def require_usable(cfg):
 
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
-    "sweep"}."""
+    "sweep", "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_usable(cfg)
     if cfg.demo:
@@ -333,7 +348,8 @@ def main(**overrides):
         decisions[name] = hard_gate(own, trained.rain_threshold)
     found, fallbacks = detect_everything(branches, loaders_of, device)
 
-    table = score(strategies(branches, decisions), parts, found)
+    rows = strategies(branches, decisions)
+    table, page = score(rows, parts, found), report_of(rows, parts, found, data)
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
@@ -349,14 +365,17 @@ def main(**overrides):
          for path, p in zip(predicted[domain]["paths"], predicted[domain]["probabilities"], strict=True)
          if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
-               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep}
+               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)
         draw_page(cfg, pipeline, loaders_of, device, id2label, folder / "detections.png")
-        print(f"\nwritten: {(folder / 'results.json').as_posix()}, threshold_sweep.png, rain_roc.png, detections.png")
+        page.add_sliders(branches, data["rainy"], device, id2label, cfg.SCORE_THRESHOLD)
+        page.write(folder, cfg.as_dict())
+        print(f"\nwritten: {(folder / 'results.json').as_posix()}, report.html, threshold_sweep.png, rain_roc.png, "
+              "detections.png")
     return results
 
 

@@ -303,6 +303,13 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
+def on_the_wrong_side(predicted, domain, threshold):
+    """-> [(path, probability of rain), ...] of the clean images that are called rainy, or of the rainy ones that are
+    called clean; predicted: {"paths", "probabilities"} of that domain."""
+    return [(path, float(p)) for path, p in zip(predicted["paths"], predicted["probabilities"], strict=True)
+            if (p >= threshold) == (domain == "clean")]
+
+
 def require_usable(cfg):
     """UserError for numbers with which nothing could be evaluated, before demo data is drawn or a model is loaded."""
     require_size(cfg.IMAGE_SIZE)
@@ -360,10 +367,7 @@ def main(**overrides):
                           "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
                  for domain in _DOMAINS}
     gate = rain_report.summarise(predicted, threshold)
-    false_alarms, missed = (
-        [(path, float(p))
-         for path, p in zip(predicted[domain]["paths"], predicted[domain]["probabilities"], strict=True)
-         if (p >= threshold) == (domain == "clean")] for domain in _DOMAINS)
+    false_alarms, missed = (on_the_wrong_side(predicted[domain], domain, threshold) for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "details": page.numbers}
     if processes.is_main():

@@ -428,7 +428,7 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys):
     assert results["sweep"][-1]["derained"] == 0 and results["sweep"][0]["derained"] == 1
     shown = capsys.readouterr().out
     assert shown.isascii() and "times as fast" in shown and "called rainy" in shown
-    assert {"results.json", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
+    assert {"results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
         path.name for path in (files / "eval").iterdir()}
     json.loads((files / "eval" / "results.json").read_text(encoding="utf-8"))
 

@@ -290,6 +290,8 @@ def test_detector_training(coco, weights):
     scores = more["history"][0]
     assert scores["val/mAP"] == pytest.approx(0.5 * scores["clean/mAP"] + 0.5 * scores["rainy/mAP"])
     assert "rainy/mAP" not in result["history"][0]
+    card = (coco / "more" / "detector" / "README.md").read_text(encoding="utf-8")  # of the best epoch
+    assert f"| rainy/mAP | {scores['rainy/mAP']:.4f} |" in card and "8 training images" in card
     # data with a class that the detector does not know: new heads
     for path in (coco / "coco" / "annotations").iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace('"car"', '"rickshaw"'), encoding="utf-8")

@@ -49,7 +49,7 @@ def front_matter(card):
 def test_the_hub_reads_the_card_and_every_number_was_measured():
     card = a_card()
     evaluate = card.remembering(lambda model: {"val/mAP": model, "val/AP50": 0.75, "val/AP_large": -1.0,
-                                               "clean/mAP": float("nan"), "score": 0.5})
+                                               "clean/mAP": float("nan"), "score": -0.5})
     evaluate(0.25)
     assert evaluate(0.5)["val/mAP"] == 0.5  # the latest counts
     data = front_matter(card)
@@ -58,7 +58,7 @@ def test_the_hub_reads_the_card_and_every_number_was_measured():
     assert {(one.dataset_name, one.metric_type): one.metric_value for one in data.eval_results} == {
         ("val images", "mAP"): 0.5, ("val images", "AP50"): 0.75}
     text = card.text()
-    for line in ("| val/mAP | 0.5000 |", "| val/AP_large | - |", "| clean/mAP | - |", "| score | 0.5000 |"):
+    for line in ("| val/mAP | 0.5000 |", "| val/AP_large | - |", "| clean/mAP | - |", "| score | -0.5000 |"):
         assert line in text
     assert "- 12 images" in text and "```python\nprint(1)\n```" in text and "| `SEED` | `3` |" in text
     assert re.search(r"commit ([0-9a-f]{40}(\+changes)?|unknown)\.", text)

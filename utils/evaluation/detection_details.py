@@ -179,6 +179,7 @@ def precisions(scores, right, objects):
 class Details(NamedTuple):
     """Of one detector on one set of images."""
 
+    names: list           # K classes
     matching: Matching
     curves: list          # K Curves
     precisions: list      # K of `precisions`
@@ -200,9 +201,9 @@ def details(truth, detections, category_of, image_ids, iou_type="bbox"):
     known = [values for values in own if values is not None]
     pooled = curve(found.score, right, len(found.object_label))
     threshold = pooled.best()["threshold"]
-    return Details(found, [curve(*part) for part in parts], own, pooled, np.mean(known, 0) if known else None,
-                   threshold, confusion(found, threshold), classification.reliability(found.score, right),
-                   len(image_ids))
+    return Details(found.names, found, [curve(*part) for part in parts], own, pooled,
+                   np.mean(known, 0) if known else None, threshold, confusion(found, threshold),
+                   classification.reliability(found.score, right), len(image_ids))
 
 
 def confusion(found, threshold):

@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
     model: str
     images: str
-    details: detection_details.Details
+    details: detection_details.Details  # without its matching: that of COCO's validation images is large
     numbers: dict
     wrong: str    # HTML of the most confident false positives
     missed: str   # HTML of the largest misses
@@ -73,7 +73,7 @@ class Page:
         one, scores = detection_details.details(*given), scores or coco_scores(*given)
         pictures = _Pictures(data, one.matching)
         self.entries.append(Entry(
-            model, images or data.domain, one, detection_details.numbers(one, scores),
+            model, images or data.domain, one._replace(matching=None), detection_details.numbers(one, scores),
             _figures(pictures.detection(i, fault) for i, fault in detection_details.false_positives(
                 one, self.pictures)),
             _figures(pictures.object(i, score) for i, score in detection_details.misses(one, self.pictures))))
@@ -274,7 +274,7 @@ def _section(entry):
     counts = [{"score": f"{row.low:.1f} to {row.low + 0.1:.1f}", "count": row.count, "confidence": row.confidence,
                "frequency": row.frequency} for row in one.reliability]
     classes = "".join(_class_figure(name, own, precision) for name, own, precision in
-                      zip(one.matching.names, one.curves, one.precisions, strict=True) if own.objects)
+                      zip(one.names, one.curves, one.precisions, strict=True) if own.objects)
     return (f"<details><summary>{_text(entry.model)} on {_text(entry.images)} images: classes, confusions, "
             f"calibration, mistakes</summary><h3>Classes, each at its own best threshold</h3>"
             f"{_table(entry.numbers['classes'], CLASS_HEADINGS)}"
@@ -303,8 +303,8 @@ def _confusion(one):
     """-> HTML of the matrix, or of its largest entries off the diagonal where there are many classes."""
     if one.confusion is None:
         return "<p>-</p>"
-    names, counts = [*one.matching.names, detection_details.BACKGROUND], one.confusion
-    if len(one.matching.names) > MATRIX:
+    names, counts = [*one.names, detection_details.BACKGROUND], one.confusion
+    if len(one.names) > MATRIX:
         pairs = sorted(((int(counts[i, j]), i, j) for i, j in np.argwhere(counts) if i != j), reverse=True)[:40]
         return _table([{"object": names[i], "detected": names[j], "count": count} for count, i, j in pairs],
                       {"object": "object", "detected": "detected as", "count": "times"})

@@ -49,8 +49,8 @@ class Card:
 
     def text(self):
         """-> the card: front matter and Markdown."""
-        measured = {name: value for name, value in self.metrics.items()
-                    if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0}
+        measured = {name: value for name, value in self.metrics.items() if isinstance(value, (int, float))
+                    and math.isfinite(value) and not (value < 0 and _METRIC.fullmatch(name))}  # -1: no such object
         parts = [f"---\n{self._front_matter(measured)}\n---\n\n# {self.title}\n\n{self.about}\n",
                  "## Data\n\n" + "".join(f"- {line}\n" for line in self.data)]
         rows = [{"metric": name, "value": f"{measured[name]:.4f}" if name in measured else None}

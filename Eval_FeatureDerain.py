@@ -5,7 +5,8 @@
     python Eval_FeatureDerain.py --DATASET mixedrain --MIXEDRAIN_DIR ./dataset/MixedRain
 
 Prints COCO scores, cost and a comparison table; writes OUTPUT_DIR/results.json (with constants, commit,
-versions), latency_map.png and masks.png (detections, and where each scale sees rain). Models whose constant is "" or
+versions), report.html (curves, confusions, calibration, the worst mistakes), latency_map.png and masks.png (detections,
+and where each scale sees rain). Models whose constant is "" or
 whose file is not there are left out with a note; the vanilla detector must be there, and the multiscale model unless
 its constant is "".
 """
@@ -21,7 +22,7 @@ from utils.datasets import loaders, mixedrain, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
-from utils.evaluation import comparison
+from utils.evaluation import comparison, report_page
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
 
@@ -63,7 +64,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_feature_derain/eval", "EVAL_BATCH_SIZE": 8, "NUM_WORKERS": 0,
 }
 _DATASETS = ("coco_rain", "mixedrain")
-_FILES = ("results.json", "masks.png", "latency_map.png")
+_FILES = ("results.json", "report.html", "masks.png", "latency_map.png")
 _VANILLA, _MULTISCALE, _LIGHTWEIGHT = "Vanilla RT-DETR", "Feature-Level (Multiscale)", "Feature-Level (Lightweight)"
 _ORIGINAL, _ADAPTED, _FINETUNED = "Original SPDNet + RT-DETR", "Adapted SPDNet + RT-DETR", "Fine-tuned RT-DETR"
 
@@ -209,7 +210,8 @@ def print_summary(rows, latency, cost, won_back, main_images):
 
 
 def main(**overrides):
-    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}, "cost": {...}}."""
+    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}, "cost": {...},
+    "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
     if cfg.DATASET not in _DATASETS:
@@ -235,17 +237,21 @@ def main(**overrides):
     parts = {images: parts_of(cfg, loader.dataset) for images, loader in found.items()}
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     fast = {name: torch.compile(model) if cfg.COMPILE else model for name, model in models.items()}
+    page = report_page.Page("Feature-level de-raining")
     rows = [row for images, loader in found.items()
-            for row in comparison.evaluate_models(fast, loader, device, parts[images])]
+            for row in comparison.evaluate_models(fast, loader, device, parts[images], page)]
     twins = "clean" in found and comparison.are_twins(found["rainy"].dataset, found["clean"].dataset)
     latency = comparison.milliseconds_per_image(fast, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     cost = measure_cost(cfg, models, latency, device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in models if name != _VANILLA}
-    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency, "cost": cost}
+    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency, "cost": cost,
+               "details": page.numbers}
     if processes.is_main():
         print_summary(rows, latency, cost, won_back, first)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, found[first].dataset, device, id2label, folder / "masks.png")
+        page.add_sliders(models, found[first].dataset, device, id2label, cfg.SCORE_THRESHOLD)
+        page.write(folder, cfg.as_dict())
         score = {row["model"]: row["mAP"] for row in rows if row["images"] == first}
         visualize.cost_against_accuracy({name: (latency[name]["batch 1"], score[name]) for name in models},
                                         folder / "latency_map.png", "ms per image, batch 1", f"mAP on {first} images")

@@ -4,7 +4,8 @@
     python Eval_SPDNet_Adaptation.py
 
 Prints COCO scores, the share of the rain gap that is won back, the cost on clean images, and latencies; writes
-OUTPUT_DIR/results.json (with constants, commit, versions), detections.png and latency_map.png.
+OUTPUT_DIR/results.json (with constants, commit, versions), report.html (curves, confusions, calibration, the worst
+mistakes), detections.png and latency_map.png.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils import config, datasets, freeze, integrated_model, processes, report,
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import before_after, comparison
+from utils.evaluation import before_after, comparison, report_page
 from utils.evaluation import coco as coco_evaluation
 from utils.networks.rtdetr import id2label_of, require_queries, require_size, trained_size
 
@@ -53,7 +54,7 @@ DEMO = {
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0,
 }
-_FILES = ("results.json", "detections.png", "latency_map.png")
+_FILES = ("results.json", "report.html", "detections.png", "latency_map.png")
 _VANILLA = before_after.VANILLA
 
 
@@ -125,7 +126,8 @@ def print_summary(rows, latency, twins):
 
 
 def main(**overrides):
-    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...}}."""
+    """Evaluate; -> {"scores": rows, "gap_won_back": {model: share}, "milliseconds_per_image": {...},
+    "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
     comparison.require_page(cfg)
@@ -145,16 +147,19 @@ def main(**overrides):
     rainy, clean = found["rainy"].dataset, found["clean"].dataset
     parts = comparison.ids_by_prefix(rainy, cfg.PREFIXES)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
-    rows = (comparison.evaluate_models(models, found["rainy"], device, parts)
-            + comparison.evaluate_models(models, found["clean"], device, {}))
+    page = report_page.Page("SPDNet adaptation")
+    rows = (comparison.evaluate_models(models, found["rainy"], device, parts, page)
+            + comparison.evaluate_models(models, found["clean"], device, {}, page))
     twins = comparison.are_twins(rainy, clean)
     latency = comparison.milliseconds_per_image(models, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
     won_back = {name: comparison.gap_won_back(rows, name, _VANILLA, twins) for name in models if name != _VANILLA}
-    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency}
+    results = {"scores": rows, "gap_won_back": won_back, "milliseconds_per_image": latency, "details": page.numbers}
     if processes.is_main():
         print_summary(rows, latency, twins)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         draw_page(cfg, models, rainy, device, id2label, folder / "detections.png")
+        page.add_sliders(models, rainy, device, id2label, cfg.SCORE_THRESHOLD)
+        page.write(folder, cfg.as_dict())
         on_rain = {row["model"]: row["mAP"] for row in rows if row["images"] == "rainy"}
         visualize.cost_against_accuracy({name: (latency[name]["batch 1"], on_rain[name]) for name in models},
                                         folder / "latency_map.png", "ms per image, batch 1", "mAP on rainy images")

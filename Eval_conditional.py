@@ -7,7 +7,8 @@ ones and on a mix, with the time that each costs.
     python Eval_conditional.py --demo
     python Eval_conditional.py
 
-Writes OUTPUT_DIR/results.json, threshold_sweep.png, rain_roc.png, rain_mistakes.png and detections.png.
+Writes OUTPUT_DIR/results.json, report.html (curves, confusions, calibration, the worst mistakes), threshold_sweep.png,
+rain_roc.png, rain_mistakes.png and detections.png.
 """
 
 from pathlib import Path
@@ -29,8 +30,8 @@ from utils.conditional_model import (
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import comparison, gates, rain_report
-from utils.evaluation.coco import detect
+from utils.evaluation import comparison, gates, rain_report, report_page
+from utils.evaluation.coco import detect, entries
 from utils.evaluation.gates import (
     AlwaysRainy,
     best_threshold,
@@ -98,7 +99,7 @@ DEMO = {
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
     "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors",
 }
-_FILES = ("results.json", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
+_FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
 _OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "adapter": "ADAPTER_PATH",
              "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
@@ -229,6 +230,19 @@ def score(rows, parts, found):
     return table
 
 
+def report_of(rows, parts, found, data):
+    """-> report_page.Page of vanilla and of every branch behind its gate, on clean and on rainy images."""
+    page = report_page.Page("Conditional de-raining")
+    for domain in ("rainy", "clean"):
+        part = parts[domain]
+        for name, _, choose in rows:
+            if name.startswith(("vanilla", "conditional", "graded")):
+                chosen = {image_id: found[domain][choose(domain, image_id)][image_id]
+                          for image_id in data[domain].image_ids}
+                page.add(name, data[domain], part.scores(found, choose), entries(chosen), truth=part.truth)
+    return page
+
+
 def measure_latency(cfg, rain_detector, branches, device):
     """Milliseconds per image of the parts, and of the whole conditional model on images that it calls clean or rainy.
 
@@ -274,6 +288,14 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
             cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
             rows.append(cells)
     visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
+
+
+def predictions(data, scores):
+    """-> {domain: {"domain", "paths", "probabilities": of rain}} of the images, as rain_report takes them."""
+    return {domain: {"domain": domain,
+                     "paths": [(data[domain].folder / name).as_posix() for name in data[domain].files],
+                     "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
+            for domain in _DOMAINS}
 
 
 def mistakes(predicted, threshold):
@@ -349,7 +371,7 @@ def leave_out_missing(cfg):
 
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
-    "sweep", "thresholds"}."""
+    "sweep", "thresholds", "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_usable(cfg)
     if cfg.demo:
@@ -372,32 +394,29 @@ def main(**overrides):
     parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
-    scores = {domain: gate_scores(rain_detector, loader, device)
-              for domain, loader in loaders_of.items()}
+    scores = {domain: gate_scores(rain_detector, loader, device) for domain, loader in loaders_of.items()}
     decisions = {"rain detector": hard_gate(scores, threshold)}
     for name, trained in pipelines.items():
-        own = {domain: gate_scores(trained.rain_detector, loader, device)
-               for domain, loader in loaders_of.items()}
+        own = {domain: gate_scores(trained.rain_detector, loader, device) for domain, loader in loaders_of.items()}
         decisions[name] = hard_gate(own, trained.rain_threshold)
     between = {name: model for part in steps.values() for name, model in part.items()}
     found, fallbacks = detect_everything(branches | between, loaders_of, device)
 
     graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
-    table = score(strategies(branches, decisions, graded_gates), parts, found)
+    rows = strategies(branches, decisions, graded_gates)
+    table, page = score(rows, parts, found), report_of(rows, parts, found, data)
     thresholds = {name: best_threshold(parts["mix"], found, scores, name)._asdict() for name in list(branches)[1:]}
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
     sweep = gates.sweep(parts["mix"], found, scores, "vanilla", "adapted",
                         {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
-    predicted = {domain: {"domain": domain, "paths": [(data[domain].folder / name).as_posix()
-                                                      for name in data[domain].files],
-                          "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
-                 for domain in _DOMAINS}
+    predicted = predictions(data, scores)
     gate = rain_report.summarise(predicted, threshold)
     false_alarms, missed = (mistakes(predicted[domain], threshold) for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
-               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds}
+               "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds,
+               "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
         print_thresholds(table, thresholds, threshold)
@@ -405,7 +424,10 @@ def main(**overrides):
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)
         draw_page(cfg, pipeline, loaders_of, device, id2label, folder / "detections.png")
-        print(f"\nwritten: {(folder / 'results.json').as_posix()}, threshold_sweep.png, rain_roc.png, detections.png")
+        page.add_sliders(branches, data["rainy"], device, id2label, cfg.SCORE_THRESHOLD)
+        page.write(folder, cfg.as_dict())
+        print(f"\nwritten: {(folder / 'results.json').as_posix()}, report.html, threshold_sweep.png, rain_roc.png, "
+              "detections.png")
     return results
 
 

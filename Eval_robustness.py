@@ -5,8 +5,8 @@
 
 After Michaelis et al., "Benchmarking Robustness in Object Detection", arXiv 1907.07484: mPC is the mean mAP over
 weathers and strengths, rPC its share of the mAP on clean images. Intervals are 95% bootstrap intervals over images; the
-one of a difference to the first model is taken on the same images. Writes OUTPUT_DIR/results.json, robustness.md,
-heat_map.png and examples.png.
+one of a difference to the first model is taken on the same images. Writes OUTPUT_DIR/results.json, report.html (curves,
+confusions, calibration, the worst mistakes), robustness.md, heat_map.png and examples.png.
 """
 
 import copy
@@ -22,7 +22,7 @@ from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import SteadyWeather
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import intervals, robustness
+from utils.evaluation import intervals, report_page, robustness
 from utils.evaluation.coco import detect, entries, ground_truth
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import derainers
@@ -64,7 +64,7 @@ DEMO = {
                "Fine-tuned RT-DETR": ("rtdetr", "./assets/demo/rtdetr_rain")},
     "DERAIN_SCALE": 0.5, "RESAMPLES": 100, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_robustness",
 }
-_FILES = ("results.json", "robustness.md", "heat_map.png", "examples.png")
+_FILES = ("results.json", "report.html", "robustness.md", "heat_map.png", "examples.png")
 _KINDS = ("rtdetr", "feature", "conditional", *derainers.OTHERS, *derainers.NETWORKS)
 
 
@@ -124,23 +124,29 @@ def conditions(cfg):
     return [robustness.CLEAN] + [(weather, level) for weather in cfg.WEATHER for level in range(len(severity.LEVELS))]
 
 
-def measure(cfg, models, data, device):
-    """-> {model: {condition: [intervals.Category, ...]}}; data: of `open_data`."""
+def measure(cfg, models, data, device, page):
+    """-> {model: {condition: [intervals.Category, ...]}}; data: of `open_data`; page: report_page.Page."""
     found, truth = {row: {} for row in models}, ground_truth(data.annotation_file)
     for condition in conditions(cfg):
-        loader = loaders.validation_loader(in_weather(cfg, data, *condition), cfg.EVAL_BATCH_SIZE,
-                                           cfg.DATALOADER_WORKERS)
+        drawn = in_weather(cfg, data, *condition)
+        loader = loaders.validation_loader(drawn, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
         for row, model in models.items():
             detections = detect(model, loader, device, f"{row}, {robustness.name_of(*condition)}")
+            if condition in shown(cfg):
+                page.add(row, drawn, None, entries(detections), truth=truth, images=robustness.name_of(*condition))
             found[row][condition] = intervals.matches_of(truth, entries(detections), data.category_of, data.image_ids)
     return found
 
 
+def shown(cfg):
+    """-> the conditions that pages show: clean images, and every weather at its medium strength."""
+    return [robustness.CLEAN] + [(weather, 1) for weather in cfg.WEATHER]
+
+
 @torch.no_grad()
 def draw_examples(cfg, data, id2label, path):
-    """Page: some scenes, clean and in every weather at its medium strength."""
-    columns = [robustness.CLEAN] + [(weather, 1) for weather in cfg.WEATHER]
-    sets = [in_weather(cfg, data, *condition) for condition in columns]
+    """Page: some scenes in the conditions that are `shown`."""
+    sets = [in_weather(cfg, data, *condition) for condition in shown(cfg)]
     scale = visualize.enlargement(cfg.IMAGE_SIZE)
     rows = []
     for index in evenly(range(len(data)), cfg.PICTURES):
@@ -151,7 +157,7 @@ def draw_examples(cfg, data, id2label, path):
 
 
 def main(**overrides):
-    """Evaluate; -> {"table": rows, "scores": {model: {condition: mAP}}}."""
+    """Evaluate; -> {"table": rows, "scores": {model: {condition: mAP}}, "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
     if cfg.demo:
@@ -164,19 +170,22 @@ def main(**overrides):
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
     data = open_data(cfg, id2label)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
-    matches, images = measure(cfg, models, data, device), len(data)
+    page = report_page.Page("Robustness", pictures=2)  # of each kind of mistake: there are many conditions
+    matches, images = measure(cfg, models, data, device, page), len(data)
     scores = {row: {condition: intervals.weighted_map(own, np.ones(images)) for condition, own in found.items()}
               for row, found in matches.items()}
     rows = robustness.table(scores, robustness.resampled(matches, images, cfg.RESAMPLES, cfg.SEED))
     result = {"table": rows, "images": images, "scores": {
         row: {robustness.name_of(*condition): value for condition, value in found.items()}
-        for row, found in scores.items()}}
+        for row, found in scores.items()}, "details": page.numbers}
     if processes.is_main():
         processes.say("\n" + robustness.shown(rows))
         report.write_results(folder / "results.json", cfg.as_dict(), result)
         robustness.write_markdown(rows, scores, folder / "robustness.md")
         robustness.heat_map(scores, folder / "heat_map.png")
         draw_examples(cfg, data, id2label, folder / "examples.png")
+        page.add_sliders(models, in_weather(cfg, data, *shown(cfg)[1]), device, id2label)
+        page.write(folder, cfg.as_dict())
         print(f"\nwritten: {', '.join([(folder / _FILES[0]).as_posix(), *_FILES[1:]])}")
     return result
 

@@ -26,7 +26,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
-from utils.training import engine, run_state
+from utils.training import engine, model_card, run_state
 from utils.training.plan import Plan
 from utils.transfer import sent
 
@@ -85,6 +85,24 @@ DEMO = {
     "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 2, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 1,
     "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 20, "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
+
+
+_LOAD = """
+# in a checkout of RainSight; from the hub: folder = huggingface_hub.snapshot_download("user/name")
+import torch
+from utils import datasets
+from utils.boxes import decode
+from utils.conditional_model import ConditionalRainRobustRTDETR
+from utils.images import to_floats
+
+folder, side = "path/of/this/folder", 640  # side: IMAGE_SIZE of the training
+model = ConditionalRainRobustRTDETR.from_pretrained(folder)
+image = datasets.read_image("street.jpg")
+pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
+with torch.no_grad():
+    outputs = model(pixels)
+print(outputs.rain_stats["scores"], decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
+"""
 
 
 def build_model(cfg, device):
@@ -161,9 +179,23 @@ def evaluate(model, val_loaders, truths, device, rain_weight):
     return {"score": rain_weight * found["rainy/mAP"] + (1 - rain_weight) * found["clean/mAP"]} | found
 
 
-def save_pipeline(model, folder):
-    """Write the three networks and their settings."""
-    checkpoint.replace_folder(model.save_pretrained, folder)
+def card_of(cfg, images, id2label):
+    """-> model_card.Card; images: how many the pipeline learns from."""
+    return model_card.Card(
+        f"RT-DETR behind a rain gate, {len(id2label)} classes",
+        f"A rain detector decides per image whether SPDNet takes the rain away before RT-DETR looks at it; gate and "
+        f"de-rainer were trained together (gate: {cfg.GATE}), RT-DETR was frozen.",
+        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        data=[f"{images} training images in COCO's layout, {100 * cfg.COCO_RATIO:.0f}% clean and "
+              f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
+
+
+def save_pipeline(model, folder, card):
+    """Write the three networks, their settings and the card (model_card.Card)."""
+    def write(fresh):
+        model.save_pretrained(fresh)
+        card.write(fresh)
+    checkpoint.replace_folder(write, folder)
 
 
 def main(**overrides):
@@ -191,8 +223,9 @@ def main(**overrides):
     if cfg.GATE == "soft":
         groups.append({"params": list(model.rain_detector.parameters()), "lr": cfg.RAIN_DETECTOR_LEARNING_RATE})
     pipeline = Path(cfg.OUTPUT_DIR) / "pipeline"
-    validate = partial(evaluate, val_loaders=val_loaders, truths=truths, device=device,
-                       rain_weight=cfg.RAIN_SCORE_WEIGHT)
+    card = card_of(cfg, len(train_loader.dataset), id2label_of(model.detection_module))
+    validate = card.remembering(partial(evaluate, val_loaders=val_loaders, truths=truths, device=device,
+                                        rain_weight=cfg.RAIN_SCORE_WEIGHT))
     with torch.no_grad():
         start = validate(model.eval())
     processes.say("before: " + "  ".join(f"{name} {value:.4f}" for name, value in start.items()))
@@ -200,7 +233,7 @@ def main(**overrides):
         model, train_loader,
         partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features),
         plan, output_dir=cfg.OUTPUT_DIR, parameters=groups, evaluate=validate, score="score",
-        on_best=partial(save_pipeline, folder=pipeline), constants=cfg.as_dict(), last=last,
+        on_best=partial(save_pipeline, folder=pipeline, card=card), constants=cfg.as_dict(), last=last,
         own_files=(pipeline.name,),
         fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE"),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},

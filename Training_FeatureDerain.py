@@ -28,7 +28,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
-from utils.training import ema, engine, run_folder, run_state
+from utils.training import ema, engine, model_card, run_folder, run_state
 from utils.training.plan import Plan, not_negative, whole
 from utils.transfer import sent
 
@@ -95,6 +95,22 @@ DEMO = {
     "PRETRAINED_SHARE": 0.5, "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 _FEATURE_TERMS = {"consistency": "rainy", "identity": "clean"}  # the terms that compare features: of which domain
+_LOAD = """
+# in a checkout of RainSight; from the hub: folder = huggingface_hub.snapshot_download("user/name")
+import torch
+from utils import datasets
+from utils.boxes import decode
+from utils.feature_derain import FeatureDerainRTDETR
+from utils.images import to_floats
+
+folder, side = "path/of/this/folder", 640  # side: IMAGE_SIZE of the training
+model = FeatureDerainRTDETR.from_pretrained(folder)
+image = datasets.read_image("street.jpg")
+pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
+with torch.no_grad():
+    outputs = model(pixels)
+print(decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
+"""
 
 
 def build_model(cfg, device):
@@ -259,14 +275,14 @@ class BestModel:
 
     Args:
         model: FeatureDerainRTDETR that trains; pretrained: its frozen copy from before the training.
-        val_loaders, truths, device, cfg: of `evaluate`.
+        val_loaders, truths, device, cfg: of `evaluate`; card: model_card.Card that is written with it.
     """
 
-    def __init__(self, model, pretrained, val_loaders, truths, device, cfg):
+    def __init__(self, model, pretrained, val_loaders, truths, device, cfg, card):
         self.own, self.others = (
             [*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
             for part in (model, pretrained))
-        self.val_loaders, self.truths, self.device, self.cfg = val_loaders, truths, device, cfg
+        self.val_loaders, self.truths, self.device, self.cfg, self.card = val_loaders, truths, device, cfg, card
         self.score = -math.inf  # the best one of the phases that are over
         self.latest = {}
 
@@ -283,8 +299,22 @@ class BestModel:
         """Write the phase's best epoch so far, where it is better than those of the phases before."""
         if self.latest["score"] > self.score:
             with self._mixed():
-                checkpoint.replace_folder(partial(model.save_pretrained, image_size=self.cfg.IMAGE_SIZE),
-                                          Path(self.cfg.OUTPUT_DIR) / "model")
+                checkpoint.replace_folder(partial(self._write, model), Path(self.cfg.OUTPUT_DIR) / "model")
+
+    def _write(self, model, folder):
+        model.save_pretrained(folder, image_size=self.cfg.IMAGE_SIZE)
+        self.card.metrics = self.latest
+        self.card.write(folder)
+
+
+def card_of(cfg, images, id2label):
+    """-> model_card.Card; images: how many the model learns from."""
+    return model_card.Card(
+        f"RT-DETR that de-rains features, {len(id2label)} classes",
+        f"An RT-DETR object detector with a de-raining module ({cfg.DERAIN_TYPE}) between backbone and encoder.",
+        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        data=[f"{images} training images in COCO's layout, clean and rainy",
+              f"classes: {', '.join(id2label.values())}"])
 
 
 def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
@@ -350,7 +380,8 @@ def main(**overrides):
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
-    best = BestModel(model, pretrained, val_loaders, truths, device, cfg)
+    best = BestModel(model, pretrained, val_loaders, truths, device, cfg,
+                     card_of(cfg, len(train), id2label_of(model.rtdetr)))
     results = {}
     with run_folder.claimed(cfg.OUTPUT_DIR):
         require_same_first_phase(cfg)

@@ -6,8 +6,8 @@ RT-DETR: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 202
     python Training_RTDETR.py --demo
     python Training_RTDETR.py --COCO_DIR ./dataset/coco --NUM_EPOCHS 12
 
-Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout: set RTDETR_MODEL_NAME to it), last.pt, best.pt,
-metrics.json, curves.png and tb/.
+Writes OUTPUT_DIR/detector/ (best epoch, Hugging Face layout, with a model card: set RTDETR_MODEL_NAME to it), last.pt,
+best.pt, metrics.json, curves.png and tb/.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import distillation
 from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size, rtdetr_of
-from utils.training import engine
+from utils.training import engine, model_card
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -85,6 +85,21 @@ DEMO = {
     "DATALOADER_WORKERS": 0, "TEACHER_CACHE_GB": 2.0,
 }
 _TEACHER_TERMS = {"queries": "QUERIES_WEIGHT", "positions": "POSITIONS_WEIGHT", "features": "FEATURES_WEIGHT"}
+_LOAD = """
+import torch
+from PIL import Image
+from transformers import RTDetrForObjectDetection, RTDetrImageProcessor
+
+name = "path/of/this/folder"  # or its hub id
+model = RTDetrForObjectDetection.from_pretrained(name).eval()
+processor = RTDetrImageProcessor.from_pretrained(name)  # sizes the image; its values stay in [0, 1]
+image = Image.open("street.jpg").convert("RGB")
+with torch.no_grad():
+    outputs = model(**processor(images=image, return_tensors="pt"))
+found = processor.post_process_object_detection(outputs, threshold=0.5, target_sizes=[image.size[::-1]])[0]
+for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist()):
+    print(model.config.id2label[label], score, box)
+"""
 
 
 def terms_of(cfg):
@@ -205,13 +220,23 @@ def sample_images(model, loader, id2label):
     return {"detections": visualize.as_tensor(visualize.grid([row], [""] * len(row)))}
 
 
-def save_detector(model, folder, image_size):
-    """Write detector and image processor, Hugging Face layout."""
-    checkpoint.replace_folder(partial(_write_detector, model, image_size), folder)
+def card_of(cfg, images, id2label):
+    """-> model_card.Card; images: how many the detector learns from."""
+    return model_card.Card(
+        f"RT-DETR for {len(id2label)} classes", "An RT-DETR object detector, trained on clean and rainy images.",
+        library="transformers", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        data=[f"{images} training images in COCO's layout, {100 * cfg.COCO_RATIO:.0f}% clean and "
+              f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
 
 
-def _write_detector(model, image_size, folder):
+def save_detector(model, folder, image_size, card):
+    """Write detector, image processor and card (model_card.Card), Hugging Face layout."""
+    checkpoint.replace_folder(partial(_write_detector, model, image_size, card), folder)
+
+
+def _write_detector(model, image_size, card, folder):
     rtdetr_of(model).save_pretrained(folder)
+    card.write(folder)
     size = {"height": image_size, "width": image_size}
     RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
 
@@ -238,12 +263,13 @@ def main(**overrides):
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))
     folder = Path(cfg.OUTPUT_DIR) / "detector"
+    card = card_of(cfg, len(train_loader.dataset), id2label)
     result = engine.fit(
         model if teacher is None else distillation.Student(model), train_loader,
         partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
         output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
-        evaluate=partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares), score="val/mAP",
-        on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE),
+        evaluate=card.remembering(partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares)),
+        score="val/mAP", on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE, card=card),
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
         constants=cfg.as_dict() | {"classes": list(id2label.values()), "taught": teacher is not None},
         own_files=(folder.name,),

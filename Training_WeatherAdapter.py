@@ -7,8 +7,8 @@ clean ones cost, clean images never meet it. One detector can have several: rain
     python Training_WeatherAdapter.py --demo
     python Training_WeatherAdapter.py --ADAPTER_NAME mist --RAIN_KINDS "{'mist': 1.0}"
 
-Writes OUTPUT_DIR/<ADAPTER_NAME>.safetensors (best epoch), last.pt, best.pt, metrics.json, curves.png and tb/. Needs
-peft (requirements-diffusion.txt); what uses the file does not.
+Writes OUTPUT_DIR/<ADAPTER_NAME>.safetensors (best epoch) and its model card (.md), last.pt, best.pt, metrics.json,
+curves.png and tb/. Needs peft (requirements-diffusion.txt); what uses the file does not.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import adapter, distillation
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of
-from utils.training import engine
+from utils.training import engine, model_card
 from utils.training.plan import Plan, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -83,6 +83,25 @@ DEMO = {
 }
 
 
+_LOAD = """
+# in a checkout of RainSight; the adapter fits only the detector that it was trained for
+import torch
+from utils import datasets
+from utils.boxes import decode
+from utils.images import to_floats
+from utils.networks import adapter
+from utils.networks.rtdetr import load_rtdetr
+
+detector, file, side = "path/or/hub-id of the detector", "path/of/the/adapter.safetensors", 640  # side: IMAGE_SIZE
+model = adapter.fold(load_rtdetr(detector), file, "file")
+image = datasets.read_image("street.jpg")
+pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
+with torch.no_grad():
+    outputs = model(pixel_values=pixels)
+print(decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
+"""
+
+
 def check(cfg):
     """UserError for constants that cannot be; Plan checks the others."""
     require_size(cfg.IMAGE_SIZE)
@@ -113,6 +132,22 @@ def evaluate(model, loader, device, truth):
     model = rtdetr_of(model)
     scores = detection_scores(lambda images: model(pixel_values=images), loader, device, truth, "rainy validation")[0]
     return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
+
+
+def card_of(cfg, images, id2label):
+    """-> model_card.Card; images: how many the adapter learns from."""
+    return model_card.Card(
+        f"Weather adapter '{cfg.ADAPTER_NAME}' for RT-DETR",
+        f"Low-rank changes (rank {cfg.LORA_RANK}) of an RT-DETR's weights for bad weather.", library="rainsight",
+        base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        data=[f"{images} training images in COCO's layout, in the weather",
+              f"classes: {', '.join(id2label.values())}"])
+
+
+def save_adapter(model, path, card, **settings):
+    """Write the adapter (settings: of adapter.write) and, beside it, its card (model_card.Card)."""
+    adapter.write(model, path, **settings)
+    card.write(path.with_suffix(".md"))
 
 
 def say_result(cfg, base, best, path):
@@ -146,7 +181,7 @@ def main(**overrides):
     teacher = distillation.Teacher(base, cfg.TEACHER_CACHE_GB) if taught else None
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth, path = ground_truth(val.annotation_file), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
-    before = evaluate(base, val_loader, device, truth)
+    before, card = evaluate(base, val_loader, device, truth), card_of(cfg, len(train), id2label_of(base))
     processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
     result = engine.fit(
         distillation.Student(model) if taught else model,
@@ -155,11 +190,12 @@ def main(**overrides):
         partial(Training_RTDETR.compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
         output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": cfg.LEARNING_RATE}],
-        evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth), score="rain/mAP",
-        on_best=partial(adapter.write, path=path, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
+        evaluate=card.remembering(partial(evaluate, loader=val_loader, device=device, truth=truth)), score="rain/mAP",
+        on_best=partial(save_adapter, path=path, card=card, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
-        constants=cfg.as_dict() | {"base": digest, "taught": taught}, own_files=(path.name,),
+        constants=cfg.as_dict() | {"base": digest, "taught": taught},
+        own_files=(path.name, path.with_suffix(".md").name),
         fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
                "taught"),
         validated_on=coco_evaluation.identity(truth), validated_images=val.image_paths())

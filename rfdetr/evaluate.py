@@ -18,6 +18,8 @@ from utils.evaluation.coco import coco_scores, ground_truth
 from utils.images import to_floats
 from utils.transfer import sent
 
+KINDS = {"box": "bbox", "mask": "segm"}  # what is scored, and how COCO calls it
+
 
 @torch.no_grad()
 def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=None):
@@ -177,7 +179,7 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
     truth = truth or ground_truth(data.annotation_file)
     found = detect(model, loader, device, masks, name)
     metrics, table = {}, {}
-    for kind, iou_type in (("box", "bbox"), ("mask", "segm"))[:1 + bool(masks)]:
+    for kind, iou_type in list(KINDS.items())[:1 + bool(masks)]:
         scores = coco_scores(truth, found, data.category_of, data.image_ids, iou_type)
         for category, value in scores.pop("per_class").items():
             table.setdefault(category, {"class": category})[kind] = value

@@ -174,7 +174,7 @@ def note_without_effect(cfg):
 
 def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None,
           config_file=None):
-    """Train, then evaluate the best epoch and write results.json and predictions.png.
+    """Train, then evaluate the best epoch and write results.json, report.html and predictions.png.
 
     The best epoch is that of the highest mask mAP where the model has a mask head, else of the highest box mAP.
 
@@ -205,7 +205,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,
                                   class_rows=start.class_rows),
             constants=cfg.as_dict(), extras=extras, last=start.last, written_before=(config_file,),
-            own_files=tuple(filter(None, (best_file, epoch_file, config_file, "results.json", "predictions.png"))),
+            own_files=tuple(filter(None, (best_file, epoch_file, config_file, "results.json", "report.html",
+                                           "predictions.png"))),
             validated_on=identity(splits["valid"].truth, with_masks), validated_images=data["valid"].image_paths())
         _require_best(folder, result, best_file, extras)
         return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks, result)

@@ -8,6 +8,7 @@ import torch
 from rfdetr import evaluate
 from utils import checkpoint, processes, report, visualize
 from utils.boxes import pixel_corners
+from utils.evaluation import report_page
 from utils.evaluation.coco import METRICS
 from utils.images import to_floats
 
@@ -85,7 +86,7 @@ def sample_images(model, loader, class_rows):
 
 
 def final(model, cfg, folder, splits, class_rows, with_masks, result):
-    """Evaluate the best epoch, print the tables, write results.json and predictions.png.
+    """Evaluate the best epoch, print the tables, write results.json, report.html and predictions.png.
 
     Args:
         model: of the run; gets best.pt's weights. folder: of the run. splits: of main.evaluation_splits.
@@ -105,7 +106,7 @@ def final(model, cfg, folder, splits, class_rows, with_masks, result):
                       f"({score} {result['best_score']:.4f}) but another file: the results are that one's")
     device = processes.device()
     model.to(device).eval()
-    found = {}
+    found, page = {}, report_page.Page(f"RF-DETR: {folder.name}")
     for split, (loader, truth) in splits.items():
         scored = evaluate.evaluate(model, loader, device, with_masks, truth, split)
         metrics = scored.metrics
@@ -115,14 +116,18 @@ def final(model, cfg, folder, splits, class_rows, with_masks, result):
         everything = {"class": "all"} | {kind: metrics[f"{kind}/mAP"] for kind in kinds}
         processes.say(report.table([everything, *scored.per_class], columns))
         for kind in kinds:
-            processes.say(f"{split} {kind}: " + "  ".join(
-                f"{name} {metrics[f'{kind}/{name}']:.4f}" for name in METRICS))
+            own = {name: metrics[f"{kind}/{name}"] for name in METRICS}
+            processes.say(f"{split} {kind}: " + "  ".join(f"{name} {value:.4f}" for name, value in own.items()))
+            page.add(f"RF-DETR, {kind}", loader.dataset, own, scored.detections, truth=truth,
+                     iou_type=evaluate.KINDS[kind], images=split)
     if processes.is_main():
-        report.write_results(folder / "results.json", cfg.as_dict(), found)
+        report.write_results(folder / "results.json", cfg.as_dict(), found | {"details": page.numbers})
+        page.write(folder, cfg.as_dict())
         with torch.no_grad():
             visualize.grid(pictures(model, splits["valid"].loader, class_rows), ["prediction", "ground truth"],
                            folder / "predictions.png")
-        processes.say(f"results: {(folder / 'results.json').as_posix()}, {(folder / 'predictions.png').as_posix()}")
+        names = ("results.json", report_page.NAME, "predictions.png")
+        processes.say(f"results: {', '.join((folder / name).as_posix() for name in names)}")
     return {"run_dir": str(folder), "valid": found.get("valid"), "test": found.get("test")}
 
 

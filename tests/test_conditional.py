@@ -438,6 +438,9 @@ def test_training_moves_spdnet_and_gate_and_not_the_detector(base, files, capsys
     assert {"detection", "gate", "gate_right", "clean/derained", "rainy/mAP"} <= set(result["history"][0])
     before = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
     after = ConditionalRainRobustRTDETR.from_pretrained(files / "out" / "pipeline")
+    best = result["history"][result["best_epoch"] - 1]
+    card = (files / "out" / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert f"| rainy/mAP | {best['rainy/mAP']:.4f} |" in card
     same = {name: torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items()}
     assert all(equal for name, equal in same.items() if name.startswith("detection_module"))
     assert not same["rain_detector.head.0.weight"] and not same["derain_module.output3.weight"]
@@ -504,7 +507,7 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys):
     assert results["sweep"][-1]["derained"] == 0 and results["sweep"][0]["derained"] == 1
     shown = capsys.readouterr().out
     assert shown.isascii() and "times as fast" in shown and "called rainy" in shown
-    assert {"results.json", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
+    assert {"results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
         path.name for path in (files / "eval").iterdir()}
     json.loads((files / "eval" / "results.json").read_text(encoding="utf-8"))
 

@@ -48,7 +48,7 @@ def test_evaluation_reports_all_rows(evaluation_base, capsys):
     shown = capsys.readouterr().out
     assert shown.isascii() and "De-rain Time" in shown and "No De-rain" in shown and "rain gap won back" in shown
     out = Path(evaluation_base["OUTPUT_DIR"])
-    assert {path.name for path in out.iterdir()} == {"results.json", "masks.png", "latency_map.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "masks.png", "latency_map.png"}
     written = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
     assert written["milliseconds_per_image"]["Feature-Level (Multiscale)"]["batch 1"] > 0
     assert Image.open(out / "masks.png").width > 9 * 240  # three detections, two times three masks

@@ -34,6 +34,7 @@ def test_both_phases_train_what_they_should_and_write_everything(base, weights, 
     assert first["score"] == pytest.approx(0.5 * first["rain/mAP"] + 0.5 * first["clean/mAP"])
     out = Path(base["OUTPUT_DIR"])
     assert names_in(out) == {"phase1", "phase2", "model"}
+    assert "| rain/mAP | 0." in (out / "model" / "README.md").read_text(encoding="utf-8")
     for phase in ("phase1", "phase2"):
         assert names_in(out / phase) == {"last.pt", "best.pt", "metrics.json", "curves.png", "tb"}
     start = {f"rtdetr.{name}": value for name, value in checkpoint_of(weights).items()}

@@ -78,6 +78,8 @@ def test_stage1_writes_its_files(stage1):
     assert stage1["test"]["box/mAP"] >= 0 and "mask/mAP" not in stage1["valid"]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert {row["class"] for row in results["results"]["valid"]["per_class"]} == set(CLASSES)
+    details = results["results"]["details"]["test"]["RF-DETR, box"]
+    assert details["mAP"] == pytest.approx(stage1["test"]["box/mAP"]) and (folder / "report.html").is_file()
 
 
 def test_a_new_run_gets_a_new_folder(tmp_path):

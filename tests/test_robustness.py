@@ -69,13 +69,14 @@ def test_the_script_scores_and_draws(base, capsys):
     result = script.main(**base)
     assert result["images"] == 8 and len(result["scores"]["plain"]) == 7
     out = Path(base["OUTPUT_DIR"])
-    assert names_in(out) == {"results.json", "robustness.md", "heat_map.png", "examples.png"}
+    assert names_in(out) == {"results.json", "report.html", "robustness.md", "heat_map.png", "examples.png"}
     written = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
     row = written["table"][1]
     assert row["model"] == "behind" and {"mPC", "rPC", "rain", "jpeg", "gain_interval"} <= row.keys()
     found = written["scores"]["behind"]
     assert row["jpeg"] == pytest.approx(np.mean([found[f"jpeg {level}"] for level in severity.LEVELS]))
-    assert row["clean"] == found["clean"]
+    assert row["clean"] == found["clean"] == pytest.approx(written["details"]["clean"]["behind"]["mAP"])
+    assert written["details"].keys() == {"clean", "rain medium", "jpeg medium"}
     shown = capsys.readouterr().out
     assert "gain in mPC" in shown and shown.isascii()
     plain = script.main(**base | {"RESAMPLES": 0, "WEATHER": ("rain",)})

@@ -208,9 +208,14 @@ def test_evaluation_reports_all_rows(base, weights, coco, capsys):
     shown = capsys.readouterr().out
     for part in ("Vanilla RT-DETR mAP:", "Original SPDNet + RT-DETR:", "Adapted SPDNet + RT-DETR:", "AP_small"):
         assert part in shown
-    assert {p.name for p in out.iterdir()} == {"results.json", "detections.png", "latency_map.png"}
+    assert {p.name for p in out.iterdir()} == {"results.json", "report.html", "detections.png", "latency_map.png"}
     written = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert written["results"]["milliseconds_per_image"]["Vanilla RT-DETR"]["batch 1"] > 0
+    details = written["results"]["details"]
+    assert details["rainy"].keys() == details["clean"].keys() == set(written["results"]["milliseconds_per_image"])
+    assert details["rainy"]["Adapted SPDNet + RT-DETR"]["AP50"] == adapted["AP50"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="slider"') == 6 and "{{" not in page  # three scenes, two de-rainers
     assert Image.open(out / "detections.png").width > 300
     with pytest.raises(UserError, match="ADAPTED_MODEL_PATH.*Training_SPDNet_Adaptation"):
         Eval_SPDNet_Adaptation.main(**settings | {"ADAPTED_MODEL_PATH": "./none.pt"})
@@ -285,6 +290,8 @@ def test_detector_training(coco, weights):
     scores = more["history"][0]
     assert scores["val/mAP"] == pytest.approx(0.5 * scores["clean/mAP"] + 0.5 * scores["rainy/mAP"])
     assert "rainy/mAP" not in result["history"][0]
+    card = (coco / "more" / "detector" / "README.md").read_text(encoding="utf-8")  # of the best epoch
+    assert f"| rainy/mAP | {scores['rainy/mAP']:.4f} |" in card and "8 training images" in card
     # data with a class that the detector does not know: new heads
     for path in (coco / "coco" / "annotations").iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace('"car"', '"rickshaw"'), encoding="utf-8")

@@ -90,7 +90,9 @@ def test_training_writes_a_file_that_detects_better_in_its_weather(base, weights
     shutil.rmtree(base["COCO_RAIN_DIR"] + "/train2017")  # fresh rain needs none
     result = Training.main(**base)
     out = Path(base["OUTPUT_DIR"])
-    assert {"rain.safetensors", "last.pt", "best.pt", "metrics.json"} <= names_in(out)
+    assert {"rain.safetensors", "rain.md", "last.pt", "best.pt", "metrics.json"} <= names_in(out)
+    best = result["history"][result["best_epoch"] - 1]
+    assert f"| rain/mAP | {best['rain/mAP']:.4f} |" in (out / "rain.md").read_text(encoding="utf-8")
     assert result["history"][1]["detection"] < result["history"][0]["detection"]
     assert all(path.read_bytes() == content for path, content in files.items())
     shown = capsys.readouterr().out
@@ -102,7 +104,7 @@ def test_training_writes_a_file_that_detects_better_in_its_weather(base, weights
     with pytest.raises(UserError, match="RAINY_BRANCH = .*rain.safetensors' is an adapter, which needs"):
         load_rainy_detector(str(out / "rain.safetensors"))
     Training.main(**base | {"NUM_EPOCHS": 1, "ADAPTER_NAME": "mist", "RAIN_KINDS": {"mist": 1.0}})
-    assert {"mist.safetensors", "previous_1"} <= names_in(out) and "rain.safetensors" not in names_in(out)
+    assert {"mist.safetensors", "previous_1"} <= names_in(out) and not {"rain.safetensors", "rain.md"} & names_in(out)
 
 
 def test_a_killed_training_goes_on_bit_for_bit(base, tmp_path, monkeypatch):

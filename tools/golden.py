@@ -42,7 +42,8 @@ COMMON = {  # on top of every script's DEMO dict, where the script has a constan
     "NUM_EPOCHS": 2, "EPOCHS": 2, "SWEEP_EPOCHS": 1, "BATCH_SIZE": 4, "BATCH": 4, "EVAL_BATCH_SIZE": 4,
     "WARMUP_STEPS": 1, "DATALOADER_WORKERS": 0, "NUM_WORKERS": 0, "PERCENT_DATASET": 100, "VAL_IMAGES": VAL_IMAGES}
 OUTPUTS = ("OUTPUT_DIR", "CHECKPOINT_DIR", "RUNS_DIR", "OUTPUT", "OUT")  # constants that say where a script writes
-TIMED_PICTURES = {"curves.png", "latency_map.png", "threshold_sweep.png"}  # show times, or may
+# show times, or may; the report says when it was written and holds what results.json has as well
+TIMED_FILES = {"curves.png", "latency_map.png", "threshold_sweep.png", "report.html"}
 TIMED_KEYS = re.compile(r"environment|time|seconds|fps|milliseconds.*|ms|ms_.*|.*per_s|images_per_s_.*")
 PICTURES, VIDEOS = {".png", ".jpg"}, {".mp4", ".avi"}
 MACHINE_LINES = re.compile(r"Python|packages:|torch|GPU|GB free")  # of what validate_setup.py prints
@@ -263,7 +264,7 @@ def entries_of(folder):
     for path in sorted(folder.rglob("*")):
         hidden = path.name.startswith(".")  # locks
         if path.is_file() and not hidden and "tb" not in path.relative_to(folder).parts and (
-                path.name not in TIMED_PICTURES):
+                path.name not in TIMED_FILES):
             flatten(content_of(path), path.relative_to(folder).as_posix() + ":", entries)
     return entries
 
@@ -281,6 +282,9 @@ def content_of(path):
         while (frame := video.read()[1]) is not None:
             frames.append(frame)
         return np.stack(frames)
+    if path.suffix == ".md":  # a model's card names the commit
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if not line.startswith("Trained with RainSight")]
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
     if path.suffix in (".pt", ".pth"):

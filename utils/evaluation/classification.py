@@ -107,7 +107,22 @@ def fit_temperature(logits, targets):
 
 def calibration_error(probabilities, targets, bins=10):
     """Expected calibration error: mean |confidence - frequency| over equal-width bins, weighted by their size."""
+    rows = reliability(probabilities, targets, bins)
+    return float(sum(abs(row.confidence - row.frequency) * row.count for row in rows) / sum(row.count for row in rows))
+
+
+class ReliabilityBin(NamedTuple):
+    """The answers whose probability lies in one of the equal-width bins."""
+
+    low: float         # where the bin begins
+    count: int
+    confidence: float  # mean probability
+    frequency: float   # share of yes's
+
+
+def reliability(probabilities, targets, bins=10):
+    """-> [ReliabilityBin, ...] of the bins that are not empty, in rising order; probabilities in [0, 1]."""
     p, t = np.asarray(probabilities, float), np.asarray(targets, float)
     which = np.minimum((p * bins).astype(int), bins - 1)
-    return float(sum(abs(p[which == b].mean() - t[which == b].mean()) * (which == b).mean()
-                     for b in np.unique(which)))
+    return [ReliabilityBin(float(b) / bins, int((which == b).sum()), float(p[which == b].mean()),
+                           float(t[which == b].mean())) for b in np.unique(which)]

@@ -15,12 +15,13 @@ from utils.evaluation import latency
 from utils.evaluation.coco import coco_scores, detection_scores, entries, ground_truth
 
 
-def evaluate_models(models, loader, device, parts):
+def evaluate_models(models, loader, device, parts, page=None):
     """COCO scores of several detectors on one validation set.
 
     Args:
         models: {name: model}, each (images in [0, 1]) -> outputs with logits and pred_boxes.
         parts: {part's name: [image id, ...]} of images that are also scored apart.
+        page: report_page.Page that is to show each model on the whole set, or None.
     Returns:
         [{"model", "images": the data set's domain or a part's name, "count", "mAP", "AP50", ...}, ...]: a row per
         model, then one per part and model.
@@ -31,6 +32,8 @@ def evaluate_models(models, loader, device, parts):
     for name, model in models.items():
         scores, found = detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
         rows.append({"model": name, "images": data.domain, "count": len(data)} | scores)
+        if page:
+            page.add(name, data, scores, entries(found), truth=truth)
         for part, ids in parts.items():
             chosen = entries({image_id: found[image_id] for image_id in ids})
             by_part[part].append({"model": name, "images": part, "count": len(ids)}

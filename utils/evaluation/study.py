@@ -68,10 +68,10 @@ def small(image, side):
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def data_uri(picture):
+def data_uri(picture, quality=JPEG_QUALITY):
     """-> a PIL image as the text that a page can hold instead of a file."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+    picture.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 

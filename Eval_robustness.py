@@ -126,7 +126,7 @@ def conditions(cfg):
 
 def measure(cfg, models, data, device):
     """-> {model: {condition: [intervals.Category, ...]}}; data: of `open_data`."""
-    found, truth = {row: {} for row in models}, ground_truth(data.annotation_file)
+    found, truth = {row: {} for row in models}, ground_truth(data.annotations)
     for condition in conditions(cfg):
         loader = loaders.validation_loader(in_weather(cfg, data, *condition), cfg.EVAL_BATCH_SIZE,
                                            cfg.DATALOADER_WORKERS)

@@ -185,7 +185,7 @@ def main(**overrides):
     model = build_model(cfg, device)
     require_queries(model.detection_module, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label_of(model.detection_module))
-    truths = {domain: ground_truth(loader.dataset.annotation_file)
+    truths = {domain: ground_truth(loader.dataset.annotations)
               for domain, loader in val_loaders.items()}
     groups = [{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}]
     if cfg.GATE == "soft":

@@ -346,7 +346,7 @@ def main(**overrides):
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
     val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
                    for domain, data in val.items()}
-    truths = {domain: ground_truth(data.annotation_file) for domain, data in val.items()} if (
+    truths = {domain: ground_truth(data.annotations) for domain, data in val.items()} if (
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None

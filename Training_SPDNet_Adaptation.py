@@ -235,7 +235,7 @@ def train_and_show(cfg, plan, model, data, device):
     train, val, labelled = data
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth = ground_truth(val.annotation_file) if labelled else None
+    truth = ground_truth(val.annotations) if labelled else None
     output, baselines = output_file(cfg), {}
     if labelled and cfg.BASELINES:
         baselines = baselines_before_training(model, val_loader, device, truth, cfg)

@@ -133,7 +133,7 @@ def main(**overrides):
     processes.say(freeze.describe({"RT-DETR with its adapter": model}))
     train, val = build_data(cfg, id2label_of(base))
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth, path = ground_truth(val.annotation_file), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
+    truth, path = ground_truth(val.annotations), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
     before = evaluate(base, val_loader, device, truth)
     processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
     result = engine.fit(

@@ -31,7 +31,7 @@ from utils.training.plan import whole
 from utils.weather import severity
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 PERCENT_DATASET: float = 10             # seeded subset of the validation images, in percent: there are 22 passes
 IMAGE_SIZE = 640                        # side of the square input, as in training
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know

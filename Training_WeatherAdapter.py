@@ -31,7 +31,7 @@ from utils.training import engine
 from utils.training.plan import Plan, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same images in the weather: to validate on and, with RAIN = "files", train
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's

@@ -23,7 +23,7 @@ from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
 
-DATASET_DIR = "./dataset"               # Roboflow layout: train/, valid/ and perhaps test/, each with its JSON
+DATASET_DIR = "./dataset"               # Roboflow's layout, COCO's, YOLO's or Pascal VOC's, see docs/data.md
 SIZE = "nano"                           # nano, small, medium, base, large or large_2026
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights; a checkpoint file; none: from scratch
 RUNS_DIR = "./runs"                     # where runs will be written

@@ -69,8 +69,12 @@ def numbered(contents):
 
 
 def require_own_stems(contents):
-    """UserError where two images of a split differ in their ending alone: YOLO and VOC name annotations without it."""
+    """UserError where two images of a split differ in their ending alone: YOLO and VOC name annotations without it; or
+    where one has an ending by which it would not be found."""
     for split, content in contents.items():
+        if odd := [image["file_name"] for image in content["images"] if not system.is_image(image["file_name"])]:
+            raise UserError(f"SOURCE ({split}): {len(odd)} image(s) are of a kind that is not read in a folder "
+                            f"({' '.join(system.SUFFIXES)}): {system.listed(odd, 3)}")
         stems = Counter(Path(image["file_name"]).with_suffix("").as_posix()
                         for image in content["images"])
         if double := [stem for stem, count in stems.items() if count > 1]:

@@ -124,6 +124,8 @@ def _hint(root):
         return "It has images/ and labels/ as YOLO does, and lacks data.yaml with train, val and names. "
     if inner := next((path for path in sorted(root.glob("*/")) + sorted(root.glob("*/*/")) if voc.is_root(path)), None):
         return f"Pascal VOC's data are in {inner.as_posix()}: give that folder. "
+    if any(any(root.glob(pattern)) for pattern in ("*.xml", "*/*.xml")):
+        return "It has XML files; Pascal VOC's form has them in Annotations/ and the images in JPEGImages/. "
     return ""
 
 
@@ -135,7 +137,7 @@ def read_foreign(split, masks=True):
     """
     names, images = FORMS[split.form].read(split.file, split.name, masks)
     stems = [Path(image["file_name"]).stem for image in images]
-    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]
+    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 16]
     ids = numbers if len(set(numbers)) == len(images) else range(1, len(images) + 1)
     content = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
     for image_id, image in zip(ids, images, strict=True):

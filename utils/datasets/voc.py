@@ -27,7 +27,7 @@ SPLIT_NAMES = ("train", "trainval", "val", "test")  # of lists; others (VOC has 
 
 def is_root(root):
     """-> whether a folder is a data set in this form."""
-    return (Path(root) / IMAGES).is_dir() and any(Path(root, ANNOTATIONS).glob("*.xml"))
+    return (Path(root) / IMAGES).is_dir() and any(Path(root, ANNOTATIONS).rglob("*.xml"))
 
 
 def split_file(root, name):
@@ -55,8 +55,12 @@ def read(file, name, masks=True):
     """Read the images that `split_file` says; as `yolo.read` does. name, masks: not needed, VOC has no polygons."""
     file = Path(file)
     root = file.parent if file.is_dir() else file.parent.parent.parent
-    known = {path.relative_to(root / IMAGES).with_suffix("").as_posix(): path
-             for path in system.images_in(root / IMAGES, links=True)}
+    known = {}
+    for path in system.images_in(root / IMAGES, links=True):
+        stem = path.relative_to(root / IMAGES).with_suffix("").as_posix()
+        if known.setdefault(stem, path) != path:
+            raise UserError(f"{known[stem].as_posix()} and {path.name} differ in their ending alone: one {stem}.xml "
+                            "cannot be for both; remove one")
     if file.is_dir():
         wanted = [(stem, file.as_posix()) for stem in known]
     else:

@@ -10,6 +10,7 @@ YOLO knows no crowds and no difficult objects, and one polygon per object. A mas
 polygon that walks from part to part and back, which covers the same pixels, and is taken apart when it is read.
 """
 
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.weather import twin
 FILES = ("data.yaml", "data.yml")
 SUFFIXES = (".yaml", ".yml")
 TOLERANCE = 0.01  # of the image's side: labels that reach out of it by so much are rounded, not wrong
+DIGITS = 4        # of pixels: whole and half ones come back as such, which decides how a polygon is filled
 ROW = "a row is 'class cx cy w h', or 'class x1 y1 x2 y2 x3 y3 ...'"
 
 
@@ -210,8 +212,10 @@ def _object(words, names, width, height, masks):
         x, y, w, h = (value * side for value, side in zip(values, (width, height) * 2, strict=True))
         if w < 0 or h < 0:
             raise ValueError("the box has a negative width or height")
-        return result | {"bbox": [x - w / 2, y - h / 2, w, h], "area": w * h} | ({"segmentation": []} if masks else {})
-    points = [(x * width, y * height) for x, y in zip(values[::2], values[1::2], strict=True)]
+        box = [round(value, DIGITS) for value in (x - w / 2, y - h / 2, w, h)]
+        return result | {"bbox": box, "area": box[2] * box[3]} | ({"segmentation": []} if masks else {})
+    points = [(round(x * width, DIGITS), round(y * height, DIGITS))
+              for x, y in zip(values[::2], values[1::2], strict=True)]
     xs, ys = zip(*points, strict=True)
     parts = _parts(points)
     result |= {"bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)],
@@ -282,17 +286,31 @@ def write(out, names, contents):
 
 def _row(note, image, lost):
     """-> a line of labels: the polygon where there is one, else the box."""
-    sides, shape = (image["width"], image["height"]), note.get("segmentation")
+    sides, parts = (image["width"], image["height"]), _polygons(note, image["file_name"])
     x, y, w, h = note["bbox"]
-    parts = [list(zip(part[::2], part[1::2], strict=True)) for part in shape if len(part) >= 6] if isinstance(
-        shape, list) else []
-    if shape and not parts:
+    corners = [(x, y), (x + w, y + h)]
+    if note.get("segmentation") and not parts:
         lost["mask(s) written as their boxes: YOLO has polygons alone, no RLE"] += 1
-    values = [(x + w / 2) / sides[0], (y + h / 2) / sides[1], w / sides[0], h / sides[1]]
-    if parts:
-        points = _joined(parts)
-        xs, ys = zip(*points, strict=True)
-        if max(abs(a - b) for a, b in zip((min(xs), min(ys), max(xs), max(ys)), (x, y, x + w, y + h), strict=True)) > 1:
-            lost["box(es) differ from the extent of their polygon by more than a pixel: YOLO keeps the polygon"] += 1
-        values = [value / side for point in points for value, side in zip(point, sides, strict=True)]
-    return " ".join([str(note["category_id"] - 1), *(f"{value:.8f}" for value in values)])
+    points = _joined(parts) if parts else corners
+    (left, top), (right, bottom) = (tuple(map(end, zip(*points, strict=True))) for end in (min, max))
+    if max(abs(left - x), abs(top - y), abs(right - x - w), abs(bottom - y - h)) > 1:
+        lost["box(es) differ from the extent of their polygon by more than a pixel: YOLO keeps the polygon"] += 1
+    inside = [tuple(min(max(value, 0), side) for value, side in zip(point, sides, strict=True)) for point in points]
+    if any(math.dist(one, other) > 1e-3 for one, other in zip(inside, points, strict=True)):
+        lost["object(s) reached out of their image and were clipped: YOLO's shares are 0 to 1"] += 1
+    shares = [(px / sides[0], py / sides[1]) for px, py in inside]
+    if not parts:
+        (x1, y1), (x2, y2) = shares
+        shares = [((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1, y2 - y1)]
+    return " ".join([str(note["category_id"] - 1), *(f"{value:.8f}" for point in shares for value in point)])
+
+
+def _polygons(note, file_name):
+    """-> [[(x, y), ...], ...] of an annotation, without parts of two points, which are no area."""
+    shape = note.get("segmentation")
+    parts = shape if isinstance(shape, list) else []
+    for part in parts:
+        if not isinstance(part, list) or len(part) % 2 or not all(
+                isinstance(value, (int, float)) and abs(value) < math.inf for value in part):
+            raise UserError(f"annotation {note['id']} of {file_name}: its polygon is not a list of x, y, x, y, ...")
+    return [list(zip(part[::2], part[1::2], strict=True)) for part in parts if len(part) >= 6]

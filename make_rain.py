@@ -37,7 +37,7 @@ from utils import config, system
 from utils.weather import rain, twin, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
-COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
+COCO = "./dataset/coco"      # for streaks, the clean data set: COCO, Roboflow's layout, YOLO or Pascal VOC
 CLEAR = "./data/clear"       # for windshield, the clean images: one folder or nested ones, annotations not needed
 OUT = ""                     # the twin; empty: ./dataset/coco_rain, for windshield ./data/windshield_rainy_v40
 INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image

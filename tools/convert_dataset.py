@@ -19,9 +19,9 @@ from utils.datasets import image_check, voc, yolo
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import SPLITS, find_split, has_split
 
-SOURCE = ""   # the data set to convert: its folder, or its data.yaml
-TO = ""       # coco (the standard layout), yolo or voc
-OUT = ""      # the folder to write, which is not there yet
+SOURCE: str = ""   # the data set to convert: its folder, or its data.yaml
+TO = ""            # coco (the standard layout), yolo or voc
+OUT = ""           # the folder to write, which is not there yet
 
 _WRITERS = {"yolo": yolo.write, "voc": voc.write}
 

@@ -69,16 +69,16 @@ def _is_annotation(folder, path, texts, voc, stems, folders):
 
 
 def _is_yolo_setting(folder, path):
-    """-> whether a path below a folder is a YAML file, or a text that lists images, at its top."""
+    """-> whether a path below a folder is, at its top, a YAML file with classes, or a text that lists images."""
     if len(path.parts) > 1 or path.suffix.lower() not in (".yaml", ".yml", ".txt"):
         return False
-    if path.suffix.lower() != ".txt":
-        return True
     try:
-        with open(folder / path, encoding="utf-8-sig") as file:
-            return system.is_image(file.readline().strip())
+        lines = (folder / path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError):
         return False
+    if path.suffix.lower() == ".txt":
+        return bool(lines) and system.is_image(lines[0].strip())
+    return any(line.startswith(("names:", "nc:")) for line in lines)
 
 
 def _is_of_voc(path, stems):

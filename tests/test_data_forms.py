@@ -21,6 +21,7 @@ from utils.config import UserError
 from utils.datasets import layouts, presets, voc, yolo
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import find_split
+from utils.demo.roboflow import ensure_dataset
 from utils.evaluation.coco import ground_truth, identity
 
 SQUARE = [10.0, 10.0, 20.25, 10.0, 20.25, 20.5, 10.0, 20.5]
@@ -468,3 +469,11 @@ def test_images_and_xml_files_that_are_missing_are_named(tmp_path):
     draw(root / "JPEGImages" / "a.png")
     with pytest.raises(UserError, match="a.jpg and a.png differ in their ending alone"):
         content_of(root)
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_demo_data_are_not_drawn_into_a_data_set_of_ones_own(forms, form):
+    before = sorted(forms[form].rglob("*"))
+    with pytest.raises(UserError, match="is not RainSight's own demo data and will not be replaced"):
+        ensure_dataset(forms[form])
+    assert sorted(forms[form].rglob("*")) == before

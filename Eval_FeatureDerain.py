@@ -28,7 +28,7 @@ from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
 DATASET = "coco_rain"                   # coco_rain (rainy and clean images), or mixedrain (by kind of weather)
-COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
 MIXEDRAIN_DIR = "./dataset/MixedRain"   # images/ and labels.txt, see utils/datasets/mixedrain.py
 PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent

@@ -23,7 +23,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.networks.rtdetr import id2label_of, require_queries, require_size, trained_size
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
 PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 IMAGE_SIZE = 640                        # side of the square input, as in training

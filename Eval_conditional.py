@@ -57,7 +57,7 @@ from utils.networks.spdnet import load_spdnet
 from utils.training.plan import whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy images in the same layout: the twin, or real rain with its own labels
 PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 RAIN_SHARE = 0.5                        # share of rainy images in the mix

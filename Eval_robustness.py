@@ -31,7 +31,7 @@ from utils.training.plan import whole
 from utils.weather import severity
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images: val2017/ and annotations/instances_val2017.json
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 PERCENT_DATASET: float = 10             # seeded subset of the validation images, in percent: there are 22 passes
 IMAGE_SIZE = 640                        # side of the square input, as in training
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
@@ -126,7 +126,7 @@ def conditions(cfg):
 
 def measure(cfg, models, data, device, page):
     """-> {model: {condition: [intervals.Category, ...]}}; data: of `open_data`; page: report_page.Page."""
-    found, truth = {row: {} for row in models}, ground_truth(data.annotation_file)
+    found, truth = {row: {} for row in models}, ground_truth(data.annotations)
     for condition in conditions(cfg):
         drawn = in_weather(cfg, data, *condition)
         loader = loaders.validation_loader(drawn, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)

@@ -31,7 +31,7 @@ from utils.training.plan import Plan
 from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent
 COCO_RATIO = 0.5                        # share of clean images: the gate has to see both
@@ -217,7 +217,7 @@ def main(**overrides):
     model = build_model(cfg, device)
     require_queries(model.detection_module, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label_of(model.detection_module))
-    truths = {domain: ground_truth(loader.dataset.annotation_file)
+    truths = {domain: ground_truth(loader.dataset.annotations)
               for domain, loader in val_loaders.items()}
     groups = [{"params": list(model.derain_module.parameters()), "lr": cfg.LEARNING_RATE}]
     if cfg.GATE == "soft":

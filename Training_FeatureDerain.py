@@ -33,7 +33,7 @@ from utils.training.plan import Plan, not_negative, whole
 from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.3                        # share of clean images, so that these are not over-processed
@@ -376,7 +376,7 @@ def main(**overrides):
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
     val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
                    for domain, data in val.items()}
-    truths = {domain: ground_truth(data.annotation_file) for domain, data in val.items()} if (
+    truths = {domain: ground_truth(data.annotations) for domain, data in val.items()} if (
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None

@@ -20,8 +20,9 @@ from transformers import RTDetrImageProcessor
 
 from utils import checkpoint, config, datasets, freeze, processes, report, visualize
 from utils.datasets import loaders, presets
-from utils.datasets.annotations import coco_split, label_table, read_annotations
+from utils.datasets.annotations import label_table, read_annotations
 from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.layouts import find_split
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
@@ -31,7 +32,7 @@ from utils.training import engine, model_card
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy twin from make_rain.py; only read where RAIN_RATIO > 0
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
@@ -109,8 +110,8 @@ def terms_of(cfg):
 
 def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
-    file = coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1]
-    categories = read_annotations(file, masks=False)["categories"]
+    train = find_split(cfg.COCO_DIR, "train", "COCO_DIR")
+    categories = read_annotations(train, masks=False)["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
     if not names:
         raise config.UserError(f"COCO_DIR = '{cfg.COCO_DIR}': the training annotations list no categories")
@@ -258,7 +259,7 @@ def main(**overrides):
     id2label = id2label_of(model)
     require_queries(model, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label)
-    truths = {domain: ground_truth(loader.dataset.annotation_file)
+    truths = {domain: ground_truth(loader.dataset.annotations)
               for domain, loader in val_loaders.items()}
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     processes.say(freeze.describe({"RT-DETR": model}))

@@ -33,7 +33,7 @@ from utils.training import engine, run_folder
 from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
@@ -235,7 +235,7 @@ def train_and_show(cfg, plan, model, data, device):
     train, val, labelled = data
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth = ground_truth(val.annotation_file) if labelled else None
+    truth = ground_truth(val.annotations) if labelled else None
     output, baselines = output_file(cfg), {}
     if labelled and cfg.BASELINES:
         baselines = baselines_before_training(model, val_loader, device, truth, cfg)

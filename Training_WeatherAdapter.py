@@ -31,7 +31,7 @@ from utils.training import engine, model_card
 from utils.training.plan import Plan, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
-COCO_DIR = "./dataset/coco"             # clean images, COCO layout: train2017/, val2017/, annotations/
+COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
 COCO_RAIN_DIR = "./dataset/coco_rain"   # the same images in the weather: to validate on and, with RAIN = "files", train
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's
@@ -180,7 +180,7 @@ def main(**overrides):
     train, val = build_data(cfg, id2label_of(base), twins=taught)
     teacher = distillation.Teacher(base, cfg.TEACHER_CACHE_GB) if taught else None
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth, path = ground_truth(val.annotation_file), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
+    truth, path = ground_truth(val.annotations), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
     before, card = evaluate(base, val_loader, device, truth), card_of(cfg, len(train), id2label_of(base))
     processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
     result = engine.fit(

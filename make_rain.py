@@ -1,4 +1,4 @@
-"""Write a rainy twin of a data set: same folders and file names, annotations (COCO, Roboflow, YOLO) copied.
+"""Write a rainy twin of a data set: same folders and file names, annotations (COCO, Roboflow, YOLO, VOC) copied.
 
     python make_rain.py --coco ./dataset/coco --out ./dataset/coco_rain
     python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
@@ -37,7 +37,7 @@ from utils import config, system
 from utils.weather import rain, twin, windshield
 
 KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
-COCO = "./dataset/coco"      # for streaks, the clean data set: annotations/*.json and folders with images
+COCO = "./dataset/coco"      # for streaks, the clean data set: COCO, Roboflow's layout, YOLO or Pascal VOC
 CLEAR = "./data/clear"       # for windshield, the clean images: one folder or nested ones, annotations not needed
 OUT = ""                     # the twin; empty: ./dataset/coco_rain, for windshield ./data/windshield_rainy_v40
 INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image
@@ -173,7 +173,8 @@ def check_source(source, kind):
     if not source.is_dir():
         raise config.UserError(f"{kind.source} = {source} is not a folder; {kind.layout}; set --{kind.source.lower()}, "
                                "or try --demo")
-    if (source / twin.ANNOTATIONS).is_dir() and not any((source / twin.ANNOTATIONS).glob("*.json")):
+    if any(path.name == twin.ANNOTATIONS and path.is_dir() and not any(path.glob("*.json"))
+           for path in source.iterdir()):  # by name: on Windows VOC's "Annotations" would be found as well
         raise config.UserError(f"{kind.source} = {source} has an annotations folder without *.json files; "
                                f"{kind.layout}")
     files = twin.files_of(source)
@@ -205,7 +206,7 @@ def require_listed(source, files, kind):
         notes.append(f"{len(files.others)} file(s) of {kind.source} = {source} are not in the twin: "
                      f"{', '.join(f'{count} {ending}' for ending, count in kinds.most_common())} "
                      f"({system.listed([path.as_posix() for path in files.others], 3)}); images are "
-                     f"{' '.join(system.SUFFIXES)}, annotations COCO's JSON and YOLO's text")
+                     f"{' '.join(system.SUFFIXES)}, annotations COCO's JSON, YOLO's text and VOC's XML")
     return notes
 
 

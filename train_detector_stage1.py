@@ -30,7 +30,7 @@ PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded on
 PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"
 
 # --- data ---------------------------------------------------------------------------------------------------------
-DATASET_DIR = "./dataset"               # Roboflow layout: train/, valid/ and perhaps test/, each with its JSON
+DATASET_DIR = "./dataset"               # Roboflow's layout, COCO's, YOLO's or Pascal VOC's, see docs/data.md
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
 AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)

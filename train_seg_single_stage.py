@@ -29,7 +29,7 @@ PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded on
 PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"
 
 # --- data ---------------------------------------------------------------------------------------------------------
-DATASET_DIR = "./dataset"               # Roboflow layout; annotations need masks (polygons or RLE)
+DATASET_DIR = "./dataset"               # Roboflow's layout, or see docs/data.md; masks are needed (polygons or RLE)
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
 AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)

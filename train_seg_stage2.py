@@ -30,7 +30,7 @@ STAGE1_RUN = ""                         # folder of the stage-1 run
 CHECKPOINT = ""                         # detector to freeze, from shrink_head.py; "" takes STAGE1_RUN's best.pt
 
 # --- data ---------------------------------------------------------------------------------------------------------
-DATASET_DIR = "./dataset"               # Roboflow layout; annotations need masks (polygons or RLE)
+DATASET_DIR = "./dataset"               # Roboflow's layout, or see docs/data.md; masks are needed (polygons or RLE)
 MULTI_SCALE = True                      # every batch at another size around RESOLUTION
 EXPANDED_SCALES = False                 # a wider range of sizes
 AUGMENTATION = "full"                   # full: colour, crop, mirror; mirror: only that (short runs, plenty of data)

@@ -23,7 +23,7 @@ from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
 
-DATASET_DIR = "./dataset"               # Roboflow layout: train/, valid/ and perhaps test/, each with its JSON
+DATASET_DIR = "./dataset"               # Roboflow's layout, COCO's, YOLO's or Pascal VOC's, see docs/data.md
 SIZE = "nano"                           # nano, small, medium, base, large or large_2026
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights; a checkpoint file; none: from scratch
 RUNS_DIR = "./runs"                     # where runs will be written
@@ -155,6 +155,7 @@ def check_disk(found, cfg):
 def check_dataset(found, cfg):
     """Structure and annotations of all splits. -> class names, [] where there is no usable training split."""
     from rfdetr.datasets import roboflow
+    from utils.datasets.layouts import has_split
     root = Path(cfg.DATASET_DIR)
     try:
         names, notes = roboflow.class_names_of(root)
@@ -166,8 +167,8 @@ def check_dataset(found, cfg):
     found.ok(f"{len(names)} classes to train: {system.listed(names, 20)}")
     data = {}
     for split in roboflow.SPLITS:
-        if split == "test" and not (root / split).is_dir():
-            found.ok(f"{root.as_posix()}: no test/, which is optional (--run_test 1 needs it)")
+        if split == "test" and not has_split(root, "test"):
+            found.ok(f"{root.as_posix()}: no test/ or other test images, which are optional (--run_test 1 needs them)")
         else:
             data[split] = check_split(found, root, split, names)
     for split in ("valid", "test"):
@@ -190,7 +191,7 @@ def check_split(found, root, split, names):
             found.fail(text)
 
     try:
-        path, content = roboflow.read_split(root, split)
+        place, content = roboflow.read_split(root, split)
         data = roboflow.RoboflowDataset(root, split, {name: row for row, name in enumerate(names)}, 384, train=False,
                                         check=False)
     except UserError as error:
@@ -210,14 +211,15 @@ def check_split(found, root, split, names):
         found.warn(f"{split}: no object of {system.listed(absent)}: "
                    + ("nothing to learn from" if split == "train" else "no mAP for that"))
     try:
-        image_check.check_images([path.parent / name for name in data.files], split,
+        image_check.check_images([place.folder / name for name in data.files], split,
                                  [(image["width"], image["height"]) for image in content["images"]])
         found.ok(f"{split}: all image files are there and can be read")
     except UserError as error:
         bad(str(error))
-    names_on_disk = {p.relative_to(path.parent).as_posix() for p in system.images_in(path.parent)}
-    if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
-        found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
+    if place.form == "coco":  # in the other forms several splits may share a folder
+        names_on_disk = {path.relative_to(place.folder).as_posix() for path in system.images_in(place.folder)}
+        if strays := sorted(names_on_disk - {Path(name).as_posix() for name in data.files}):
+            found.warn(f"{split}: {len(strays)} image(s) that the annotation file does not list, such as {strays[0]}")
     check_masks(found, bad, split, content)
     return data
 

@@ -12,8 +12,9 @@ import torch
 
 from utils import config, datasets, report
 from utils.datasets import loaders, presets
-from utils.datasets.annotations import coco_split, read_annotations
+from utils.datasets.annotations import read_annotations
 from utils.datasets.fresh_rain import FreshRain
+from utils.datasets.layouts import find_split
 from utils.weather import rain
 
 COCO_DIR = "./dataset/coco"             # COCO-layout root; its train split is read
@@ -45,7 +46,7 @@ def rate(data, workers, images):
 def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     torch.set_num_threads(1)
-    content = read_annotations(coco_split(cfg.COCO_DIR, "train", "COCO_DIR")[1])
+    content = read_annotations(find_split(cfg.COCO_DIR, "train", "COCO_DIR"))
     id2label = dict(enumerate(c["name"] for c in content["categories"]))
     settings = {"id2label": id2label, "split": "train", "constant": "COCO_DIR", "domain": "clean"}
     rows, kinds = [], {"": {}, " with fresh rain and twins": {

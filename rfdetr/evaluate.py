@@ -176,7 +176,7 @@ def evaluate(model, loader, device, masks=False, truth=None, name="evaluating"):
         Evaluation.
     """
     data = loader.dataset
-    truth = truth or ground_truth(data.annotation_file)
+    truth = truth or ground_truth(data.annotations)
     found = detect(model, loader, device, masks, name)
     metrics, table = {}, {}
     for kind, iou_type in list(KINDS.items())[:1 + bool(masks)]:

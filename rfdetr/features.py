@@ -6,6 +6,7 @@ as they are, the stretched image and the objects' masks. An epoch then costs onl
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from rfdetr.datasets.roboflow import Collate
 from utils import checkpoint, datasets, freeze, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
+from utils.datasets.annotations import read_annotations
 from utils.images import to_bytes
 
 VERSION = 1  # raise it when the same key would hold something else
@@ -32,7 +34,7 @@ class CachedDataset(torch.utils.data.Dataset):
 
     Args:
         folder: of all caches; this one lives in a folder of its own, named after the detector's weights, the
-            resolution and the annotation file, so that a change of any of them starts a new cache.
+            resolution and the annotations, so that a change of any of them starts a new cache.
         model: RFDETR with a frozen detector; data: RoboflowDataset without augmentation, with masks.
         resolution: side of the square input.
     Raises:
@@ -44,7 +46,7 @@ class CachedDataset(torch.utils.data.Dataset):
         identity = hashlib.blake2b(digest_size=10)
         for part in (str(VERSION), freeze.fingerprint(model.detector), str(resolution)):
             identity.update(part.encode())
-        identity.update(Path(data.annotation_file).read_bytes())
+        identity.update(json.dumps(read_annotations(data.annotations)).encode())
         self.folder = Path(folder) / identity.hexdigest()
         digests = [hashlib.blake2b((Path(data.folder) / name).read_bytes(), digest_size=8).hexdigest()
                    for name in data.files]

@@ -282,7 +282,7 @@ def amp_precision(no_amp):
 def class_names(cfg):
     """-> the data set's class names; prints what was dropped. UserError where a split that the run reads is missing."""
     for split in ("train", "valid", "test") if cfg.RUN_TEST else ("train", "valid"):
-        roboflow.annotation_path(cfg.DATASET_DIR, split)
+        roboflow.split_of(cfg.DATASET_DIR, split)
     names, notes = roboflow.class_names_of(cfg.DATASET_DIR)
     for note in notes:
         processes.say(f"note: {note}")
@@ -294,7 +294,7 @@ def open_dataset(cfg, split, class_rows, resolution, train=False, with_masks=Fal
     data = roboflow.RoboflowDataset(cfg.DATASET_DIR, split, class_rows, resolution, train=train, masks=with_masks,
                                     seed=cfg.SEED, augmentation=cfg.AUGMENTATION)
     if split == "valid" and not len(data.labels):
-        raise UserError(f"{data.annotation_file.as_posix()} has no object: nothing to choose the best epoch by")
+        raise UserError(f"{data.annotations} has no object: nothing to choose the best epoch by")
     for note in data.notes:
         processes.say(f"note: {note}")
     return data
@@ -335,7 +335,7 @@ def evaluation_splits(cfg, data, resolution):
     """-> {"valid", perhaps "test": Evaluated} of `open_splits`' data."""
     return {split: Evaluated(
                 loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
-                ground_truth(one.annotation_file))
+                ground_truth(one.annotations))
             for split, one in data.items() if split != "train"}
 
 

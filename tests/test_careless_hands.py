@@ -22,7 +22,7 @@ from rfdetr.datasets import roboflow
 from tools import constant_types
 from utils import checkpoint, config, datasets, processes, system
 from utils.config import UserError
-from utils.datasets import annotations, presets, windshield_pairs
+from utils.datasets import layouts, presets, windshield_pairs
 from utils.evaluation.coco import coco_scores, ground_truth
 from utils.inference import video
 from utils.networks.rain_detector import new_rain_detector, save_rain_detector
@@ -179,8 +179,8 @@ def test_a_file_where_a_folder_is_needed_and_the_reverse(tmp_path):
     file.write_text("words")
     folder.mkdir()
     refused(lambda: datasets.images_by_name(file, "CLEAN_DIR", "Advice."), "CLEAN_DIR", "is a file, a folder is needed")
-    refused(lambda: annotations.coco_split(file, "val", "COCO_DIR"), "COCO_DIR", "is a file, a folder is needed")
-    refused(lambda: roboflow.annotation_path(file, "train"), "--dataset_dir", "is a file, a folder is needed")
+    refused(lambda: layouts.find_split(file, "val", "COCO_DIR"), "COCO_DIR", "is a file, a folder is needed")
+    refused(lambda: roboflow.split_of(file, "train"), "--dataset_dir", "is a file, a folder is needed")
     refused(lambda: checkpoint.load(folder), "is a folder, a file is needed")
     refused(lambda: script("shrink_head").main(IN_CKPT=str(folder), OUT_CKPT="x", KEEP=("car",)), "--in_ckpt",
             "is a folder")
@@ -288,7 +288,7 @@ def annotated(request, tmp_path):
         write_coco(tmp_path / "coco")
         return (tmp_path / "coco" / "annotations" / "instances_val2017.json", lambda: open_coco(tmp_path / "coco"))
     write_dataset(tmp_path / "data")
-    return tmp_path / "data" / "train" / roboflow.ANNOTATIONS, lambda: open_roboflow(tmp_path / "data")
+    return tmp_path / "data" / "train" / layouts.ROBOFLOW_FILE, lambda: open_roboflow(tmp_path / "data")
 
 
 def corners_for_extents(content):
@@ -363,7 +363,7 @@ def test_boxes_that_are_left_out_are_not_missed(annotated):
 
 def test_a_mask_beside_its_box_is_noted(tmp_path):
     write_dataset(tmp_path, kind="polygon")
-    edited(tmp_path / "train" / roboflow.ANNOTATIONS,
+    edited(tmp_path / "train" / layouts.ROBOFLOW_FILE,
            lambda content: content["annotations"][0].update(segmentation=[[40, 30, 60, 30, 60, 46, 40, 46]]))
     data = roboflow.RoboflowDataset(tmp_path, "train", {"cat": 0, "dog": 1}, 64, train=False, masks=True)
     assert any("1 mask(s) do not fit their box" in note for note in data.notes)

@@ -317,7 +317,7 @@ def test_scores_of_a_mix_by_hand(files, small_detector):
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
     part = mixed_part(clean, rainy, 0.5, 0)
     perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
-                            for note in read_annotations(rainy.annotation_file)["annotations"]
+                            for note in read_annotations(rainy.annotations)["annotations"]
                             if note["image_id"] == i]) for i in rainy.image_ids}
     nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
     found = {domain: {"vanilla": perfect if domain == "clean" else nothing,

@@ -82,7 +82,7 @@ def test_boxes_are_clipped_or_left_out_and_counted(coco):
     data = open_set(coco / "coco")
     assert [note.split(": ")[1].split(" ")[0] for note in data.notes] == ["1", "1"]
     boxes = torch.cat([data[i]["boxes"] for i in range(len(data))])
-    assert len(boxes) == len(json.loads(data.annotation_file.read_text())["annotations"]) - 2
+    assert len(boxes) == len(json.loads(data.annotations.file.read_text())["annotations"]) - 2
     corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
     assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
 
@@ -238,7 +238,7 @@ def test_what_is_no_list_of_entries_is_refused_in_one_line(coco, change):
 
 def test_two_categories_of_one_class_are_refused_where_both_are_used(coco):
     data = open_set(coco / "coco")
-    name = next(c["name"] for c in json.loads(data.annotation_file.read_text())["categories"] if c["id"] == 3)
+    name = next(c["name"] for c in json.loads(data.annotations.file.read_text())["categories"] if c["id"] == 3)
     edit(coco / "coco", lambda content: content["categories"].append({"id": 9, "name": name.upper()}))
     assert open_set(coco / "coco").category_of == data.category_of  # nothing carries the new one
     edit(coco / "coco", lambda content: content["annotations"][0].update(category_id=9))

@@ -10,6 +10,7 @@ from test_rfdetr_data import opened, write_dataset
 from rfdetr.datasets import roboflow
 from tools import make_demo_dataset as tool
 from utils.config import UserError
+from utils.datasets import layouts
 from utils.demo import roboflow as demo_roboflow
 
 
@@ -30,7 +31,7 @@ def test_the_demo_data_set_has_the_layout_and_opens_with_masks(demo_root):
         assert len(data) == number == len(list((root / split).glob("*.jpg"))) and data.notes == []
         assert not seen & set(data.files)
         seen |= set(data.files)
-        content = json.loads(data.annotation_file.read_text(encoding="utf-8"))
+        content = json.loads(data.annotations.file.read_text(encoding="utf-8"))
         assert len(data.labels) == len(content["annotations"])
         assert {note["image_id"] for note in content["annotations"]} <= set(data.image_ids)
         for sample in (data[i] for i in range(number)):
@@ -42,9 +43,9 @@ def test_the_demo_data_set_has_the_layout_and_opens_with_masks(demo_root):
 def test_the_demo_data_set_is_made_once_and_again_after_a_kill(demo_root):
     root, source = demo_root
     numbers = {"num_train": 6, "num_valid": 3, "num_test": 2}
-    before = (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns
+    before = (root / "train" / layouts.ROBOFLOW_FILE).stat().st_mtime_ns
     demo_roboflow.ensure_dataset(root, source, **numbers)
-    assert (root / "train" / roboflow.ANNOTATIONS).stat().st_mtime_ns == before
+    assert (root / "train" / layouts.ROBOFLOW_FILE).stat().st_mtime_ns == before
     (root / demo_roboflow.MARKER).write_text('{"unfinished": true}')  # as a kill between two renames leaves it
     next((root / "valid").glob("*.jpg")).unlink()
     (root / ".building-leftover").mkdir()

@@ -22,7 +22,7 @@ NAMES = {0: "person", 1: "car"}
 def truth_and_data(coco):
     data = datasets.CocoDetectionDataset(coco / "coco", "val", NAMES, presets.evaluation(96), constant="COCO_DIR",
                                          domain="clean")
-    return coco_evaluation.ground_truth(data.annotation_file), data
+    return coco_evaluation.ground_truth(data.annotations), data
 
 
 def test_decoding_equals_transformers(small_detector):

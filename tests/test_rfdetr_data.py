@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from rfdetr.datasets import roboflow, transforms
 from utils import datasets
 from utils.config import UserError
-from utils.datasets import loaders
+from utils.datasets import layouts, loaders
 from utils.evaluation.coco import coco_scores, ground_truth, with_masks_only
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -62,13 +62,13 @@ def write_dataset(root, kind="rle", splits=("train", "valid")):
                     "segmentation": segmentation(kind, mask, box)})
             Image.fromarray(pixels).convert("RGB").save(folder / f"{number}.png")
             content["images"].append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
-        (folder / roboflow.ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
+        (folder / layouts.ROBOFLOW_FILE).write_text(json.dumps(content), encoding="utf-8")
     return root
 
 
 def edit(root, change, split="train"):
     """Let `change(content)` alter a split's annotation file."""
-    path = root / split / roboflow.ANNOTATIONS
+    path = root / split / layouts.ROBOFLOW_FILE
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -244,7 +244,7 @@ def test_real_data_sets_give_the_masks_that_pycocotools_sees(name):
     assert len(notes) == 1 and "parent" in notes[0]
     for split in ("valid", "test"):
         data = opened(SHARED / name, split, resolution=1000, rows={n: row for row, n in enumerate(names)})
-        truth = ground_truth(data.annotation_file)
+        truth = ground_truth(data.annotations)
         assert data.notes == [] and len(data.labels) == len(truth.anns)
         for index in range(0, len(data), 2):
             sample, notes = data[index], truth.imgToAnns[data.image_ids[index]]
@@ -312,7 +312,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, change, me
 
 
 def test_corrupt_json_and_a_truncated_image_are_named(tmp_path):
-    path = write_dataset(tmp_path) / "train" / roboflow.ANNOTATIONS
+    path = write_dataset(tmp_path) / "train" / layouts.ROBOFLOW_FILE
     path.write_text(path.read_text(encoding="utf-8")[:200], encoding="utf-8")
     with pytest.raises(UserError, match="train/_annotations.coco.json is not readable JSON"):
         opened(tmp_path)
@@ -377,7 +377,7 @@ def test_class_names_do_not_depend_on_the_optional_test_split(tmp_path):
     write_dataset(tmp_path, splits=("test",))
     edit(tmp_path, _set("annotations", 0, category_id=0), "test")
     assert roboflow.class_names_of(tmp_path) == expected
-    (tmp_path / "test" / roboflow.ANNOTATIONS).write_text("{", encoding="utf-8")
+    (tmp_path / "test" / layouts.ROBOFLOW_FILE).write_text("{", encoding="utf-8")
     assert roboflow.class_names_of(tmp_path) == expected
     with pytest.raises(UserError, match="test/_annotations.coco.json is not readable JSON"):  # with --run_test 1
         opened(tmp_path, "test")
@@ -392,7 +392,7 @@ def test_words_as_image_ids_train_and_score(tmp_path):
     edit(write_dataset(tmp_path), in_words)
     data = opened(tmp_path)
     assert data[0]["image_id"] == "image 1" and len(data[0]["labels"]) == 2
-    truth = ground_truth(data.annotation_file)
+    truth = ground_truth(data.annotations)
     found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "bbox": note["bbox"], "score": 0.9,
               "segmentation": truth.annToRLE(note)} for note in truth.dataset["annotations"]]
     for kind in ("bbox", "segm"):
@@ -413,7 +413,7 @@ def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_with
         assert roboflow.mask_code(shape, 48, 64) is None
         what = "whose mask covers no pixel of the image" if shape else "without a mask"
         assert f"1 object(s) {what} were left out" in opened(tmp_path).notes[0]
-    truth = ground_truth(tmp_path / "train" / roboflow.ANNOTATIONS)
+    truth = ground_truth(tmp_path / "train" / layouts.ROBOFLOW_FILE)
     masks = with_masks_only(truth)
     assert [note["iscrowd"] for note in masks.dataset["annotations"]] == [1, 0, 0]
     found = [{"image_id": note["image_id"], "label": note["category_id"] - 1, "score": 0.9,
@@ -424,7 +424,7 @@ def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_with
 
 @pytest.mark.parametrize("kind", ["polygon", "rle", "uncompressed"])
 def test_a_truth_with_all_its_masks_is_scored_as_it_is(tmp_path, kind):
-    truth = ground_truth(write_dataset(tmp_path, kind) / "train" / roboflow.ANNOTATIONS)
+    truth = ground_truth(write_dataset(tmp_path, kind) / "train" / layouts.ROBOFLOW_FILE)
     assert with_masks_only(truth) is truth
 
 

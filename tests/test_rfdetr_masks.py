@@ -298,7 +298,7 @@ class Loader(list):
         images = torch.stack([torch.full((3, 64, 64), i, dtype=torch.uint8) for i in range(len(SCENES))])
         super().__init__({"images": images[i:i + 2], "image_ids": list(range(len(SCENES)))[i:i + 2],
                           "sizes": [size] * len(images[i:i + 2])} for i in (0, 2))
-        self.dataset = SimpleNamespace(annotation_file=annotation_file, image_ids=[0, 1, 2], category_of={1: 5, 3: 9})
+        self.dataset = SimpleNamespace(annotations=annotation_file, image_ids=[0, 1, 2], category_of={1: 5, 3: 9})
 
 
 def test_predictions_drop_foreign_rows_before_choosing():

@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from utils.config import UserError
+
 try:
     from PIL.ExifTags import Base
     from PIL.Image import DecompressionBombError, Transpose
@@ -86,6 +88,16 @@ def read_json(path, object_hook=None):
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError:  # PowerShell's > writes UTF-16
         raise ValueError("it is not in UTF-8: save it as UTF-8") from None
+
+
+def numbered_lines(path):
+    """-> [(number from 1, text without blanks around it), ...] of a text file's lines that hold something; UserError
+    where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{Path(path).as_posix()} cannot be read ({error}): save it as UTF-8") from None
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def absent(path, folder=False):

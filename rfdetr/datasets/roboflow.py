@@ -2,6 +2,7 @@
 
     dataset/train/_annotations.coco.json, dataset/train/*.jpg     the same for valid/ and, perhaps, test/
 
+The other layouts of utils/datasets/layouts.py are read as well.
 Masks may be polygons, compressed or uncompressed RLE; in memory they are compressed RLE, about a hundred bytes each. A
 sample is a function of (seed, epoch, index) alone, the size of a batch of (seed, keys in the batch) alone.
 """
@@ -31,42 +32,31 @@ from utils.datasets.annotations import (
     require_own_ids,
     usable_boxes,
 )
+from utils.datasets.layouts import ADVICE, find_split, has_split
 
 SPLITS = ("train", "valid", "test")
-OTHER_NAMES = {"train": ("training",), "valid": ("val", "validation"), "test": ("testing",)}  # of their folders
-ANNOTATIONS = "_annotations.coco.json"
 NO_MASKS = "No segmentation masks found in COCO annotations"
 ELSEWHERE = "mask(s) do not fit their box: they share less than half of their extent with it (are x and y swapped?)"
 
 
 # ---- annotation files ----------------------------------------------------------------------------------------------
 
-def annotation_path(root, split, flag="--dataset_dir"):
-    """-> Path of a split's annotation file; UserError that says what is missing and how to get a data set."""
-    path = Path(root) / split / ANNOTATIONS
-    if path.is_file():
-        return path
-    missing, problem = next((p, problem) for p in (Path(root), Path(root) / split, path)
-                            if (problem := system.absent(p, folder=p != path)))
-    other = next((name for name in OTHER_NAMES.get(split, ()) if (Path(root) / name).is_dir()), None)
-    if other and missing == Path(root) / split:
-        raise UserError(f"{flag} {Path(root).as_posix()} has a folder {other}: it must be called {split}")
-    raise UserError(f"{flag} {Path(root).as_posix()}: {missing.as_posix()} {problem}; expected train/, valid/ and "
-                    f"perhaps test/ in it, each with {ANNOTATIONS} and its images. Export your project as COCO "
-                    f"(Segmentation), draw a data set with 'python -m tools.make_demo_dataset', or try --demo.")
+def split_of(root, split, flag="--dataset_dir"):
+    """-> layouts.Split; UserError that says what is missing and how to get a data set."""
+    return find_split(root, split, flag, ADVICE["masks"], usual="roboflow")
 
 
 def read_split(root, split, flag="--dataset_dir"):
-    """-> (Path of the annotation file, its content; those of `_namesakes` are "namesakes" in it, not categories);
+    """-> (layouts.Split, its content as COCO's; the categories of `_namesakes` are "namesakes" in it, not categories);
     UserError where anything that training relies on is not there."""
-    path = annotation_path(root, split, flag)
-    content = read_annotations(path)
+    found = split_of(root, split, flag)
+    content = read_annotations(found)
     content["namesakes"] = _namesakes(content)
     content["categories"] = [c for c in content["categories"] if c["id"] not in content["namesakes"]]
     if problem := _problem(content):
-        raise UserError(f"{path.as_posix()}: {problem}")
-    require_own_ids(content, "annotations", path.as_posix())
-    return path, content
+        raise UserError(f"{found}: {problem}")
+    require_own_ids(content, "annotations", str(found))
+    return found, content
 
 
 def _namesakes(content):
@@ -110,7 +100,7 @@ def class_names_of(root, flag="--dataset_dir"):
         UserError: no data set, no classes.
     """
     contents = {split: read_split(root, split, flag)[1] for split in ("train", "valid")
-                if split == "train" or (Path(root) / split / ANNOTATIONS).is_file()}
+                if split == "train" or has_split(root, "val")}
     used = {names[note["category_id"]] for content in contents.values()
             for names in [{c["id"]: c["name"] for c in content["categories"]}] for note in content["annotations"]}
     categories = sorted(contents["train"]["categories"], key=lambda category: category["id"])
@@ -119,7 +109,7 @@ def class_names_of(root, flag="--dataset_dir"):
                and (c["id"] == 0 or c["name"] in parents)]
     names = [c["name"] for c in categories if c["name"] not in dummies]
     if not names:
-        raise UserError(f"{flag} {Path(root).as_posix()}: train/{ANNOTATIONS} lists no classes")
+        raise UserError(f"{flag} {Path(root).as_posix()}: its training annotations list no classes")
     return names, [f"{what} is Roboflow's parent category without annotations: left out" for what in (
         *(f"class {name!r}" for name in dummies),
         *(f"category {number}, called {name!r} as a class is," for number, name in
@@ -281,17 +271,17 @@ class RoboflowDataset(torch.utils.data.Dataset):
         masks: every object needs a mask; those without are left out and counted.
         seed: of the augmentation; check: decode every image once.
     Attributes:
-        annotation_file, folder (Path), files (names in it), image_ids, category_of {row: category id}, class_names,
-        notes (lines to print), sample_with_masks (how many of the first annotations have a mask, how many were looked
-        at: at most 10).
+        annotations (layouts.Split), folder (Path), files (names in it), image_ids, category_of {row: category id},
+        class_names, notes (lines to print), sample_with_masks (how many of the first annotations have a mask, how many
+        were looked at: at most 10).
     Raises:
         UserError: missing files, broken JSON, images or masks, unknown classes, no masks at all.
     """
 
     def __init__(self, root, split, class_rows, resolution, *, train, masks=False, seed=0, flag="--dataset_dir",
                  augmentation="full", check=True):
-        self.annotation_file, content = read_split(root, split, flag)
-        self.folder, self.resolution, self.seed, self.train = self.annotation_file.parent, resolution, seed, train
+        self.annotations, content = read_split(root, split, flag)
+        self.folder, self.resolution, self.seed, self.train = self.annotations.folder, resolution, seed, train
         if augmentation not in transforms.AUGMENTATIONS:
             raise UserError(f"--augmentation {augmentation}: choose {' or '.join(transforms.AUGMENTATIONS)}")
         self.transform = transforms.AUGMENTATIONS[augmentation]() if train else transforms.evaluation()
@@ -300,18 +290,18 @@ class RoboflowDataset(torch.utils.data.Dataset):
         unknown = {note["category_id"] for note in content["annotations"]} - row_of.keys()
         if unknown:
             names = sorted(c["name"] for c in content["categories"] if c["id"] in unknown)
-            raise UserError(f"{self.annotation_file.as_posix()} annotates {system.listed(map(repr, names))}, which is "
+            raise UserError(f"{self.annotations} annotates {system.listed(map(repr, names))}, which is "
                             f"not among the classes to train: {system.listed(class_rows, 8)}. Give all splits the "
                             "same classes.")
         self.category_of = {row: category for category, row in row_of.items()}
         if not content["images"]:
-            raise UserError(f"{self.annotation_file.as_posix()} lists no images")
+            raise UserError(f"{self.annotations} lists no images")
         self.files = [image["file_name"] for image in content["images"]]
         self.image_ids = [image["id"] for image in content["images"]]
         self.notes = self._index_objects(content["images"], content["annotations"], row_of, masks)
         if train and not len(self.labels):
             crowd = sum(bool(note.get("iscrowd", 0)) for note in content["annotations"])
-            raise UserError(f"{self.annotation_file.as_posix()} has no object to train on"
+            raise UserError(f"{self.annotations} has no object to train on"
                             + (f": {crowd} of its {len(content['annotations'])} annotation(s) are crowd regions "
                                "(\"iscrowd\": 1), which are not trained on" if crowd else ""))
         if check:
@@ -322,7 +312,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
     def _index_objects(self, images, annotations, row_of, masks):
         """Flat arrays, not dicts: spawned workers get a copy of them. -> lines on what was clipped or left out."""
         objects = [note for note in annotations if not note.get("iscrowd", 0)]
-        usable = usable_boxes(objects, images, self.annotation_file.as_posix())
+        usable = usable_boxes(objects, images, str(self.annotations))
         owner, kept = usable.owner, usable.kept.copy()
         counts = {"crowd region(s) are not trained on": len(annotations) - len(objects)}
         codes = None
@@ -346,13 +336,13 @@ class RoboflowDataset(torch.utils.data.Dataset):
             chosen = [codes[i] for i in order]
             self.codes = np.frombuffer(b"".join(chosen), np.uint8)
             self.code_ends = np.cumsum([0, *map(len, chosen)])
-        return usable.notes + notes_on_images(images, self.annotation_file.as_posix()) + [
-            f"{self.annotation_file.as_posix()}: {count} {what}" for what, count in counts.items() if count]
+        return usable.notes + notes_on_images(images, str(self.annotations)) + [
+            f"{self.annotations}: {count} {what}" for what, count in counts.items() if count]
 
     def _mask_codes(self, objects, sizes):
         """-> one `mask_code` per object; UserError that names those that are broken, or says that there are none."""
         if objects and not any(note.get("segmentation") for note in objects):
-            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): boxes alone are enough for "
+            raise UserError(f"{NO_MASKS} ({self.annotations}): boxes alone are enough for "
                             "train_detector_stage1.py, masks need 'segmentation' (polygons or RLE); export the data "
                             "set as COCO Segmentation")
         codes, broken, names = [], [], dict(zip(self.image_ids, self.files, strict=True))
@@ -363,10 +353,10 @@ class RoboflowDataset(torch.utils.data.Dataset):
             except ValueError as error:
                 broken.append(f"annotation {note['id']} of {names[note['image_id']]} ({error})")
         if broken:
-            raise UserError(f"{self.annotation_file.as_posix()}: {len(broken)} mask(s) cannot be decoded: "
+            raise UserError(f"{self.annotations}: {len(broken)} mask(s) cannot be decoded: "
                             f"{system.listed(broken, 3, '; ')}. Fix or remove them.")
         if objects and not any(codes):
-            raise UserError(f"{NO_MASKS} ({self.annotation_file.as_posix()}): every mask in it covers no pixel. "
+            raise UserError(f"{NO_MASKS} ({self.annotations}): every mask in it covers no pixel. "
                             "Polygons are x, y, x, y, ... in pixels of the image, not in shares of it; export the data "
                             "set as COCO Segmentation")
         return codes

@@ -1,4 +1,5 @@
-"""COCO annotation files: where they lie, what must be in them, and how their categories map to a model's classes."""
+"""Annotations as COCO's entries: what must be in them, and how their categories map to a model's classes. Where they
+lie, and in which forms, is in layouts.py."""
 
 import math
 from collections import Counter
@@ -9,37 +10,26 @@ import numpy as np
 
 from utils import system
 from utils.config import UserError
+from utils.datasets import layouts
 
 # Spellings of one class in published label lists (left: PASCAL VOC style, as in PekingU/rtdetr_*; right: COCO).
 SAME_CLASS = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
               "diningtable": "dining table", "tvmonitor": "tv"}
-ADVICE = {  # what a user can do who lacks the images of a domain
-    "clean": "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo.",
-    "rainy": "Make it with make_rain.py, set the constant to your data, or try --demo.",
-}
-LAYOUT = "expected <folder>/{split}2017/*.jpg and <folder>/annotations/instances_{split}2017.json"
 
 
-def coco_split(root, split, constant, advice=ADVICE["clean"]):
-    """-> (image folder, annotation file) of a COCO-layout root.
+def read_annotations(source, masks=True):
+    """-> the content of a COCO annotation file, or what is the same of YOLO's or Pascal VOC's; UserError where it is
+    none, which names file and line.
 
-    Raises:
-        UserError: names `constant` and what is missing, and ends in `advice`: where the user can get it.
+    Args:
+        source: layouts.Split, or the path of a COCO file.
+        masks: False drops the polygons while reading: a third of the memory for COCO's training file, and faster.
     """
-    root = Path(root)
-    images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
-    for path in (root, images, annotations):
-        if problem := system.absent(path, folder=path != annotations):
-            raise UserError(f"{constant} = '{root.as_posix()}': {path.as_posix()} {problem}; "
-                            f"{LAYOUT.format(split=split)}. {advice}")
-    return images, annotations
-
-
-def read_annotations(path, masks=True):
-    """-> the content of a COCO annotation file; UserError where it is not one.
-
-    masks: False drops the polygons while reading: a third of the memory for COCO's training file, and faster.
-    """
+    if isinstance(source, layouts.Split) and source.form != "coco":
+        content = layouts.read_foreign(source, masks)
+        _require_entries(content, str(source))
+        return content
+    path = source.file if isinstance(source, layouts.Split) else source
     try:
         content = system.read_json(path, object_hook=None if masks else _without_mask)
     except (OSError, ValueError) as error:

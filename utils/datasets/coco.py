@@ -1,4 +1,4 @@
-"""COCO-layout detection data, clean images and their rainy twins, checked when they are opened."""
+"""Detection data in any layout of layouts.py, clean images and their rainy twins, checked when they are opened."""
 
 from pathlib import Path
 
@@ -11,8 +11,6 @@ from utils.boxes import normalised_boxes
 from utils.config import UserError
 from utils.datasets import image_check
 from utils.datasets.annotations import (
-    ADVICE,
-    coco_split,
     image_by_image,
     label_table,
     notes_on_images,
@@ -20,23 +18,24 @@ from utils.datasets.annotations import (
     read_annotations,
     usable_boxes,
 )
+from utils.datasets.layouts import ADVICE, find_split
 from utils.datasets.samples import epoch_and_index, read_image, sample_randomness, seeded_subset
 from utils.weather.twin import twin_above
 
 
 class CocoDetectionDataset(torch.utils.data.Dataset):
-    """Images and boxes of one split of a COCO-layout root, optionally with each image's twin from another root.
+    """Images and boxes of one split of a data set, optionally with each image's twin from another one.
 
     Keys are `index` or `(epoch, index)`. A sample is {"image": (3, H, W) uint8, "twin": the same or absent, "boxes":
     (N, 4) float32 normalised cxcywh, "labels": (N,) int64, "image_id": int, "size": original (H, W), "domain": str,
     "path": str}. Images without boxes are samples with (0, 4) boxes; crowd regions are not trained on.
 
     Args:
-        root, split: see `coco_split`; constant: the script's constant that holds `root`, for error messages.
+        root, split: see `layouts.find_split`; constant: the script's constant that holds `root`, for error messages.
         id2label: the model's classes; see `label_table`, also for `unknown`.
         transform: one of utils.datasets.presets.
         domain: "clean" or "rainy"; what this root is, whatever its path looks like.
-        twin_root: COCO-layout root of clean images with the same file names (and `twin_constant`), or None.
+        twin_root: data set of clean images with the same file names (and `twin_constant`), or None.
         percent, part, seed: see `seeded_subset`; `seed` also drives the augmentation.
         fresh_rain: FreshRain that draws on the images of this clean root, whose domain is then "rainy", or None.
     Raises:
@@ -46,22 +45,23 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
     def __init__(self, root, split, id2label, transform, *, constant, domain, percent=100, seed=0,
                  part=(0.0, 1.0), twin_root=None, twin_constant=None, unknown="error", check=True, fresh_rain=None):
         from_twin = domain == "rainy" and not fresh_rain
-        self.folder, self.annotation_file = coco_split(root, split, constant, ADVICE["rainy" if from_twin else "clean"])
+        self.annotations = find_split(root, split, constant, ADVICE["rainy" if from_twin else "clean"])
+        self.folder, source = self.annotations.folder, str(self.annotations)
         self.transform, self.domain, self.seed, self.fresh_rain = transform, domain, seed, fresh_rain
-        content = read_annotations(self.annotation_file, masks=False)
-        self.label_of = label_table(content["categories"], id2label, self.annotation_file.as_posix(), unknown)
-        self.category_of = one_category_each(self.label_of, content["annotations"], self.annotation_file.as_posix())
+        content = read_annotations(self.annotations, masks=False)
+        self.label_of = label_table(content["categories"], id2label, source, unknown)
+        self.category_of = one_category_each(self.label_of, content["annotations"], source)
         chosen = [content["images"][i] for i in
                   seeded_subset([im["file_name"] for im in content["images"]], percent, seed, part)]
         if not chosen:
-            raise UserError(f"{self.annotation_file.as_posix()} lists too few images ({len(content['images'])})")
+            raise UserError(f"{source} lists too few images ({len(content['images'])})")
         self.files = [image["file_name"] for image in chosen]
         self.image_ids = [image["id"] for image in chosen]
-        self.twin_folder = coco_split(twin_root, split, twin_constant)[0] if twin_root else None
+        self.twin_folder = find_split(twin_root, split, twin_constant).folder if twin_root else None
         self.notes = self._index_boxes(chosen, content["annotations"])
         if split == "val" and not len(self.labels):
-            raise UserError(f"{self.annotation_file.as_posix()} has no object of the detector's classes in the "
-                            f"{len(chosen)} chosen image(s): there is nothing to score")
+            raise UserError(f"{source} has no object of the detector's classes in the {len(chosen)} chosen image(s): "
+                            "there is nothing to score")
         if check:
             sizes = [(image["width"], image["height"]) for image in chosen]
             paths, twins = [self.folder / name for name in self.files], None
@@ -77,11 +77,11 @@ class CocoDetectionDataset(torch.utils.data.Dataset):
         ids = {image["id"] for image in images}
         objects = [note for note in annotations if note["image_id"] in ids and not note.get("iscrowd", 0)
                    and note["category_id"] in self.label_of]
-        usable = usable_boxes(objects, images, self.annotation_file.as_posix())
+        usable = usable_boxes(objects, images, str(self.annotations))
         order, self.ends = image_by_image(usable.owner, usable.kept, len(images))
         self.boxes = usable.corners[order].astype(np.float32)  # xyxy pixels
         self.labels = np.array([self.label_of[objects[i]["category_id"]] for i in order], np.int64)
-        return usable.notes + notes_on_images(images, self.annotation_file.as_posix())
+        return usable.notes + notes_on_images(images, str(self.annotations))
 
     def __len__(self):
         return len(self.files)
@@ -144,7 +144,7 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
     """The training mix: of `percent` of the images, coco_ratio come clean and rain_ratio rainy, none as both.
 
     Args:
-        coco_dir, rain_dir: COCO-layout roots with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).
+        coco_dir, rain_dir: data sets with equal file names (the constants COCO_DIR and COCO_RAIN_DIR).
         coco_ratio, rain_ratio: shares that add up to 1.
         twins: give every sample its clean image as "twin" (a clean sample is its own twin).
         fresh_rain: FreshRain that draws on clean images in the place of those of rain_dir, which is then not read.
@@ -169,7 +169,7 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
         parts.append(CocoDetectionDataset(root, constant=constant, domain="rainy", part=(coco_ratio, 1.0),
                                           fresh_rain=fresh_rain, **common))
     if labelled and not any(len(part.labels) for part in parts):
-        raise UserError(f"{parts[-1].annotation_file.as_posix()} has no object of the detector's classes in the chosen "
+        raise UserError(f"{parts[-1].annotations} has no object of the detector's classes in the chosen "
                         "images: there is nothing to learn from")
     return Mixture(parts)
 
@@ -179,7 +179,7 @@ def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=(
     """The validation images of both roots, each to be scored by itself; what is odd about them is said.
 
     Args:
-        coco_dir, rain_dir: COCO-layout roots (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
+        coco_dir, rain_dir: data sets (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
         domains: the wanted ones, in the order of the answer; percent, seed, unknown: see CocoDetectionDataset.
         train: the data set of the training, if any: images that are in both are said.
     Returns:

@@ -7,9 +7,9 @@ from torchvision import tv_tensors
 
 from utils import system
 from utils.config import UserError
-from utils.datasets import image_check
-from utils.datasets.annotations import ADVICE
+from utils.datasets import image_check, layouts
 from utils.datasets.coco import require_clean_and_rainy, require_no_rain
+from utils.datasets.layouts import ADVICE
 from utils.datasets.presets import OverEpochs
 from utils.datasets.samples import epoch_and_index, images_by_name, read_image, sample_randomness, seeded_subset
 
@@ -114,8 +114,8 @@ def read_pair(rainy, clean):
 
 
 def without_annotations(clean_dir, rainy_dir):
-    """-> whether both are plain folders of images, which lack COCO's annotations/."""
-    return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists()
+    """-> whether both are plain folders of images, without annotations of a form that is read."""
+    return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists() and not layouts.layout_of(folder)
                for folder in (clean_dir, rainy_dir))
 
 

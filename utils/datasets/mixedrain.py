@@ -51,14 +51,9 @@ def read_mixedrain(root, constant="MIXEDRAIN_DIR"):
             raise UserError(f"{constant}: {path.as_posix()} and {by_name[path.stem]['file_name']} share a name")
         by_name[path.name] = images[-1]
     annotations = []
-    try:
-        text = (root / "labels.txt").read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{(root / 'labels.txt').as_posix()} is not a text file in UTF-8: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            words, place = line.rsplit(maxsplit=5), f"{(root / 'labels.txt').as_posix()}, line {number}"
-            annotations.append({"id": len(annotations) + 1, "iscrowd": 0} | _object(words, by_name, place))
+    for number, line in system.numbered_lines(root / "labels.txt"):
+        words, place = line.rsplit(maxsplit=5), f"{(root / 'labels.txt').as_posix()}, line {number}"
+        annotations.append({"id": len(annotations) + 1, "iscrowd": 0} | _object(words, by_name, place))
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

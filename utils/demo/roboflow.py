@@ -21,6 +21,7 @@ FORMAT_VERSION = 1   # raise it when the same settings would give other files
 MARKER = "demo_dataset.json"
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
+OTHER_FORMS = ("annotations", "labels", "JPEGImages")  # folders of a data set as COCO, YOLO or Pascal VOC: docs/data.md
 PARENT = {"id": 0, "name": "street-scenes", "supercategory": "none"}
 
 
@@ -34,7 +35,8 @@ def ensure_dataset(root="./demo/dataset", demo_root="./demo", num_train=1200, nu
     Returns:
         Path(root). Calls after the first only read its marker.
     Raises:
-        UserError: a folder train, valid or test in root holds something that is not ours.
+        UserError: a folder train, valid or test in root holds something that is not ours, or root a data set of another
+            form.
     """
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "demo_version": demo.FORMAT_VERSION, "train": int(num_train),
@@ -70,7 +72,7 @@ def _refuse_foreign(root):
     for folder in (root, *(root / split for split in SPLITS)):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder.as_posix()} is a file, a folder is to be made there: choose another")
-    for folder in (root / split for split in SPLITS):
+    for folder in (root / name for name in (*SPLITS, *OTHER_FORMS)):
         if folder.exists() and any(folder.iterdir()) and not (root / MARKER).is_file():
             raise UserError(f"{folder.as_posix()} has no {MARKER} beside it, so it is not RainSight's own demo data "
                             "and will not be replaced: scripts use it as it is without --demo; for demo data choose "

@@ -51,9 +51,10 @@ def entries(found):
             yield {"image_id": image_id, "label": int(label), "bbox": box, "score": score}
 
 
-def ground_truth(annotation_file):
-    """-> pycocotools COCO of a file, without its console output; missing iscrowd and area are filled in."""
-    return _indexed(_without_thin_boxes(read_annotations(annotation_file)))
+def ground_truth(annotations):
+    """-> pycocotools COCO of what `read_annotations` takes (a data set's `annotations`, or a file), without its console
+    output; missing iscrowd and area are filled in."""
+    return _indexed(_without_thin_boxes(read_annotations(annotations)))
 
 
 def identity(truth, masks=False):
@@ -66,16 +67,16 @@ def identity(truth, masks=False):
             sorted(str([note.get(key) for key in keys]) for note in content["annotations"])]
 
 
-def merged_ground_truth(annotation_files, new_ids):
-    """-> pycocotools COCO of chosen images of several files.
+def merged_ground_truth(sources, new_ids):
+    """-> pycocotools COCO of chosen images of several sources.
 
     Args:
-        annotation_files: {name: path}, whose categories agree where they share an id.
-        new_ids: {(name, image id in that file): image id in the result}.
+        sources: {name: what `read_annotations` takes}, whose categories agree where they share an id.
+        new_ids: {(name, image id in that source): image id in the result}.
     """
     merged = {"images": [], "annotations": [], "categories": {}}
-    for name, path in annotation_files.items():
-        content = read_annotations(path)
+    for name, source in sources.items():
+        content = read_annotations(source)
         merged["categories"] |= {category["id"]: category for category in content["categories"]}
         merged["images"] += [image | {"id": new_ids[name, image["id"]]} for image in content["images"]
                              if (name, image["id"]) in new_ids]
@@ -195,5 +196,5 @@ def detection_scores(predict, loader, device, truth=None, name="evaluating"):
     """`detect` and `coco_scores` of one CocoDetectionDataset's loader. -> (scores, detections)"""
     data = loader.dataset
     found = detect(predict, loader, device, name)
-    truth = truth or ground_truth(data.annotation_file)
+    truth = truth or ground_truth(data.annotations)
     return coco_scores(truth, entries(found), data.category_of, data.image_ids), found

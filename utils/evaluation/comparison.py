@@ -27,7 +27,7 @@ def evaluate_models(models, loader, device, parts, page=None):
         model, then one per part and model.
     """
     data = loader.dataset
-    truth = ground_truth(data.annotation_file)
+    truth = ground_truth(data.annotations)
     rows, by_part = [], {part: [] for part in parts}
     for name, model in models.items():
         scores, found = detection_scores(model, loader, device, truth, f"{name}, {data.domain}")
@@ -89,7 +89,7 @@ def are_twins(rainy, clean):
                       "rain in them")
 
     def objects(data):
-        truth = ground_truth(data.annotation_file)
+        truth = ground_truth(data.annotations)
         return [sorted((truth.cats[one["category_id"]]["name"], *map(round, one["bbox"]))
                        for one in truth.imgToAnns.get(image_id, ())) for image_id in data.image_ids]
 

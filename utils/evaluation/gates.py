@@ -70,7 +70,7 @@ class Part:
 def part_of(data):
     """-> Part of all images of one CocoDetectionDataset."""
     keys = [(data.domain, image_id) for image_id in data.image_ids]
-    return Part(keys, ground_truth(data.annotation_file), {key: key[1] for key in keys}, data.category_of)
+    return Part(keys, ground_truth(data.annotations), {key: key[1] for key in keys}, data.category_of)
 
 
 def require_rain_share(rain_share):
@@ -104,7 +104,7 @@ def mixed_part(clean, rainy, rain_share, seed):
     keys = [("clean", clean.image_ids[i]) for i in dry] + [("rainy", rainy.image_ids[i]) for i in wet]
     new_ids = {key: number for number, key in enumerate(keys, 1)}
     category_of = _same_categories(clean, rainy)
-    truth = merged_ground_truth({"clean": clean.annotation_file, "rainy": rainy.annotation_file}, new_ids)
+    truth = merged_ground_truth({"clean": clean.annotations, "rainy": rainy.annotations}, new_ids)
     return Part(keys, truth, new_ids, category_of)
 
 
@@ -118,7 +118,7 @@ def _same_categories(clean, rainy):
     both = clean.category_of | rainy.category_of
     agree = all(both[label] == category for label, category in clean.category_of.items())
     if not agree or len(set(both.values())) < len(both):
-        raise UserError(f"{clean.annotation_file.as_posix()} and {rainy.annotation_file.as_posix()} number their "
+        raise UserError(f"{clean.annotations} and {rainy.annotations} number their "
                         "categories differently: they cannot be mixed")
     return both
 

@@ -68,7 +68,7 @@ class Page:
         """
         if not processes.is_main():
             return
-        given = (truth or ground_truth(data.annotation_file), list(detections), data.category_of, data.image_ids,
+        given = (truth or ground_truth(data.annotations), list(detections), data.category_of, data.image_ids,
                  iou_type)
         one, scores = detection_details.details(*given), scores or coco_scores(*given)
         pictures = _Pictures(data, one.matching)

@@ -2,7 +2,9 @@
 which folders are a twin.
 
     COCO      annotations/*.json             Roboflow  _annotations.coco.json beside the images of a split
-    YOLO      labels/NAME.txt for images/NAME.jpg, in any folders below; or NAME.txt beside NAME.jpg
+    YOLO      labels/NAME.txt for images/NAME.jpg, in any folders below; or NAME.txt beside NAME.jpg; data.yaml, and
+              lists of images beside it
+    VOC       Annotations/*.xml for JPEGImages/*.jpg, ImageSets/Main/*.txt, classes.txt
 """
 
 from pathlib import Path
@@ -12,6 +14,7 @@ from utils import system
 
 RECORD = "rain.json"  # what make_rain.py writes into a twin: source, seed, intensity, version
 ANNOTATIONS = "annotations"  # COCO's folder; images in it are masks, not scenes
+VOC_IMAGES, VOC_ANNOTATIONS = "JPEGImages", "Annotations"  # where it is, images elsewhere are masks (SegmentationClass)
 _COCO_KEYS = {"images", "annotations", "categories"}
 
 
@@ -32,25 +35,28 @@ def twin_above(folder):
 def files_of(folder):
     """-> Files below a folder; links are followed."""
     found = [path.relative_to(folder) for path in system.files_in(folder, links=True)]
-    images = [path for path in found if system.is_image(path) and path.parts[0] != ANNOTATIONS]
-    known = {"texts": {text for path in images for text in _yolo_texts(path)},
+    voc = {VOC_IMAGES, VOC_ANNOTATIONS} <= {path.parts[0] for path in found if len(path.parts) > 1}
+    images = [path for path in found if system.is_image(path) and path.parts[0] != ANNOTATIONS
+              and (not voc or path.parts[0] == VOC_IMAGES)]
+    known = {"texts": {text for path in images for text in yolo_texts(path)}, "voc": voc,
              "stems": {path.with_suffix("") for path in images}, "folders": {path.parent for path in images}}
     annotations = [path for path in found if _is_annotation(Path(folder), path, **known)]
     taken = {*images, *annotations}
     return Files(images, annotations, [path for path in found if path not in taken])
 
 
-def _yolo_texts(image):
+def yolo_texts(image):
     """-> where the labels of an image may be: beside it, or with "labels" for the last "images" of its path."""
     beside = image.with_suffix(".txt")
     at = max((i for i, part in enumerate(beside.parts[:-1]) if part == "images"), default=None)
     return [beside] if at is None else [beside, Path(*beside.parts[:at], "labels", *beside.parts[at + 1:])]
 
 
-def _is_annotation(folder, path, texts, stems, folders):
-    """-> whether a path below a folder is one; stems: of the images, folders: those that hold some."""
+def _is_annotation(folder, path, texts, voc, stems, folders):
+    """-> whether a path below a folder is one; texts: of `yolo_texts`, voc: whether the folder is in VOC's form, stems:
+    of the images, folders: those that hold some."""
     if path.suffix.lower() != ".json":
-        return path in texts
+        return path in texts or _is_yolo_setting(folder, path) or (voc and _is_of_voc(path, stems))
     if path.parts[:-1] == (ANNOTATIONS,):
         return True
     if path.parent not in folders or path.with_suffix("") in stems:  # a file per image (LabelMe) holds its pixels
@@ -60,6 +66,26 @@ def _is_annotation(folder, path, texts, stems, folders):
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.keys() >= _COCO_KEYS
+
+
+def _is_yolo_setting(folder, path):
+    """-> whether a path below a folder is, at its top, a YAML file with classes, or a text that lists images."""
+    if len(path.parts) > 1 or path.suffix.lower() not in (".yaml", ".yml", ".txt"):
+        return False
+    try:
+        lines = (folder / path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError):
+        return False
+    if path.suffix.lower() == ".txt":
+        return bool(lines) and system.is_image(lines[0].strip())
+    return any(line.startswith(("names:", "nc:")) for line in lines)
+
+
+def _is_of_voc(path, stems):
+    """-> whether a path is of VOC's form: an image's XML, a list of images, the classes."""
+    if path.parts[0] == VOC_ANNOTATIONS:
+        return path.suffix.lower() == ".xml" and Path(VOC_IMAGES, *path.parts[1:]).with_suffix("") in stems
+    return path.parts[:2] == ("ImageSets", "Main") or path == Path("classes.txt")
 
 
 def listed_images(folder, annotations):

@@ -348,7 +348,7 @@ def test_the_best_threshold_by_hand(files, small_detector):
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
     part = mixed_part(clean, rainy, 0.5, 0)
     perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
-                            for note in read_annotations(rainy.annotation_file)["annotations"]
+                            for note in read_annotations(rainy.annotations)["annotations"]
                             if note["image_id"] == i]) for i in rainy.image_ids}
     nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
     found = {domain: {"vanilla": perfect if domain == "clean" else nothing,
@@ -367,7 +367,7 @@ def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
     part, rng = mixed_part(clean, rainy, 0.5, 0), np.random.default_rng(0)
     truth = {i: [[*note["bbox"], 0.5, rainy.label_of[note["category_id"]]]
-                 for note in read_annotations(rainy.annotation_file)["annotations"] if note["image_id"] == i]
+                 for note in read_annotations(rainy.annotations)["annotations"] if note["image_id"] == i]
              for i in rainy.image_ids}
 
     def noisy():

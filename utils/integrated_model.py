@@ -119,6 +119,8 @@ def _in_parts(derainer, images):
     one."""
     def derain(part):
         return derainer(part * 255)[0] / 255 if isinstance(derainer, SPDNet) else derainer(part)
+    if torch.compiler.is_exporting():  # a file for batches of any size
+        return derain(images)
     at_once = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
     if torch.is_grad_enabled() or len(images) <= at_once:
         return derain(images)

@@ -3,36 +3,32 @@
     python export.py --demo
     python export.py --COCO_DIR ./dataset/coco --FORMATS onnx onnx-int8 --RAIN_DETECTOR_PATH rain_detector_best.pt
 
-A model is written for every constant of a model that is not "". Every file answers real images as PyTorch does, or it is
-refused; with COCO_DIR it also has to keep its share of the mAP. Writes OUTPUT_DIR/<model>.onnx, <model>_fp16.onnx,
+A model is written for every constant of a model that is not "". Every file answers real images as PyTorch does, or it
+is refused; with COCO_DIR it also has to keep its share of the mAP. Writes OUTPUT_DIR/<model>.onnx, <model>_fp16.onnx,
 <model>_int8.onnx, <model>.xml and .bin, <model>.pt2, and manifest.json: what goes in and comes out of each, and how
 rain detector, rainy and clean detector make a pipeline. docs/export.md: how to run them without this project.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import utils.threads  # noqa: F401 (before torch)
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou
 
 from rfdetr import detr, weights
-from utils import boxes, config, datasets, feature_derain, images, processes, report, system
+from utils import config, datasets, feature_derain, processes, report, system
 from utils.conditional_model import ConditionalRainRobustRTDETR, threshold_of
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison
 from utils.evaluation.coco import detection_scores
-from utils.inference import exported
+from utils.inference import exported, formats
 from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale
 from utils.networks import adapter, onnx_file
 from utils.networks.derainers import load_derainer
-from utils.networks.folding import folded
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
 from utils.networks.spdnet import load_spdnet
@@ -41,7 +37,7 @@ from utils.training.plan import not_negative
 # --- models: "" leaves one out -------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # the plain detector: hub id or folder
 MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py
-SPDNET_MODEL_PATH: str | None = ""      # SPDNet in front of RTDETR_MODEL_NAME, one file, from Training_SPDNet_Adaptation.py
+SPDNET_MODEL_PATH: str | None = ""      # in front of RTDETR_MODEL_NAME, from Training_SPDNet_Adaptation.py
 DERAIN_SCALE = 1.0                      # of SPDNET_MODEL_PATH, as in its training
 ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME
 RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py
@@ -77,23 +73,10 @@ DEMO = {
 }
 
 
-class Format(NamedTuple):
-    """A kind of file."""
-
-    ending: str      # of the file, behind the model's name
-    reduced: bool    # other arithmetic than float32: judged by what it finds, not by TOLERANCE
-    packages: tuple  # beyond requirements.txt
-
-
-_ONNX = ("onnx", "onnxscript", "onnxruntime")
-_FORMATS = {"onnx": Format(".onnx", False, _ONNX), "onnx-fp16": Format("_fp16.onnx", True, _ONNX),
-            "onnx-int8": Format("_int8.onnx", True, _ONNX), "openvino": Format(".xml", False, (*_ONNX, "openvino")),
-            "openvino-int8": Format("_int8.xml", True, (*_ONNX, "openvino")), "torch.export": Format(".pt2", False, ())}
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
 _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
-_BATCH = 2                    # of the example that is traced: 1 would be fixed
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -121,55 +104,46 @@ class Gate(nn.Module):
         return self.model.probability(pixel_values)
 
 
-class Model(NamedTuple):
-    """What is exported."""
-
-    module: nn.Module     # plain tensors in and out, in eval mode, on the CPU
-    about: dict           # of utils.inference.exported, for its files
-    without: dict = {}    # {format: why it is not written}
-    least_map: float = 0  # share of the mAP that its files must keep
-    int8: tuple = ()      # (operators, modules) that INT8 takes
-
-
 def detector(model, cfg, spdnet=False):
-    """-> Model of a detector of the RT-DETR family; spdnet: whether SPDNet is a part of it."""
+    """-> formats.Model of a detector of the RT-DETR family; spdnet: whether SPDNet is a part of it."""
     require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
     about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": cfg.IMAGE_SIZE,
              "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
-    return Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
+    return formats.Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
                  cfg.LEAST_MAP, (("Conv",), _QUANTISED))
 
 
 def rain_detector(model, cfg, threshold):
-    """-> Model of a rain detector; threshold: RAIN_THRESHOLD, or a pipeline's."""
+    """-> formats.Model of a rain detector; threshold: RAIN_THRESHOLD, or a pipeline's."""
     about = {"kind": "rain detector", "outputs": ["probability"], "image_size": cfg.IMAGE_SIZE,
              "rain_threshold": threshold_of(model, threshold)}
     why = "a rain detector costs little, and its probability is calibrated for float32"
-    return Model(Gate(model), about, {"onnx-int8": why, "openvino-int8": why})
+    return formats.Model(Gate(model), about, {"onnx-int8": why, "openvino-int8": why})
 
 
 def rfdetr_detector(cfg):
-    """-> Model of RFDETR_PATH."""
+    """-> formats.Model of RFDETR_PATH."""
     model, info = weights.load_detector(cfg.RFDETR_PATH)
     outputs = ["logits", "pred_boxes"] + ["mask_logits"] * (model.mask_head is not None)
     about = {"kind": "detector", "outputs": outputs, "image_size": info["args"]["resolution"],
              "classes": {str(row): name for name, row in info["class_rows"].items()}}
-    return Model(detr.Deployable(model), about, {}, cfg.LEAST_MAP_RFDETR, (("Conv", "MatMul"), ("backbone",)))
+    return formats.Model(detr.Deployable(model), about, {}, cfg.LEAST_MAP_RFDETR, (("Conv", "MatMul"), ("backbone",)))
 
 
 def derainer(cfg):
-    """-> Model of DERAIN_MODEL_PATH, for images of any size."""
+    """-> formats.Model of DERAIN_MODEL_PATH, for images of any size."""
     model = load_derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH, constant="DERAIN_MODEL_PATH")
     why = "the output is the image itself, whose 8 bits INT8 would spend on the way"
     without = {"onnx-int8": why, "openvino-int8": why}
     if cfg.DERAIN == "spdnet":
         without["onnx-fp16"] = "SPDNet overflows in float16"
     multiple = max(model.multiple, 4)  # SPDNet halves twice
-    return Model(model, {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}, without)
+    about = {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}
+    return formats.Model(model, about, without)
 
 
 def build_models(cfg):
-    """-> {name: Model} of the constants that are not empty."""
+    """-> {name: formats.Model} of the constants that are not empty."""
     found, scale = {}, cfg.DERAIN_SCALE
     base = load_rtdetr(cfg.RTDETR_MODEL_NAME) if cfg.RTDETR_MODEL_NAME else None
     if base:
@@ -226,26 +200,6 @@ def image_paths(cfg):
     return evenly(paths, min(cfg.CALIBRATION_IMAGES, len(paths)))
 
 
-def real_images(paths, side):
-    """Paths -> iterator of (1, 3, side, side) float32 in [0, 1]."""
-    stretch = presets.evaluation(side)
-    for path in paths:
-        yield images.to_floats(stretch(datasets.read_image(path)))[None]
-
-
-def batches(model, paths, cfg):
-    """-> the batches that a model's files are compared on: four images together and one alone; of a de-rainer also one
-    of another shape. Noise where there are no images."""
-    side = model.about["image_size"] or cfg.IMAGE_SIZE
-    four = (torch.cat(list(real_images(evenly(paths, min(4, len(paths))), side))) if paths else
-            torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)))
-    found = [four, four[:1]]
-    if model.about["image_size"] is None:
-        cut = model.about["multiple"]
-        found = [four[:2, :, cut:], four[:1, :, :-cut + 1, 1:]]  # the second is no multiple: padded
-    return found
-
-
 def coco_map(cfg, model, predict, cache):
     """-> mAP of a detector on COCO_DIR's validation images, None for other kinds and without COCO_DIR; cache: {size and
     classes: loader}."""
@@ -262,42 +216,14 @@ def coco_map(cfg, model, predict, cache):
 
 # --- one file ------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def answers(model, images_):
-    """-> the module's outputs as exported.Exported gives them."""
-    run = exported.Exported(lambda x: [found] if torch.is_tensor(found := model.module(x)) else list(found),
-                            model.about, model.about["model"])
-    return run(images_)
-
-
-def agreement(found, expected, least=0.4):
-    """-> share of two detectors' boxes with a score of at least `least` that both have (the same class, IoU 0.7)."""
-    both, several = 0, 0
-    pairs = (boxes.decode(one.logits, one.pred_boxes, [(1, 1)] * len(one.logits)) for one in (found, expected))
-    for ours, theirs in zip(*pairs, strict=True):
-        ours, theirs = ({key: one[key][one["scores"] >= least] for key in ("boxes", "labels")} for one in (ours, theirs))
-        same = (box_iou(ours["boxes"], theirs["boxes"]) >= 0.7) & (ours["labels"][:, None] == theirs["labels"])
-        both += int(same.any(1).sum()) + int(same.any(0).sum())
-        several += len(ours["labels"]) + len(theirs["labels"])
-    return both / several if several else 1.0
-
-
-def largest_difference(found, expected, about):
-    """-> of two answers; queries of a detector are compared in order of their values, see onnx_file.difference."""
-    ours, theirs = ([getattr(one, name) for name in about["outputs"]] for one in (found, expected))
-    if about["kind"] == "detector":
-        return onnx_file.difference(ours, theirs)
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-
-
 def check(path, kind, model, inputs, cfg, whole_map, cache):
     """Run a file that was written. -> its row of the table; "refused" in it says why it must not stay."""
     run = exported.load_exported(path)
-    pairs = [(run(one), answers(model, one)) for one in inputs]
-    row = {"difference": max(largest_difference(*pair, model.about) for pair in pairs), "refused": ""}
-    is_detector, reduced = model.about["kind"] == "detector", _FORMATS[kind].reduced
+    pairs = [(run(one), formats.answers(model, one)) for one in inputs]
+    row = {"difference": max(formats.largest_difference(*pair, model.about) for pair in pairs), "refused": ""}
+    is_detector, reduced = model.about["kind"] == "detector", formats.FORMATS[kind].reduced
     if is_detector:
-        row["agreement"] = agreement(*pairs[0])
+        row["agreement"] = formats.agreement(*pairs[0])
     row["mAP"] = coco_map(cfg, model, run, cache)
     if not reduced or not is_detector:
         limit, name = (_REDUCED_TOLERANCE, "") if reduced else (cfg.TOLERANCE, "TOLERANCE = ")
@@ -313,40 +239,6 @@ def check(path, kind, model, inputs, cfg, whole_map, cache):
     return row
 
 
-def writers(program, folder, model, paths, cfg):
-    """-> {format: function of the path to write}; the formats after ONNX start from its float32 file."""
-    name, about = model.about["model"], model.about
-
-    def source(kind):
-        path = folder / f"{name}{_FORMATS[kind].ending}"
-        if not path.exists():
-            found[kind](path)
-        return path
-
-    def onnx(path):
-        onnx_file.write(program, path, cfg.OPSET, about["input"], about["outputs"], about)
-
-    def int8(path):
-        calibration = (one.numpy() for one in real_images(paths, about["image_size"]))
-        onnx_file.write_int8(source("onnx"), path, calibration, *model.int8)
-    found: dict[str, Callable] = {
-        "onnx": onnx, "onnx-fp16": lambda path: onnx_file.write_half(source("onnx"), path), "onnx-int8": int8,
-        "openvino": lambda path: exported.write_openvino(source("onnx"), path, about),
-        "openvino-int8": lambda path: exported.write_openvino(source("onnx-int8"), path, about),
-        "torch.export": lambda path: exported.write_torch_export(program, path, about)}
-    return found
-
-
-def dynamic_of(model):
-    """-> ((H, W) of the example that is traced, {dimension: torch.export.Dim}): any batch, of de-rainers any size."""
-    side, batch = model.about["image_size"], torch.export.Dim("batch")
-    if side:
-        return (side, side), {0: batch}
-    step = model.about["multiple"]
-    height, width = (torch.export.Dim(name, min=2, max=1024) for name in ("rows", "columns"))
-    return (8 * step, 10 * step), {0: batch, 2: step * height, 3: step * width}
-
-
 @torch.no_grad()
 def export(model, name, cfg, paths=()):
     """Write one model in every format that suits it.
@@ -355,15 +247,13 @@ def export(model, name, cfg, paths=()):
         {format: {"file", "MB", "difference", "agreement" and "mAP" of detectors, "refused": "" or why it was deleted}}.
     """
     cache, rows = {}, {}
-    whole_map = coco_map(cfg, model, lambda images_: answers(model, images_), cache)
-    inputs = batches(model, paths, cfg)
-    (height, width), dynamic = dynamic_of(model)
-    program = onnx_file.export_program(folded(model.module), torch.rand(_BATCH, 3, height, width), dynamic)
+    whole_map = coco_map(cfg, model, lambda images_: formats.answers(model, images_), cache)
+    inputs = formats.batches(model, paths, cfg.IMAGE_SIZE)
     with config.writing(cfg.OUTPUT_DIR), tempfile.TemporaryDirectory(
             dir=cfg.OUTPUT_DIR, prefix=".", ignore_cleanup_errors=True) as folder:
-        write = writers(program, Path(folder), model, paths, cfg)
+        write = formats.writers(model, Path(folder), paths, cfg.OPSET)
         for kind in cfg.FORMATS:
-            path = Path(folder) / f"{name}{_FORMATS[kind].ending}"
+            path = Path(folder) / f"{name}{formats.FORMATS[kind].ending}"
             if kind in model.without:
                 processes.say(f"note: no {path.name}: {model.without[kind]}")
                 continue
@@ -412,16 +302,16 @@ def require_usable(cfg):
         raise config.UserError(f"CALIBRATION_IMAGES = {cfg.CALIBRATION_IMAGES}: choose 1 or more, such as 64")
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in _RAINY:
         raise config.UserError(f"RAINY_MODEL = {cfg.RAINY_MODEL!r}: choose {', '.join(_RAINY)}")
-    if not cfg.FORMATS or set(cfg.FORMATS) - _FORMATS.keys():
-        raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(_FORMATS)}")
+    if not cfg.FORMATS or set(cfg.FORMATS) - formats.FORMATS.keys():
+        raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(formats.FORMATS)}")
     cfg.FORMATS = tuple(dict.fromkeys(cfg.FORMATS))
-    if any(_FORMATS[kind].packages for kind in cfg.FORMATS):
+    if any(formats.FORMATS[kind].packages for kind in cfg.FORMATS):
         onnx_file.require_opset(cfg.OPSET, "OPSET")
     missing = {}
     for kind in cfg.FORMATS:
         try:
             onnx_file.require_packages(f"the format '{kind}'", ", or leave it out of FORMATS",
-                                       _FORMATS[kind].packages)
+                                       formats.FORMATS[kind].packages)
         except config.UserError as error:
             if not cfg.demo:
                 raise
@@ -432,14 +322,14 @@ def require_usable(cfg):
     cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind not in missing)
     int8 = [kind for kind in cfg.FORMATS if kind.endswith("int8")]
     if int8 and not cfg.CALIBRATION_DIR and not cfg.COCO_DIR:
-        raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} needs a folder of images like yours: "
-                               "set it (or COCO_DIR), or leave the format out of FORMATS")
+        raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} needs a folder of images like "
+                               "yours: set it (or COCO_DIR), or leave the format out of FORMATS")
 
 
 def print_table(results, folder):
     """One row per file."""
     rows = []
-    for row in (row for kinds in results.values() for row in kinds.values()):
+    for row in (one for kinds in results.values() for one in kinds.values()):
         kept = row.get("mAP") and row["mAP"] / row["PyTorch's mAP"]
         rows.append({"file": row["file"], "difference": f"{row['difference']:.1e}", "MB": f"{row['MB']:.1f}",
                      "agreement": f"{100 * row['agreement']:.0f}%" if "agreement" in row else None,
@@ -470,7 +360,7 @@ def main(**overrides):
     paths = image_paths(cfg)
     if not paths:
         processes.say("note: no CALIBRATION_DIR and no COCO_DIR: files are compared with PyTorch on noise alone")
-    names = [f"{name}{_FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
+    names = [f"{name}{formats.FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
     bins = [Path(name).with_suffix(".bin").name for name in names if name.endswith(".xml")]
     report.output_folder(cfg.OUTPUT_DIR, [*names, *bins, "manifest.json"])
     results = {}
@@ -479,7 +369,8 @@ def main(**overrides):
         results[name] = export(model, name, cfg, paths)
     print_table(results, cfg.OUTPUT_DIR)
     report.write_json(Path(cfg.OUTPUT_DIR) / "manifest.json", manifest(models, results, cfg))
-    refused = [f"{row['file']} {row['refused']}" for rows in results.values() for row in rows.values() if row["refused"]]
+    rows = [row for kinds in results.values() for row in kinds.values()]
+    refused = [f"{row['file']} {row['refused']}" for row in rows if row["refused"]]
     if refused:
         raise config.UserError(f"{len(refused)} file(s) refused and deleted: {system.listed(refused, 5, '; ')}")
     return results

@@ -207,7 +207,7 @@ class RainRobustRTDETR(nn.Module):
             RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
             `clamped`, and where asked for `derained_clean` and `features`.
         """
-        batch = len(pixel_values)
+        batch = pixel_values.shape[0]  # len() would fix the batch of an exported file
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
         images = clamp_with_return(restored)
         outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)

@@ -11,6 +11,7 @@ A file carries `about`, plain data: {"kind": "detector", "rain detector" or "der
 
 import io
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,7 +116,11 @@ def _openvino(path, threads, precision):
 
 def _torch_export(path):
     extra = {_ABOUT_FILE: ""}
-    module = torch.export.load(path, extra_files=extra).module()
+    program = torch.export.load(path, extra_files=extra)
+    try:  # its guards hold the strides of the traced example as well: a NAFNet would take a few sizes alone
+        module = program.module(check_guards=False)
+    except TypeError:  # torch before 2.9 checks none
+        module = program.module()
 
     @torch.no_grad()
     def run(images):
@@ -127,13 +132,15 @@ def _torch_export(path):
 def write_torch_export(program, path, about):
     """Write torch.export's program."""
     content = io.BytesIO()  # a full disk would end the process within torch's own writing
-    torch.export.save(program, content, extra_files={_ABOUT_FILE: json.dumps(about)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that share memory with others, as RT-DETR's heads do
+        torch.export.save(program, content, extra_files={_ABOUT_FILE: json.dumps(about)})
     path.write_bytes(content.getbuffer())
 
 
 def write_openvino(source, path, about):
     """Write OpenVINO's .xml, and the .bin beside it, of an ONNX file in float32 or INT8."""
     import openvino
-    model = openvino.convert_model(source)
+    model = openvino.Core().read_model(source)  # convert_model splits a path at its commas
     model.set_rt_info(json.dumps(about), [onnx_file.ABOUT])
     openvino.save_model(model, path, compress_to_fp16=False)

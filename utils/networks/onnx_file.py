@@ -57,7 +57,8 @@ def write(program, path, opset, input_name, output_names, about=None):
     """
     import onnx
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, which are not used
+    for name in ("torch.onnx", "onnxscript"):  # remarks on torchvision's operators, which are not used, and on splits
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it counts what it folds
         warnings.simplefilter("ignore")
         torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
@@ -99,7 +100,7 @@ def write_half(source, target):
 
 
 def write_int8(source, target, images, operators, parts):
-    """Write a float32 file with INT8 in its heavy parts: weights per channel, activations by their range on real images.
+    """Write a float32 file with INT8 in its heavy parts: weights per channel, activations by their range.
 
     Args:
         images: iterable of (1, 3, H, W) float32 arrays in [0, 1] to calibrate on.

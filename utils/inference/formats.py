@@ -1,6 +1,6 @@
 """The formats of export.py: how a model is written in each, and how alike a file's answers and the model's are.
 
-A format that starts from another one (INT8 from float32 ONNX, OpenVINO from ONNX) writes that first where it is missing.
+A format that starts from another one (INT8 from float32 ONNX, OpenVINO from ONNX) writes that one first.
 """
 
 from collections.abc import Callable

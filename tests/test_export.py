@@ -23,6 +23,7 @@ from utils.config import UserError
 from utils.datasets import presets
 from utils.demo.coco import ensure_demo
 from utils.inference import exported, formats
+from utils.integrated_model import RainRobustRTDETR
 from utils.networks import adapter, onnx_file
 from utils.networks.folding import folded
 from utils.networks.rain_detector import RainDetector
@@ -213,6 +214,14 @@ def test_masks_are_traced_for_any_batch():
     with torch.no_grad():
         assert [tuple(one.shape) for one in program.module()(pixels)] == [(3, 60, 4), (3, 60, 4), (3, 60, 40, 40)]
         assert onnx_file.difference(program.module()(pixels), detr.Deployable(model)(pixels)) < 1e-3
+
+
+def test_spdnet_and_detector_are_traced_for_any_batch(small_detector):
+    model = export.Deployable(RainRobustRTDETR(small_spdnet(), small_detector, derain_scale=0.5).eval())
+    program = onnx_file.export_program(model, torch.rand(2, 3, 96, 96), {0: torch.export.Dim("batch")})
+    pixels = torch.rand(3, 3, 96, 96)
+    with torch.no_grad():
+        assert onnx_file.difference(program.module()(pixels), model(pixels)) < 1e-3
 
 
 def test_folding_changes_no_answer():

@@ -1,15 +1,15 @@
-"""Export the plain and the feature-de-raining detector: ONNX (for onnxruntime, TensorRT) and torch.export.
+"""Export what the trainings wrote: ONNX (float32, float16, INT8), OpenVINO and torch.export files, each checked.
 
     python export.py --demo
-    python export.py --FORMATS "('torch.export',)"
+    python export.py --COCO_DIR ./dataset/coco --FORMATS onnx onnx-int8 --RAIN_DETECTOR_PATH rain_detector_best.pt
 
-Writes OUTPUT_DIR/vanilla.onnx, feature_derain.onnx and the same as .pt2, then runs each file on random images and
-compares its outputs with PyTorch's. Input: pixel_values (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE) RGB in [0, 1]; outputs:
-logits (B, Q, K) and pred_boxes (B, Q, 4), normalised cxcywh. ONNX needs: pip install onnx onnxscript onnxruntime
+A model is written for every constant of a model that is not "". Every file answers real images as PyTorch does, or it
+is refused; with COCO_DIR it also has to keep its share of the mAP. Writes OUTPUT_DIR/<model>.onnx, <model>_fp16.onnx,
+<model>_int8.onnx, <model>.xml and .bin, <model>.pt2, and manifest.json: what goes in and comes out of each, and how
+rain detector, rainy and clean detector make a pipeline. docs/export.md: how to run them without this project.
 """
 
-import io
-import warnings
+import tempfile
 from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
@@ -17,26 +17,69 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 from torch import nn
 
-from utils import config, feature_derain, processes, report, system
+from rfdetr import detr, weights
+from utils import config, datasets, feature_derain, processes, report, system
+from utils.conditional_model import ConditionalRainRobustRTDETR, threshold_of
+from utils.datasets import loaders, presets
+from utils.datasets.samples import evenly
+from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison
-from utils.networks import onnx_file
-from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.evaluation.coco import detection_scores
+from utils.inference import exported, formats
+from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale
+from utils.networks import adapter, onnx_file
+from utils.networks.derainers import load_derainer
+from utils.networks.rain_detector import load_rain_detector
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.networks.spdnet import load_spdnet
 from utils.training.plan import not_negative
 
-RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # the plain detector; "" leaves it out
-MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py; "" leaves it out
-IMAGE_SIZE = 640                        # side of the square input, fixed in the files
-BATCH_SIZE = 1                          # images per call, fixed in the files
-FORMATS = ("onnx", "torch.export")      # which files to write
+# --- models: "" leaves one out -------------------------------------------------------------------------------------
+RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # the plain detector: hub id or folder
+MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py
+SPDNET_MODEL_PATH: str | None = ""      # in front of RTDETR_MODEL_NAME, from Training_SPDNet_Adaptation.py
+DERAIN_SCALE = 1.0                      # of SPDNET_MODEL_PATH, as in its training
+ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME
+RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py
+RAIN_THRESHOLD: float | None = None     # an image is rainy from this probability on; None: the rain detector's own
+RAINY_MODEL: str | None = ""            # of manifest.json's pipeline: adapter, spdnet_rtdetr or feature_derain; "": the
+                                        # first of them that is written
+PIPELINE_DIR: str | None = ""           # folder pipeline/ of Training_Conditional.py: three files of its own
+RFDETR_PATH: str | None = ""            # checkpoint of the RF-DETR scripts, with its mask head where it has one
+DERAIN = "unet"                         # what DERAIN_MODEL_PATH holds: spdnet, unet, nafnet
+DERAIN_MODEL_PATH: str | None = ""      # a de-rainer alone, for images of any size
+
+# --- files ---------------------------------------------------------------------------------------------------------
+IMAGE_SIZE = 640                        # side of the square input, fixed in the files; RF-DETR has its own
+FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "openvino", "openvino-int8", "torch.export")  # which files to write
 OPSET = 18                              # of ONNX; 18 or newer
-TOLERANCE = 1e-3                        # largest difference from PyTorch's logits and boxes that is accepted
-OUTPUT_DIR = "./outputs_feature_derain/export"
+OUTPUT_DIR = "./outputs_export"
 
-DEMO = {"RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MODEL_NAME": "./demo/outputs_feature_derain/model",
-        "IMAGE_SIZE": 160, "OUTPUT_DIR": "./demo/outputs_feature_derain/export"}
-_SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2"}
-_OUTPUTS = ("logits", "pred_boxes")
+# --- checks --------------------------------------------------------------------------------------------------------
+CALIBRATION_DIR: str | None = ""        # images like yours, for INT8 and for the comparison; "": COCO_DIR/train2017
+CALIBRATION_IMAGES = 64                 # how many of them, spread evenly
+TOLERANCE = 1e-3                        # largest difference from PyTorch's outputs that a float32 file may have
+COCO_DIR: str | None = ""               # val2017/ and annotations/instances_val2017.json; "": mAP is not measured
+PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
+EVAL_BATCH_SIZE = 4                     # validation batch
+LEAST_MAP = 0.97                        # share of PyTorch's mAP that a file must keep; 0 accepts all
+LEAST_MAP_RFDETR = 0.99                 # the same of RF-DETR
 
+DEMO = {
+    "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MODEL_NAME": "./demo/outputs_feature_derain/model",
+    "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
+    "RFDETR_PATH": "./assets/demo/rfdetr_tiny.pth", "IMAGE_SIZE": 160, "COCO_DIR": "./demo/coco",
+    "PERCENT_DATASET": 25, "OUTPUT_DIR": "./demo/outputs_export",
+}
+
+
+_RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
+_QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
+_REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
+_LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
+
+
+# --- models --------------------------------------------------------------------------------------------------------
 
 class Deployable(nn.Module):
     """A detector with plain tensors in and out: (B, 3, H, W) in [0, 1] -> logits (B, Q, K), pred_boxes (B, Q, 4)."""
@@ -50,89 +93,286 @@ class Deployable(nn.Module):
         return outputs.logits, outputs.pred_boxes
 
 
+class Gate(nn.Module):
+    """A rain detector with plain tensors: (B, 3, H, W) in [0, 1] -> (B,) calibrated probability of rain."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model.probability(pixel_values)
+
+
+def detector(model, cfg, spdnet=False):
+    """-> formats.Model of a detector of the RT-DETR family; spdnet: whether SPDNet is a part of it."""
+    require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
+    about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": cfg.IMAGE_SIZE,
+             "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
+    return formats.Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
+                 cfg.LEAST_MAP, (("Conv",), _QUANTISED))
+
+
+def rain_detector(model, cfg, threshold):
+    """-> formats.Model of a rain detector; threshold: RAIN_THRESHOLD, or a pipeline's."""
+    about = {"kind": "rain detector", "outputs": ["probability"], "image_size": cfg.IMAGE_SIZE,
+             "rain_threshold": threshold_of(model, threshold)}
+    why = "a rain detector costs little, and its probability is calibrated for float32"
+    return formats.Model(Gate(model), about, {"onnx-int8": why, "openvino-int8": why})
+
+
+def rfdetr_detector(cfg):
+    """-> formats.Model of RFDETR_PATH."""
+    model, info = weights.load_detector(cfg.RFDETR_PATH)
+    outputs = ["logits", "pred_boxes"] + ["mask_logits"] * (model.mask_head is not None)
+    about = {"kind": "detector", "outputs": outputs, "image_size": info["args"]["resolution"],
+             "classes": {str(row): name for name, row in info["class_rows"].items()}}
+    return formats.Model(detr.Deployable(model), about, {}, cfg.LEAST_MAP_RFDETR, (("Conv", "MatMul"), ("backbone",)))
+
+
+def derainer(cfg):
+    """-> formats.Model of DERAIN_MODEL_PATH, for images of any size."""
+    model = load_derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH, constant="DERAIN_MODEL_PATH")
+    why = "the output is the image itself, whose 8 bits INT8 would spend on the way"
+    without = {"onnx-int8": why, "openvino-int8": why}
+    if cfg.DERAIN == "spdnet":
+        without["onnx-fp16"] = "SPDNet overflows in float16"
+    multiple = max(model.multiple, 4)  # SPDNet halves twice
+    about = {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}
+    return formats.Model(model, about, without)
+
+
 def build_models(cfg):
-    """-> {name: Deployable in eval mode, on the CPU}."""
-    models = {}
-    if cfg.RTDETR_MODEL_NAME:
-        models["vanilla"] = load_rtdetr(cfg.RTDETR_MODEL_NAME)
+    """-> {name: formats.Model} of the constants that are not empty."""
+    found, scale = {}, cfg.DERAIN_SCALE
+    base = load_rtdetr(cfg.RTDETR_MODEL_NAME) if cfg.RTDETR_MODEL_NAME else None
+    if base:
+        found["vanilla"] = detector(base, cfg)
     if cfg.MODEL_NAME:
-        models["feature_derain"] = feature_derain.FeatureDerainRTDETR.from_pretrained(cfg.MODEL_NAME,
-                                                                                      constant="MODEL_NAME")
-    if not models:
-        raise config.UserError("RTDETR_MODEL_NAME and MODEL_NAME are both empty: nothing to export")
-    for model in models.values():
-        require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
+        found["feature_derain"] = detector(feature_derain.FeatureDerainRTDETR.from_pretrained(
+            cfg.MODEL_NAME, constant="MODEL_NAME"), cfg)
+    for constant in ("SPDNET_MODEL_PATH", "ADAPTER_PATH"):
+        if getattr(cfg, constant) and not base:
+            raise config.UserError(f"{constant} needs the detector that it was trained for: set RTDETR_MODEL_NAME")
+    if cfg.SPDNET_MODEL_PATH:
+        require_trained_scale(cfg.SPDNET_MODEL_PATH, scale)
+        spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH")
+        found["spdnet_rtdetr"] = detector(RainRobustRTDETR(spdnet, base, derain_scale=scale), cfg, spdnet=True)
+    if cfg.ADAPTER_PATH:
+        found["adapter"] = detector(adapter.fold(base, cfg.ADAPTER_PATH, "ADAPTER_PATH"), cfg)
+    if cfg.RAIN_DETECTOR_PATH:
+        found["rain_detector"] = rain_detector(load_rain_detector(cfg.RAIN_DETECTOR_PATH), cfg, cfg.RAIN_THRESHOLD)
+    if cfg.PIPELINE_DIR:
+        whole = ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, constant="PIPELINE_DIR")
+        rainy = whole.rainy_detector or RainRobustRTDETR(whole.derain_module, whole.detection_module,
+                                                         derain_scale=whole.derain_scale)
+        found |= {"pipeline_gate": rain_detector(whole.rain_detector, cfg, whole.rain_threshold),
+                  "pipeline_rainy": detector(rainy, cfg, spdnet=whole.rainy_detector is None),
+                  "pipeline_clean": detector(whole.detection_module, cfg)}
+    if cfg.RFDETR_PATH:
+        found["rfdetr"] = rfdetr_detector(cfg)
+    if cfg.DERAIN_MODEL_PATH:
+        found["derainer"] = derainer(cfg)
+    if not found:
+        raise config.UserError("every constant of a model (RTDETR_MODEL_NAME, MODEL_NAME, ...) is empty: nothing to "
+                               "export")
     folders = {"RTDETR_MODEL_NAME": "", "MODEL_NAME": "rtdetr"}
     comparison.note_other_sizes({constant: trained_size(Path(getattr(cfg, constant)) / inner)
                                  for constant, inner in folders.items() if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
-    return {name: Deployable(model).eval() for name, model in models.items()}
+    for name, model in found.items():
+        model.module.eval()
+        model.about.update(model=name, input="pixel_values")
+    return found
 
 
-def to_torch_export(program, path):
-    """Write the exported program. -> callable of the file that was written."""
-    content = io.BytesIO()  # a full disk would end the process within torch's own writing
-    torch.export.save(program, content)
-    path.write_bytes(content.getbuffer())
-    return torch.export.load(path).module()
+# --- real images ---------------------------------------------------------------------------------------------------
+
+def image_paths(cfg):
+    """-> paths of the images to calibrate on and to compare with, [] where no constant names any."""
+    folder = cfg.CALIBRATION_DIR or (cfg.COCO_DIR and (Path(cfg.COCO_DIR) / "train2017").as_posix())
+    constant = "CALIBRATION_DIR" if cfg.CALIBRATION_DIR or not cfg.COCO_DIR else "COCO_DIR"
+    if not folder:
+        return []
+    if problem := system.absent(folder, folder=True):
+        raise config.UserError(f"{constant}: '{folder}' {problem}: give a folder of images like those to detect in")
+    if not (paths := system.images_in(folder)):
+        raise config.UserError(f"{constant}: '{folder}' holds no image")
+    return evenly(paths, min(cfg.CALIBRATION_IMAGES, len(paths)))
+
+
+def coco_map(cfg, model, predict, cache):
+    """-> mAP of a detector on COCO_DIR's validation images, None for other kinds and without COCO_DIR; cache: {size and
+    classes: loader}."""
+    if not cfg.COCO_DIR or model.about["kind"] != "detector":
+        return None
+    key = (model.about["image_size"], str(model.about["classes"]))
+    if key not in cache:
+        labels = {int(label): name for label, name in model.about["classes"].items()}
+        data = datasets.CocoDetectionDataset(cfg.COCO_DIR, "val", labels, presets.evaluation(key[0]), domain="clean",
+                                             constant="COCO_DIR", percent=cfg.PERCENT_DATASET, unknown="ignore")
+        cache[key] = loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, 0)
+    return detection_scores(predict, cache[key], torch.device("cpu"), name=model.about["model"])[0]["mAP"]
+
+
+# --- one file ------------------------------------------------------------------------------------------------------
+
+def check(path, kind, model, inputs, cfg, whole_map, cache):
+    """Run a file that was written. -> its row of the table; "refused" in it says why it must not stay."""
+    run = exported.load_exported(path)
+    pairs = [(run(one), formats.answers(model, one)) for one in inputs]
+    row = {"difference": max(formats.largest_difference(*pair, model.about) for pair in pairs), "refused": ""}
+    is_detector, reduced = model.about["kind"] == "detector", formats.FORMATS[kind].reduced
+    if is_detector:
+        row["agreement"] = formats.agreement(*pairs[0])
+    row["mAP"] = coco_map(cfg, model, run, cache)
+    if not reduced or not is_detector:
+        limit, name = (_REDUCED_TOLERANCE, "") if reduced else (cfg.TOLERANCE, "TOLERANCE = ")
+        if not row["difference"] <= limit:
+            row["refused"] = f"differs from PyTorch by {row['difference']:.1e}, more than {name}{limit}"
+    elif row["mAP"] is None and row["agreement"] < _LEAST_AGREEMENT:
+        row["refused"] = (f"finds {100 * row['agreement']:.0f}% of what PyTorch finds: calibrate on more images like "
+                          "yours (CALIBRATION_DIR), or leave the format out")
+    if row["mAP"] is not None and row["mAP"] < model.least_map * whole_map:
+        constant = "LEAST_MAP_RFDETR" if model.about["model"] == "rfdetr" else "LEAST_MAP"
+        row["refused"] = (f"keeps {row['mAP']:.4f} of {whole_map:.4f} mAP ({100 * row['mAP'] / whole_map:.1f}%), less "
+                          f"than {constant} = {model.least_map}: leave the format out, or lower {constant}")
+    return row
 
 
 @torch.no_grad()
-def export(model, name, cfg):
-    """Write one model in every format. -> {format: largest difference from PyTorch}; UserError above TOLERANCE."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(cfg.BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, generator=generator)
-    expected = model(images)
-    program = onnx_file.export_program(model, images)
-    found = {}
-    for kind in cfg.FORMATS:
-        path = Path(cfg.OUTPUT_DIR) / f"{name}{_SUFFIXES[kind]}"
-        with config.writing(path), system.written(path, path.suffix) as temporary:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                written = (onnx_file.write(program, temporary, cfg.OPSET, "pixel_values", _OUTPUTS) if kind == "onnx"
-                           else to_torch_export(program, temporary))
-            found[kind] = onnx_file.difference(written(images), expected)
-            del written  # Windows: an open file can be neither moved nor deleted
-            if not found[kind] <= cfg.TOLERANCE:
-                raise config.UserError(f"{path.name} differs from PyTorch by {found[kind]:.1e}, more than TOLERANCE = "
-                                       f"{cfg.TOLERANCE}, and was not written to {cfg.OUTPUT_DIR}")
-    return found
+def export(model, name, cfg, paths=()):
+    """Write one model in every format that suits it.
+
+    Returns:
+        {format: {"file", "MB", "difference", "agreement" and "mAP" of detectors, "refused": "" or why it was deleted}}.
+    """
+    cache, rows = {}, {}
+    whole_map = coco_map(cfg, model, lambda images_: formats.answers(model, images_), cache)
+    inputs = formats.batches(model, paths, cfg.IMAGE_SIZE)
+    with config.writing(cfg.OUTPUT_DIR), tempfile.TemporaryDirectory(
+            dir=cfg.OUTPUT_DIR, prefix=".", ignore_cleanup_errors=True) as folder:
+        write = formats.writers(model, Path(folder), paths, cfg.OPSET)
+        for kind in cfg.FORMATS:
+            path = Path(folder) / f"{name}{formats.FORMATS[kind].ending}"
+            if kind in model.without:
+                processes.say(f"note: no {path.name}: {model.without[kind]}")
+                continue
+            with config.writing(Path(cfg.OUTPUT_DIR) / path.name):
+                if not path.exists():  # written on the way to another one
+                    write[kind](path)
+            rows[kind] = check(path, kind, model, inputs, cfg, whole_map, cache)
+            parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+            rows[kind] |= {"file": path.name, "MB": sum(part.stat().st_size for part in parts) / 2**20,
+                           "PyTorch's mAP": whole_map}
+            if not rows[kind]["refused"]:
+                for part in parts:  # a copy: other formats start from this one
+                    with system.written(Path(cfg.OUTPUT_DIR) / part.name, part.suffix) as temporary:
+                        temporary.write_bytes(part.read_bytes())
+    return rows
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+def manifest(models, results, cfg):
+    """-> the content of manifest.json: what every file takes and answers, and how the pipeline is put together."""
+    files = {row["file"]: models[name].about | {"format": kind, "mAP": row.get("mAP")}
+             for name, rows in results.items() for kind, row in rows.items() if not row["refused"]}
+    names = {about["model"] for about in files.values()}
+    rainy = cfg.RAINY_MODEL or next((name for name in _RAINY if name in names), "")
+    parts = {"gate": "pipeline_gate", "rainy": "pipeline_rainy", "clean": "pipeline_clean"}
+    if "pipeline_gate" not in names:
+        parts = {"gate": "rain_detector", "rainy": rainy, "clean": "vanilla"}
+    content = {"images": "RGB in [0, 1], (B, 3, H, W), stretched to image_size", "files": files}
+    if set(parts.values()) <= names:
+        content["pipeline"] = parts | {
+            "rain_threshold": models[parts["gate"]].about["rain_threshold"],
+            "rule": "an image goes to `rainy` where the gate's probability is at least rain_threshold and the answer "
+                    "is finite, else to `clean`"}
+    return content
 
 
 def require_usable(cfg):
     """UserError for constants with which nothing could be written; takes formats out that are named twice, and in the
     demo those whose packages are missing."""
     require_size(cfg.IMAGE_SIZE)
-    if cfg.BATCH_SIZE < 1:
-        raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE}: choose 1 or more")
-    not_negative("TOLERANCE", cfg.TOLERANCE)
-    if not cfg.FORMATS or set(cfg.FORMATS) - _SUFFIXES.keys():
-        raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(_SUFFIXES)}")
+    require_scale(cfg.DERAIN_SCALE)
+    for constant in ("TOLERANCE", "LEAST_MAP", "LEAST_MAP_RFDETR"):
+        not_negative(constant, getattr(cfg, constant))
+    if cfg.CALIBRATION_IMAGES < 1:
+        raise config.UserError(f"CALIBRATION_IMAGES = {cfg.CALIBRATION_IMAGES}: choose 1 or more, such as 64")
+    if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in _RAINY:
+        raise config.UserError(f"RAINY_MODEL = {cfg.RAINY_MODEL!r}: choose {', '.join(_RAINY)}")
+    if not cfg.FORMATS or set(cfg.FORMATS) - formats.FORMATS.keys():
+        raise config.UserError(f"FORMATS = {cfg.FORMATS!r}: choose from {', '.join(formats.FORMATS)}")
     cfg.FORMATS = tuple(dict.fromkeys(cfg.FORMATS))
-    if "onnx" in cfg.FORMATS:
+    if any(formats.FORMATS[kind].packages for kind in cfg.FORMATS):
         onnx_file.require_opset(cfg.OPSET, "OPSET")
+    missing = {}
+    for kind in cfg.FORMATS:
         try:
-            onnx_file.require_packages("the format 'onnx'", ", or choose FORMATS = ('torch.export',)")
+            onnx_file.require_packages(f"the format '{kind}'", ", or leave it out of FORMATS",
+                                       formats.FORMATS[kind].packages)
         except config.UserError as error:
             if not cfg.demo:
                 raise
-            processes.say(f"note: no ONNX files: {error}")
-            cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind != "onnx")
+            missing[kind] = str(error).partition(" needs ")[2].partition(",")[0]
+    for reason in dict.fromkeys(missing.values()):
+        left_out = [kind for kind in missing if missing[kind] == reason]
+        processes.say(f"note: no {', '.join(left_out)}, which needs {reason}")
+    cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind not in missing)
+    int8 = [kind for kind in cfg.FORMATS if kind.endswith("int8")]
+    if int8 and not cfg.CALIBRATION_DIR and not cfg.COCO_DIR:
+        raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} needs a folder of images like "
+                               "yours: set it (or COCO_DIR), or leave the format out of FORMATS")
+
+
+def print_table(results, folder):
+    """One row per file."""
+    rows = []
+    for row in (one for kinds in results.values() for one in kinds.values()):
+        kept = row.get("mAP") and row["mAP"] / row["PyTorch's mAP"]
+        rows.append({"file": row["file"], "difference": f"{row['difference']:.1e}", "MB": f"{row['MB']:.1f}",
+                     "agreement": f"{100 * row['agreement']:.0f}%" if "agreement" in row else None,
+                     "mAP": row.get("mAP"), "kept": f"{100 * kept:.1f}%" if kept else None,
+                     "refused": "refused" if row["refused"] else "written"})
+    processes.say(report.table(rows, {
+        "file": f"in {Path(folder).as_posix()}", "MB": "MB", "difference": "largest difference",
+        "agreement": "same boxes", "mAP": "mAP", "kept": "of PyTorch's", "refused": ""}))
 
 
 def main(**overrides):
-    """Export; -> {model: {format: largest difference}}."""
+    """Export; -> {model: {format: row of `export`}}.
+
+    Raises:
+        UserError: what cannot start; and at the end, after everything else was written, where files were refused.
+    """
     cfg = config.resolve(globals(), overrides)
     processes.require_one("export.py")
     require_usable(cfg)
+    if cfg.demo:
+        for constant in ("MODEL_NAME", "ADAPTER_PATH"):
+            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
+                setattr(cfg, constant, "")
+                processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
     models = build_models(cfg)
-    report.output_folder(cfg.OUTPUT_DIR, [f"{name}{_SUFFIXES[kind]}" for name in models for kind in cfg.FORMATS])
-    results = {name: export(model, name, cfg) for name, model in models.items()}
-    rows = [{"file": f"{name}{_SUFFIXES[kind]}", "difference": f"{value:.1e}",
-             "size": f"{(Path(cfg.OUTPUT_DIR) / (name + _SUFFIXES[kind])).stat().st_size / 2**20:.1f}"}
-            for name, differences in results.items() for kind, value in differences.items()]
-    processes.say(report.table(rows, {"file": f"in {Path(cfg.OUTPUT_DIR).as_posix()}",
-                                      "difference": "largest difference from PyTorch", "size": "MB"}))
+    if cfg.demo and cfg.COCO_DIR == DEMO["COCO_DIR"]:
+        ensure_demo()
+    paths = image_paths(cfg)
+    if not paths:
+        processes.say("note: no CALIBRATION_DIR and no COCO_DIR: files are compared with PyTorch on noise alone")
+    names = [f"{name}{formats.FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
+    bins = [Path(name).with_suffix(".bin").name for name in names if name.endswith(".xml")]
+    report.output_folder(cfg.OUTPUT_DIR, [*names, *bins, "manifest.json"])
+    results = {}
+    for name, model in models.items():
+        processes.say(f"{name} ...")
+        results[name] = export(model, name, cfg, paths)
+    print_table(results, cfg.OUTPUT_DIR)
+    report.write_json(Path(cfg.OUTPUT_DIR) / "manifest.json", manifest(models, results, cfg))
+    rows = [row for kinds in results.values() for row in kinds.values()]
+    refused = [f"{row['file']} {row['refused']}" for row in rows if row["refused"]]
+    if refused:
+        raise config.UserError(f"{len(refused)} file(s) refused and deleted: {system.listed(refused, 5, '; ')}")
     return results
 
 

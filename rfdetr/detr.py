@@ -321,7 +321,7 @@ def as_float(image):
     return to_floats(image) if image.dtype == torch.uint8 else image
 
 
-class _Deployable(nn.Module):
+class Deployable(nn.Module):
     """RFDETR with plain tensors in and out; see Detector.export."""
 
     def __init__(self, model):
@@ -333,12 +333,9 @@ class _Deployable(nn.Module):
         found = outputs["logits"], outputs["boxes"]
         if self.model.mask_head is None:
             return found
-        batch, queries = outputs["logits"].shape[:2]
-        image = torch.arange(batch).repeat_interleave(queries)  # (B * Q,): 0 0 0 ... 1 1 1 ...
-        query = torch.arange(queries).repeat(batch)  # (B * Q,): 0 1 2 ... 0 1 2 ...
-        logits = masks.mask_logits(outputs, image, query)  # (B * Q, S / 4, S / 4)
-        logits = masks.confined(logits, outputs["boxes"].flatten(0, 1))
-        return *found, logits.unflatten(0, (batch, queries))  # (B, Q, S / 4, S / 4)
+        logits = masks.every_mask(outputs)  # (B, Q, S / 4, S / 4)
+        confined = masks.confined(logits.flatten(0, 1), outputs["boxes"].flatten(0, 1))
+        return *found, confined.view_as(logits)
 
 
 @torch.no_grad()
@@ -355,7 +352,7 @@ def export_onnx(model, path, opset, batch_size):
     checkpoint.require_writable(path.parent)
     names = ["logits", "boxes", "mask_logits"]
     try:
-        deployable = _Deployable(model).cpu().eval()
+        deployable = Deployable(model).cpu().eval()
         expected = deployable(images)
         program = onnx_file.export_program(deployable, example)
         with system.written(path) as temporary:

@@ -33,8 +33,7 @@ def mask_logits(outputs, batch_index, query_index, counts=None):
         pixels, queries = pixels.float(), queries.float()
         height, width = pixels.shape[-2:]
         if len(batch_index) == queries.shape[0] * queries.shape[1]:  # all of them (export): no loop
-            every = torch.bmm(queries, pixels.flatten(2)).unflatten(2, (height, width))  # (B, q, h, w)
-            return every[batch_index, query_index]
+            return every_mask(outputs)[batch_index, query_index]
         if counts is None:
             order = batch_index.argsort(stable=True)
             counts = torch.bincount(batch_index, minlength=len(pixels)).tolist()
@@ -44,6 +43,13 @@ def mask_logits(outputs, batch_index, query_index, counts=None):
         # per image: its chosen queries (., C) times its pixels (C, h * w)
         found = torch.cat([part @ pixel.flatten(1) for part, pixel in zip(chosen.split(counts), pixels, strict=True)])
         return found.unflatten(1, (height, width))  # (n, h, w)
+
+
+def every_mask(outputs):
+    """Mask logits of all queries (export): "pixel_embedding" (B, C, h, w), "query_embedding" (B, q, C) -> (B, q, h, w).
+    """
+    pixels = outputs["pixel_embedding"].float()
+    return torch.bmm(outputs["query_embedding"].float(), pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
 
 
 def confined(logits, boxes):

@@ -94,7 +94,7 @@ def exported(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"TOLERANCE": -1.0}, {"TOLERANCE": float("nan")}, {"TOLERANCE": float("inf")},
-                                    {"BATCH_SIZE": 0}, {"IMAGE_SIZE": 100}, {"FORMATS": ("pt2",)}])
+                                    {"IMAGE_SIZE": 100}, {"FORMATS": ("pt2",)}])
 def test_an_export_that_cannot_be_moves_no_earlier_file(exported, values, monkeypatch):
     module = script("export")
     monkeypatch.setattr(module, "export", lambda *_: pytest.fail("minutes of work"))
@@ -105,10 +105,10 @@ def test_an_export_that_cannot_be_moves_no_earlier_file(exported, values, monkey
 def test_a_format_named_twice_is_written_once_and_another_size_is_noted(exported, monkeypatch, capsys):
     module, calls = script("export"), []
 
-    def export(model, name, cfg):
+    def export(model, name, cfg, paths):
         calls.append(cfg.FORMATS)
         (Path(cfg.OUTPUT_DIR) / "vanilla.pt2").write_text("new")
-        return dict.fromkeys(cfg.FORMATS, 0.0)
+        return {}
     monkeypatch.setattr(module, "export", export)
     module.main(**exported | {"FORMATS": ("torch.export", "torch.export")})
     assert calls == [("torch.export",)]

@@ -21,7 +21,8 @@ SCRIPT = re.compile(r"(?P<called>python3? +(?:-m +)?)?(?P<target>(?<![\w./-])(?:
                     r"|(?<![\w./-])(?:\w+/)*\w+\.py)(?=\s|$)")
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
 OF_OTHER_PROGRAMS = {"nproc-per-node", "nproc_per_node", "nnodes", "node-rank", "master-addr", "master-port",
-                      "index-url", "local-dir", "logdir", "onnx", "durations"}
+                      "index-url", "local-dir", "logdir", "onnx", "durations", "saveEngine", "fp16", "minShapes",
+                      "optShapes", "maxShapes"}
 
 
 def slug(heading):

@@ -97,7 +97,8 @@ def test_what_trains_nothing_runs(work, trained, name):
     for need in needs.get(name, ()):
         trained(need)
     changes = {"eval_adaptation": {"ADAPTED_MODEL_PATH": "./assets/demo/spdnet_adapted.pt"},
-               "eval_feature": {"LIGHTWEIGHT_MODEL_NAME": ""}, "export": {"RTDETR_MODEL_NAME": ""}}
+               "eval_feature": {"LIGHTWEIGHT_MODEL_NAME": ""},
+               "export": {"RTDETR_MODEL_NAME": "", "RAIN_DETECTOR_PATH": ""}}
     outcome(work, name, "cuda", **changes.get(name, {}))
 
 

@@ -388,7 +388,7 @@ def test_export_refuses(detector, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="opset = 17.*18"):
         detector.export(tmp_path / "a.onnx", opset=17)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(UserError, match="pip install -r requirements-export.txt"):
         detector.export(tmp_path / "a.onnx")
     assert not list(tmp_path.glob("*.onnx"))
 
@@ -406,7 +406,7 @@ def test_an_export_that_cannot_be_is_refused_before_the_work(detector, tmp_path,
     assert (tmp_path / "best.pth").read_text() == "weights"
 
 
-@pytest.mark.parametrize("culprit", ["require_writable", "_Deployable.forward", "export"])
+@pytest.mark.parametrize("culprit", ["require_writable", "Deployable.forward", "export"])
 def test_a_failed_export_leaves_the_model_on_its_device_and_no_file(detector, tmp_path, monkeypatch, culprit):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
@@ -415,14 +415,14 @@ def test_a_failed_export_leaves_the_model_on_its_device_and_no_file(detector, tm
         raise UserError("on purpose")
 
     moves, model = [], detector.model  # there is one device: what counts is that the last move is back to it
-    monkeypatch.setattr(detr._Deployable, "cpu", lambda self: moves.append("away") or self)
+    monkeypatch.setattr(detr.Deployable, "cpu", lambda self: moves.append("away") or self)
     monkeypatch.setattr(model, "to", lambda device: moves.append(device) or model)
     if culprit == "require_writable":
         monkeypatch.setattr(detr.checkpoint, "require_writable", fail)
     elif culprit == "export":
         monkeypatch.setattr(torch.export, "export", fail)
     else:
-        monkeypatch.setattr(detr._Deployable, "forward", fail)
+        monkeypatch.setattr(detr.Deployable, "forward", fail)
     with pytest.raises(UserError, match="on purpose"):
         detector.export(tmp_path / "model.onnx")
     assert moves == ([] if culprit == "require_writable" else ["away", torch.device("cpu")])

@@ -130,7 +130,8 @@ STEPS = {
     "detect_feature": Step("detect", {"SOURCE": "./demo/coco_rain/val2017", "MODEL": "feature", "SHOW_DERAINED": False,
                                       "FEATURE_MODEL_DIR": "./runs/feature/model"}, ("feature",)),
     "detect_video": Step("detect", {"demo": True}),
-    "export": Step("export", {"BATCH_SIZE": 1, "MODEL_NAME": "./runs/feature/model"}, ("feature",)),
+    "export": Step("export", {"MODEL_NAME": "./runs/feature/model", "ADAPTER_PATH": "", "RFDETR_PATH": "",
+                              "FORMATS": ("onnx", "torch.export")}, ("feature",)),
 }
 
 

@@ -119,6 +119,8 @@ def _in_parts(derainer, images):
     one."""
     def derain(part):
         return derainer(part * 255)[0] / 255 if isinstance(derainer, SPDNet) else derainer(part)
+    if torch.compiler.is_exporting():  # a file for batches of any size
+        return derain(images)
     at_once = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
     if torch.is_grad_enabled() or len(images) <= at_once:
         return derain(images)
@@ -205,7 +207,7 @@ class RainRobustRTDETR(nn.Module):
             RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
             `clamped`, and where asked for `derained_clean` and `features`.
         """
-        batch = len(pixel_values)
+        batch = pixel_values.shape[0]  # len() would fix the batch of an exported file
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
         images = clamp_with_return(restored)
         outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)

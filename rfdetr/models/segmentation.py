@@ -120,7 +120,7 @@ def waves_of_pixels(height, width, like):
     x = waves((torch.arange(width, device=like.device) + 0.5) / width).T  # (2 * WAVES, width)
     y = waves((torch.arange(height, device=like.device) + 0.5) / height).T  # (2 * WAVES, height)
     parts = [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width), x.new_ones(1, height, width)]
-    return torch.cat(parts)[None].expand(len(like), -1, -1, -1)  # (B, 4 * WAVES + 1, height, width)
+    return torch.cat(parts)[None].expand(like.shape[0], -1, -1, -1)  # (B, 4 * WAVES + 1, height, width)
 
 
 def describe_boxes(boxes):

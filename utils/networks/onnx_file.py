@@ -1,7 +1,12 @@
-"""Write an exported program as ONNX and run the file: what export.py and rfdetr/detr.py share."""
+"""Write an exported program as ONNX, in float32, float16 or INT8, and run the file: what export.py, rfdetr/detr.py and
+utils/inference/exported.py share."""
 
+import ast
+import contextlib
 import importlib
 import importlib.util
+import io
+import json
 import logging
 import warnings
 
@@ -9,6 +14,7 @@ import torch
 
 from utils.config import UserError
 
+ABOUT = "rainsight"  # key of what a file says of itself, as JSON: see utils/inference/exported.py
 OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of detectors to 17 fails, and 18 is what it then writes
 
 
@@ -22,38 +28,123 @@ def require_opset(opset, constant):
             raise UserError(f"{constant} = {opset}: this onnx ({onnx.__version__}) knows opsets up to {newest}")
 
 
-def require_packages(what, otherwise=""):
+def require_packages(what, otherwise="", names=("onnx", "onnxscript", "onnxruntime")):
     """UserError that says what to install where an optional package is missing; what: names who needs it."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UserError(f"{what} needs the package {name}: pip install onnx onnxscript onnxruntime"
+            raise UserError(f"{what} needs the package {name}: pip install -r requirements-export.txt"
                             f"{otherwise}") from None
 
 
-def export_program(model, images):
-    """-> torch.export's program of a module with plain tensors in and out, for images of this shape."""
+def export_program(model, images, dynamic=None):
+    """-> torch.export's program of a module with plain tensors in and out.
+
+    Args:
+        images: (B, 3, H, W), an example; its shape is fixed but for `dynamic`, {dimension: torch.export.Dim}, for which
+            it should have 2 or more.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch and transformers that a user cannot act on
-        return torch.export.export(model, (images,), strict=False)
+        return torch.export.export(model, (images,), dynamic_shapes=dynamic and (dynamic,), strict=False)
 
 
-def write(program, path, opset, input_name, output_names):
-    """Write ONNX. -> callable of the file that was written: images -> [Tensor, ...], by onnxruntime on the CPU."""
+def write(program, path, opset, input_name, output_names, about=None):
+    """Write ONNX. -> callable of the file that was written: images -> [Tensor, ...], by onnxruntime on the CPU.
+
+    about: plain data that the file carries under the key ABOUT, or None.
+    """
     import onnx
-    import onnxruntime
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's operators, which are not used
-    with warnings.catch_warnings():
+    for name in ("torch.onnx", "onnxscript"):  # remarks on torchvision's operators, which are not used, and on splits
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it counts what it folds
         warnings.simplefilter("ignore")
         torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
                           input_names=[input_name], output_names=list(output_names))
-    found = next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    model = onnx.load(path)
+    found = next(entry.version for entry in model.opset_import if entry.domain == "")
     if found != opset:  # torch only logs that its conversion failed
         raise UserError(f"opset {opset} was asked for, torch's exporter wrote {found}: choose {found}")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(a) for a in session.run(None, {input_name: images.numpy()})]
+    if about is not None:
+        onnx.helper.set_model_props(model, {ABOUT: json.dumps(about)})
+        onnx.save(model, path)
+    opened = session(path)
+    return lambda images: [torch.from_numpy(a) for a in opened.run(None, {input_name: images.numpy()})]
+
+
+def session(path, threads=0):
+    """-> onnxruntime's session of a file, on the CPU; threads: 0 for as many as there are cores."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # warnings of its optimiser about what it leaves as it is
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def write_half(source, target):
+    """Write a float32 file's weights and arithmetic as float16; inputs and outputs stay float32. For GPUs: on a CPU
+    onnxruntime computes most of it in float32 again."""
+    import onnx
+    from onnxruntime.transformers import float16
+    logging.getLogger("onnxruntime.transformers.float16").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights below 6e-8 become that
+        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True)
+    done = set()  # it writes the same cast twice where a value has two readers that stay in float32
+    nodes = [node for node in model.graph.node if not (set(node.output) & done or done.update(node.output))]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, target)
+
+
+def write_int8(source, target, images, operators, parts):
+    """Write a float32 file with INT8 in its heavy parts: weights per channel, activations by their range.
+
+    Args:
+        images: iterable of (1, 3, H, W) float32 arrays in [0, 1] to calibrate on.
+        operators: "Conv" and, for transformers, "MatMul" (those with weights).
+        parts: names of modules, such as "backbone"; what is elsewhere stays in float32, as RT-DETR's decoder has to: in
+            INT8 it keeps 4 of 48 mAP.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    model = onnx.load(source)
+    name = model.graph.input[0].name
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.left = iter(images)
+
+        def get_next(self):
+            image = next(self.left, None)
+            return None if image is None else {name: image}
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    kept = [node.name for node in model.graph.node if node.op_type in operators
+            and not (_within(node, parts) and weights & set(node.input))]
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # advice to fold what utils/networks/folding.py has folded
+    try:
+        quantization.quantize_static(
+            source, target, Images(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(operators),
+            per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=kept)
+    finally:
+        logging.getLogger().setLevel(level)
+    written = onnx.load(target)
+    if not any(node.op_type == "QuantizeLinear" for node in written.graph.node):
+        raise UserError(f"nothing in it could be quantised: no {' or '.join(operators)} lies in {' or '.join(parts)}")
+    onnx.helper.set_model_props(written, {entry.key: entry.value for entry in model.metadata_props})
+    onnx.save(written, target)
+
+
+def _within(node, parts):
+    """-> whether a node comes from a module with one of these names, as torch's exporter notes beside it."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return any(part in parts for scope in ast.literal_eval(scopes) for part in scope.split("."))
 
 
 def difference(outputs, expected):

@@ -49,12 +49,23 @@ class _FilledOnTheGpu(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _AnyBatch(TorchFunctionMode):
+    """Within, len(tensor) is 1 instead of a number that would fix the batch of an exported file: transformers takes it
+    for a batch size that only detectors with `learn_initial_query` use."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return 1 if function is torch.Tensor.__len__ else function(*args, **(kwargs or {}))
+
+
 class RTDetrForObjectDetection(transformers.RTDetrForObjectDetection):
     """transformers' detector without six waits for the GPU in its forward, which writes the sizes of the feature maps
     number by number. The name stays, because config.json holds it. See `_ours` for how one is made."""
 
     def forward(self, pixel_values, *args, **kwargs):
         """See transformers' RTDetrForObjectDetection.forward."""
+        if torch.compiler.is_exporting() and not self.config.learn_initial_query:
+            with _AnyBatch():
+                return super().forward(pixel_values, *args, **kwargs)
         if self.device.type != "cuda" or torch.compiler.is_compiling():
             return super().forward(pixel_values, *args, **kwargs)
         with _FilledOnTheGpu():

@@ -9,6 +9,7 @@ import transformers
 from conftest import names_in, small_spdnet
 from transformers import DFineConfig, HGNetV2Config, RTDetrResNetConfig, RTDetrV2Config
 
+import export
 import Training_FeatureDerain
 import Training_RTDETR
 import Training_SPDNet_Adaptation
@@ -16,6 +17,7 @@ from utils import freeze
 from utils.conditional_model import load_rainy_detector
 from utils.config import UserError
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.inference.exported import load_exported
 from utils.integrated_model import RainRobustRTDETR
 from utils.networks import adapter, distillation, folding, rtdetr_loss
 from utils.networks.rtdetr import backbone_features, detect_from_features, load_rtdetr
@@ -153,6 +155,35 @@ def test_adapter_and_teacher(folder, tmp_path):
     student = distillation.Student(copy.deepcopy(detector)).eval()
     _, terms = student(images(), None, distillation.Teacher(detector)(images()))
     assert terms.keys() == set(distillation.TERMS) and all(abs(value) < 1e-5 for value in terms.values())
+
+
+@pytest.fixture
+def awake(folder, tmp_path):
+    """A folder of a detector whose scores differ: of one with new weights a rounding error chooses the queries."""
+    detector = load_rtdetr(folder)
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        torch.nn.init.xavier_normal_(detector.model.enc_score_head.weight)
+        for _ in range(2):
+            detector.train()(pixel_values=images())
+    detector.eval().save_pretrained(tmp_path / "awake")
+    return str(tmp_path / "awake")
+
+
+def test_exported_for_any_batch(awake, tmp_path):
+    pytest.importorskip("onnxruntime")
+    files = export.main(RTDETR_MODEL_NAME=awake, MODEL_NAME="", IMAGE_SIZE=96, FORMATS=("onnx",),
+                        OUTPUT_DIR=str(tmp_path / "out"))
+    assert files
+    run, detector = load_exported(tmp_path / "out" / "vanilla.onnx"), load_rtdetr(awake)
+    for number in (1, 3):
+        batch = torch.rand(number, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            torch.testing.assert_close(run(batch).logits, detector(pixel_values=batch).logits, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -231,7 +231,7 @@ def test_another_architecture_and_gaps_in_its_classes(weights):
     edited(weights / "rtdetr" / "config.json", lambda content: content.update(id2label={"0": "person", "2": "car"}))
     refused(lambda: load_rtdetr(str(weights / "rtdetr")), "id2label", "without a gap", "0, 2")
     edited(weights / "rtdetr" / "config.json", lambda content: content.update(model_type="yolos"))
-    refused(lambda: load_rtdetr(str(weights / "rtdetr")), "is a yolos, an RT-DETR (rt_detr) is needed")
+    refused(lambda: load_rtdetr(str(weights / "rtdetr")), "is a yolos, one of rt_detr, rt_detr_v2, d_fine is needed")
 
 
 def test_a_config_that_is_a_list(weights):

@@ -60,7 +60,7 @@ def inject(detector, rank, alpha, targets, thin=True):
     """-> a copy of the detector in which only the adapter trains; it computes what the detector computes.
 
     Args:
-        detector: RTDetrForObjectDetection; rank, alpha: of the low-rank changes, which count alpha / rank.
+        detector: of load_rtdetr; rank, alpha: of the low-rank changes, which count alpha / rank.
         targets: some of TARGETS; thin: also `thin_parameters`.
     """
     peft = _peft()
@@ -69,8 +69,11 @@ def inject(detector, rank, alpha, targets, thin=True):
     small = set(thin_parameters(model)) if thin else set()
     chosen = [name for name in chosen if f"{name}.weight" not in small]
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0,
-                                                 bias="none"), model)
+    # of a transformers model itself peft would ask for word embeddings, which some detectors refuse to answer
+    within = nn.ModuleDict({"detector": model})
+    peft.inject_adapter_in_model(peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=[f"detector.{name}" for name in chosen], lora_dropout=0.0,
+        bias="none"), within)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name in small)
     for module in model.modules():

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from transformers.models.d_fine.modeling_d_fine import DFineFrozenBatchNorm2d, DFineRepVggBlock
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrFrozenBatchNorm2d, RTDetrRepVggBlock
+from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2FrozenBatchNorm2d, RTDetrV2RepVggBlock
 
-_NORMS = (nn.BatchNorm2d, RTDetrFrozenBatchNorm2d)
-_FROZEN_EPS = 1e-5  # of RTDetrFrozenBatchNorm2d, which has no attribute for it
+_FROZEN = (RTDetrFrozenBatchNorm2d, RTDetrV2FrozenBatchNorm2d, DFineFrozenBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, *_FROZEN)
+_REPVGG = (RTDetrRepVggBlock, RTDetrV2RepVggBlock, DFineRepVggBlock)
+_FROZEN_EPS = 1e-5  # of _FROZEN, which have no attribute for it
 _PAIRS = (("conv", "norm"), ("convolution", "normalization"))  # how transformers' RT-DETR names them
 
 
@@ -44,7 +48,7 @@ def folded(model):
                 setattr(module, norm, nn.Identity())
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, RTDetrRepVggBlock):
+            if isinstance(child, _REPVGG):
                 setattr(module, name, _one_convolution(child))
     return model
 

@@ -1,13 +1,16 @@
-"""RT-DETR from transformers: load it, build small ones, and reach the features between backbone and encoder.
+"""RT-DETR, RT-DETRv2 and D-FINE from transformers: load them, build small RT-DETRs, and reach the features between
+backbone and encoder. What differs between the three stands here; everywhere else one is as good as another.
 
-Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024. Input: RGB in [0, 1], sides a multiple of 32,
+Input: RGB in [0, 1], sides a multiple of 32,
 no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4), normalised cxcywh.
 """
 
 import copy
 import json
 import math
+import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -18,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from utils import checkpoint, system
 from utils.config import UserError
-from utils.networks.rtdetr_loss import rtdetr_loss
+from utils.networks.rtdetr_loss import dfine_loss, rtdetr_loss
 
 disable_progress_bar()  # transformers draws bars in block characters, even for a file of a megabyte
 
@@ -57,14 +60,15 @@ class _AnyBatch(TorchFunctionMode):
         return 1 if function is torch.Tensor.__len__ else function(*args, **(kwargs or {}))
 
 
-class RTDetrForObjectDetection(transformers.RTDetrForObjectDetection):
-    """transformers' detector without six waits for the GPU in its forward, which writes the sizes of the feature maps
-    number by number. The name stays, because config.json holds it. See `_ours` for how one is made."""
+class _WithoutWaits:
+    """transformers' forward without six waits for the GPU, where it writes the sizes of the feature maps number by
+    number; exported, it takes batches of any size."""
 
     def forward(self, pixel_values, *args, **kwargs):
-        """See transformers' RTDetrForObjectDetection.forward."""
+        """See transformers' forward of the class of this name."""
         if torch.compiler.is_exporting() and not self.config.learn_initial_query:
-            with _AnyBatch():
+            # of its checks of shapes ONNX has no form
+            with _AnyBatch(), mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
                 return super().forward(pixel_values, *args, **kwargs)
         if self.device.type != "cuda" or torch.compiler.is_compiling():
             return super().forward(pixel_values, *args, **kwargs)
@@ -72,13 +76,33 @@ class RTDetrForObjectDetection(transformers.RTDetrForObjectDetection):
             return super().forward(pixel_values, *args, **kwargs)
 
 
+# The names stay, because config.json holds them. See `_ours` for how one is made.
+
+class RTDetrForObjectDetection(_WithoutWaits, transformers.RTDetrForObjectDetection):
+    """Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024."""
+
+
+class RTDetrV2ForObjectDetection(_WithoutWaits, transformers.RTDetrV2ForObjectDetection):
+    """Lv et al., "RT-DETRv2", arXiv 2407.17140: another sampling in the decoder, else RT-DETR."""
+
+
+class DFineForObjectDetection(_WithoutWaits, transformers.DFineForObjectDetection):
+    """Peng et al., "D-FINE", ICLR 2025: boxes as distributions of their edges, with losses of their own."""
+
+
+_FAMILY = {  # {model_type in config.json: our class, criterion}
+    "rt_detr": (RTDetrForObjectDetection, rtdetr_loss), "rt_detr_v2": (RTDetrV2ForObjectDetection, rtdetr_loss),
+    "d_fine": (DFineForObjectDetection, dfine_loss)}
+_DETECTORS = (transformers.RTDetrForObjectDetection, transformers.RTDetrV2ForObjectDetection,
+              transformers.DFineForObjectDetection)
+
+
 def _ours(detector):
     """Give transformers' detector our forward and our criterion, in place. -> the detector
 
     It is built as transformers' own: of a class that is not, transformers leaves the heads without their first values.
     """
-    detector.__class__ = RTDetrForObjectDetection
-    detector.loss_function = rtdetr_loss
+    detector.__class__, detector.loss_function = _FAMILY[detector.config.model_type]
     return detector
 
 
@@ -102,7 +126,7 @@ def new_rtdetr(size, id2label, train_backbone_norms=True):
 
 
 def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME", new_classes=None):
-    """Load a pretrained RT-DETR in float32 and eval mode.
+    """Load a pretrained RT-DETR, RT-DETRv2 or D-FINE (its config.json says which) in float32 and eval mode.
 
     Args:
         name: a Hugging Face hub id, or a folder written by save_pretrained.
@@ -125,8 +149,9 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     try:
         settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=looks_local)
         _require_rtdetr(settings, f"{constant} = '{name}'")
+        published = getattr(transformers, _FAMILY[settings["model_type"]][0].__name__)
         # float32: transformers keeps a checkpoint's own dtype otherwise
-        detector, report = transformers.RTDetrForObjectDetection.from_pretrained(
+        detector, report = published.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, local_files_only=looks_local, **changes)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -152,11 +177,11 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
 
 
 def _require_rtdetr(settings, what):
-    """UserError unless a config.json (dict) is that of an RT-DETR with classes 0 .. K - 1; what: for the message."""
+    """UserError unless a config.json (dict) is one of _FAMILY with classes 0 .. K - 1; what: for the message."""
     kind = settings.get("model_type")
-    if kind != RTDetrConfig.model_type:
-        raise UserError(f"{what} is a {kind or 'model without model_type'}, an RT-DETR (rt_detr) is needed, such as "
-                        "PekingU/rtdetr_r18vd")
+    if kind not in _FAMILY:
+        raise UserError(f"{what} is a {kind or 'model without model_type'}, one of {', '.join(_FAMILY)} is needed, "
+                        "such as PekingU/rtdetr_r18vd, PekingU/rtdetr_v2_r18vd or ustc-community/dfine-small-coco")
     classes = settings.get("id2label", {})
     if not isinstance(classes, dict) or {str(key) for key in classes} != {str(i) for i in range(len(classes))}:
         raise UserError(f"{what}: id2label in its config.json must number its {len(classes)} classes from 0 on without "
@@ -192,8 +217,8 @@ def trained_size(folder):
 
 
 def rtdetr_of(model):
-    """-> the RTDetrForObjectDetection inside a wrapper (its property `rtdetr`), or the model itself where it is one."""
-    return model if isinstance(model, transformers.RTDetrForObjectDetection) else model.rtdetr
+    """-> the detector inside a wrapper (its property `rtdetr`), or the model itself where it is one."""
+    return model if isinstance(model, _DETECTORS) else model.rtdetr
 
 
 @torch.no_grad()

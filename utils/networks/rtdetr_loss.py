@@ -7,6 +7,7 @@ float32 rounding, which tests hold; all layers are computed together and a GPU i
 
 import torch
 import torch.nn.functional as F
+from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss
 
 from utils.boxes import box_overlap
 from utils.losses import count_over_ranks, float32
@@ -60,6 +61,37 @@ def rtdetr_loss(logits, labels, device, pred_boxes, config, outputs_class=None, 
         finite = torch.isfinite(classes).all() & torch.isfinite(boxes).all()
         loss = torch.where(finite, torch.stack(list(terms.values())).sum(), float("nan"))
     return loss, terms, None
+
+
+def dfine_loss(logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, **others):
+    """D-FINE's criterion, transformers' own: RT-DETR's terms, and those of the edges' distributions (Peng et al.,
+    "D-FINE", ICLR 2025: "fgl" against the objects, "ddf" between the decoder's layers).
+
+    Differences to transformers': float32 under autocast; under torchrun normalised by the boxes of all ranks; outputs
+    that are not finite give NaN.
+
+    Args:
+        others: what else transformers hands over; all as in `rtdetr_loss`.
+    Returns:
+        (loss, {"loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", ... of the last layer, with suffixes those of the
+        others: weighted, scalars}, None).
+    """
+    with float32(logits.device.type):
+        own = sum(len(label["class_labels"]) for label in labels)
+        share = max(own, 1) / count_over_ranks(own, logits.device)  # transformers divides by this rank's boxes
+        finite = torch.isfinite(outputs_class).all() & torch.isfinite(outputs_coord).all()
+        as_floats = [torch.where(finite, tensor.float(), 0.5) for tensor in (logits, pred_boxes, outputs_class,
+                                                                             outputs_coord)]
+        others = {name: _floats(value) for name, value in others.items()}
+        _, terms, _ = DFineForObjectDetectionLoss(as_floats[0], labels, device, as_floats[1], config, *as_floats[2:],
+                                                  **others)
+        terms = {name: value if "ddf" in name else share * value for name, value in terms.items()}
+        loss = torch.where(finite, torch.stack(list(terms.values())).sum(), float("nan"))
+    return loss, terms, None
+
+
+def _floats(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()

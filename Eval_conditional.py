@@ -91,7 +91,7 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "ORIGINAL_SPDNET_PATH": "./assets/demo/spdnet.pt",
-    "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_rain", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
+    "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_specialist", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_conditional/eval",
     # rows that appear once Training_Conditional.py --demo and Training_FeatureDerain.py --demo have run
     "SOFT_PIPELINE_DIR": "./demo/outputs_conditional/pipeline",

@@ -65,9 +65,9 @@ SEED = 0                                # subset, order, weather, initial change
 
 # --- loss weights (0 switches a term off; the teacher is the frozen detector on the clean twin, and needs no labels) --
 DETECTION_WEIGHT = 1.0                  # RT-DETR's own loss, with the labels; 0 learns from the teacher alone
-QUERIES_WEIGHT = 1.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
-POSITIONS_WEIGHT = 1.0                  # scores and boxes by which queries are chosen
-FEATURES_WEIGHT = 1.0                   # features where the teacher sees objects
+QUERIES_WEIGHT = 0.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
+POSITIONS_WEIGHT = 0.0                  # scores and boxes by which queries are chosen
+FEATURES_WEIGHT = 0.0                   # features where the teacher sees objects
 
 # --- output -------------------------------------------------------------------------------------------------------
 OUTPUT_DIR = "./outputs_adapter"

@@ -23,7 +23,7 @@ def test_they_are_small_and_load():
     for name in ("spdnet.pt", "spdnet_adapted.pt"):
         model = load_spdnet(ASSETS / name)
         assert (model.n_feats, model.n_resblocks) == (16, 1)
-    for name in ("rtdetr", "rtdetr_rain"):
+    for name in ("rtdetr", "rtdetr_rain", "rtdetr_specialist"):
         names = id2label_of(load_rtdetr(str(ASSETS / name))).values()
         assert list(names) == [category["name"] for category in sorted(CATEGORIES, key=lambda c: c["id"])]
 
@@ -49,6 +49,9 @@ def test_rain_costs_the_detector_at_least_a_third(tmp_path):
         found[domain] = scores["mAP"]
     assert found["clean"] > 0.45
     assert found["rainy"] < found["clean"] * 2 / 3
+    specialist = load_rtdetr(str(ASSETS / "rtdetr_specialist"))  # wins more than two thirds of it back
+    scores, _ = detection_scores(lambda x: specialist(pixel_values=x), loaders.validation_loader(data, 8, 0), "cpu")
+    assert scores["mAP"] > found["rainy"] + (found["clean"] - found["rainy"]) * 2 / 3
 
 
 def test_rfdetr_finds_the_demos_objects(tmp_path):

@@ -107,7 +107,9 @@ def test_training_writes_a_file_that_detects_better_in_its_weather(base, weights
     assert {"mist.safetensors", "previous_1"} <= names_in(out) and not {"rain.safetensors", "rain.md"} & names_in(out)
 
 
-def test_a_killed_training_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("taught", [0.0, 1.0])
+def test_a_killed_training_goes_on_bit_for_bit(base, tmp_path, monkeypatch, taught):
+    base = base | {"QUERIES_WEIGHT": taught, "POSITIONS_WEIGHT": taught, "TEACHER_CACHE_GB": taught}
     Training.main(**base | {"OUTPUT_DIR": str(tmp_path / "whole")})
     settings = base | {"OUTPUT_DIR": str(tmp_path / "cut"), "CHECKPOINT_STEPS": 1}
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -6,6 +6,7 @@
     spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
     spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py
     rtdetr_rain/       the detector, fine-tuned on rain                  Training_FeatureDerain.py, no module
+    rtdetr_specialist/ the detector for rain alone, behind the gate      Training_RTDETR.py, fresh rain
     rain_detector.pt   is it raining?                                    Training_RainDetector.py
     rfdetr_tiny.pth    the RF-DETR of the stage-1 and stage-2 demos      train_detector_stage1.py
 
@@ -41,7 +42,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 SCENES = 10000                          # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
 ASSETS_DIR = "./assets/demo"            # what is committed
-STAGES = ("rtdetr", "spdnet", "spdnet_adapted", "rtdetr_rain", "rain_detector", "rfdetr")  # later ones use earlier
+STAGES = ("rtdetr", "spdnet", "spdnet_adapted", "rtdetr_rain", "rtdetr_specialist", "rain_detector",
+          "rfdetr")                     # later ones use earlier
 MEGABYTES = 32                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
@@ -56,6 +58,9 @@ _SPDNET_ADAPTED = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100}  # the demo has less
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
                 "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: as Training_FeatureDerain.py
                                             # --demo --PHASE2_EPOCHS 5, six epochs of the same images
+_SPECIALIST = {"COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "RAIN": "fresh", "NUM_EPOCHS": 6, "BATCH_SIZE": 8,
+               "CLIP_NORM": 1.0, "LEARNING_RATE": 1.5e-3, "BACKBONE_LEARNING_RATE": 1.5e-3, "WARMUP_STEPS": 200,
+               "EMA_DECAY": 0.998}
 _RAIN_DETECTOR = {"NUM_EPOCHS": 14}
 _RFDETR = {"SIZE": "tiny", "MULTI_SCALE": False, "AUGMENTATION": "mirror", "PRETRAIN_WEIGHTS": "none", "EPOCHS": 6,
            "BATCH": 8, "ACCUM": 1, "LR": 5e-4, "BACKBONE_LR": 5e-4, "LAYER_DECAY": 1.0, "CLIP_NORM": 1.0,
@@ -121,6 +126,10 @@ def main(**overrides):
         elif stage == "rtdetr_rain":
             Training_FeatureDerain.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
             keep(work / stage / "model" / "rtdetr", assets / "rtdetr_rain")
+        elif stage == "rtdetr_specialist":
+            Training_RTDETR.main(**common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, **_SPECIALIST,
+                                 RTDETR_MODEL_NAME=str(assets / "rtdetr"))
+            keep(work / stage / "detector", assets / "rtdetr_specialist")
         elif stage == "rain_detector":
             Training_RainDetector.main(**common, **_RAIN_DETECTOR)
             keep(work / stage / "rain_detector_best.pt", assets / "rain_detector.pt")

@@ -306,6 +306,7 @@ def check_weights(found, cfg, names=()):
         return
     from rfdetr import start, weights
     from rfdetr.config import PUBLISHED, default_resolution
+    from utils import download
     if cfg.PRETRAIN_WEIGHTS.lower() != "coco":
         try:
             weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
@@ -324,7 +325,7 @@ def check_weights(found, cfg, names=()):
     published = PUBLISHED[cfg.SIZE]
     cached = system.cache_folder() / published.file
     if cached.is_file():
-        if weights.md5(cached) == published.md5:
+        if download.md5(cached) == published.md5:
             found.ok(f"weights: {cached.as_posix()}")
         else:
             found.fail(f"weights: {cached.as_posix()} is damaged (its MD5 sum is wrong): delete it; training loads it "

@@ -53,14 +53,14 @@ GATE = "soft"                           # soft: the loss trains the gate as well
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 5                          # both parts are trained already
-BATCH_SIZE = 2                          # per GPU; with a soft gate every image passes SPDNet
+BATCH_SIZE = 2                          # per GPU; with a soft gate every image passes SPDNet; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 8         # effective batch 16
 LEARNING_RATE = 5e-5                    # SPDNet's
 RAIN_DETECTOR_LEARNING_RATE = 1e-5      # the gate's: it is good already
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
-PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster, half the memory; "auto": if it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 3             # epochs without a better score; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
@@ -76,6 +76,7 @@ RAIN_SCORE_WEIGHT = 0.5                 # best epoch: this share of the rainy mA
 OUTPUT_DIR = "./outputs_conditional"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 EVAL_BATCH_SIZE = 4                     # validation batch
 
 DEMO = {

@@ -59,12 +59,12 @@ PHASE2_DERAIN_LR = 1e-4                 # module
 PHASE2_DETECTOR_LR = 1e-5               # detector, ten times lower; far more where it still learns, see docs
 PRETRAINED_SHARE = 0.0                  # of the detector's weights after phase 2; 0.5: rain given up for clean images
 FREEZE_BATCH_NORM = True                # phase 2: BatchNorm stays as pretrained; small rainy batches would spoil it
-BATCH_SIZE = 16                         # per GPU; 8 on 8 GB
+BATCH_SIZE = 16                         # per GPU; 8 on 8 GB; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up, in each phase
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
-PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; losses stay float32
+PRECISION = "float32"                   # bf16: faster on GPUs from Ampere on; auto: where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better score, in each phase; 0: never stop early
@@ -87,6 +87,7 @@ EVAL_BATCH_SIZE = 24                    # validation batch
 OUTPUT_DIR = "./outputs_feature_derain"
 RESUME = False                          # True goes on where the run stopped, in whichever phase
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 100, "IMAGE_SIZE": 160,
@@ -211,12 +212,12 @@ def evaluate(model, val_loaders, truths, device, cfg):
 
 def feature_error(model, loader, device, feature_level):
     """-> mean relative error of the de-rained features against those of the clean twin."""
-    found = []
-    for batch in loader:
+    def errors(batch):
         batch = datasets.to_device(batch, device)
         outputs = model(batch["images"], detect=False, feature_level=feature_level)
         error = losses.feature_consistency(outputs.features, model.clean_features(batch["twins"], feature_level)).item()
-        found += [{"error": error}] * len(batch["images"])
+        return [{"error": error}] * len(batch["images"])
+    found = [one for several in loaders.each(errors, loader) for one in several]
     return processes.mean_over_ranks(found)["error"]
 
 

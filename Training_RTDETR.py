@@ -52,7 +52,7 @@ TEACHER_CACHE_GB = 0.0                  # memory for the teacher's answers, wher
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 12                         # enough for fine-tuning; from scratch 72 and more
-BATCH_SIZE = 16                         # per GPU
+BATCH_SIZE = 16                         # per GPU; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # encoder, decoder and heads
 BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly, 0 freezes it; from scratch LEARNING_RATE
@@ -61,7 +61,7 @@ CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR'
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
-PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; box losses stay float32
+PRECISION = "float32"                   # bf16: faster on GPUs from Ampere on; auto: where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
@@ -77,6 +77,7 @@ FEATURES_WEIGHT = 0.0                   # features where the teacher sees object
 OUTPUT_DIR = "./outputs_rtdetr"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 EVAL_BATCH_SIZE = 16                    # validation batch
 
 DEMO = {

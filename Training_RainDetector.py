@@ -46,13 +46,13 @@ FALSE_ALARM_RATE = 0.01                 # share of clean validation images that 
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 10                         # the weather of every epoch is new
-BATCH_SIZE = 64                         # half of them rainy on average
+BATCH_SIZE = 64                         # half of them rainy on average; 0: as many as fit
 LEARNING_RATE = 3e-4                    # from ImageNet weights; 1e-3 from random ones
 WEIGHT_DECAY = 1e-2                     # not on biases and normalisation layers
 WARMUP_STEPS = 50                       # optimizer steps of linear warm-up
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 5.0                         # limit of the gradient's norm; 0: none
-PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on
+PRECISION = "float32"                   # bf16 is faster on GPUs from Ampere on; auto: where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better validation likelihood; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that render; at most the number of cores is used
@@ -62,6 +62,7 @@ SEED = 0                                # subset, order, weather, augmentation
 OUTPUT_DIR = "./rain_detector_pretrained"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 EVAL_BATCH_SIZE = 64                    # validation batch
 
 DEMO = {

@@ -52,14 +52,14 @@ ACTIVATION_CHECKPOINTING = False        # 8 GB per batch of 16 patches; True: ab
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 300                        # published; with all of COCO 3 epochs see as many patches
-BATCH_SIZE = 16                         # published
+BATCH_SIZE = 16                         # published; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 5e-4                    # published, for Adam; short runs from the identity learn more at 1e-4
 SCHEDULE = "step"                       # constant, cosine or step
 DECAY_AT = (0.25, 0.5, 0.75, 0.9)       # step: the rate is halved at these shares of the run
 WARMUP_STEPS = 100                      # optimizer steps; without, the first ones break the identity
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
-PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on) is faster; "auto": where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EARLY_STOPPING_PATIENCE = 50            # epochs without a better validation PSNR; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
@@ -69,6 +69,7 @@ SEED = 0                                # order, patches, initial weights
 OUTPUT_DIR = "./outputs_spdnet"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 500                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 
 DEMO = {
     "RAINY_DIR": "./demo/coco_rain/train2017", "CLEAN_DIR": "./demo/coco/train2017",

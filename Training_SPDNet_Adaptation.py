@@ -54,14 +54,14 @@ ACTIVATION_CHECKPOINTING = True         # a step takes 2.6 GB per image; False: 
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 10                         # the best one is usually among epochs 3 to 5
-BATCH_SIZE = 2                          # per GPU
+BATCH_SIZE = 2                          # per GPU; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 8         # effective batch 16
 LEARNING_RATE = 1e-4                    # only SPDNet trains, so higher than for fine-tuning a detector
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; 500 if the loss explodes
 SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/2, 3/4 and 9/10 of the run)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 FP16 = False                            # must stay False: SPDNet overflows in half precision
-PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster and about half the memory
+PRECISION = "float32"                   # "bf16" (GPUs from Ampere on): faster, half the memory; "auto": if it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 EARLY_STOPPING_PATIENCE = 5             # epochs without a better rainy validation mAP; 0: never stop early
@@ -79,6 +79,7 @@ IDENTITY_WEIGHT = 0.0                   # L1 between de-rained clean twin and it
 OUTPUT_DIR = "./outputs_spdnet_adaptation"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 50                   # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 EVAL_BATCH_SIZE = 4                     # validation batch
 BASELINES = True                        # score vanilla and original SPDNet first: two more validation passes
 PICTURES = 4                            # scenes in before_after.png
@@ -173,12 +174,12 @@ def evaluate(model, loader, device, truth, weights, cfg):
     if truth is not None:
         scores, _ = detection_scores(model, loader, device, truth, name="rainy validation")
         return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
-    found = []
-    for batch in loader:
+
+    def consistency(batch):
         batch = datasets.to_device(batch, device)
         terms = compute_losses(model, batch, weights, model.clean_features, cfg.FEATURE_LEVEL)
-        found += [{"rain/consistency": -terms["features"].item()}] * len(batch["images"])
-    return processes.mean_over_ranks(found)
+        return [{"rain/consistency": -terms["features"].item()}] * len(batch["images"])
+    return processes.mean_over_ranks([one for several in loaders.each(consistency, loader) for one in several])
 
 
 def sample_images(model, dataset, device, id2label):

@@ -38,7 +38,7 @@ WORKERS = 2                             # processes that load images; 0 avoids t
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 50                             # fine-tuning COCO weights; from scratch many more
-BATCH = 4                               # per GPU; 16 with ACCUM is what the published models used
+BATCH = 4                               # per GPU; 16 with ACCUM is what the published models used; 0: as many as fit
 ACCUM = 4                               # batches per optimizer step
 LR = 1e-4                               # projector, decoder, heads
 BACKBONE_LR = 1.5e-4                    # the ViT's last block
@@ -58,6 +58,7 @@ RUNS_DIR = "./runs"                     # every run gets a folder of its own in 
 RUN_TEST = False                        # True: evaluate the best epoch on test/ as well
 RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 
 # Pretrained on street scenes, but its class heads start anew: what fine-tuning on classes of one's own looks like.
 DEMO = {

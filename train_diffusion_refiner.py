@@ -81,7 +81,7 @@ LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a 
 
 # --- training -----------------------------------------------------------------------------------------------------
 NUM_EPOCHS = 30                         # the plan's 20 to 50
-BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.9 GB in float32
+BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.9 GB in float32; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 8         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # of LoRA and SKIPS, and of the network of mode "pixel"
 GAIN_LEARNING_RATE = 1e-3               # one_step: of the gain, four numbers that start at zero
@@ -90,7 +90,7 @@ DECAY_AT = (0.5, 0.75, 0.9)             # step: the rate is halved at these shar
 WARMUP_STEPS = 20                       # optimizer steps of linear warm-up
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.995                       # moving average of the trained weights; it is what is saved; 0: none
-PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4): half the memory, also of the base
+PRECISION = "float32"                   # bf16 (from Ampere on), fp16 (T4): half the memory, base as well; auto: either
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 GRADIENT_CHECKPOINTING = True           # a third more time for a fifth of the activations' memory
 EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation PSNR; 0: never stop early
@@ -101,6 +101,7 @@ SEED = 0                                # crops, initial weights, noise
 OUTPUT_DIR = "./outputs_refiner"
 RESUME = False                          # True goes on from OUTPUT_DIR/last.pt
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 PICTURES = 4                            # rows of refined.png
 DRY_RUN = False                         # --dry_run: print what the run would need, and end
 
@@ -273,7 +274,8 @@ def outline(cfg):
 def say_needs(cfg):
     """Sizes, memory and downloads of a run, in lines; nothing is loaded for them."""
     model = outline(cfg).train()
-    images = torch.empty(cfg.BATCH_SIZE, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device="meta")
+    batch = cfg.BATCH_SIZE or cfg.usual_batch["BATCH_SIZE"]
+    images = torch.empty(batch, 3, cfg.IMAGE_SIZE, cfg.IMAGE_SIZE, device="meta")
 
     def step():
         (model(images, images) if cfg.MODE == "sample" else model(images).mean()).backward()
@@ -283,7 +285,7 @@ def say_needs(cfg):
     size = f"{cfg.IMAGE_SIZE} x {cfg.IMAGE_SIZE}"
     processes.say(f"U-Net {counts['unet']:,} and autoencoder {counts['vae']:,} parameters; {trained:,} train "
                   f"({4 * trained / 1e6:.1f} MB)\n"
-                  f"memory of a step, BATCH_SIZE = {cfg.BATCH_SIZE} at {size}, {cfg.PRECISION}: "
+                  f"memory of a step, BATCH_SIZE = {batch} at {size}, {cfg.PRECISION}: "
                   f"{', '.join(f'{what} {size:.2f} GB' for what, size in needs.items())}, in all "
                   f"{sum(needs.values()):.2f} GB, and what CUDA takes for itself")
     for line in diffusion_base.downloads(cfg.BASE_MODEL):

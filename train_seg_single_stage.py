@@ -37,7 +37,7 @@ WORKERS = 2                             # processes that load images; 0 avoids t
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 50                             # fine-tuning COCO weights
-BATCH = 4                               # per GPU
+BATCH = 4                               # per GPU; 0: as many as fit
 ACCUM = 4                               # batches per optimizer step
 LR = 1e-4                               # projector, decoder, heads
 SEG_LR = 1e-3                           # the mask head, which starts from nothing
@@ -60,6 +60,7 @@ RUNS_DIR = "./runs"                     # every run gets a folder of its own in 
 RUN_TEST = False                        # True: evaluate the best epoch on test/ as well
 RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 
 DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,

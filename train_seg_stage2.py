@@ -40,7 +40,7 @@ WORKERS = 2                             # processes that load images; 0 avoids t
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 50                             # a few are enough to see masks
-BATCH = 4                               # per GPU
+BATCH = 4                               # per GPU; 0: as many as fit
 ACCUM = 2                               # batches per optimizer step
 SEG_LR = 1e-4                           # only the mask head trains; it stands 10 times as much when in a hurry
 WEIGHT_DECAY = 1e-4                     # not on biases and normalisation
@@ -58,6 +58,7 @@ RUNS_DIR = "./runs"                     # every run gets a folder of its own in 
 RUN_TEST = False                        # True: evaluate the best epoch on test/ as well
 RESUME = ""                             # a run's folder, or "last": go on with that run and its constants
 CHECKPOINT_STEPS = 200                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 
 DEMO = {
     "SIZE": "tiny", "DATASET_DIR": "./demo/dataset", "RUNS_DIR": "./demo/runs", "MULTI_SCALE": False,

@@ -85,7 +85,7 @@ EARLY_STAGES_WEIGHT = 0.0               # of the losses of earlier stages, where
 
 # --- training -----------------------------------------------------------------------------------------------------
 EPOCHS = 100                            # the plan's; most runs stop before
-BATCH_SIZE = 16                         # the plan's: 8, 16 if the GPU's memory allows
+BATCH_SIZE = 16                         # the plan's: 8, 16 if the GPU's memory allows; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 1e-3                    # the plan's: 1e-4 with OPTIMIZER = "adam"
 OPTIMIZER = "adamw"                     # adam, adamw (weight decay 0.01) or sgd (momentum 0.9)
@@ -97,7 +97,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; the
 BETAS = (0.9, 0.9)                      # of adam and adamw, as in NAFNet's recipe; the plan's: (0.9, 0.999)
 CLIP_NORM = 1.0                         # limit of the gradient's norm; 0: none
 EMA_DECAY = 0.0                         # moving average of the weights, such as 0.999; it is then what best.pt holds
-PRECISION = "float32"                   # bf16 (GPUs from Ampere on) or fp16 (T4, with a scaled loss) are faster
+PRECISION = "float32"                   # bf16 (from Ampere on) or fp16 (T4, with a scaled loss): faster; auto: either
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 CHANNELS_LAST = True                    # memory format of the convolutions, see benchmarks/unet.py
 TARGET_PSNR = 0.0                       # stop when both targets are reached on the validation pairs, such as the plan's
@@ -113,6 +113,7 @@ CHECKPOINT_EVERY = 10                   # epochs between two kept checkpoints; 0
 SAMPLE_EVERY = 5                        # epochs between two sheets of validation pairs; 0 for none
 REAL_EVERY = 10                         # epochs between two sheets of real rain; 0 for none
 CHECKPOINT_STEPS = 500                  # optimizer steps between two writes of last.pt within an epoch
+TRACKERS = ("tensorboard",)             # curves in tb/; also "wandb", "mlflow", "trackio"; () for none
 TILE = 1024                             # real photographs larger than this are restored in tiles
 
 DEMO = {
@@ -271,8 +272,9 @@ def with_more_pairs(cfg, own, held_out):
 
 def build_loaders(cfg, data):
     """-> loader of the training pairs, loader of the validation pairs."""
+    still = 1 if cfg.CROP_SIZES else cfg.BATCH_SIZE or cfg.usual_batch["BATCH_SIZE"]
     return (loaders.training_loader(data["train"], cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
-            loaders.validation_loader(data["val"], 1 if cfg.CROP_SIZES else cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS))
+            loaders.validation_loader(data["val"], still, cfg.DATALOADER_WORKERS))
 
 
 def real_photographs(cfg, count=6):
@@ -338,14 +340,13 @@ def build_optimizer(cfg, model):
 @torch.no_grad()
 def evaluate(model, loader, device, weights, perceptual=None):
     """-> {"val/loss", "val/psnr", "val/ssim", "val/psnr_y", "val/ssim_y"}: means over images."""
-    found = []
-    for batch in loader:
+    def scores(batch):
         batch = datasets.to_device(batch, device)
         restored = model(batch["images"])
         terms = losses_of(restored, batch["twins"], weights, perceptual)
         quality = image_quality.image_quality(restored, batch["twins"])
-        found += transfer.rows({f"loss {name}": term.expand(len(restored)) for name, term in terms.items()} | quality)
-    means = processes.mean_over_ranks(found)
+        return transfer.rows({f"loss {name}": term.expand(len(restored)) for name, term in terms.items()} | quality)
+    means = processes.mean_over_ranks([one for several in loaders.each(scores, loader) for one in several])
     loss = sum(weights[name] * means.pop(f"loss {name}") for name in weights)
     return {"val/loss": loss} | {f"val/{name}": value for name, value in means.items()}
 

@@ -1,14 +1,18 @@
-"""Look before you train RF-DETR: Python, packages, GPU, data set, disk, weights, and a batch size that should fit.
+"""Look before you train: Python, packages, GPU, data set, disk, weights, and a batch size that should fit.
 
     python validate_setup.py
     python validate_setup.py --demo
     python validate_setup.py --dataset_dir ./dataset --size small
+    python validate_setup.py --experiment spdnet --report ./setup
 
-Every finding is one line: [ok], [warn] (training works, but read it) or [FAIL] (training would stop). Nothing is
-downloaded or changed, but --demo draws its data set. Exit code 0 without a [FAIL], else 1; the last line is the command
-to go on with.
+EXPERIMENT is what you want to train: rfdetr, spdnet, feature, unet or refiner. All but rfdetr take the constants and
+flags of their training script. Every finding is one line: [ok], [warn] (training works, but read it) or [FAIL]
+(training would stop). Nothing is downloaded or changed, but --demo draws its data set. Exit code 0 without a [FAIL],
+else 1; the last line is the command to go on with. REPORT is a folder for report.html: classes, box sizes and pictures
+of the data, the odd ones first.
 """
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,12 +21,15 @@ import shutil
 import sys
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 from utils import config, system
 from utils.config import UserError
 
 # torch, transformers and what needs them are imported inside functions: this script has to speak where they are missing
 
+EXPERIMENT = "rfdetr"                   # rfdetr, spdnet, feature, unet or refiner
+REPORT = ""                             # folder for report.html, a page about the data; "" for none
 DATASET_DIR = "./dataset"               # Roboflow's layout, COCO's, YOLO's or Pascal VOC's, see docs/data.md
 SIZE = "nano"                           # nano, small, medium, base, large or large_2026
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights; a checkpoint file; none: from scratch
@@ -43,22 +50,48 @@ _COSTS = {"nano": (30.5, 0.47), "small": (32.1, 0.75), "medium": (33.7, 0.96), "
           "large": (135.6, 2.35), "large_2026": (33.9, 1.21), "tiny": (1.7, 0.03)}
 
 
+class Experiment(NamedTuple):
+    """A training that is looked at by its script's own constants."""
+
+    script: str
+    weights: float         # GB of the networks in a checkpoint, about
+    fixed: float | None    # GB of networks, optimizer and gradients; None: the script counts its step itself
+    per_image: float       # GB of a step in float32 at `side`: docs/gpu.md, python -m tools.memory_table
+    side: int
+
+
+_EXPERIMENTS = {"spdnet": Experiment("Training_SPDNet_Adaptation", 0.1, 0.15, 2.646, 640),
+                "feature": Experiment("Training_FeatureDerain", 0.15, 0.52, 0.568, 640),
+                "unet": Experiment("train_unet_derain", 0.1, 0.50, 0.376, 256),
+                "refiner": Experiment("train_diffusion_refiner", 0.1, None, 0.0, 256)}
+_OWN = ("EXPERIMENT", "REPORT", "TIMEOUT")  # constants of this script that hold for these as well
+
+
 class Findings:
-    """Prints findings as they come, and remembers whether one of them stops training."""
+    """Prints findings as they come, and remembers whether one of them stops training.
+
+    `lines` [(kind, text), ...], `audits` [utils.datasets.audit.Audit, ...] and `pairs` {title: pairs} are what
+    report.html shows.
+    """
 
     def __init__(self):
         self.failed = self.warned = 0
+        self.lines, self.audits, self.pairs = [], [], {}
 
     def ok(self, text):
-        print(f"[ok]   {text}", flush=True)
+        self._say("ok", text)
 
     def warn(self, text):
         self.warned += 1
-        print(f"[warn] {text}", flush=True)
+        self._say("warn", text)
 
     def fail(self, text):
         self.failed += 1
-        print(f"[FAIL] {text}", flush=True)
+        self._say("FAIL", text)
+
+    def _say(self, kind, text):
+        self.lines.append((kind, text))
+        print(f"{f'[{kind}]':6} {text}", flush=True)
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
@@ -129,21 +162,25 @@ def check_device(found):
     return total / 2**30
 
 
-def check_disk(found, cfg):
+def check_disk(found, folder, setting, what, weights):
     """Room for one run: three files of weights, and last.pt (weights, the optimizer's two moments, the average), which
-    is there twice while it is replaced: 11 times the weights."""
-    folder = Path(cfg.RUNS_DIR).resolve()
+    is there twice while it is replaced: 11 times the weights.
+
+    Args:
+        folder: of the run; setting: the constant or flag that holds it; what: is run; weights: GB.
+    """
+    given, folder = folder, Path(folder).resolve()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        found.fail(f"--runs_dir {cfg.RUNS_DIR}: {folder.as_posix()} is a file: choose another --runs_dir")
+        found.fail(f"{setting} {given}: {folder.as_posix()} is a file: choose another {setting}")
         return
-    free, needed = shutil.disk_usage(folder).free / 2**30, 11 * 4 * _COSTS[cfg.SIZE][0] / 1000 + 0.1
-    text = f"{free:.1f} GB free for {cfg.RUNS_DIR}; a run of {cfg.SIZE} takes about {needed:.1f} GB"
+    free, needed = shutil.disk_usage(folder).free / 2**30, 11 * weights + 0.1
+    text = f"{free:.1f} GB free for {given}; a run of {what} takes about {needed:.1f} GB"
     if not os.access(folder, os.W_OK):
-        found.fail(f"{folder.as_posix()} is not writable: choose another --runs_dir")
+        found.fail(f"{folder.as_posix()} is not writable: choose another {setting}")
     elif free < needed:
-        found.fail(f"{text}: free some space, or choose another --runs_dir")
+        found.fail(f"{text}: free some space, or choose another {setting}")
     elif free < 3 * needed:
         found.warn(text)
     else:
@@ -175,6 +212,10 @@ def check_dataset(found, cfg):
         if data.get("train") and data.get(split):
             if note := roboflow.note_on_shared_images(data["train"], data[split], split):
                 found.warn(note)
+    if cfg.REPORT:
+        from rfdetr.config import default_resolution
+        look_at(found, [(data[split].annotations, split) for split in data if data[split]],
+                default_resolution(cfg.SIZE))
     return names
 
 
@@ -265,6 +306,7 @@ def check_weights(found, cfg, names=()):
         return
     from rfdetr import start, weights
     from rfdetr.config import PUBLISHED, default_resolution
+    from utils import download
     if cfg.PRETRAIN_WEIGHTS.lower() != "coco":
         try:
             weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
@@ -283,7 +325,7 @@ def check_weights(found, cfg, names=()):
     published = PUBLISHED[cfg.SIZE]
     cached = system.cache_folder() / published.file
     if cached.is_file():
-        if weights.md5(cached) == published.md5:
+        if download.md5(cached) == published.md5:
             found.ok(f"weights: {cached.as_posix()}")
         else:
             found.fail(f"weights: {cached.as_posix()} is damaged (its MD5 sum is wrong): delete it; training loads it "
@@ -336,6 +378,229 @@ def check_batch(found, cfg, memory):
     return batches[False], accumulation
 
 
+# ---- the other experiments -------------------------------------------------------------------------------------------
+
+def look_at(found, splits, side):
+    """Take stock of the splits of one data set for report.html, and find images that are in two of them.
+
+    Args:
+        splits: [(layouts.Split, title), ...], the training split first; side: pixels of the training's images.
+    Returns:
+        [Audit, ...] of those that can be read.
+    """
+    from utils.datasets import audit, image_check
+    audits = []
+    for split, title in splits:
+        try:
+            audits.append(audit.of_split(split, side, title))
+        except UserError as error:
+            found.fail(str(error))
+    for one in audits[1:]:
+        same = image_check.same_content(one.paths(), audits[0].paths())
+        audit.mark_shared(one, audits[0], same)
+    found.audits += audits
+    return audits
+
+
+def check_detection_data(found, cfg):
+    """COCO_DIR and COCO_RAIN_DIR: counts, odd images, files, twins, images in two splits."""
+    from utils import datasets
+    from utils.datasets import audit, image_check, layouts
+    if not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR):
+        found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
+        return
+    known = {}
+    for constant, advice in (("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")):
+        splits = []
+        for split in ("train", "val"):
+            try:
+                place = layouts.find_split(getattr(cfg, constant), split, constant, layouts.ADVICE[advice])
+                splits.append((place, f"{constant}, {split}"))
+            except UserError as error:
+                found.fail(str(error))
+        audits = look_at(found, splits, cfg.IMAGE_SIZE)
+        for one in audits:
+            (found.ok if len(one.sizes) else found.warn)(audit.summary(one))
+            for note in one.notes:
+                found.warn(note)
+            try:
+                image_check.check_images(one.paths(), one.title)
+                found.ok(f"{one.title}: all image files are there and can be read")
+            except UserError as error:
+                found.fail(str(error))
+            shared = [image for image in one.images if image.reasons[:1] and image.reasons[0].startswith("same")]
+            if shared:
+                found.warn(f"{one.title}: {len(shared)} of {len(one.images)} images are in the training split as well "
+                           f"({system.listed([image.path.name for image in shared], 3)}): its score says little")
+        known[constant] = {one.title.split(", ")[1]: {path.name for path in one.paths()} for one in audits}
+    for split, names in known["COCO_RAIN_DIR"].items():
+        if alone := names - known["COCO_DIR"].get(split, names):
+            found.fail(f"{len(alone)} {split} images of COCO_RAIN_DIR have no clean twin of that name in COCO_DIR: "
+                       f"{system.listed(sorted(alone), 3)}")
+
+
+def check_pairs(found, cfg):
+    """RAINY_DIR and CLEAR_DIR: partners, sizes, files, the same scene twice."""
+    from utils.datasets import image_check, windshield_pairs
+    try:
+        pairs, notes = windshield_pairs.find_pairs(cfg.RAINY_DIR, cfg.CLEAR_DIR)
+    except UserError as error:
+        found.fail(str(error))
+        return
+    found.ok(f"RAINY_DIR, CLEAR_DIR: {len(pairs)} pairs, all of them readable and of equal size")
+    found.pairs["RAINY_DIR and CLEAR_DIR"] = list(pairs.values())
+    for note in notes:
+        found.warn(note)
+    rainy = [path for path, _ in pairs.values()]
+    same = [(path, other) for path, other in image_check.same_content(rainy, rainy).items() if path != other]
+    if same:
+        found.warn(f"RAINY_DIR: {len(same)} image(s) are there twice or more, such as {same[0][0].name} and "
+                   f"{same[0][1].name}: a split may train and test on the same")
+
+
+def check_detector(found, cfg):
+    """RTDETR_MODEL_NAME. -> the detector, None where it is not on this machine."""
+    from utils import checkpoint
+    name = cfg.RTDETR_MODEL_NAME
+    if not checkpoint.is_local(name):
+        from huggingface_hub import try_to_load_from_cache
+        files = ("config.json", "model.safetensors")
+        if not all(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+            reachable(found, f"https://huggingface.co/{name}/resolve/main/config.json", cfg.TIMEOUT, name,
+                      f"On a machine with network run 'hf download {name} --local-dir {name.split('/')[-1]}' and set "
+                      "RTDETR_MODEL_NAME to that folder")
+            return None
+    from utils.networks.rtdetr import load_rtdetr
+    try:
+        detector = load_rtdetr(name)
+    except UserError as error:
+        found.fail(str(error))
+        return None
+    found.ok(f"weights: RTDETR_MODEL_NAME {name}, {detector.config.num_labels} classes")
+    return detector
+
+
+def reachable(found, url, timeout, what, otherwise):
+    """Whether a server has what a training would download."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+            found.ok(f"weights: {url} answers; training downloads {what} once")
+    except (OSError, ValueError, OverflowError) as error:
+        found.fail(f"weights: {url} cannot be reached ({getattr(error, 'reason', error)}). {otherwise}")
+
+
+def tried(found, work, text=None):
+    """-> what `work()` returns, None where it raises a UserError, which is a finding; text: to say otherwise."""
+    try:
+        answer = work()
+    except UserError as error:
+        found.fail(str(error))
+        return None
+    if text:
+        found.ok(text)
+    return answer
+
+
+def check_spdnet(found, cfg, script):
+    """Experiment 1."""
+    from utils import integrated_model
+    check_detection_data(found, cfg)
+    constant, path = integrated_model.weights_of(cfg)
+    tried(found, lambda: integrated_model.read_derainer(cfg.DERAINER, path, constant), f"weights: {constant} {path}")
+    detector = check_detector(found, cfg)
+    if detector is not None and not found.failed:
+        tried(found, lambda: script.build_data(cfg, detector.config.id2label), "the training can open its data")
+
+
+def check_feature(found, cfg, script):
+    """Experiment 2."""
+    check_detection_data(found, cfg)
+    detector = check_detector(found, cfg)
+    if detector is not None and not found.failed:
+        weights = next(iter(script.build_plans(cfg).values())).loss_weights
+        tried(found, lambda: script.build_data(cfg, detector.config.id2label, weights),
+              "the training can open its data")
+
+
+def check_unet(found, cfg, script):
+    """Experiment 3."""
+    check_pairs(found, cfg)
+    if not found.failed and (data := tried(found, lambda: script.build_data(cfg))):
+        found.ok("pairs: " + ", ".join(f"{part} {len(own)}" for part, own in data.items()))
+
+
+def check_refiner(found, cfg, script):
+    """The refiner behind experiment 3's de-rainer."""
+    from utils.networks import diffusion_base
+    check_pairs(found, cfg)
+    tried(found, lambda: script.load_content(cfg), f"weights: DERAIN_MODEL_PATH {cfg.DERAIN_MODEL_PATH}")
+    if tried(found, diffusion_base.diffusers_and_peft) and tried(found, lambda: script.say_needs(cfg) or True):
+        found.ok("what a step needs stands above")
+
+
+def check_fit(found, cfg, one, memory):
+    """-> flags for the command: BATCH_SIZE = 0 where the script's own batch may not fit."""
+    if memory is None or one.fixed is None or not cfg.BATCH_SIZE:
+        return ""
+    needed = one.fixed + 0.7 + cfg.BATCH_SIZE * one.per_image * (cfg.IMAGE_SIZE / one.side) ** 2
+    text = f"a step of BATCH_SIZE = {cfg.BATCH_SIZE} at {cfg.IMAGE_SIZE} pixels takes about {needed:.1f} GB in float32"
+    if needed <= 0.9 * memory:
+        found.ok(text)
+        return ""
+    found.warn(f"{text}, this GPU has {memory:.1f}: BATCH_SIZE = 0 finds what fits, PRECISION = 'auto' needs less")
+    return " --BATCH_SIZE 0 --PRECISION auto"
+
+
+def look_at_script(found, cfg, overrides):
+    """Check one of _EXPERIMENTS. -> the command to go on with."""
+    one = _EXPERIMENTS[cfg.EXPERIMENT]
+    script = importlib.import_module(one.script)
+    memory = check_device(found)
+    if cfg.demo:
+        for draw in ("ensure_demo", "ensure_windshield_demo"):
+            if hasattr(script, draw):
+                getattr(script, draw)()
+        found.ok("--demo looks at its own scenes; leave it out to look at data of yours")
+    for check in ("check", "build_plan", "build_plans"):
+        if hasattr(script, check):
+            tried(found, lambda name=check: getattr(script, name)(cfg))
+    {"spdnet": check_spdnet, "feature": check_feature, "unet": check_unet, "refiner": check_refiner}[cfg.EXPERIMENT](
+        found, cfg, script)
+    folder = "CHECKPOINT_DIR" if hasattr(cfg, "CHECKPOINT_DIR") else "OUTPUT_DIR"
+    fit = check_fit(found, cfg, one, memory)
+    check_disk(found, getattr(cfg, folder), folder, cfg.EXPERIMENT, one.weights)
+    given = "".join(f' --{name} "{value}"' if isinstance(value, str) else f" --{name} {value}"
+                    for name, value in overrides.items() if name not in (*_OWN, "demo"))
+    if not found.failed:
+        return f"python {one.script}.py{' --demo' if cfg.demo else ''}{given}{fit}"
+    if cfg.EXPERIMENT == "refiner" and not Path(cfg.DERAIN_MODEL_PATH).is_file():
+        return f"python train_unet_derain.py{' --demo' if cfg.demo else ''}     (the refiner needs a de-rainer)"
+    return (f"python validate_setup.py --experiment {cfg.EXPERIMENT}{' --demo' if cfg.demo else ''}{given}     (when "
+            "the above is fixed)")
+
+
+def namespace_of(experiment):
+    """-> the constants to resolve: this script's, or those of the experiment's script with _OWN."""
+    if experiment == "rfdetr" or experiment not in _EXPERIMENTS:
+        return globals()
+    return vars(importlib.import_module(_EXPERIMENTS[experiment].script)) | {
+        name: globals()[name] for name in _OWN} | {"__doc__": __doc__}
+
+
+def from_command_line(words):
+    """-> overrides; the experiment's script says which flags there are."""
+    wanted = EXPERIMENT
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        if flag.lower() == "--experiment":
+            wanted = value or after
+    try:
+        namespace = namespace_of(wanted)
+    except ImportError:  # `main` says what is missing
+        return {"EXPERIMENT": wanted}
+    return config.from_command_line(namespace, words)
+
+
 # ---- all of it -----------------------------------------------------------------------------------------------------
 
 def next_command(cfg, ready, names, batch):
@@ -357,33 +622,58 @@ def next_command(cfg, ready, names, batch):
             f"--workers {min(2, system.available_cores())} --multi_scale 0{changed}")
 
 
+def look_at_rfdetr(found, cfg):
+    """-> the class names and (batch, accumulation) for the command at the end."""
+    import rfdetr.weights  # noqa: F401  everything that the checks below need
+    memory = check_device(found)
+    if cfg.demo:
+        from utils.demo.roboflow import ensure_dataset
+        ensure_dataset(cfg.DATASET_DIR)
+        found.ok(f"--demo looks at its own scenes, in {Path(cfg.DATASET_DIR).as_posix()}; leave it out to look "
+                 "at data of yours")
+    names = check_dataset(found, cfg)
+    check_weights(found, cfg, names)
+    return names, check_batch(found, cfg, memory)
+
+
+def write_report(found, cfg):
+    """report.html in the folder REPORT."""
+    from utils.evaluation import data_page
+    path = data_page.write(cfg.REPORT, f"Before training: {cfg.EXPERIMENT}", found.lines, found.audits, found.pairs,
+                           cfg.as_dict())
+    print(f"report: {path.as_posix()}")
+
+
 def main(**overrides):
     """Check everything. -> 0 if training can start, else 1."""
-    cfg = config.resolve(globals(), overrides)
-    if cfg.SIZE not in _COSTS:
+    experiment = overrides.get("EXPERIMENT", EXPERIMENT)
+    if experiment not in ("rfdetr", *_EXPERIMENTS):
+        raise UserError(f"EXPERIMENT = {experiment!r}: choose one of rfdetr, {', '.join(_EXPERIMENTS)}")
+    found, names, batch, command = Findings(), [], None, ""
+    cfg = config.resolve(globals(), overrides) if experiment == "rfdetr" else None
+    if cfg and cfg.SIZE not in _COSTS:
         raise UserError(f"--size {cfg.SIZE}: choose one of {', '.join(_COSTS)}")
-    found, names, batch = Findings(), [], None
     check_python(found)
     if check_packages(found, Path(__file__).with_name("requirements.txt")):
         try:
-            import rfdetr.weights  # noqa: F401  everything that the checks below need
-            memory = check_device(found)
-            if cfg.demo:
-                from utils.demo.roboflow import ensure_dataset
-                ensure_dataset(cfg.DATASET_DIR)
-                found.ok(f"--demo looks at its own scenes, in {Path(cfg.DATASET_DIR).as_posix()}; leave it out to look "
-                         "at data of yours")
-            names = check_dataset(found, cfg)
-            check_weights(found, cfg, names)
-            batch = check_batch(found, cfg, memory)
+            if experiment == "rfdetr":
+                names, batch = look_at_rfdetr(found, cfg)
+            else:
+                cfg = config.resolve(namespace_of(experiment), overrides)
+                command = look_at_script(found, cfg, overrides)
+            if cfg.REPORT:
+                write_report(found, cfg)
         except (ImportError, OSError) as error:  # a package that is there but broken; OSError: a missing DLL
             found.fail(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    check_disk(found, cfg)
+    if experiment == "rfdetr":
+        check_disk(found, cfg.RUNS_DIR, "--runs_dir", cfg.SIZE, 4 * _COSTS[cfg.SIZE][0] / 1000)
     ready = not found.failed
+    if experiment == "rfdetr":
+        command = next_command(cfg, ready, names, batch)
     print(f"\n{'Ready' if ready else 'Not ready'}: {found.failed} problem(s), {found.warned} warning(s). Next:\n"
-          f"{next_command(cfg, ready, names, batch)}")
+          f"{command or f'python validate_setup.py --experiment {experiment}     (when the above is fixed)'}")
     return 0 if ready else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(**config.from_command_line(globals())))
+    sys.exit(main(**from_command_line(sys.argv[1:])))

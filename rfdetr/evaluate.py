@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from pycocotools import mask as rle
 
 from rfdetr.masks import confined, mask_logits
-from utils import processes
 from utils.boxes import MAX_DETECTIONS, corner_and_extent, decode
+from utils.datasets import loaders
 from utils.evaluation.coco import coco_scores, ground_truth
 from utils.images import to_floats
 from utils.transfer import sent
@@ -143,9 +143,10 @@ def detect(model, loader, device, masks=False, name="evaluating"):
     Returns:
         [{"image_id", "label": row, "bbox" [x, y, w, h] pixels, "score", with masks "segmentation": RLE}, ...].
     """
-    found, rows = [], list(loader.dataset.category_of)
-    for batch in processes.progress(loader, name):
-        images = to_floats(batch["images"], device)
+    rows = list(loader.dataset.category_of)
+
+    def answers(batch):
+        found, images = [], to_floats(batch["images"], device)
         results = predict_batch(model, images, batch["sizes"], masks=masks, rows=rows)
         for image_id, size, result in zip(batch["image_ids"], batch["sizes"], results, strict=True):
             boxes = corner_and_extent(result["boxes"]).tolist()
@@ -155,7 +156,8 @@ def detect(model, loader, device, masks=False, name="evaluating"):
                 for entry, code in zip(entries, run_lengths(result, tuple(size)), strict=True):
                     entry["segmentation"] = code
             found += entries
-    return gather_object(found)
+        return found
+    return gather_object([one for several in loaders.each(answers, loader, name) for one in several])
 
 
 class Evaluation(NamedTuple):

@@ -25,7 +25,7 @@ from utils.config import UserError
 from utils.datasets import loaders
 from utils.evaluation.coco import ground_truth, identity
 from utils.training import engine, run_folder
-from utils.training.plan import PRECISIONS, Plan, share
+from utils.training.plan import PRECISIONS, Plan, best_precision, share
 from utils.training.run_state import is_last
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
@@ -155,8 +155,8 @@ def begin(cfg, title, name, resolution, more=None):
     folder = Path(cfg.RESUME) if cfg.RESUME else new_folder(cfg.RUNS_DIR, f"{name}_{cfg.SIZE}_{resolution}")
     processes.say(run_report.banner(title, {
         "Model Size": cfg.SIZE, "Resolution": resolution, **(more or {}), "Epochs": cfg.EPOCHS,
-        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)", "Device": device_name(),
-        "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
+        "Batch": f"{cfg.BATCH} x {cfg.ACCUM} (accumulation)" if cfg.BATCH else "as many as fit",
+        "Device": device_name(), "Dataset": Path(cfg.DATASET_DIR).resolve(), "Output": folder.resolve()}))
     return folder
 
 
@@ -208,6 +208,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             own_files=tuple(filter(None, (best_file, epoch_file, config_file, "results.json", "report.html",
                                            "predictions.png"))),
             validated_on=identity(splits["valid"].truth, with_masks), validated_images=data["valid"].image_paths())
+        vars(cfg).update(result.get("chosen", {}))  # for results.json
         _require_best(folder, result, best_file, extras)
         return result | run_report.final(model, cfg, folder, splits, start.class_rows, with_masks, result)
 
@@ -274,7 +275,7 @@ def amp_precision(no_amp):
     """-> "float32", "bf16" or "fp16": what mixed precision is on this device. A CPU gains nothing from it."""
     if no_amp or processes.device().type != "cuda":
         return "float32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return best_precision(PRECISIONS, processes.device())
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -324,6 +325,11 @@ def training_loader(cfg, data, size, resolution):
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
 
 
+def _still_batch(cfg):
+    """-> images per batch where nothing trains, also with BATCH = 0."""
+    return cfg.BATCH or cfg.usual_batch["BATCH"]
+
+
 class Evaluated(NamedTuple):
     """A split that is scored."""
 
@@ -334,7 +340,7 @@ class Evaluated(NamedTuple):
 def evaluation_splits(cfg, data, resolution):
     """-> {"valid", perhaps "test": Evaluated} of `open_splits`' data."""
     return {split: Evaluated(
-                loaders.validation_loader(one, cfg.BATCH, cfg.WORKERS, collate=roboflow.Collate(resolution)),
+                loaders.validation_loader(one, _still_batch(cfg), cfg.WORKERS, collate=roboflow.Collate(resolution)),
                 ground_truth(one.annotations))
             for split, one in data.items() if split != "train"}
 
@@ -344,7 +350,7 @@ def cached_loader(cfg, model, data, resolution):
     if cfg.MULTI_SCALE or cfg.AUGMENTATION != "mirror":
         processes.say("note: cached features are those of one size: no multi-scale, no augmentation but mirroring")
     folder = Path(cfg.CACHE_DIR) if cfg.CACHE_DIR else Path(cfg.RUNS_DIR) / "feature_cache"
-    data = features.CachedDataset(folder, model, data, resolution, cfg.BATCH, cfg.WORKERS)
+    data = features.CachedDataset(folder, model, data, resolution, _still_batch(cfg), cfg.WORKERS)
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=features.collate)
 
 

@@ -6,28 +6,21 @@ Our checkpoints are {"model": published names (rfdetr.names), "args": {"size", "
 """
 
 import fnmatch
-import hashlib
 import http.client
 import math
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from rfdetr import names
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
 from rfdetr.model import RFDETR
-from utils import checkpoint, processes, system
+from utils import checkpoint, download, processes, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
 
-TIMEOUT = 30         # seconds without a byte after which a connection counts as lost
-PATIENCE = 3         # connections in a row that bring nothing before a download is given up
-CHUNK = 1 << 20      # bytes
 ENTRIES = ("model", "args", "class_names", "class_rows")  # of a checkpoint of ours; a run's own files have more
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
@@ -61,73 +54,24 @@ def fetch(size, cache_dir=None):
 def _complete(path, published):
     """Make `path` the published file."""
     if path.is_file():
-        if (found := md5(path)) != published.md5:
+        if (found := download.md5(path)) != published.md5:
             raise UserError(f"{path.as_posix()} is not the published {published.file} (MD5 {found}, expected "
                             f"{published.md5}): delete it and run again, or put the file of {published.url} there")
         return
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _download(published, part)
-        if (found := md5(part)) != published.md5:
+        download.resumed(published.url, part, published.file, published.md5)
+        if (found := download.md5(part)) != published.md5:
             part.unlink()
             raise UserError(f"{published.file} from {published.url} is broken (MD5 {found}, expected {published.md5}) "
                             "and was deleted: run again; if that repeats, something on the way changes the file. "
                             f"Put the right one at {path.as_posix()}, or use --pretrain_weights none")
         system.replace(part, path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors, as is a full disk
-        reason = (str(getattr(error, "reason", "") or error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot get the pretrained weights {published.file} from {published.url} ({reason}). Put that "
-                        f"file at {path.as_posix()} (what has arrived is kept and resumed), or start without "
-                        "pretrained weights: --pretrain_weights none") from error
-
-
-def _download(published, part):
-    """Fill `part` up to the whole file, with a new connection as often as an old one brought something."""
-    idle = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            if _receive(published, part, before):
-                return
-            problem = ConnectionError("the connection was cut off")
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # 416: the part is already as long as the file, or longer
-                raise
-            if md5(part) == published.md5:
-                return
-            part.unlink()
-            problem = error
-        except (OSError, http.client.HTTPException) as error:
-            problem = error
-        now = part.stat().st_size if part.exists() else 0
-        idle = 0 if now > before else idle + 1
-        if idle >= PATIENCE:
-            raise problem
-
-
-def _receive(published, part, have):
-    """Append to `part`, which has `have` bytes, what one connection brings. -> True when the file is complete"""
-    request = urllib.request.Request(published.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if answer.status != 206:
-            have = 0  # the server sends the whole file again
-        length = answer.headers.get("Content-Length")
-        whole = have + int(length) if length else None
-        with (open(part, "ab" if have else "wb") as file,
-              tqdm(total=whole, initial=have, desc=published.file, unit="B", unit_scale=True, unit_divisor=1024,
-                   ascii=True, dynamic_ncols=True) as bar):
-            while block := answer.read(CHUNK):
-                file.write(block)
-                bar.update(len(block))
-                have += len(block)
-    return whole is None or have == whole
-
-
-def md5(path):
-    """-> hex MD5 sum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        raise UserError(f"cannot get the pretrained weights {published.file} from {published.url} "
+                        f"({download.reason(error)}). Put that file at {path.as_posix()} (what has arrived is kept and "
+                        "resumed), or start without pretrained weights: --pretrain_weights none") from error
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -369,11 +369,12 @@ def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch):
 WRONG = {  # a field of Plan: values that it refuses
     "epochs": (0, 1.5, True), "learning_rates": ({"PHASE1_LR": -1.0}, {"PHASE1_LR": math.nan}, {"PHASE1_LR": 0.0}, {}),
     "loss_weights": ({"mse": -1.0}, {"mse": "1"}, {"mse": 0.0}, {}), "weight_decay": (-1e-4, math.inf),
-    "batch_size": (0, 2.0), "eval_batch_size": (0,), "workers": (-1,), "accumulate": (0,), "clip_norm": (-1.0, None),
+    "batch_size": (-1, 2.0), "eval_batch_size": (0,), "workers": (-1,), "usual_batch": (0,), "accumulate": (0,),
+    "clip_norm": (-1.0, None),
     "warmup_steps": (-1,), "schedule": ("linear", "plateau"), "milestones": ((), (2.0,), 0.5, ("1/2",)),
     "plateau_metric": (None,), "plateau_patience": (-1,), "plateau_factor": (1.0, 0.0), "precision": ("fp16", "int8"),
     "precisions": ((), ("int8",)), "fast": ("tf32", ("turbo",), None),
-    "ema": (1.0, -0.1), "patience": (-1, None), "checkpoint_steps": (0,),
+    "ema": (1.0, -0.1), "patience": (-1, None), "trackers": ("wandb", ("board",)), "checkpoint_steps": (0,),
     "resume": ("last", 1), "resume_hint": (None,),
 }
 

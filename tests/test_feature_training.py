@@ -179,7 +179,7 @@ def test_baseline_and_lightweight(base, tmp_path, capsys):
     ({"PHASE1_EPOCHS": -1}, "PHASE1_EPOCHS = -1"),
     ({"PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 0}, "nothing to train"),
     ({"DERAIN_TYPE": "none", "PHASE2_EPOCHS": 0}, "nothing to train"),
-    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
+    ({"BATCH_SIZE": -1}, "BATCH_SIZE"),
     ({"NUM_WORKERS": -1}, "^NUM_WORKERS = -1"),
     ({"CONSISTENCY_WEIGHT": -1.0}, "CONSISTENCY_WEIGHT = -1.0"),
 ])

@@ -176,7 +176,7 @@ def test_next_command_can_be_pasted(stage1, tmp_path, dataset, capsys):
     ({"RESUME": "nowhere"}, "--resume nowhere does not exist: .*last.pt"),
     ({"LR": -1.0}, "^--lr -1.0: .* not negative"),
     ({"EPOCHS": 0}, "--epochs 0: choose 1 or more"),
-    ({"BATCH": 0}, "--batch 0: choose 1 or more"),
+    ({"BATCH": -1}, r"--batch -1: choose 0 \(the most that fit\) or more"),
     ({"WORKERS": -1}, "--workers -1: choose 0 or more"),
     ({"EMA_DECAY": 1.0}, "--ema_decay 1.0"),
     ({"LAYER_DECAY": -1.0}, "--layer_decay -1.0"),

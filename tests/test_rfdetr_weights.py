@@ -16,7 +16,7 @@ import torch
 from rfdetr import config, names, weights
 from rfdetr.config import COCO_ROWS, Published
 from rfdetr.model import RFDETR
-from utils import checkpoint, processes, system
+from utils import checkpoint, download, processes, system
 from utils.config import UserError
 
 CONTENT = bytes(range(256)) * 9000  # 2.2 MB: three chunks
@@ -103,7 +103,7 @@ def test_a_connection_that_brings_nothing_ends_with_one_clear_line(server, tmp_p
     server.cut = 0
     with pytest.raises(UserError) as error:
         weights.fetch("nano", tmp_path)
-    assert len(server.requests) == weights.PATIENCE
+    assert len(server.requests) == download.PATIENCE
     text = str(error.value)
     for part in ("rf-detr-nano.pth", "http://127.0.0.1", (tmp_path / "rf-detr-nano.pth").as_posix(),
                  "--pretrain_weights none", "cut off"):

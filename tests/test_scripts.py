@@ -172,7 +172,7 @@ def test_adaptation_without_labels(base, coco):
     ({"IMAGE_SIZE": 100}, "IMAGE_SIZE = 100.*multiple of 32, such as 96"),
     ({"IMAGE_SIZE": 32}, "IMAGE_SIZE = 32 gives 21 feature positions"),
     ({"PERCENT_DATASET": 0}, "PERCENT_DATASET"),
-    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
+    ({"BATCH_SIZE": -1}, "BATCH_SIZE"),
     ({"EVAL_BATCH_SIZE": 0}, "EVAL_BATCH_SIZE"),
     ({"GRADIENT_ACCUMULATION_STEPS": 0}, "GRADIENT_ACCUMULATION_STEPS"),
     ({"NUM_EPOCHS": 0}, "NUM_EPOCHS"),

@@ -225,7 +225,7 @@ def test_a_full_disk_fails_before_training_starts(tmp_path, capsys, monkeypatch)
     for free, level in ((0.3, "[FAIL]"), (1.3, "[FAIL]"), (2, "[warn]"), (50, "[ok]")):
         monkeypatch.setattr(validate_setup.shutil, "disk_usage", lambda path, free=free: type("", (), {
             "free": free * 2**30}))
-        validate_setup.check_disk(validate_setup.Findings(), cfg)
+        validate_setup.check_disk(validate_setup.Findings(), cfg.RUNS_DIR, "--runs_dir", cfg.SIZE, 0.122)
         assert capsys.readouterr().out.startswith(level)
 
 

@@ -18,6 +18,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 # of tuples that are empty by default
 _ELEMENTS = {"CROP_SIZES": "int", "MORE_PAIRS": "tuple", "PREFIXES": "str", "TEST_PREFIXES": "str",
              "RESULTS_DIRS": "str", "FAST": "str"}
+_BATCHES = ("BATCH_SIZE", "BATCH")  # where 0 stands for "by trial", whose effective batch is the script's own
 
 
 def scripts():
@@ -28,7 +29,7 @@ def scripts():
 
 def table():
     """-> {constant: {"types": names of its types, "elements": those of a tuple's elements, [] where unknown}}, of the
-    constants without annotation, which says it itself."""
+    constants without annotation, which says it itself; of batches {"usual": {script: default}} as well."""
     found = {}
     for module in scripts():
         annotated = config.annotated_types(vars(module))
@@ -37,12 +38,15 @@ def table():
                 continue
             entry = found.setdefault(name, {"types": set(), "elements": set()})
             entry["types"].add(type(default).__name__)
+            if name in _BATCHES:
+                entry.setdefault("usual", {})[module.__name__] = default
             if name in _ELEMENTS:
                 entry["elements"].add(_ELEMENTS[name])
             for value in (default, module.DEMO.get(name)):
                 if isinstance(value, (tuple, list)):
                     entry["elements"] |= {type(element).__name__ for element in value}
-    return {name: {kind: sorted(kinds) for kind, kinds in entry.items()} for name, entry in sorted(found.items())}
+    return {name: {kind: kinds if isinstance(kinds, dict) else sorted(kinds) for kind, kinds in entry.items()}
+            for name, entry in sorted(found.items())}
 
 
 def text():

@@ -56,7 +56,8 @@ class MissingConstant(UserError, AttributeError):
 
 
 class Config(SimpleNamespace):
-    """The resolved constants as attributes, plus `demo` (bool). `as_dict()` goes into checkpoints and reports."""
+    """The resolved constants as attributes, plus `demo` (bool) and `usual_batch` {"BATCH_SIZE": of the script as it
+    came}. `as_dict()` goes into checkpoints and reports."""
 
     def __getattr__(self, name):
         if name.isupper():
@@ -84,7 +85,19 @@ def _known_types():
     """-> {constant: (types, types of its elements)} of TYPES_FILE."""
     classes = {kind.__name__: kind for kind in CONSTANT_TYPES}
     return {name: tuple(tuple(classes[kind] for kind in entry[key]) for key in ("types", "elements"))
-            for name, entry in json.loads(TYPES_FILE.read_text(encoding="utf-8")).items()}
+            for name, entry in _types_file().items()}
+
+
+@functools.cache
+def _types_file():
+    return json.loads(TYPES_FILE.read_text(encoding="utf-8"))
+
+
+def _usual_batches(namespace, values, use_demo):
+    """-> {"BATCH_SIZE" or "BATCH": the script's own batch, or its demo's, whatever was edited}: what 0 goes by."""
+    script, demo = Path(namespace.get("__file__") or "").stem, namespace.get("DEMO") if use_demo else None
+    return {name: (demo or {}).get(name) or entry["usual"].get(script) or values[name] or 1
+            for name, entry in _types_file().items() if "usual" in entry and name in values}
 
 
 def annotated_types(namespace):
@@ -155,7 +168,7 @@ def resolve(namespace, overrides):
         if name not in annotated and isinstance(value, (tuple, list)):
             value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
         values[name] = _not_empty(name, _as_path(name, value), kinds[name], defaults[name])
-    return Config(demo=use_demo, **values)
+    return Config(demo=use_demo, usual_batch=_usual_batches(namespace, defaults, use_demo), **values)
 
 
 def _beside(namespace, value):

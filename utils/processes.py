@@ -1,6 +1,7 @@
 """One process or many: the same script under python, torchrun and accelerate launch."""
 
 import os
+import platform
 import sys
 from datetime import timedelta
 
@@ -68,7 +69,11 @@ def bf16_is_emulated(device):
     """Whether `device` is a CPU without instructions for bf16, where it is about ten times slower than float32."""
     if device.type != "cpu":
         return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return True
+    # oneDNN also says yes where AVX-512 has to imitate it
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def same_buffers(model):
@@ -133,6 +138,15 @@ def any_of(flag):
     value = torch.tensor(int(flag), device=device())
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return bool(value.item())
+
+
+def least_of(number):
+    """-> the smallest of every process's whole number; every process must call it."""
+    if accelerator().num_processes == 1:
+        return number
+    value = torch.tensor(number, device=device())
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+    return int(value.item())
 
 
 def mean_over_ranks(records):

@@ -7,7 +7,6 @@ Masks may be polygons, compressed or uncompressed RLE; in memory they are compre
 sample is a function of (seed, epoch, index) alone, the size of a batch of (seed, keys in the batch) alone.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -217,20 +216,8 @@ def note_on_shared_images(train, other, split):
     Args:
         train, other: RoboflowDatasets; split: the other's name.
     """
-    def by_size(data):
-        found = {}
-        for name in data.files:
-            with contextlib.suppress(OSError):  # missing files are reported elsewhere
-                found.setdefault((data.folder / name).stat().st_size, []).append(data.folder / name)
-        return found
-
-    def content(path):
-        return hashlib.blake2b(path.read_bytes()).digest()
-    ours, shared = by_size(train), []
-    for size, paths in by_size(other).items():
-        if size in ours:
-            known = {content(path) for path in ours[size]}
-            shared += [path.name for path in paths if content(path) in known]
+    paths = [[data.folder / name for name in data.files] for data in (other, train)]
+    shared = [path.name for path in image_check.same_content(*paths)]
     if not shared:
         return None
     return (f"{len(shared)} of {len(other.files)} images of {split}/ are in train/ as well "

@@ -44,11 +44,13 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def training_loader(dataset, batch_size, workers, seed, collate=samples.collate):
-    """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"BATCH_SIZE = {batch_size}: choose a whole number, 1 or more")
+    """DataLoader for `fit`: shuffled, resumable, `batch_size` samples on every rank; 0: `fit` finds how many, and sets
+    the batch sampler's `batch_size`."""
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise UserError(f"BATCH_SIZE = {batch_size}: choose a whole number, 1 or more, or 0 for the most that fit")
     accelerator = processes.accelerator()
-    batches = EpochBatches(len(dataset), batch_size, True, seed, accelerator.process_index, accelerator.num_processes)
+    batches = EpochBatches(len(dataset), batch_size or 1, True, seed, accelerator.process_index,
+                           accelerator.num_processes)
     return _loader(dataset, workers, collate, batch_sampler=batches, persistent_workers=workers > 0)
 
 
@@ -61,6 +63,37 @@ def validation_loader(dataset, batch_size, workers, collate=samples.collate):
     if multiprocessing.get_start_method() == "spawn":
         workers = min(workers, SPAWNED)
     return _loader(dataset, workers, collate, batch_size=batch_size, sampler=mine)
+
+
+def each(work, loader, name=""):
+    """Iterate work(batch) over a validation loader. Where a GPU's memory is too small for a batch, this one and all
+    after it, also in later passes over the loader, are worked on in halves, or halves of these; said once.
+
+    Args:
+        work: (batch, on the CPU) -> what of it is wanted; called without gradients.
+        name: beside a progress bar; "" for none.
+    Raises:
+        torch.OutOfMemoryError: not even one image fits.
+    """
+    for batch in processes.progress(loader, name) if name else loader:
+        waiting = samples.parts(batch, getattr(loader, "most_at_once", None))
+        while waiting:
+            try:
+                with torch.no_grad():
+                    found = work(waiting[0])
+            except torch.OutOfMemoryError:
+                if (size := len(waiting[0]["images"])) == 1:
+                    raise
+                found = None
+            if found is not None:
+                yield found
+                del waiting[0]
+                continue
+            torch.cuda.empty_cache()  # here, where the exception no longer holds the failed call's tensors
+            if not hasattr(loader, "most_at_once"):
+                processes.say(f"note: a validation batch of {size} images is too much for the GPU's memory: halved")
+            loader.most_at_once = size // 2
+            waiting = [part for one in waiting for part in samples.parts(one, size // 2)]
 
 
 def image_paths(loaders):

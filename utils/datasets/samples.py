@@ -85,6 +85,15 @@ def images_by_name(folder, constant, advice):
     return found
 
 
+def parts(batch, most):
+    """-> [batches of up to `most` images, None for all], in order; a batch's values are tensors and lists of B entries.
+    """
+    size = len(batch["images"])
+    if most is None or size <= most:
+        return [batch]
+    return [{name: values[first:first + most] for name, values in batch.items()} for first in range(0, size, most)]
+
+
 def collate(samples):
     """-> batch {"images": (B, 3, H, W) uint8, "twins": the same or absent, "labels": [{"class_labels": (N,), "boxes":
     (N, 4) cxcywh}, ...] as Hugging Face's DETR models take them, "image_ids", "sizes", "domains", "paths": lists}."""

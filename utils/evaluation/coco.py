@@ -9,8 +9,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils import processes
 from utils.boxes import corner_and_extent, decode
+from utils.datasets import loaders
 from utils.datasets.annotations import read_annotations, usable_boxes
 from utils.images import to_floats
 
@@ -34,13 +34,13 @@ def detect(predict, loader, device, name="evaluating"):
         {image id: (n, 6) float64 [x, y, w, h (pixels), score, label], best first}: as dicts, the detections of COCO's
         validation images would take gigabytes. See `entries`.
     """
-    found = []
-    for batch in processes.progress(loader, name):
+    def answers(batch):
         outputs = predict(to_floats(batch["images"], device))
         detections = decode(outputs.logits, outputs.pred_boxes, batch["sizes"])
-        for image_id, result in zip(batch["image_ids"], detections, strict=True):
-            found.append((image_id, torch.cat([corner_and_extent(result["boxes"]), result["scores"].double()[:, None],
-                                               result["labels"].double()[:, None]], 1).numpy()))
+        return [(image_id, torch.cat([corner_and_extent(result["boxes"]), result["scores"].double()[:, None],
+                                      result["labels"].double()[:, None]], 1).numpy())
+                for image_id, result in zip(batch["image_ids"], detections, strict=True)]
+    found = [one for several in loaders.each(answers, loader, name) for one in several]
     return dict(gather_object(found))
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from utils import datasets, processes
 from utils.config import UserError
+from utils.datasets import loaders
 from utils.evaluation import intervals
 from utils.evaluation.coco import coco_scores, entries, ground_truth, merged_ground_truth
 from utils.images import to_floats
@@ -32,11 +33,10 @@ class AlwaysRainy(torch.nn.Module):
 @torch.no_grad()
 def gate_scores(rain_detector, loader, device):
     """-> {image_id: probability of rain} over a validation loader, of all ranks."""
-    found = []
-    for batch in loader:
+    def answers(batch):
         images = to_floats(batch["images"], device)
-        found += list(zip(batch["image_ids"], rain_detector.probability(images).tolist(), strict=True))
-    return dict(gather_object(found))
+        return list(zip(batch["image_ids"], rain_detector.probability(images).tolist(), strict=True))
+    return dict(gather_object([one for several in loaders.each(answers, loader) for one in several]))
 
 
 @dataclass

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from utils import datasets, processes, report, visualize
+from utils import datasets, report, visualize
 from utils.config import UserError
 from utils.datasets import image_check, loaders, rain_or_clean
 from utils.datasets.samples import images_below
@@ -26,16 +26,15 @@ class Logits(NamedTuple):
 @torch.no_grad()
 def logits_of(rain_detector, loader, device, name="rain detector"):
     """Run over a loader of single-domain or mixed samples. -> Logits, of all ranks."""
-    found = []
-    for batch in processes.progress(loader, name):
+    def answers(batch):
         batch = datasets.to_device(batch, device)
         logits = rain_detector(batch["images"]).float().cpu().tolist()
         if not np.isfinite(logits).all():
             raise UserError("the rain detector's outputs are not finite: its weights are damaged, or the training has "
                             "diverged; lower LEARNING_RATE or raise WARMUP_STEPS, or look at the weight file")
-        found += [(logit, float(domain == "rainy"), path) for logit, domain, path in
-                  zip(logits, batch["domains"], batch["paths"], strict=True)]
-    found = gather_object(found)
+        return [(logit, float(domain == "rainy"), path) for logit, domain, path in
+                zip(logits, batch["domains"], batch["paths"], strict=True)]
+    found = gather_object([one for several in loaders.each(answers, loader, name) for one in several])
     return Logits(torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found]), [f[2] for f in found])
 
 

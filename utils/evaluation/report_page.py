@@ -74,9 +74,9 @@ class Page:
         pictures = _Pictures(data, one.matching)
         self.entries.append(Entry(
             model, images or data.domain, one._replace(matching=None), detection_details.numbers(one, scores),
-            _figures(pictures.detection(i, fault) for i, fault in detection_details.false_positives(
+            figure_grid(pictures.detection(i, fault) for i, fault in detection_details.false_positives(
                 one, self.pictures)),
-            _figures(pictures.object(i, score) for i, score in detection_details.misses(one, self.pictures))))
+            figure_grid(pictures.object(i, score) for i, score in detection_details.misses(one, self.pictures))))
 
     @property
     def numbers(self):
@@ -110,21 +110,24 @@ class Page:
 
     def write(self, folder, constants):
         """Write NAME into the folder; constants: {name: value} of the script."""
-        parts = [_environment(report.environment())]
+        parts = [environment_line(report.environment())]
         for images in self.numbers:
             own = [one for one in self.entries if one.images == images]
-            parts += [f"<h2>On {_text(images)} images</h2>", _overview(own), *map(_section, own)]
+            parts += [f"<h2>On {escaped(images)} images</h2>", _overview(own), *map(_section, own)]
         if self.sliders:
             parts += ["<h2>Before and after de-raining</h2><p class=\"quiet\">Left of the line: what came in, with the "
                       "first model's detections. Right: what the detector sees behind the de-rainer. Move the slider."
                       "</p>", f'<div class="grid">{"".join(self.sliders)}</div>']
-        parts.append(_constants(constants))
-        page = TEMPLATE.read_text(encoding="utf-8")
-        for name, value in (("title", _text(self.title)), ("body", "\n".join(parts))):
-            page = page.replace("{{" + name + "}}", value)
-        path = Path(folder) / NAME
-        with writing(path), system.written(path) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        write_page(Path(folder) / NAME, self.title, [*parts, _constants(constants)])
+
+
+def write_page(path, title, parts):
+    """Write a page of TEMPLATE; parts: its HTML, piece by piece."""
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for name, value in (("title", escaped(title)), ("body", "\n".join(parts))):
+        page = page.replace("{{" + name + "}}", value)
+    with writing(path), system.written(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -159,8 +162,8 @@ class _Pictures:
             self.last = index, self.data[index]
         sample = self.last[1]
         picture = data_uri(_cut(sample["image"], tuple(sample["size"]), box, mask, colour), QUALITY)
-        caption = f"{caption} ({self.data.files[index]})"
-        return f'<figure><img alt="{_text(caption)}" src="{picture}"><figcaption>{_text(caption)}</figcaption></figure>'
+        caption = escaped(f"{caption} ({self.data.files[index]})")
+        return f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _cut(image, size, box, mask, colour):
@@ -198,10 +201,10 @@ def _slider(caption, before, after):
     first, second = (data_uri(picture, QUALITY) for picture in pictures)
     return (f'<figure class="slider"><div class="pair"><img alt="after" src="{second}"><img class="over" alt="before" '
             f'src="{first}"></div><input type="range" min="0" max="100" value="50" aria-label="before and after: '
-            f'{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>')
+            f'{escaped(caption)}"><figcaption>{escaped(caption)}</figcaption></figure>')
 
 
-def _figures(figures):
+def figure_grid(figures):
     """-> HTML of several in a grid, or that there are none."""
     found = "".join(figures)
     return f'<div class="grid tight">{found}</div>' if found else "<p>None.</p>"
@@ -209,7 +212,7 @@ def _figures(figures):
 
 # ---- tables and curves ---------------------------------------------------------------------------------------------
 
-def _text(value):
+def escaped(value):
     return html.escape(str(value))
 
 
@@ -217,10 +220,10 @@ def _number(value):
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _table(rows, headings, kind=""):
+def table(rows, headings, kind=""):
     """-> HTML of [{key: number, text or None}, ...]."""
-    head = "".join(f"<th>{_text(heading)}</th>" for heading in headings.values())
-    body = "".join("<tr>" + "".join(f"<td>{_text(_number(row.get(key)))}</td>" for key in headings) + "</tr>"
+    head = "".join(f"<th>{escaped(heading)}</th>" for heading in headings.values())
+    body = "".join("<tr>" + "".join(f"<td>{escaped(_number(row.get(key)))}</td>" for key in headings) + "</tr>"
                    for row in rows)
     return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -244,16 +247,16 @@ def _chart(lines, across, up, bars=()):
         dashes = ";stroke-dasharray:5 3" if colour >= COLOURS else ""
         points = " ".join(point(float(a), float(b)) for a, b in zip(x, y, strict=True))
         parts.append(f'<polyline class="line" style="stroke:var(--c{colour % COLOURS}){dashes}" points="{points}"/>')
-    return (f'<svg viewBox="0 0 240 204" role="img" aria-label="{_text(up)} over {_text(across)}">{"".join(parts)}'
-            f'<text x="134" y="200" text-anchor="middle">{_text(across)}</text><text transform="translate(9 90) '
-            f'rotate(-90)" text-anchor="middle">{_text(up)}</text></svg>')
+    return (f'<svg viewBox="0 0 240 204" role="img" aria-label="{escaped(up)} over {escaped(across)}">{"".join(parts)}'
+            f'<text x="134" y="200" text-anchor="middle">{escaped(across)}</text><text transform="translate(9 90) '
+            f'rotate(-90)" text-anchor="middle">{escaped(up)}</text></svg>')
 
 
 def _overview(entries):
     """-> HTML of a set of images: the table of all detectors, and their curves in one chart."""
     rows = [{"model": one.model} | one.numbers for one in entries]
     first = entries[0].numbers
-    keys = "".join(f'<span class="key" style="--k:var(--c{i % COLOURS})">{_text(one.model)}</span>'
+    keys = "".join(f'<span class="key" style="--k:var(--c{i % COLOURS})">{escaped(one.model)}</span>'
                    for i, one in enumerate(entries))
     curves = [(i, RECALLS, one.details.precision) for i, one in enumerate(entries) if one.details.precision is not None]
     f1 = [(i, detection_details.SCORES, one.details.pooled.f1_from(detection_details.SCORES))
@@ -261,7 +264,7 @@ def _overview(entries):
     return (f'<p class="quiet">{first["images"]} images, {first["objects"]} objects. F1, precision and recall at the '
             f"threshold where F1 over all classes is highest, for a detection that covers its object with IoU "
             f"{detection_details.IOU}. Small, medium, large: AP of objects below 32&sup2;, up to 96&sup2;, above."
-            f"</p>{_table(rows, HEADINGS)}<p>{keys}</p>"
+            f"</p>{table(rows, HEADINGS)}<p>{keys}</p>"
             f'<div class="grid"><figure>{_chart(curves, "recall", "precision, mean of classes")}</figure>'
             f'<figure>{_chart(f1, "score from which a box is kept", "F1, all classes together")}</figure></div>')
 
@@ -275,15 +278,15 @@ def _section(entry):
                "frequency": row.frequency} for row in one.reliability]
     classes = "".join(_class_figure(name, own, precision) for name, own, precision in
                       zip(one.names, one.curves, one.precisions, strict=True) if own.objects)
-    return (f"<details><summary>{_text(entry.model)} on {_text(entry.images)} images: classes, confusions, "
+    return (f"<details><summary>{escaped(entry.model)} on {escaped(entry.images)} images: classes, confusions, "
             f"calibration, mistakes</summary><h3>Classes, each at its own best threshold</h3>"
-            f"{_table(entry.numbers['classes'], CLASS_HEADINGS)}"
+            f"{table(entry.numbers['classes'], CLASS_HEADINGS)}"
             '<p class="quiet"><span class="key" style="--k:var(--c0)">precision over recall</span><span class="key" '
             f'style="--k:var(--c1)">F1 over the score</span></p><div class="grid tight">{classes}</div>'
             f"<h3>Confusions{_at(one.threshold)}</h3>{_confusion(one)}"
             "<h3>Calibration</h3><p class=\"quiet\">Of the detections with a score, how many are right; on the "
             f'diagonal a score is a probability.</p><div class="grid"><figure>{diagram}</figure>'
-            + _table(counts, {"score": "score", "count": "detections", "confidence": "mean score",
+            + table(counts, {"score": "score", "count": "detections", "confidence": "mean score",
                               "frequency": "share right"})
             + f"</div><h3>Most confident false positives</h3>{entry.wrong}"
             f"<h3>Largest misses{_at(one.threshold)}</h3>{entry.missed}</details>")
@@ -296,7 +299,7 @@ def _at(threshold):
 def _class_figure(name, own, precision):
     """-> HTML of a class that has objects."""
     lines = [(0, RECALLS, precision), (1, detection_details.SCORES, own.f1_from(detection_details.SCORES))]
-    return f"<figure>{_chart(lines, 'recall, score', 'precision, F1')}<figcaption>{_text(name)}</figcaption></figure>"
+    return f"<figure>{_chart(lines, 'recall, score', 'precision, F1')}<figcaption>{escaped(name)}</figcaption></figure>"
 
 
 def _confusion(one):
@@ -306,27 +309,27 @@ def _confusion(one):
     names, counts = [*one.names, detection_details.BACKGROUND], one.confusion
     if len(one.names) > MATRIX:
         pairs = sorted(((int(counts[i, j]), i, j) for i, j in np.argwhere(counts) if i != j), reverse=True)[:40]
-        return _table([{"object": names[i], "detected": names[j], "count": count} for count, i, j in pairs],
+        return table([{"object": names[i], "detected": names[j], "count": count} for count, i, j in pairs],
                       {"object": "object", "detected": "detected as", "count": "times"})
-    head = "".join(f"<th>{_text(name)}</th>" for name in names)
+    head = "".join(f"<th>{escaped(name)}</th>" for name in names)
     body = ""
     for i, name in enumerate(names):
         total = counts[i].sum()
         cells = "".join(f'<td style="--v:{counts[i, j] / total if total else 0:.2f}">'
                         f'{"" if i == j == len(names) - 1 else counts[i, j]}</td>' for j in range(len(names)))
-        body += f"<tr><td>{_text(name)}</td>{cells}</tr>"
+        body += f"<tr><td>{escaped(name)}</td>{cells}</tr>"
     return ('<p class="quiet">Row: the object (background: there was none). Column: what was detected (background: '
             f'missed).</p><div class="wide"><table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{body}'
             "</tbody></table></div>")
 
 
-def _environment(values):
+def environment_line(values):
     """-> HTML of one line."""
-    return (f'<p class="quiet">{_text(values["date"])}, commit {_text(values["commit"] or "-")}, '
-            f'{_text(values["device"])}, torch {_text(values["torch"])}</p>')
+    return (f'<p class="quiet">{escaped(values["date"])}, commit {escaped(values["commit"] or "-")}, '
+            f'{escaped(values["device"])}, torch {escaped(values["torch"])}</p>')
 
 
 def _constants(constants):
     rows = [{"name": name, "value": repr(value)} for name, value in constants.items()]
     return ("<h2>Constants</h2><details><summary>What this run was started with</summary>"
-            + _table(rows, {"name": "constant", "value": "value"}, "constants") + "</details>")
+            + table(rows, {"name": "constant", "value": "value"}, "constants") + "</details>")

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import datasets, fast, processes, system, transfer
+from utils import checkpoint, datasets, fast, processes, system, transfer
 from utils.config import UserError
-from utils.training import needs, run_folder
+from utils.training import batch_trial, needs, run_folder
 from utils.training.plan import AUTOCAST, usable_seed
-from utils.training.run_state import Run
+from utils.training.run_state import Run, is_last
 
 
 def seed_everything(seed):
@@ -66,12 +66,19 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         own_files: names that the script writes into output_dir; a new start moves them aside with the rest.
         written_before: those of them that are there already, of this run.
     Returns:
-        {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}.
+        {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}, and
+        "chosen": {constant: number} where Plan.batch_size was 0.
     Raises:
         UserError: nothing to train, a loss that is not finite, a folder that is unwritable or another run's.
         RuntimeError: a frozen module has changed (a bug in a script, never the user's mistake).
     """
-    run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants or {}, extras or {},
+    chosen, constants = {}, constants or {}
+    if not plan.batch_size:
+        last = last or last_of(output_dir, plan)
+        earlier = (last or {}).get("constants") or {}
+        plan = batch_trial.settled(model, loader, compute_losses, plan, parameters, optimizer, earlier)
+        constants = constants | (chosen := batch_trial.numbers(plan, constants))
+    run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants, extras or {},
               own_files, fixed, validated_on, validated_images, written_before)
     say_notes(run)
     if run.main and run.accelerator.device.type == "cuda":
@@ -89,8 +96,17 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
                     finish_epoch(run, record, evaluate, sample_images, on_best, on_epoch)
         finally:
             run.draw_curves()  # also where a loss that is not finite ends the run
+            run.trackers.close()
         run.close(stopped)
-    return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped}
+    return {"history": run.history, "best_epoch": run.best_epoch, "best_score": run.best_score, "stopped": stopped} | (
+        {"chosen": chosen} if chosen else {})
+
+
+def last_of(output_dir, plan):
+    """-> content of the last.pt that will be resumed, None for a new run; what is wrong with it, Run.prepare says."""
+    last = Path(output_dir) / "last.pt"
+    content = checkpoint.load(last) if plan.resume and last.is_file() else None
+    return content if is_last(content) else None
 
 
 def say_notes(run):

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from utils import fast
+from utils import fast, processes
 from utils.config import UserError
+from utils.training import trackers
 from utils.training.schedule import SCHEDULES
 
 # {precision: type of autocast}, which is off for float32; all that the engine knows
 AUTOCAST = {"float32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = tuple(AUTOCAST)
+AUTO = "auto"  # a precision that `best_precision` stands in for
 
 
 # ---- checks: (name as the user knows it, value, Plan) -> None, or UserError ------------------------------------------
@@ -120,7 +122,7 @@ def known_precisions(name, value, plan):
 def usable_precision(name, value, plan):
     """One of the plan's precisions, and one that this GPU computes in."""
     if value not in plan.precisions:
-        raise refused(name, value, f"choose one of {', '.join(plan.precisions)}")
+        raise refused(name, value, f"choose one of {', '.join((AUTO, *plan.precisions))}")
     if (value == "bf16" and torch.cuda.is_available()
             and not torch.cuda.is_bf16_supported(including_emulation=False)):
         raise refused(name, value, f"{torch.cuda.get_device_name()} has no bf16 (GPUs from Ampere on have); choose "
@@ -130,6 +132,11 @@ def usable_precision(name, value, plan):
 def known_speedups(name, value, plan):
     """Some of fast.TRAINING."""
     fast.require(name, value, fast.TRAINING)
+
+
+def known_trackers(name, value, plan):
+    """Some of trackers.KNOWN, installed."""
+    trackers.require(name, value)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -158,10 +165,14 @@ class Plan:
 
     # of the script's parameter groups
     weight_decay: float = setting("WEIGHT_DECAY", not_negative, default=0.0)
-    # of the script's loaders: images per batch and process, those of a validation batch, processes that load images
-    batch_size: int = setting("BATCH_SIZE", whole(1), default=1)
+    # of the script's loaders: images per batch and process (0: `engine.fit` finds the most that fit, see
+    # training/batch_trial.py), those of a validation batch, processes that load images
+    batch_size: int = setting("BATCH_SIZE", whole(0, "the most that fit"), default=1)
     eval_batch_size: int = setting("EVAL_BATCH_SIZE", whole(1), default=1)
     workers: int = setting("DATALOADER_WORKERS", whole(0), default=0)
+
+    # the batch that the script's other settings were made for: with batch_size 0 its product with `accumulate` stays
+    usual_batch: int = setting(None, whole(1), default=1)
 
     # batches per optimizer step; the last, smaller group of an epoch counts as well
     accumulate: int = setting("GRADIENT_ACCUMULATION_STEPS", whole(1), default=1)
@@ -177,7 +188,8 @@ class Plan:
     plateau_metric: str = setting(None, text, default="")
     plateau_patience: int = setting("PLATEAU_PATIENCE", whole(0), default=5)
     plateau_factor: float = setting("PLATEAU_FACTOR", inside, default=0.5)
-    # one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with a scaled loss
+    # one of `precisions`; "bf16" and "fp16" are autocast (weights and losses stay float32), "fp16" with a scaled loss;
+    # a script's "auto" is one of them by the time that there is a plan
     precision: str = setting("PRECISION", usable_precision, default="float32")
     # what the network stands: all networks here train in bf16, few in fp16
     precisions: tuple = setting(None, known_precisions, default=("float32", "bf16"))
@@ -189,6 +201,8 @@ class Plan:
     # epochs without a better score before the run stops
     patience: int = setting("EARLY_STOPPING_PATIENCE", whole(0, "never stop early"), default=0)
 
+    # where the curves of the run go, see training/trackers.py
+    trackers: tuple = setting("TRACKERS", known_trackers, default=("tensorboard",))
     # optimizer steps between two writes of last.pt within an epoch
     checkpoint_steps: int = setting("CHECKPOINT_STEPS", whole(1), default=200)
     # go on from last.pt (from the start where there is none), and how a user says that
@@ -215,7 +229,8 @@ class Plan:
         usual name, and where cfg has none of these from its default.
 
         Args:
-            cfg: config.Config.
+            cfg: config.Config; a precision "auto" in it becomes the one that is chosen, so that whatever keeps the
+                constants keeps that.
             given: {field: value} of what no constant alone sets.
             learning_rates: names of the constants with the learning rates.
             loss_weights: {loss: name of the constant with its weight, or the weight itself}; losses with the weight 0
@@ -237,12 +252,29 @@ class Plan:
             elif usual and hasattr(cfg, usual):
                 values[one.name] = getattr(cfg, usual)
         names["loss_weights"] = {loss: source for loss, source in sources.items() if isinstance(source, str)}
-        return cls(**values | (given or {}), names=names)
+        values |= given or {}
+        batch = names.get("batch_size", "BATCH_SIZE").removeprefix("--").upper()
+        if batch in (usual := getattr(cfg, "usual_batch", {})):
+            values.setdefault("usual_batch", usual[batch])
+        if values.get("precision") == AUTO:
+            precisions = values.get("precisions", cls.precisions)
+            cfg.PRECISION = values["precision"] = best_precision(precisions, processes.device())
+            processes.say(f"PRECISION = '{AUTO}': {cfg.PRECISION}")
+        return cls(**values, names=names)
 
 
 def settings():
     """-> the fields of Plan that are settings."""
     return [one for one in dataclasses.fields(Plan) if one.metadata]
+
+
+def best_precision(precisions, device):
+    """-> the fastest of some PRECISIONS that a device computes in by itself: bf16, on GPUs without it fp16, float32."""
+    if device.type == "cuda":
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    else:
+        half = "float32" if processes.bf16_is_emulated(device) else "bf16"
+    return half if half in precisions else "float32"
 
 
 def _constant(cfg, name):

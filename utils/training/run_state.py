@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.tensorboard import SummaryWriter
 
 from utils import checkpoint, freeze, processes, report, system, visualize
 from utils.config import UserError
@@ -18,6 +17,7 @@ from utils.training.clock import Clock
 from utils.training.ema import WeightAverage
 from utils.training.schedule import plateau_factor, schedule_factor
 from utils.training.step_curve import StepCurve
+from utils.training.trackers import Trackers
 
 OWN_FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "tb")  # what a run writes into its folder
 UNLISTED = (  # what the scripts wrote beside these when metrics.json did not list it yet
@@ -102,7 +102,7 @@ class Run:
             content.clear()  # the caller may hold it as well, and the training needs the memory
         elif self.plan.resume and self.main:
             print(f"nothing to resume in {self.folder.as_posix()}, starting from the beginning")
-        self.writer = SummaryWriter(self.folder / "tb", purge_step=self.step) if self.main else None
+        self.trackers = Trackers(self.plan.trackers, self.folder, self.constants, self.step)
 
     def _advice(self, content):
         """-> a sentence for a last.pt that does not fit: the constants that its run had otherwise; "" where all are the
@@ -251,9 +251,8 @@ class Run:
             shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
         shown["images/s"] = f"{self.clock.rate():.1f}"
         bar.set_postfix(shown, refresh=False)
-        for name, value in self.latest.items():
-            self.writer.add_scalar(f"train/{name}", value, self.step)
-        self.writer.add_scalar("train/learning_rate", rate, self.step)
+        values = {f"train/{name}": value for name, value in self.latest.items()}
+        self.trackers.step(values | {"train/learning_rate": rate}, self.step)
 
     def epoch_record(self):
         """-> {"epoch", "step", mean of every loss over images and ranks, "images_per_s", "time": shares}."""
@@ -289,7 +288,7 @@ class Run:
         return better
 
     def report_epoch(self, record, better, pictures):
-        """metrics.json, TensorBoard, a line on the console, now and then curves.png, once last.pt holds the epoch."""
+        """metrics.json, trackers, a line on the console, now and then curves.png, once last.pt holds the epoch."""
         if not self.main:
             return
         best = {"best_epoch": self.best_epoch, "best_score": self.best_score, "score": self.score,
@@ -300,12 +299,8 @@ class Run:
             print(f"note: {error}: written again after the next epoch")
         if time.monotonic() - self.drawn_at >= DRAWING_PAUSE:
             self.draw_curves()
-        for name, number in record.items():
-            if isinstance(number, (int, float)):
-                self.writer.add_scalar(name if "/" in name else f"epoch/{name}", number, self.epoch)
-        for tag, picture in pictures.items():
-            self.writer.add_image(tag, picture.clamp(0, 1), self.epoch)
-        self.writer.flush()
+        self.trackers.epoch({name if "/" in name else f"epoch/{name}": number for name, number in record.items()
+                             if isinstance(number, (int, float))}, self.epoch, self.step, pictures)
         print(self._line(record, better), flush=True)
 
     def draw_curves(self):
@@ -334,7 +329,6 @@ class Run:
             if freeze.fingerprint(module) != before:
                 raise RuntimeError(f"the frozen module '{name or type(module).__name__}' changed during training")
         if self.main:
-            self.writer.close()
             if stopped == "interrupted":
                 print(f"interrupted: saved {self.last.as_posix()}; {self.plan.resume_hint} goes on from there")
             else:

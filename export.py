@@ -21,7 +21,9 @@ from rfdetr import detr, weights
 from utils import config, datasets, feature_derain, processes, report, system
 from utils.conditional_model import ConditionalRainRobustRTDETR, threshold_of
 from utils.datasets import loaders, presets
-from utils.datasets.samples import evenly
+from utils.datasets.annotations import read_annotations
+from utils.datasets.layouts import find_split
+from utils.datasets.samples import evenly, images_below
 from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison
 from utils.evaluation.coco import detection_scores
@@ -56,10 +58,10 @@ OPSET = 18                              # of ONNX; 18 or newer
 OUTPUT_DIR = "./outputs_export"
 
 # --- checks --------------------------------------------------------------------------------------------------------
-CALIBRATION_DIR: str | None = ""        # images like yours, for INT8 and for the comparison; "": COCO_DIR/train2017
+CALIBRATION_DIR: str | None = ""        # images like yours, for INT8 and the comparison; "": COCO_DIR's training images
 CALIBRATION_IMAGES = 64                 # how many of them, spread evenly
 TOLERANCE = 1e-3                        # largest difference from PyTorch's outputs that a float32 file may have
-COCO_DIR: str | None = ""               # val2017/ and annotations/instances_val2017.json; "": mAP is not measured
+COCO_DIR: str | None = ""               # labelled images (COCO, YOLO or VOC); "": mAP is not measured
 PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 EVAL_BATCH_SIZE = 4                     # validation batch
 LEAST_MAP = 0.97                        # share of PyTorch's mAP that a file must keep; 0 accepts all
@@ -189,14 +191,13 @@ def build_models(cfg):
 
 def image_paths(cfg):
     """-> paths of the images to calibrate on and to compare with, [] where no constant names any."""
-    folder = cfg.CALIBRATION_DIR or (cfg.COCO_DIR and (Path(cfg.COCO_DIR) / "train2017").as_posix())
-    constant = "CALIBRATION_DIR" if cfg.CALIBRATION_DIR or not cfg.COCO_DIR else "COCO_DIR"
-    if not folder:
+    if cfg.CALIBRATION_DIR:
+        paths = images_below([cfg.CALIBRATION_DIR], "CALIBRATION_DIR")
+    elif cfg.COCO_DIR:
+        split = find_split(cfg.COCO_DIR, "train", "COCO_DIR")
+        paths = [split.folder / image["file_name"] for image in read_annotations(split)["images"]]
+    else:
         return []
-    if problem := system.absent(folder, folder=True):
-        raise config.UserError(f"{constant}: '{folder}' {problem}: give a folder of images like those to detect in")
-    if not (paths := system.images_in(folder)):
-        raise config.UserError(f"{constant}: '{folder}' holds no image")
     return evenly(paths, min(cfg.CALIBRATION_IMAGES, len(paths)))
 
 

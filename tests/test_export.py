@@ -16,7 +16,8 @@ from torch import nn
 import export
 from rfdetr import detr
 from rfdetr.model import RFDETR
-from utils import checkpoint, datasets, feature_derain, freeze, images
+from tools import convert_dataset
+from utils import checkpoint, config, datasets, feature_derain, freeze, images
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR
 from utils.config import UserError
@@ -319,3 +320,15 @@ def test_calibration_sees_the_pictures_as_the_detector_does(tmp_path):
     (one,) = formats.real_images([tmp_path / "white.png"], 64)
     assert one.shape == (1, 3, 64, 64) and one.min() == one.max() == 1
     assert presets.evaluation(64)(torch.zeros(3, 50, 80, dtype=torch.uint8)).shape == (3, 64, 64)
+
+
+def test_images_to_calibrate_on_come_from_any_form_of_data(coco, tmp_path):
+    convert_dataset.main(SOURCE=str(coco / "coco"), TO="yolo", OUT=str(tmp_path / "yolo"))
+    names = []
+    for root in (coco / "coco", tmp_path / "yolo"):
+        cfg = config.resolve(vars(export), {"COCO_DIR": str(root), "CALIBRATION_IMAGES": 5})
+        paths = export.image_paths(cfg)
+        names.append([path.name for path in paths])
+        assert len(paths) == 5 and all(path.is_file() and "train" in path.as_posix() for path in paths)
+    assert names[0] == names[1]
+    assert export.image_paths(config.resolve(vars(export), {"COCO_DIR": ""})) == []

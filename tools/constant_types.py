@@ -17,7 +17,7 @@ from utils import config
 _ROOT = Path(__file__).resolve().parent.parent
 # of tuples that are empty by default
 _ELEMENTS = {"CROP_SIZES": "int", "MORE_PAIRS": "tuple", "PREFIXES": "str", "TEST_PREFIXES": "str",
-             "RESULTS_DIRS": "str", "FAST": "str"}
+             "RESULTS_DIRS": "str", "FAST": "str", "CLASS_THRESHOLDS": "str"}
 
 
 def scripts():

@@ -83,6 +83,7 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
     "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "REFINER_DIR": "./demo/outputs_refiner/refiner",
+    "WEIGHTS": "./assets/demo/rfdetr_tiny.pth",
 }
 _MODEL_CONSTANTS = ("WEIGHTS", "RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
                     "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
@@ -482,6 +483,9 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
+    if cfg.demo and cfg.MODEL in ("vanilla", *_OF_WEIGHTS):  # the demo's panels, of which these have none
+        for name in {"SHOW_DERAINED", "COMPARE"} - overrides.keys():
+            setattr(cfg, name, False)
     require_usable(cfg)
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
         ensure_clip(cfg.SOURCE, video.VideoWriter)

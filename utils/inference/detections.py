@@ -114,7 +114,7 @@ def _require_same(path, entry, constants):
         name = other[0]
         raise UserError(f"{where} was begun with {name} = {entry['constants'][name]!r}, now it is "
                         f"{constants.get(name)!r}: give the same {system.listed(other)}, or leave RESUME out")
-    if entry["host"] == socket.gethostname():
+    if entry["host"] == socket.gethostname() and entry["process"] != os.getpid():
         with contextlib.suppress(psutil.Error):
             if psutil.Process(entry["process"]).create_time() == entry["started"]:
                 raise UserError(f"{where} is being written by process {entry['process']}: wait for it or end it")

@@ -13,6 +13,7 @@ from pycocotools import mask as rle
 from utils.config import UserError
 
 AGREE = 0.5       # IoU, in the region that both views saw, from which on two boxes are the same object
+TWINS = 0.8       # the same within one view: a detector's two answers for one object, which it does not compare itself
 INSIDE = 0.8      # share of a cut box that lies in another one, from which on it is a part of it
 EDGE = 0.02       # of a tile's side: so near to its edge a box counts as cut
 
@@ -62,9 +63,9 @@ class _Found(NamedTuple):
 def merged(parts, height, width, top):
     """Detections of several views of an image -> those of the image, every object once.
 
-    Two boxes of one class from different views are the same object where they agree in the region that both views saw,
-    or where one of them is cut off by its view and lies in the other. A box that no view cuts off stands for the
-    object, the best one; where there is none, the pieces together do.
+    Two boxes of one class are the same object where they agree in the region that both views saw (of one view: where
+    they nearly cover each other), or where one of them is cut off by its view and lies in the other view's. A box that
+    no view cuts off stands for the object, the best one; where there is none, the pieces together do.
 
     Args:
         parts: [(View, {"boxes": (n, 4) xyxy pixels of the image, "scores", "labels": (n,), "masks": [RLE of the whole
@@ -109,7 +110,7 @@ def _together(parts, height, width):
 
 
 def _same(found):
-    """-> (n, n) bool: which pairs are the same object, seen by two views."""
+    """-> (n, n) bool: which pairs are the same object."""
     boxes, views_ = found.boxes[:, None], found.views[:, None]  # (n, 1, 4), against (n, 4)
     low, high = torch.maximum(views_, found.views), torch.minimum(views_, found.views)
     shared = torch.cat([low[..., :2], high[..., 2:]], -1)  # (n, n, 4) what both views saw
@@ -120,10 +121,12 @@ def _same(found):
     one, other = clipped(boxes), clipped(found.boxes)
     overlap = _area(torch.cat([torch.maximum(one[..., :2], other[..., :2]),
                                torch.minimum(one[..., 2:], other[..., 2:])], -1))
-    agree = overlap >= AGREE * (_area(one) + _area(other) - overlap).clamp(min=1e-9)
-    inside = found.cut[:, None] & (overlap >= INSIDE * _area(boxes).clamp(min=1e-9))
+    one_view = found.numbers[:, None] == found.numbers
+    least = torch.where(one_view, TWINS, AGREE)
+    agree = overlap >= least * (_area(one) + _area(other) - overlap).clamp(min=1e-9)
+    inside = found.cut[:, None] & (overlap >= INSIDE * _area(boxes).clamp(min=1e-9)) & ~one_view
     pairs = (agree & (overlap > 0)) | inside | inside.T
-    return pairs & (found.labels[:, None] == found.labels) & (found.numbers[:, None] != found.numbers)
+    return pairs & (found.labels[:, None] == found.labels)
 
 
 def _area(boxes):

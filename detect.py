@@ -3,24 +3,28 @@
     python detect.py --demo                                       # renders a clip in which it begins to rain
     python detect.py --source street.jpg                          # or a folder, a video.mp4, 0 for the first camera
     python detect.py --source drive.mp4 --model conditional --threshold 0.5 --show-derained --compare
+    python detect.py --source ./photos --model rfdetr --weights checkpoint_best_regular.pth      # with its masks
+    python detect.py --source drive.mp4 --model exported --weights vanilla_int8.onnx --track
 
 Writes OUTPUT (a second run gets OUTPUT2, ...): the pictures or the video with boxes, detections.json in COCO's result
-format, images.json with file, frame, rain probability and branch of every image_id. docs/detect.md tells more.
+format, images.json with file, frame, rain probability and branch of every image_id. A folder of images is shared out
+over the processes of torchrun. docs/detect.md tells more.
 """
 
 import contextlib
 import itertools
+import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import config, fast, processes, system, transfer, visualize
+from rfdetr import evaluate
+from rfdetr import weights as rfdetr_weights
+from utils import config, fast, processes, system, transfer
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.datasets import presets
@@ -28,7 +32,8 @@ from utils.demo.clip import ensure_clip
 from utils.evaluation import comparison
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
-from utils.inference import detections, video
+from utils.inference import detections, exported, output, overlap, pictures, tiles, tracks, video, weather_gate
+from utils.inference.tally import Tally, print_summary, together
 from utils.integrated_model import RainRobustRTDETR, require_trained_scale
 from utils.networks.adapter import is_adapter
 from utils.networks.derainers import load_derainer, require_arch
@@ -38,14 +43,23 @@ from utils.networks.spdnet import load_spdnet
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
+RESUME = False                          # go on with the last run on this folder of images, which was stopped or killed
 MAX_FRAMES = 0                          # stop after so many frames or images; 0: at the end (a camera: Ctrl+C)
 OUTPUT = "./runs/detect"                # folder of the results; detect2, detect3, ... where it is there already
 THRESHOLD = 0.5                         # score from which on a box is drawn and written; COCO scores want 0.001
+CLASS_THRESHOLDS = ()                   # scores of single classes instead, such as ("car=0.3", "stop sign=0.6")
+TILE = 0                                # also detect in tiles of so many pixels, for small objects; 0: whole images
+OVERLAP = 128                           # pixels that neighbouring tiles share
+TRACK = False                           # number the objects of a video: the same one has the same number
+MASKS = "rle"                           # in detections.json, of models with masks: rle or polygon
 SHOW_DERAINED = False                   # put the image that the detector saw beside the result
 COMPARE = False                         # put vanilla RT-DETR's result beside it
 
 # --- models -------------------------------------------------------------------------------------------------------
-MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet, feature: always; vanilla: never
+MODEL = "conditional"                   # conditional: de-rain where it rains; spdnet, feature: always; vanilla: never;
+                                        # rfdetr, exported: what WEIGHTS holds
+WEIGHTS: str | None = ""                # of rfdetr: checkpoint of its scripts; of exported: .onnx, .xml or .pt2 file of
+                                        # export.py, or its manifest.json for the pipeline with its gate
 RAINY_BRANCH = "spdnet"                 # of conditional: spdnet, a detector that knows rain (folder or hub id), or
                                         # rain.safetensors of Training_WeatherAdapter.py
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder
@@ -56,6 +70,8 @@ REFINER_DIR = "./outputs_refiner/refiner"  # of DERAIN unet+refiner, from train_
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
 FEATURE_MODEL_DIR = "./outputs_feature_derain/model"  # of feature, from Training_FeatureDerain.py
 RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
+RAIN_FRAMES = 5                         # of a video: so many frames in a row change the branch; 1: each by itself
+RAIN_MARGIN = 0.4                       # they must be surer than RAIN_THRESHOLD, by this share of the way to certainty
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, a quarter of the cost; as in its training
 PIPELINE_DIR: str | None = ""           # folder of save_pretrained: replaces the constants above for conditional
 IMAGE_SIZE = 640                        # side of the square that the models see, as in training
@@ -67,14 +83,17 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "SHOW_DERAINED": True, "COMPARE": True,
     "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "REFINER_DIR": "./demo/outputs_refiner/refiner",
+    "WEIGHTS": "./assets/demo/rfdetr_tiny.pth",
 }
-_MODEL_CONSTANTS = ("RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
+_MODEL_CONSTANTS = ("WEIGHTS", "RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
                     "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
 # {DERAIN: (name for load_derainer, the constant that says where)}
 _DERAINERS = {"spdnet": (None, "SPDNET_MODEL_PATH"), "unet": ("unet", "DERAIN_MODEL_PATH"),
               "nafnet": ("nafnet", "DERAIN_MODEL_PATH"), "unet+refiner": ("refiner", "REFINER_DIR"),
               "nafnet+refiner": ("refiner", "REFINER_DIR")}
-_SHOWN = 20  # problems and switches that are listed on the console; images.json has them all
+_OF_WEIGHTS = ("rfdetr", "exported")  # values of MODEL
+_MAY_DIFFER = ("OUTPUT", "RESUME", "BATCH_SIZE", "MAX_FRAMES", "FAST")  # between a run and the one that goes on with it
+_MOST = 1000  # detections of an image that is seen in tiles
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -82,6 +101,8 @@ _SHOWN = 20  # problems and switches that are listed on the console; images.json
 def used_constants(cfg):
     """-> names of the _MODEL_CONSTANTS that MODEL, PIPELINE_DIR and COMPARE let decide anything."""
     derainer = {"DERAIN", _DERAINERS[cfg.DERAIN][1], "DERAIN_SCALE"}
+    if cfg.MODEL in _OF_WEIGHTS:
+        return {"WEIGHTS"} | ({"RAIN_THRESHOLD"} if is_manifest(cfg) else set())
     if cfg.MODEL == "vanilla":
         return {"RTDETR_MODEL_NAME"}
     if cfg.MODEL == "spdnet":
@@ -115,9 +136,50 @@ def note_other_sizes(cfg):
                                 cfg.IMAGE_SIZE)
 
 
+class Rfdetr:
+    """RF-DETR of a checkpoint: the `network`, {row: name} of its `classes`, the `side` of its square.
+
+    Args:
+        path: checkpoint of the RF-DETR scripts, with a mask head or without.
+    """
+
+    def __init__(self, path, device):
+        if problem := system.absent(path):
+            raise config.UserError(f"WEIGHTS = '{path}' {problem}: give a checkpoint of the RF-DETR scripts")
+        self.network, info = rfdetr_weights.load_detector(path, device)
+        rows = info["class_rows"] or {f"class {row}": row for row in range(info["args"]["num_rows"] - 1)}
+        self.classes, self.side = {row: name for name, row in rows.items()}, info["args"]["resolution"]
+
+
+def is_manifest(cfg):
+    """-> whether WEIGHTS is the pipeline that export.py's manifest.json tells of."""
+    return cfg.MODEL == "exported" and str(cfg.WEIGHTS).endswith(".json")
+
+
+def load_weights(cfg, device):
+    """-> Rfdetr, Exported or ExportedPipeline of WEIGHTS."""
+    if not cfg.WEIGHTS:
+        raise config.UserError(f"WEIGHTS is empty, and MODEL = '{cfg.MODEL}' needs it: give a checkpoint of the "
+                               "RF-DETR scripts, or with MODEL = 'exported' a file of export.py")
+    if cfg.MODEL == "rfdetr":
+        return Rfdetr(cfg.WEIGHTS, device)
+    if is_manifest(cfg):
+        return exported.load_exported_pipeline(cfg.WEIGHTS, cfg.RAIN_THRESHOLD)
+    model = exported.load_exported(cfg.WEIGHTS)
+    if model.about["kind"] != "detector":
+        raise config.UserError(f"WEIGHTS = '{cfg.WEIGHTS}' is a {model.about['kind']}: give a detector's file, or the "
+                               "manifest.json beside it for the pipeline")
+    return model
+
+
+def classes_of(model):
+    """-> {label: class name} of anything that `build_model` returns."""
+    return model.classes if hasattr(model, "classes") else id2label_of(rtdetr_of(model))
+
+
 def build_model(cfg, device):
     """-> MODEL in eval mode: (pixel_values (B, 3, H, W) in [0, 1]) -> transformers' outputs, plus `derained` where it
-    has a de-rainer and `rain_stats` where it has a gate."""
+    has a de-rainer and `rain_stats` where it has a gate; of rfdetr and exported see `load_weights`."""
     def vanilla():
         return load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
 
@@ -149,18 +211,18 @@ def build_model(cfg, device):
         return FeatureDerainRTDETR.from_pretrained(cfg.FEATURE_MODEL_DIR, device, "FEATURE_MODEL_DIR")
 
     builders = {"conditional": conditional, "spdnet": spdnet, "feature": feature, "vanilla": vanilla}
-    if cfg.MODEL not in builders:
-        raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join(builders)}")
+    if cfg.MODEL not in (*builders, *_OF_WEIGHTS):
+        raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join((*builders, *_OF_WEIGHTS))}")
     if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":
         raise config.UserError(f"PIPELINE_DIR holds a conditional pipeline, but MODEL = {cfg.MODEL!r}: leave one out")
-    return builders[cfg.MODEL]().eval()
+    return load_weights(cfg, device) if cfg.MODEL in _OF_WEIGHTS else builders[cfg.MODEL]().eval()
 
 
 def build_models(cfg, device):
     """-> {name: model}, the chosen one last; the vanilla one beside it is its own detector where that stayed frozen."""
-    if cfg.MODEL == "vanilla" and (cfg.COMPARE or cfg.SHOW_DERAINED):
-        raise config.UserError("MODEL = 'vanilla' has nothing that COMPARE or SHOW_DERAINED could show: choose another "
-                               "MODEL, or leave them out")
+    if cfg.MODEL in ("vanilla", *_OF_WEIGHTS) and (cfg.COMPARE or cfg.SHOW_DERAINED):
+        raise config.UserError(f"MODEL = '{cfg.MODEL}' has nothing that COMPARE or SHOW_DERAINED could show: choose "
+                               "another MODEL, or leave them out")
     gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
     a_folder = not is_adapter(cfg.RAINY_BRANCH)
     if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (  # a hub id has a slash
@@ -173,6 +235,9 @@ def build_models(cfg, device):
     if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
         raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
     chosen = build_model(cfg, device)
+    if cfg.MODEL in _OF_WEIGHTS:
+        cfg.IMAGE_SIZE = chosen.side
+        return {cfg.MODEL: chosen}
     require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
@@ -184,143 +249,152 @@ def build_models(cfg, device):
 
 # --- one batch ----------------------------------------------------------------------------------------------------
 
+def score_thresholds(cfg, classes):
+    """-> (largest label + 1,) scores from which on a class counts: THRESHOLD, or its own of CLASS_THRESHOLDS."""
+    found = torch.full((max(classes) + 1,), float(cfg.THRESHOLD))
+    labels = {name: label for label, name in classes.items()}
+    for text in cfg.CLASS_THRESHOLDS:
+        name, _, value = text.rpartition("=")
+        try:
+            score = float(value)
+        except ValueError:
+            score = -1.0
+        if not name or not 0 <= score <= 1:
+            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}: write class=score, with a score in [0, 1], such "
+                                   "as car=0.3")
+        if name not in labels:
+            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}, but the model has no class {name!r}: it has "
+                                   f"{system.listed(labels, 20)}")
+        found[labels[name]] = score
+    return found
+
+
+def selected(one, keep):
+    """One image's detections -> those where keep (n,) is True."""
+    return {key: [mask for mask, kept in zip(value, keep.tolist(), strict=True) if kept] if key == "masks" else
+            value[keep] for key, value in one.items()}
+
+
+def stretched(cfg, images, device):
+    """[(3, H, W) uint8, ...] -> (B, 3, S, S) float in [0, 1], as in training and evaluation."""
+    stretch = presets.evaluation(cfg.IMAGE_SIZE)
+    return to_floats(torch.stack([stretch(image) for image in images]), device)
+
+
+def look(cfg, model, pixels, views, size=None, weak=False, decide=None):
+    """Detect in one batch of whole images, or of tiles of one image.
+
+    Args:
+        pixels: (B, 3, S, S); views: B tiles.View, what each of them is of its image; size: (H, W) of the image that
+            they are tiles of, None for whole ones. weak: also what may only continue a track. decide: of the gate.
+    Returns:
+        per image {"boxes": (n, 4) xyxy pixels of the image, inside the view, "scores", "labels": (n,), "masks": [RLE
+        of the image, ...] of models that have them}, best first, on the CPU; and the model's outputs, None of RF-DETR.
+    """
+    sizes = [(view.bottom - view.top, view.right - view.left) for view in views]
+    if isinstance(model, Rfdetr):
+        found, outputs = evaluate.predict_batch(model.network, pixels, sizes, rows=list(model.classes)), None
+    elif isinstance(model, (exported.Exported, exported.ExportedPipeline)):
+        outputs = model(pixels.cpu(), **({"decide": decide} if decide else {}))
+        found = exported.decode_classes(outputs, model.classes, sizes)
+    else:
+        outputs = model(pixel_values=pixels, **({"decide": decide} if decide else {}))
+        found = decode(outputs.logits, outputs.pred_boxes, sizes)
+    thresholds = score_thresholds(cfg, classes_of(model))
+    if weak:
+        thresholds = thresholds.clamp(max=tracks.LOW)
+    results = []
+    for one, view, (height, width) in zip(found, views, sizes, strict=True):
+        one = selected(one, one["scores"] >= thresholds[one["labels"]])
+        if "mask_logits" in one:
+            within = (*size, view.top, view.left) if size else None
+            one["masks"] = evaluate.run_lengths(one, (height, width), within)
+        boxes = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        one["boxes"] = boxes + torch.tensor([view.left, view.top, view.left, view.top])
+        results.append({key: value for key, value in one.items() if key not in ("queries", "mask_logits")})
+    return results, outputs
+
+
+def look_closer(cfg, model, image, one, device, weak, rainy=None):
+    """Detect in the tiles of an image as well, and merge that with what the whole image showed.
+
+    Args:
+        image: (3, H, W) uint8; one: of `look` at the whole image; rainy: what the gate said of it, for all its tiles.
+    Returns:
+        detections as of `look`, and the number of tiles that the de-rainer spoilt.
+    """
+    height, width = image.shape[-2:]
+    corners, fallbacks = tiles.views(height, width, cfg.TILE, cfg.OVERLAP), 0
+    if not corners:
+        return one, 0
+    decide = None if rainy is None else lambda scores: torch.full_like(scores, rainy, dtype=torch.bool)
+    parts = [(tiles.View(0, 0, width, height), one)]
+    for first in range(0, len(corners), cfg.BATCH_SIZE):
+        some = corners[first:first + cfg.BATCH_SIZE]
+        crops = [image[:, view.top:view.bottom, view.left:view.right] for view in some]
+        found, outputs = look(cfg, model, stretched(cfg, crops, device), some, (height, width), weak, decide)
+        parts += zip(some, found, strict=True)
+        fallbacks += (getattr(outputs, "rain_stats", None) or {"num_fallback": 0})["num_fallback"]
+    return tiles.merged(parts, height, width, _MOST), fallbacks
+
+
 @torch.no_grad()
-def detect_frames(cfg, models, frames, device):
+def detect_frames(cfg, models, frames, device, gate=None):
     """Run every model on one batch.
 
     Args:
         frames: video.Frames with images of any size; the models see them stretched to IMAGE_SIZE.
+        gate: weather_gate.WeatherGate of a video, None where every image is decided by itself.
     Returns:
         per frame None where it has no image, else {model: {"boxes": (n, 4) xyxy pixels inside the image, "labels",
-        "scores": (n,), "given": (3, S, S) in [0, 1], "seen": the same de-rained, both None without a de-rainer,
-        "branch": "rain", "clean" or None, "rain": probability or None}}, on the CPU; and the number of images that the
-        de-rainer spoilt and the gate passed on as they were.
+        "scores": (n,), "masks": of models that have them, [RLE, ...], "given": (3, S, S) in [0, 1], "seen": the same
+        de-rained, both None without a de-rainer, "branch": "rain", "clean" or None, "rain": probability or None}}, on
+        the CPU, and with TRACK also weaker ones (see tracks.Tracker); and the number of images that the de-rainer
+        spoilt and the gate passed on as they were.
     """
     images = [frame.image for frame in frames if frame.image is not None]
     if not images:
         return [None] * len(frames), 0
-    stretch, sizes = presets.evaluation(cfg.IMAGE_SIZE), [tuple(image.shape[-2:]) for image in images]
-    pixels = to_floats(torch.stack([stretch(image) for image in images]), device)
+    whole = [tiles.View(0, 0, image.shape[-1], image.shape[-2]) for image in images]
+    pixels = stretched(cfg, images, device)
     results, fallbacks = [{} for _ in images], 0
     for name, model in models.items():
-        outputs = model(pixel_values=pixels)
-        gate, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
+        weak = cfg.TRACK and name == cfg.MODEL
+        found, outputs = look(cfg, model, pixels, whole, weak=weak, decide=gate if name == cfg.MODEL else None)
+        stats, seen = getattr(outputs, "rain_stats", None), getattr(outputs, "derained", None)
         given, seen = ([None] * len(images),) * 2 if seen is None else (pixels.cpu(), seen.cpu())
-        if gate:
-            fallbacks += gate["num_fallback"]
-            gates = transfer.rows({"branch": gate["mask"], "rain": gate["scores"]})
-        found = decode(outputs.logits, outputs.pred_boxes, sizes)
-        for i, (one, (height, width)) in enumerate(zip(found, sizes, strict=True)):
-            one = {key: value[one["scores"] >= cfg.THRESHOLD] for key, value in one.items()}
-            one["boxes"] = one["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        fallbacks += stats["num_fallback"] if stats else 0
+        gates = transfer.rows({"branch": stats["mask"], "rain": stats["scores"]}) if stats else [None] * len(images)
+        for i, (one, image) in enumerate(zip(found, images, strict=True)):
+            if cfg.TILE:
+                one, more = look_closer(cfg, model, image, one, device, weak, gates[i] and bool(gates[i]["branch"]))
+                fallbacks += more
             one |= {"given": given[i], "seen": seen[i], "branch": None, "rain": None}
-            if gate:
+            if gates[i]:
                 one |= {"branch": "rain" if gates[i]["branch"] else "clean", "rain": gates[i]["rain"]}
             results[i][name] = one
     found = iter(results)
     return [None if frame.image is None else next(found) for frame in frames], fallbacks
 
 
+def follow(tracker, one, thresholds):
+    """-> a frame's detections with "tracks": (n,) numbers, 0 for none; of the weak ones those alone that have one."""
+    strong = one["scores"] >= thresholds[one["labels"]]
+    numbers = tracker.update(one, strong)
+    objects = {key: one[key] for key in ("boxes", "scores", "labels", "masks") if key in one} | {"tracks": numbers}
+    return one | selected(objects, strong | (numbers > 0))
+
+
 def draw(cfg, image, result, id2label):
     """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
     titles = {"spdnet": cfg.DERAIN}  # MODEL = "spdnet" is whatever DERAIN names
-    panels = [draw_result(image, titles.get(name, name), one, id2label) for name, one in result.items()]
+    panels = [pictures.draw_result(image, titles.get(name, name), one, id2label) for name, one in result.items()]
     if cfg.SHOW_DERAINED:
-        panels.append(draw_seen(result[cfg.MODEL], panels[0].size))
-    return side_by_side(panels)
-
-
-def draw_result(image, name, one, id2label):
-    """One model's boxes on the image, with a line about its gate and their number. -> PIL image"""
-    gate = "" if one["branch"] is None else f"rain {one['rain']:.2f}, {one['branch']} branch, "
-    picture = visualize.draw_boxes(image, one["boxes"], one["labels"], id2label, one["scores"])
-    return with_banner(picture, f"{name}: {gate}{len(one['boxes'])} objects")
-
-
-def draw_seen(one, size):
-    """The de-rained image that the detector saw, enlarged to `size` (width, height). -> PIL image"""
-    picture = visualize.to_pil(one["seen"]).resize(size, Image.Resampling.BICUBIC)
-    return with_banner(picture, "what the detector saw")
-
-
-def side_by_side(panels):
-    """PIL images of one size -> one PIL image, from left to right."""
-    if len(panels) == 1:
-        return panels[0]
-    width, height = panels[0].size
-    page = Image.new("RGB", (width * len(panels), height))
-    for i, panel in enumerate(panels):
-        page.paste(panel, (i * width, 0))
-    return page
-
-
-def with_banner(picture, text):
-    """Write a line onto a dark strip in the lower left corner, in place. -> the picture"""
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, picture.height // 36))
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-    corner = picture.height - (bottom - top) - 6
-    pen.rectangle((0, corner, right - left + 8, picture.height), fill=visualize.INK)
-    pen.text((4 - left, corner + 3 - top), text, fill=visualize.PAPER, font=font)
-    return picture
+        panels.append(pictures.draw_seen(result[cfg.MODEL], panels[0].size))
+    return pictures.side_by_side(panels)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Tally:
-    """What the summary says. Lists end at _SHOWN entries: a camera may run for days."""
-
-    images: int = 0
-    objects: int = 0
-    derained: int | None = None  # None: a model that de-rains nothing
-    fallbacks: int = 0
-    stopped: bool = False
-    seconds: float = 0.0
-    problem_count: int = 0
-    problems: list = field(default_factory=list)
-    switch_count: int = 0
-    switches: list = field(default_factory=list)
-    branch: str | None = None
-    flicker: float = 0.0  # of consecutive de-rained frames, summed: mean change after de-raining minus that before
-    flicker_count: int = 0
-    before: tuple | None = None  # the frame before as it was given and de-rained
-
-    def report(self, problem):
-        """Say a problem at once, and keep it for the end."""
-        self.problem_count += 1
-        if self.problem_count <= _SHOWN:
-            self.problems.append(problem)
-            tqdm.write(f"problem: {problem}")
-
-    def count(self, frame, one):
-        """Count one frame; `one` is its result, None where it has no image."""
-        if frame.problem:
-            self.report(frame.problem)
-            self.before = None  # the frames around it are not consecutive
-        if one is None:
-            return
-        self.images += 1
-        self.objects += len(one["boxes"])
-        if one["seen"] is not None:
-            self.derained = (self.derained or 0) + (one["branch"] != "clean")
-        if frame.number is not None:
-            self.count_flicker(one)
-        if frame.number is not None and one["branch"] != self.branch:
-            self.switch_count += 1
-            if self.switch_count <= _SHOWN:
-                self.switches.append({"frame": frame.number, "seconds": frame.seconds, "branch": one["branch"],
-                                      "rain_probability": one["rain"]})
-            self.branch = one["branch"]
-
-    def count_flicker(self, one):
-        """Compare a frame of a video with the one before it, where both were de-rained."""
-        now = None if one["seen"] is None or one["branch"] == "clean" else (one["given"], one["seen"])
-        if now and self.before:
-            given, seen = ((new - old).abs().mean().item() for new, old in zip(now, self.before, strict=True))
-            self.flicker += seen - given
-            self.flicker_count += 1
-        self.before = now
-
 
 def batches(frames, size, limit):
     """Yield lists of at most `size` frames, as they are needed; `limit` frames in all, 0 for every one."""
@@ -330,27 +404,47 @@ def batches(frames, size, limit):
 
 
 def run(cfg, models, source, folder, device):
-    """Detect in every frame and write the results as they come. -> Tally"""
-    id2label = id2label_of(rtdetr_of(models[cfg.MODEL]))
+    """Detect in every frame and write the results as they come; the next frames are read and the last ones written
+    meanwhile. -> Tally"""
+    id2label, gate, tracker = classes_of(models[cfg.MODEL]), gate_of(cfg, models, source), None
+    thresholds = score_thresholds(cfg, id2label)
+    if cfg.TRACK:
+        tracker = tracks.Tracker(source.fps)
     tally, begin = Tally(), time.perf_counter()
+    size = 1 if source.live else cfg.BATCH_SIZE
     total = min(filter(None, (source.total, cfg.MAX_FRAMES)), default=None)
     bar = tqdm(total=total, desc=source.name, unit="image", ascii=True, dynamic_ncols=True, disable=total == 1)
-    with detections.Results(folder, source, id2label) as results, source.writer(folder) as pictures, bar:
+
+    def write(frame, result):
+        one = result and result[cfg.MODEL]
+        if tracker and one:
+            one = result[cfg.MODEL] = follow(tracker, one, thresholds)
+        elif tracker:
+            tracker.pass_by()
+        if not results.after_picture:
+            results.add(frame, one)
+        if result is None:
+            writer.hold()
+        elif problem := writer.write(draw(cfg, frame.image, result, id2label), frame.name):
+            tally.report(problem)
+        if results.after_picture:
+            results.add(frame, one)
+        tally.count(frame, one)
+        bar.update()
+
+    frames_of = batches(source, size, cfg.MAX_FRAMES)
+    reading = frames_of if source.live else overlap.ahead(frames_of)  # a camera: the newest picture, not one in waiting
+    with (results_of(cfg, source, folder, id2label) as results, source.writer(folder) as writer, bar,
+          contextlib.closing(reading)):
         try:
-            for frames in batches(source, 1 if source.live else cfg.BATCH_SIZE, cfg.MAX_FRAMES):
-                found, fallbacks = detect_frames(cfg, models, frames, device)
-                tally.fallbacks += fallbacks
-                for frame, result in zip(frames, found, strict=True):
-                    one = result and result[cfg.MODEL]
-                    results.add(frame, one)
-                    if result is None:
-                        pictures.hold()
-                    else:
-                        problem = pictures.write(draw(cfg, frame.image, result, id2label), frame.name)
-                        if problem:
-                            tally.report(problem)
-                    tally.count(frame, one)
-                bar.update(len(frames))
+            with overlap.Behind(write, size) as behind:
+                for frames in reading:
+                    started = time.perf_counter()
+                    found, fallbacks = detect_frames(cfg, models, frames, device, gate)
+                    tally.model_seconds += time.perf_counter() - started
+                    tally.fallbacks += fallbacks
+                    for frame, result in zip(frames, found, strict=True):
+                        behind.put(frame, result)
         except KeyboardInterrupt:
             tally.stopped = True
     tally.seconds = time.perf_counter() - begin
@@ -359,42 +453,25 @@ def run(cfg, models, source, folder, device):
     return tally
 
 
-def new_folder(output):
-    """-> a folder that did not exist before: OUTPUT, OUTPUT2, OUTPUT3, ..."""
-    path = Path(output)
-    if not path.name or path.name == "..":
-        raise config.UserError(f"OUTPUT = '{output}': give a folder of its own")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = path.with_name(path.name + (str(number) if number > 1 else ""))
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    except (OSError, ValueError) as error:  # ValueError: a NUL character
-        raise config.UserError(f"OUTPUT = '{path.as_posix()}' cannot be made: {error}") from error
+def gate_of(cfg, models, source):
+    """-> the WeatherGate of a video's model that has a gate, else None."""
+    threshold = getattr(models[cfg.MODEL], "rain_threshold", None)
+    if threshold is None or not source.fps or cfg.RAIN_FRAMES == 1 and not cfg.RAIN_MARGIN:
+        return None
+    return weather_gate.WeatherGate(threshold, cfg.RAIN_FRAMES, cfg.RAIN_MARGIN)
 
 
-def print_summary(cfg, tally, source, folder):
-    """Images, objects, what the gate did, speed, where the results are."""
-    derained = "" if tally.derained is None else f", {tally.derained} of them in the rain branch"
-    lines = [f"\n{cfg.SOURCE} -> {folder.as_posix()}{' (stopped)' if tally.stopped else ''}",
-             f"  images   {tally.images}{derained}",
-             f"  objects  {tally.objects} with a score of {cfg.THRESHOLD:g} or more",
-             f"  time     {tally.seconds:.1f} s, {tally.images / max(tally.seconds, 1e-9):.1f} images/s"]
-    if tally.flicker_count:
-        more = 255 * tally.flicker / tally.flicker_count
-        lines.append(f"  flicker  {more:+.2f} levels: consecutive frames differ by so much more after de-raining")
-    if tally.fallbacks:
-        lines.append(f"  note     {tally.fallbacks} image(s) were detected on as they were: the de-rainer's answer was "
-                     "not finite")
-    for switch in tally.switches:
-        lines.append(f"  gate     {switch['branch']} branch from frame {switch['frame']} ({switch['seconds']:.2f} s), "
-                     f"rain probability {switch['rain_probability']:.2f}")
-    if tally.switch_count > len(tally.switches):
-        lines.append(f"  gate     {tally.switch_count - len(tally.switches)} more changes, see images.json")
-    lines.append(f"  written  {'video' if source.fps else 'pictures'}, detections.json, images.json")
-    print("\n".join(lines), flush=True)
+def results_of(cfg, source, folder, id2label):
+    """-> what takes a run's results: the two files of a video, a journal of images, from which they are made."""
+    polygons = cfg.MASKS == "polygon"
+    if source.fps:
+        return detections.Results(folder, source, id2label, polygons)
+    return detections.Journal(folder, lasting(cfg), id2label, polygons)
+
+
+def lasting(cfg):
+    """-> {constant: value} that a run and the one that goes on with it have in common, as JSON has them."""
+    return json.loads(json.dumps({name: value for name, value in cfg.as_dict().items() if name not in _MAY_DIFFER}))
 
 
 def main(**overrides):
@@ -406,7 +483,43 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
-    processes.require_one("detect.py")
+    if cfg.demo and cfg.MODEL in ("vanilla", *_OF_WEIGHTS):  # the demo's panels, of which these have none
+        for name in {"SHOW_DERAINED", "COMPARE"} - overrides.keys():
+            setattr(cfg, name, False)
+    require_usable(cfg)
+    if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
+        ensure_clip(cfg.SOURCE, video.VideoWriter)
+    device = processes.announced_device()
+    if {"compile", "cuda_graphs"} & set(cfg.FAST):
+        comparison.require_compiler(device, f"FAST = {tuple(cfg.FAST)!r}", "FAST = ()")
+    with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
+        require_suits(cfg, source)
+        for note in source.notes:
+            processes.say(f"note: {note}")
+        models = build_models(cfg, device)
+        id2label = classes_of(models[cfg.MODEL])
+        score_thresholds(cfg, id2label)
+        fast.switch_on(cfg.FAST, device, *(model for model in models.values() if isinstance(model, torch.nn.Module)))
+        note_without_effect(cfg, overrides)
+        note_other_sizes(cfg)
+        folder = output.claimed(cfg, source, lasting(cfg))
+        try:
+            tally = together(run(cfg, models, source, folder, device))
+            if not source.fps and processes.is_main():
+                detections.finish(folder, source, id2label, complete=not tally.stopped)
+        except OSError as error:
+            raise config.UserError(f"OUTPUT = '{folder.as_posix()}': cannot write ({error})") from error
+        if processes.is_main():
+            print_summary(cfg, tally, source, folder)
+    if tally.problem_count and processes.is_main():
+        raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
+                               f"{system.listed(tally.problems, separator='; ', total=tally.problem_count)}")
+    names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches", "flicker")
+    return {"folder": folder} | {name: getattr(tally, name) for name in names}
+
+
+def require_usable(cfg):
+    """UserError for constants that no source could be looked at with."""
     require_size(cfg.IMAGE_SIZE)
     if not 0 <= cfg.THRESHOLD <= 1:
         raise config.UserError(f"THRESHOLD = {cfg.THRESHOLD}: choose a score in [0, 1]")
@@ -418,30 +531,23 @@ def main(**overrides):
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")
+    if cfg.MASKS not in ("rle", "polygon"):
+        raise config.UserError(f"MASKS = {cfg.MASKS!r}: choose rle or polygon")
+    tiles.require(cfg.TILE, cfg.OVERLAP)
+    weather_gate.require(cfg.RAIN_FRAMES, cfg.RAIN_MARGIN)
     fast.require("FAST", cfg.FAST, fast.INFERENCE)
-    if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:
-        ensure_clip(cfg.SOURCE, video.VideoWriter)
-    device = processes.announced_device()
-    if {"compile", "cuda_graphs"} & set(cfg.FAST):
-        comparison.require_compiler(device, f"FAST = {tuple(cfg.FAST)!r}", "FAST = ()")
-    with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
-        for note in source.notes:
-            processes.say(f"note: {note}")
-        models = build_models(cfg, device)
-        fast.switch_on(cfg.FAST, device, *models.values())
-        note_without_effect(cfg, overrides)
-        note_other_sizes(cfg)
-        folder = new_folder(cfg.OUTPUT)
-        try:
-            tally = run(cfg, models, source, folder, device)
-        except OSError as error:
-            raise config.UserError(f"OUTPUT = '{folder.as_posix()}': cannot write ({error})") from error
-        print_summary(cfg, tally, source, folder)
-    if tally.problem_count:
-        raise config.UserError(f"{tally.problem_count} problem(s), everything else is finished: "
-                               f"{system.listed(tally.problems, separator='; ', total=tally.problem_count)}")
-    names = ("images", "objects", "derained", "fallbacks", "seconds", "stopped", "switches", "flicker")
-    return {"folder": folder} | {name: getattr(tally, name) for name in names}
+
+
+def require_suits(cfg, source):
+    """UserError for constants that go with a video alone, or with a folder of images alone."""
+    if cfg.TRACK and not source.fps:
+        raise config.UserError(f"TRACK: SOURCE = '{cfg.SOURCE}' is no video, there is nothing to follow from one image "
+                               "to the next: leave TRACK out")
+    if source.fps and cfg.RESUME:
+        raise config.UserError(f"RESUME: SOURCE = '{cfg.SOURCE}' is a video, which starts anew: leave RESUME out; a "
+                               "run on a folder of images can go on")
+    if source.fps:
+        processes.require_one("detect.py with a video")
 
 
 if __name__ == "__main__":

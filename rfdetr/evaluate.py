@@ -116,17 +116,22 @@ def full_masks(logits, size):
     return masks
 
 
-def run_lengths(found, size):
+def run_lengths(found, size, within=None):
     """Masks of one image's detections (of `predict_batch`) -> [{"size": [H, W], "counts": str}, ...], COCO's RLE.
 
     Detections of one query share one mask, which is encoded once.
+
+    Args:
+        size: (H, W) of what the detector saw; within: None, or (H, W, top, left) of the larger image from which that
+            was cut out: the masks are then of the larger one.
     """
+    height, width, top, left = within or (*size, 0, 0)
     done = {}
     for query, logits in zip(found["queries"].tolist(), found["mask_logits"], strict=True):
         if query not in done:
             part = full_mask(logits, size)
-            pixels = np.zeros(size, np.uint8, order="F")
-            pixels[part.rows, part.columns] = part.inside.numpy()
+            pixels = np.zeros((height, width), np.uint8, order="F")
+            pixels[top:top + size[0], left:left + size[1]][part.rows, part.columns] = part.inside.numpy()
             code = rle.encode(pixels)
             done[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
     return [done[query] for query in found["queries"].tolist()]

@@ -102,7 +102,8 @@ def _started(script, settings, environments, **how):
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     found = []
     for number, environment in enumerate(environments):
-        log = Path(settings.get("RUNS_DIR") or settings.get("OUTPUT_DIR") or settings["CHECKPOINT_DIR"])
+        log = Path(next(settings[name] for name in ("RUNS_DIR", "OUTPUT_DIR", "CHECKPOINT_DIR", "OUTPUT")
+                        if settings.get(name)))
         log = log.with_name(f"printed_{log.name}_{number}.txt")
         found.append((started(_run, script, settings, environment, log, **how), log))
     return found

@@ -81,7 +81,7 @@ class ConditionalRainRobustRTDETR(nn.Module):
         self.rain_detector.eval()
         return self
 
-    def forward(self, pixel_values, labels=None, feature_level=None):
+    def forward(self, pixel_values, labels=None, feature_level=None, decide=None):
         """Gate, de-rain, detect.
 
         Args:
@@ -89,6 +89,8 @@ class ConditionalRainRobustRTDETR(nn.Module):
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             feature_level: None or one of detector.FEATURE_LEVELS: features of the images that the detector saw
                 (SPDNet only).
+            decide: None, or a function of the probabilities (B,) that says which images are rainy, (B,) bool, in place
+                of the threshold: a video's WeatherGate.
         Returns:
             ConditionalOutput: transformers' fields (`logits` (B, Q, K), `pred_boxes` (B, Q, 4), `loss` ...; only the
             first two where two detectors shared a batch), `derained` (B, 3, H, W): the images that were detected on,
@@ -103,7 +105,7 @@ class ConditionalRainRobustRTDETR(nn.Module):
             raise ValueError("there is no common loss of two detectors: train each by itself")
         logits = self.rain_detector.logit(pixel_values) if len(pixel_values) else pixel_values.new_zeros(0)
         scores = torch.sigmoid(logits)
-        mask = scores >= self.rain_threshold
+        mask = decide(scores) if decide else scores >= self.rain_threshold
         rainy, clean = parted(mask)
         seen = self._seen(pixel_values, scores, rainy)
         stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": len(rainy), "num_clean": len(clean),

@@ -131,6 +131,14 @@ def main_first(work, what):
         raise error or UserError(f"{what}: the main process failed, see its message")
 
 
+def wait_for_all():
+    """Wait until every process is here, for hours if need be."""
+    if accelerator().num_processes > 1:
+        group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)  # NCCL would give up after minutes
+        torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)
+
+
 def any_of(flag):
     """-> True everywhere if `flag` is true on any process; every process must call it."""
     if accelerator().num_processes == 1:

@@ -31,12 +31,13 @@ def enlargement(size):
     return max(1, -(-240 // size))
 
 
-def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
+def draw_boxes(image, boxes, labels, names, scores=None, scale=1, notes=None):
     """Draw boxes with class names on a copy of the image.
 
     Args:
         image: (3, H, W) float in [0, 1] or uint8; boxes: (N, 4) xyxy pixels; labels: (N,); names: {label: name};
         scores: (N,) or None; scale: enlarge the picture so that small images stay readable.
+        notes: N texts behind the class names, or None.
     Returns:
         PIL image of scale times the size.
     """
@@ -50,14 +51,14 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1):
         box = [value * scale for value in box]
         box = [box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)]
         pen.rectangle(box, outline=colour, width=max(2, picture.height // 300))
-        text = names[label] + (f" {scores[i]:.2f}" if scores is not None else "")
+        text = names[label] + (notes[i] if notes else "") + (f" {scores[i]:.2f}" if scores is not None else "")
         left, top, right, bottom = pen.textbbox((box[0] + 2, max(box[1] - size - 2, 0)), text, font=font)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
         pen.text((left, max(box[1] - size - 2, 0)), text, fill=INK, font=font)
     return picture
 
 
-def draw_masks(image, boxes, labels, names, masks, scores=None, scale=1, by_class=False, opacity=0.45):
+def draw_masks(image, boxes, labels, names, masks, scores=None, scale=1, by_class=False, opacity=0.45, notes=None):
     """Draw translucent masks with an outline below the boxes and class names of `draw_boxes`.
 
     Args:
@@ -74,7 +75,7 @@ def draw_masks(image, boxes, labels, names, masks, scores=None, scale=1, by_clas
         picture[:, mask] = (1 - opacity) * picture[:, mask] + opacity * colour
         outside = torch.nn.functional.max_pool2d((~mask)[None].float(), 3, 1, 1)[0] > 0
         picture[:, mask & outside] = colour
-    return draw_boxes(picture.round().byte(), boxes, labels, names, scores, scale)
+    return draw_boxes(picture.round().byte(), boxes, labels, names, scores, scale, notes)
 
 
 def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):

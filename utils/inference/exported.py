@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from utils import system
+from utils.boxes import decode
 from utils.config import UserError
 from utils.networks import onnx_file
 from utils.networks.tiling import to_multiple
@@ -38,6 +39,16 @@ class Exported:
     def __init__(self, run, about, path):
         self.run, self.about, self.path = run, about, Path(path)
 
+    @property
+    def classes(self):
+        """-> {label: class name} of a detector."""
+        return {int(label): name for label, name in self.about["classes"].items()}
+
+    @property
+    def side(self):
+        """-> side of the square that it takes, None for any size."""
+        return self.about["image_size"]
+
     def __call__(self, pixel_values):
         """What the model answers.
 
@@ -52,7 +63,7 @@ class Exported:
             UserError: images of another size than the file takes.
         """
         height, width = pixel_values.shape[-2:]
-        side = self.about["image_size"]
+        side = self.side
         if side and (height, width) != (side, side):
             raise UserError(f"{self.path.as_posix()} takes images of {side} x {side} pixels, not {width} x {height}: "
                             f"set IMAGE_SIZE = {side}, or export it again")
@@ -62,6 +73,86 @@ class Exported:
         if side is None:
             found = [one[..., :height, :width] for one in found]
         return SimpleNamespace(**dict(zip(self.about["outputs"], found, strict=True)))
+
+
+class ExportedPipeline:
+    """A rain detector and two detectors as export.py's manifest.json puts them together: see docs/export.md.
+
+    Args:
+        gate, rainy, clean: Exported; rain_threshold: an image is rainy from this probability on.
+    """
+
+    def __init__(self, gate, rainy, clean, rain_threshold):
+        self.gate, self.rainy, self.clean, self.rain_threshold = gate, rainy, clean, rain_threshold
+        self.classes, self.side = clean.classes, clean.side
+
+    def __call__(self, pixel_values, decide=None):
+        """What the pipeline answers.
+
+        Args:
+            pixel_values: (B, 3, S, S) float32 RGB in [0, 1]; decide: see ConditionalRainRobustRTDETR.forward.
+        Returns:
+            SimpleNamespace: `logits` (B, Q, K), `pred_boxes` (B, Q, 4), `rain_stats` {"scores": (B,) probability,
+            "mask": (B,) bool, "num_fallback": rainy images whose answer was not finite, so that the clean one counts}.
+        """
+        scores = self.gate(pixel_values).probability.reshape(-1)
+        mask = decide(scores) if decide else scores >= self.rain_threshold
+        answers, fallbacks = [], 0
+        for i, rainy in enumerate(mask.tolist()):
+            image = pixel_values[i:i + 1]
+            found = (self.rainy if rainy else self.clean)(image)
+            if rainy and not (found.logits.isfinite().all() and found.pred_boxes.isfinite().all()):
+                found, fallbacks = self.clean(image), fallbacks + 1
+            answers.append(found)
+        logits, boxes = (torch.cat([getattr(one, name) for one in answers]) for name in ("logits", "pred_boxes"))
+        return SimpleNamespace(
+            logits=logits, pred_boxes=boxes,
+            rain_stats={"scores": scores, "mask": mask, "num_fallback": fallbacks})
+
+
+def load_exported_pipeline(path, rain_threshold=None):
+    """-> ExportedPipeline of the manifest.json of export.py; of every part the first file that it lists.
+
+    Args:
+        path: of manifest.json; rain_threshold: None takes the manifest's.
+    Raises:
+        UserError: no such file, no pipeline in it, or a part that is missing or damaged.
+    """
+    path = Path(path)
+    if problem := system.absent(path):
+        raise UserError(f"{path.as_posix()} {problem}: export.py writes it")
+    try:
+        content = system.read_json(path)
+        pipeline, files = content.get("pipeline"), content["files"]
+        names = pipeline and {part: next(name for name, about in files.items() if about["model"] == pipeline[part])
+                              for part in ("gate", "rainy", "clean")}
+        threshold = pipeline and float(pipeline["rain_threshold"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path.as_posix()} is no manifest.json of export.py, or damaged: export again") from error
+    if not pipeline:
+        raise UserError(f"{path.as_posix()} tells of no pipeline: export a rain detector, a rainy and a clean detector "
+                        "together, or give one detector's file")
+    parts = {part: load_exported(path.parent / name) for part, name in names.items()}
+    return ExportedPipeline(**parts, rain_threshold=threshold if rain_threshold is None else rain_threshold)
+
+
+def decode_classes(outputs, classes, sizes):
+    """boxes.decode of a detector whose head has rows without a class: these do not count.
+
+    Args:
+        outputs: with `logits`, `pred_boxes`, perhaps `mask_logits` (B, Q, h, w); classes: {row: name}; sizes: [(H, W),
+            ...] of the original images.
+    Returns:
+        what boxes.decode does; with masks also "mask_logits" (n, h, w).
+    """
+    rows = torch.tensor(sorted(classes))
+    every = len(rows) == outputs.logits.shape[-1]
+    found = decode(outputs.logits if every else outputs.logits[..., rows], outputs.pred_boxes, sizes)
+    for i, one in enumerate(found):
+        one["labels"] = rows[one["labels"]]
+        if hasattr(outputs, "mask_logits"):
+            one["mask_logits"] = outputs.mask_logits[i, one["queries"]]
+    return found
 
 
 def load_exported(path, threads=0, precision="float32"):

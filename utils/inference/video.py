@@ -40,18 +40,28 @@ class Frame:
 
 
 class ImageFiles:
-    """A stream of image files. A broken one becomes a Frame with its `problem`."""
+    """A stream of image files. A broken one becomes a Frame with its `problem`.
+
+    `paths` are all of them, `total` of them come: see `take`.
+    """
 
     fps, live, cut_short = None, False, None
 
     def __init__(self, paths, notes=()):
         self.paths = list(paths)
-        self.total = len(self.paths)
         self.name = self.paths[0].name
         self.notes = list(notes)
+        self.take()
+
+    def take(self, limit=0, done=(), share=(0, 1)):
+        """Choose what comes: of the first `limit` files (0: of all) those whose names are not in `done`, of these every
+        n-th from the k-th on, share = (k, n)."""
+        left = [path for path in self.paths[:limit or None] if path.name not in done]
+        self.chosen = left[share[0]::share[1]]
+        self.total = len(self.chosen)
 
     def __iter__(self):
-        for path in self.paths:
+        for path in self.chosen:
             try:
                 yield Frame(path.name, datasets.read_image(path))
             except UserError as error:

@@ -287,6 +287,15 @@ def many(tmp_path):
             "WEIGHTS": DEMO_RFDETR, "THRESHOLD": 0.01, "BATCH_SIZE": 2}
 
 
+def equal(found, expected):
+    """Detections and images of two runs that put them into other batches, which moves the last digits."""
+    assert found[1] == expected[1] and len(found[0]) == len(expected[0])
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert {k: v for k, v in one.items() if k not in ("bbox", "score")} == {
+            k: v for k, v in other.items() if k not in ("bbox", "score")}
+        assert [*one["bbox"], one["score"]] == pytest.approx([*other["bbox"], other["score"]], abs=0.02)
+
+
 def test_a_killed_run_goes_on_and_does_no_image_twice(many, tmp_path, monkeypatch, capsys):
     whole = detect.main(**many | {"OUTPUT": str(tmp_path / "whole")})
     process, out = started(slowly, many), Path(many["OUTPUT"])
@@ -309,7 +318,7 @@ def test_a_killed_run_goes_on_and_does_no_image_twice(many, tmp_path, monkeypatc
     found = detect.main(**many, RESUME=True)
     assert found["folder"] == out and found["images"] == len(seen) == 12 - len(done) > 0
     assert set(seen) | set(done) == {f"{i:03d}.jpg" for i in range(12)} and not set(seen) & set(done)
-    assert results(out) == results(whole["folder"])
+    equal(results(out), results(whole["folder"]))
     assert names_in(out) == names_in(whole["folder"]) and not list(out.glob(".*"))
     with pytest.raises(UserError, match="RESUME.*is finished"):
         detect.main(**many, RESUME=True)
@@ -343,7 +352,7 @@ def test_after_ctrl_c_a_folder_has_its_files_and_goes_on(many, tmp_path, monkeyp
     monkeypatch.setattr(detect, "draw", draw)
     rest = detect.main(**many, RESUME=True)
     assert rest["images"] == 7 and rest["folder"] == stopped["folder"]
-    assert results(rest["folder"]) == results(whole["folder"])
+    equal(results(rest["folder"]), results(whole["folder"]))
 
 
 def test_what_could_not_be_read_is_tried_again(many):
@@ -365,7 +374,8 @@ def test_two_processes_share_a_folder_and_merge_what_they_find(many, tmp_path):
     Path(many["OUTPUT"]).parent.mkdir()
     printed = on_two_processes("detect", many)
     out = Path(many["OUTPUT"])
-    assert results(out) == results(whole["folder"]) and names_in(out) == names_in(whole["folder"])
+    equal(results(out), results(whole["folder"]))
+    assert names_in(out) == names_in(whole["folder"])
     assert "images   12" in printed and printed.count("objects  ") == 1
     assert not list(out.glob(".*")) and not out.with_name("detect2").exists()
 

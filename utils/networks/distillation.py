@@ -16,7 +16,7 @@ from torch import nn
 from utils import freeze
 from utils.boxes import box_overlap
 from utils.config import UserError
-from utils.losses import float32
+from utils.losses import count_over_ranks, float32
 from utils.networks.rtdetr import id2label_of
 
 TERMS = ("queries", "positions", "features")
@@ -147,7 +147,7 @@ def position_loss(logits, box_logits, answer):
 
 
 def _difference(logits, boxes, wanted_logits, wanted_boxes):
-    """-> scalar, 0 where both say the same, per unit of the teacher's scores.
+    """-> scalar, 0 where both say the same, per unit of the teacher's scores (under torchrun those of all ranks).
 
     Classes: cross entropy against the teacher's scores less its least possible value (a Kullback-Leibler divergence),
     weighted as in the quality focal loss (Li et al., "Generalized Focal Loss", NeurIPS 2020) plus the teacher's score.
@@ -163,7 +163,7 @@ def _difference(logits, boxes, wanted_logits, wanted_boxes):
     sure = torch.where(sure > UNSURE, sure, 0.0)
     placed = (BOX_WEIGHT * (boxes - wanted_boxes).abs().sum(-1)
               + GIOU_WEIGHT * (1 - box_overlap(boxes, wanted_boxes)[1]))
-    return (classes + (sure * placed).sum()) / sure.sum().clamp(min=1)
+    return (classes + (sure * placed).sum()) / count_over_ranks(sure.sum(), sure.device)
 
 
 def feature_loss(features, answer):
@@ -172,4 +172,4 @@ def feature_loss(features, answer):
     features, wanted = features.float(), answer.features.float()
     sure = answer.position_logits.float().sigmoid().amax(-1)  # (B, T)
     error = (features - wanted).square().mean(-1) / wanted.square().mean((1, 2)).clamp(min=1e-6)[:, None]
-    return (sure * error).sum() / sure.sum().clamp(min=1e-6)
+    return (sure * error).sum() / count_over_ranks(sure.sum(), sure.device, least=1e-6)

@@ -531,7 +531,8 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
     rows = {row["model"]: row for row in results["scores"]}
     assert results["thresholds"].keys() == {row["branch"] for row in results["scores"]} - {"vanilla"}
     says = {name: {p for part in scores.values() for p in part.values()} for name, scores in asked.items()}
-    assert says["soft-trained"].isdisjoint(says["adapted"]) and says["hard-trained"] == says["adapted"]  # a pipeline's threshold is that of its own gate
+    # a pipeline's threshold is that of its own gate
+    assert says["soft-trained"].isdisjoint(says["adapted"]) and says["hard-trained"] == says["adapted"]
     assert set(rows) == {"vanilla (never)", "graded gate, fine-tuned"} | {
         f"{what} {branch}" for what in ("always", "conditional", "oracle gate,")
         for branch in ("original", "adapted", "fine-tuned", "feature", "soft-trained", "hard-trained")}

@@ -1,6 +1,7 @@
 """RT-DETRv2 and D-FINE in the place of RT-DETR: loaded by their config, equal to transformers, trained, kept."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,11 @@ def test_trainings_take_them(kind, folders, coco, weights):
     out = coco / "out"
     Training_RTDETR.main(**common, OUTPUT_DIR=str(out), NUM_EPOCHS=1, DATALOADER_WORKERS=0, EMA_DECAY=0.5)
     assert type(load_rtdetr(str(out / "detector"))).__name__ == KINDS[kind]
+    code = re.search(r"```python\n(.*?)```", (out / "detector" / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    picture = next((coco / "coco" / "val2017").iterdir())
+    exec(code.replace("path/of/this/folder", (out / "detector").as_posix()).replace("street.jpg", picture.as_posix()),
+         found := {})
+    assert type(found["model"]).__name__ == KINDS[kind]  # loaded as another class, half of the weights were new
     result = Training_SPDNet_Adaptation.main(
         **common, OUTPUT_DIR=str(coco / "adapted"), SPDNET_MODEL_PATH=str(weights / "spdnet.pt"), NUM_EPOCHS=1,
         DATALOADER_WORKERS=0, EMA_DECAY=0.0, PICTURES=1)

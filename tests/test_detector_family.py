@@ -158,6 +158,23 @@ def test_adapter_and_teacher(folder, tmp_path):
     assert terms.keys() == set(distillation.TERMS) and all(abs(value) < 1e-5 for value in terms.values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_learn_from_a_teacher_of_their_kind(kind, folders):
+    """While it trains, D-FINE's decoder answers with every layer, the teacher's with the last one."""
+    detectors = {name: load_rtdetr(folder) for name, folder in folders.items()}
+    teacher, student = distillation.Teacher(detectors[kind]), distillation.Student(load_rtdetr(folders[kind]))
+    student.rtdetr.model.decoder.train()
+    _, terms = student(images(), None, teacher(images()), ("queries",))
+    assert abs(terms["queries"]) < 1e-5
+    _, terms = student.train()(0.5 * images(), labels(), teacher(images()))
+    sum(terms.values()).backward()
+    layers = student.rtdetr.model.decoder.layers
+    assert terms["queries"] > 0 and all(any(p.grad.any() for p in layer.parameters()) for layer in layers)
+    other = next(name for name in KINDS if name != kind)
+    with pytest.raises(UserError, match="TEACHER_NAME: the teacher's kind"):
+        distillation.require_same_form(detectors[other], student.rtdetr, "TEACHER_NAME")
+
+
 @pytest.fixture
 def awake(folder, tmp_path):
     """A folder of a detector whose scores differ: of one with new weights a rounding error chooses the queries."""

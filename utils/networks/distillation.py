@@ -25,7 +25,8 @@ UNSURE = 0.01  # boxes of scores below are not compared: at positions without an
 
 
 class Answer(NamedTuple):
-    """What the teacher says about B images: Q queries, L decoder layers, T positions of all feature maps, K classes."""
+    """What the teacher says about B images: Q queries, L decoder layers (of D-FINE the last one alone), T positions of
+    all feature maps, K classes."""
 
     queries: torch.Tensor          # (B, Q, C) content that enters the decoder
     references: torch.Tensor       # (B, Q, 4) its boxes before the sigmoid, cxcywh
@@ -40,7 +41,8 @@ def require_same_form(teacher, student, constant):
     """UserError that names the teacher's constant unless two detectors can be compared query by query."""
     def form(detector):
         found = detector.config
-        return {"classes": tuple(id2label_of(detector).values()), "queries": found.num_queries,
+        return {"kind and version (model_type)": found.model_type, "classes": tuple(id2label_of(detector).values()),
+                "queries": found.num_queries,
                 "width (d_model)": found.d_model, "decoder layers": found.decoder_layers,
                 "feature levels": found.num_feature_levels}
     wanted, found = form(student), form(teacher)
@@ -136,9 +138,10 @@ def _called(detector, **arguments):
 
 
 def query_loss(logits, boxes, answer):
-    """The same queries' classes and boxes, summed over the decoder layers: (B, L, Q, K), (B, L, Q, 4), Answer ->
-    scalar."""
-    return logits.shape[1] * _difference(logits, boxes, answer.logits, answer.boxes)
+    """The same queries' classes and boxes, summed over the L layers of the answer: (B, L or more, Q, K), (B, L or more,
+    Q, 4), of which the last ones count, Answer -> scalar."""
+    layers = answer.logits.shape[1]  # while D-FINE trains it answers with all of its layers, else with the last
+    return layers * _difference(logits[:, -layers:], boxes[:, -layers:], answer.logits, answer.boxes)
 
 
 def position_loss(logits, box_logits, answer):

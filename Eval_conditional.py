@@ -51,6 +51,7 @@ from utils.networks.rtdetr import (
     load_rtdetr,
     require_queries,
     require_size,
+    same_shapes,
     trained_size,
 )
 from utils.networks.spdnet import load_spdnet
@@ -77,7 +78,7 @@ RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Train
 FEATURE_MODEL_DIR: str | None = ""      # OUTPUT_DIR/model of Training_FeatureDerain.py; "" leaves its rows out
 ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py; "" leaves its rows out
 GATE_STEPS = 4                          # of the graded gate: the surer it is of rain, the more of an adapter or a
-                                        # fine-tuned detector is mixed into the weights; 0 leaves its rows out
+                                        # fine-tuned detector is mixed into the weights; 0 or 1 leaves its rows out
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
@@ -167,9 +168,21 @@ def build_models(cfg, device):
         if name not in branches:
             reason = "not there" if cfg.demo else "empty"
             processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
-    steps = {name: graded(vanilla, name, branches[name], cfg.GATE_STEPS)
-             for name in ("adapter", "fine-tuned") if name in branches and cfg.GATE_STEPS > 1}
-    return Models(rain_detector, branches, pipelines, steps)
+    return Models(rain_detector, branches, pipelines, steps_of(branches, cfg.GATE_STEPS))
+
+
+def steps_of(branches, number):
+    """-> `steps` of Models, of branches that a graded gate can mix with vanilla; number: GATE_STEPS."""
+    steps = {}
+    for name in ("adapter", "fine-tuned"):
+        if name not in branches or number < 2:
+            continue
+        if same_shapes(branches["vanilla"], branches[name]):
+            steps[name] = graded(branches["vanilla"], name, branches[name], number)
+        else:
+            processes.say(f"note: {_OPTIONAL[name]} is built otherwise than RTDETR_MODEL_NAME: their weights cannot be "
+                          "mixed, so the graded gate's row is left out")
+    return steps
 
 
 def graded(vanilla, name, branch, number):
@@ -342,13 +355,14 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
-def print_thresholds(table, thresholds, threshold):
-    """The threshold of each branch that is best for the mix, and what may be expected of it."""
+def print_thresholds(table, thresholds):
+    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it."""
     rows = {row["model"]: row for row in table}
     cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
-              "best": f"{chosen['threshold']:.3f}", "score": f"{chosen['score']:.4f}"}
+              "best": None if chosen["threshold"] is None else f"{chosen['threshold']:.3f}",
+              "score": None if chosen["score"] is None else f"{chosen['score']:.4f}"}
              for branch, chosen in thresholds.items()]
-    print("\n" + report.table(cells, {"branch": "branch", "now": f"mix mAP, RAIN_THRESHOLD {threshold:.3g}",
+    print("\n" + report.table(cells, {"branch": "branch", "now": "mix mAP, threshold as set",
                                       "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
 
 
@@ -395,17 +409,19 @@ def main(**overrides):
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     scores = {domain: gate_scores(rain_detector, loader, device) for domain, loader in loaders_of.items()}
-    decisions = {"rain detector": hard_gate(scores, threshold)}
+    decisions, scores_of = {"rain detector": hard_gate(scores, threshold)}, dict.fromkeys(branches, scores)
     for name, trained in pipelines.items():
-        own = {domain: gate_scores(trained.rain_detector, loader, device) for domain, loader in loaders_of.items()}
-        decisions[name] = hard_gate(own, trained.rain_threshold)
+        scores_of[name] = {domain: gate_scores(trained.rain_detector, loader, device)
+                           for domain, loader in loaders_of.items()}
+        decisions[name] = hard_gate(scores_of[name], trained.rain_threshold)
     between = {name: model for part in steps.values() for name, model in part.items()}
     found, fallbacks = detect_everything(branches | between, loaders_of, device)
 
     graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
-    thresholds = {name: best_threshold(parts["mix"], found, scores, name)._asdict() for name in list(branches)[1:]}
+    thresholds = {name: best_threshold(parts["mix"], found, scores_of[name], name)._asdict()
+                  for name in list(branches)[1:]}
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
@@ -419,7 +435,7 @@ def main(**overrides):
                "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
-        print_thresholds(table, thresholds, threshold)
+        print_thresholds(table, thresholds)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)

@@ -187,7 +187,7 @@ def card_of(cfg, images, id2label):
         f"A rain detector decides per image whether SPDNet takes the rain away before RT-DETR looks at it; gate and "
         f"de-rainer were trained together (gate: {cfg.GATE}), RT-DETR was frozen.",
         library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
-        data=[f"{images} training images in COCO's layout, {100 * cfg.COCO_RATIO:.0f}% clean and "
+        data=[f"{images} training images, {100 * cfg.COCO_RATIO:.0f}% clean and "
               f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
 
 

@@ -314,7 +314,7 @@ def card_of(cfg, images, id2label):
         f"RT-DETR that de-rains features, {len(id2label)} classes",
         f"An RT-DETR object detector with a de-raining module ({cfg.DERAIN_TYPE}) between backbone and encoder.",
         library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
-        data=[f"{images} training images in COCO's layout, clean and rainy",
+        data=[f"{images} training images, clean and rainy",
               f"classes: {', '.join(id2label.values())}"])
 
 

@@ -90,10 +90,10 @@ _TEACHER_TERMS = {"queries": "QUERIES_WEIGHT", "positions": "POSITIONS_WEIGHT", 
 _LOAD = """
 import torch
 from PIL import Image
-from transformers import RTDetrForObjectDetection, RTDetrImageProcessor
+from transformers import AutoModelForObjectDetection, RTDetrImageProcessor
 
 name = "path/of/this/folder"  # or its hub id
-model = RTDetrForObjectDetection.from_pretrained(name).eval()
+model = AutoModelForObjectDetection.from_pretrained(name).eval()
 processor = RTDetrImageProcessor.from_pretrained(name)  # sizes the image; its values stay in [0, 1]
 image = Image.open("street.jpg").convert("RGB")
 with torch.no_grad():
@@ -225,9 +225,10 @@ def sample_images(model, loader, id2label):
 def card_of(cfg, images, id2label):
     """-> model_card.Card; images: how many the detector learns from."""
     return model_card.Card(
-        f"RT-DETR for {len(id2label)} classes", "An RT-DETR object detector, trained on clean and rainy images.",
+        f"Detector for {len(id2label)} classes",
+        "An object detector of the RT-DETR family (config.json says which), trained on clean and rainy images.",
         library="transformers", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
-        data=[f"{images} training images in COCO's layout, {100 * cfg.COCO_RATIO:.0f}% clean and "
+        data=[f"{images} training images, {100 * cfg.COCO_RATIO:.0f}% clean and "
               f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
 
 

@@ -141,7 +141,7 @@ def card_of(cfg, images, id2label):
         f"Weather adapter '{cfg.ADAPTER_NAME}' for RT-DETR",
         f"Low-rank changes (rank {cfg.LORA_RANK}) of an RT-DETR's weights for bad weather.", library="rainsight",
         base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
-        data=[f"{images} training images in COCO's layout, in the weather",
+        data=[f"{images} training images, in the weather",
               f"classes: {', '.join(id2label.values())}"])
 
 

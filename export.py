@@ -9,6 +9,7 @@ is refused; with COCO_DIR it also has to keep its share of the mAP. Writes OUTPU
 rain detector, rainy and clean detector make a pipeline. docs/export.md: how to run them without this project.
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -195,7 +196,7 @@ def image_paths(cfg):
         paths = images_below([cfg.CALIBRATION_DIR], "CALIBRATION_DIR")
     elif cfg.COCO_DIR:
         split = find_split(cfg.COCO_DIR, "train", "COCO_DIR")
-        paths = [split.folder / image["file_name"] for image in read_annotations(split)["images"]]
+        paths = [split.folder / image["file_name"] for image in read_annotations(split, masks=False)["images"]]
     else:
         return []
     return evenly(paths, min(cfg.CALIBRATION_IMAGES, len(paths)))
@@ -221,7 +222,10 @@ def check(path, kind, model, inputs, cfg, whole_map, cache):
     """Run a file that was written. -> its row of the table; "refused" in it says why it must not stay."""
     run = exported.load_exported(path)
     pairs = [(run(one), formats.answers(model, one)) for one in inputs]
-    row = {"difference": max(formats.largest_difference(*pair, model.about) for pair in pairs), "refused": ""}
+    row = {"difference": onnx_file.largest(formats.largest_difference(*pair, model.about) for pair in pairs),
+           "refused": ""}
+    if not math.isfinite(row["difference"]):  # there are no detections to compare
+        return row | {"refused": "answers real images with NaN or infinity: leave the format out"}
     is_detector, reduced = model.about["kind"] == "detector", formats.FORMATS[kind].reduced
     if is_detector:
         row["agreement"] = formats.agreement(*pairs[0])
@@ -331,7 +335,8 @@ def print_table(results, folder):
     """One row per file."""
     rows = []
     for row in (one for kinds in results.values() for one in kinds.values()):
-        kept = row.get("mAP") and row["mAP"] / row["PyTorch's mAP"]
+        whole = row["PyTorch's mAP"]
+        kept = row["mAP"] / whole if whole and row.get("mAP") else None
         rows.append({"file": row["file"], "difference": f"{row['difference']:.1e}", "MB": f"{row['MB']:.1f}",
                      "agreement": f"{100 * row['agreement']:.0f}%" if "agreement" in row else None,
                      "mAP": row.get("mAP"), "kept": f"{100 * kept:.1f}%" if kept else None,
@@ -356,6 +361,9 @@ def main(**overrides):
                 setattr(cfg, constant, "")
                 processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
     models = build_models(cfg)
+    if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in models:
+        raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}': the constant of that model is empty; written are "
+                               f"{', '.join(models)}")
     if cfg.demo and cfg.COCO_DIR == DEMO["COCO_DIR"]:
         ensure_demo()
     paths = image_paths(cfg)

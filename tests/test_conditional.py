@@ -361,6 +361,24 @@ def test_the_best_threshold_by_hand(files, small_detector):
     assert best_threshold(part, everything, scores, "adapted").threshold > 0.7  # the branch is never to be taken
 
 
+def test_the_best_threshold_of_few_images(files, small_detector):
+    """Too few for two halves that hold objects: the best of all images, and no score is claimed. None without any."""
+    clean, rainy = (validation(files / root, domain, small_detector).dataset
+                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    boxes = {note["image_id"]: [[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]]
+             for note in read_annotations(rainy.annotations)["annotations"]}
+    image_id = next(iter(boxes))
+    perfect, nothing = {image_id: np.array(boxes[image_id])}, {image_id: np.empty((0, 6))}
+    found = {"rainy": {"vanilla": nothing, "adapted": perfect}}
+    truth = part_of(rainy).truth
+    part = gates.Part([("rainy", image_id)], truth, {("rainy", image_id): image_id}, rainy.category_of)
+    chosen = best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted")
+    assert chosen == (0.0, None)
+    truth.anns = {}
+    truth.imgToAnns.clear()
+    assert best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted") == (None, None)
+
+
 def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
     """The table of a gate's choice that is put together from two branches equals COCO's own of that choice."""
     clean, rainy = (validation(files / root, domain, small_detector).dataset
@@ -403,6 +421,13 @@ def test_a_graded_gate_takes_more_the_surer_it_is(small_detector):
         else:
             assert torch.equal(value, before[name])
     assert all(torch.equal(value, before[name]) for name, value in small_detector.state_dict().items())
+
+
+def test_a_specialist_of_another_architecture_has_no_graded_gate(small_detector, capsys):
+    specialist = new_rtdetr("r18", id2label_of(small_detector))
+    branches = {"vanilla": small_detector, "fine-tuned": specialist}
+    assert Eval_conditional.steps_of(branches, 4) == {} and "RAINY_DETECTOR_NAME" in capsys.readouterr().out
+    assert Eval_conditional.steps_of(branches | {"adapter": small_detector}, 2).keys() == {"adapter"}
 
 
 def test_images_that_spdnet_spoils_are_counted_and_detected_on_as_they_are(files, small_detector):
@@ -487,10 +512,16 @@ def test_training_refuses_with_one_clear_line(base, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_evaluation_shows_every_row(base, files, small_detector, capsys):
+def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(Eval_conditional, "best_threshold", lambda part, found, scores, name: asked.update(
+        {name: scores}) or best_threshold(part, found, scores, name))
     pipeline = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
-    pipeline.save_pretrained(files / "pipeline")
     pipeline.save_pretrained(files / "hard")
+    with torch.no_grad():
+        pipeline.rain_detector.head[0].weight.zero_()
+        pipeline.rain_detector.head[0].bias.fill_(1.0)
+    pipeline.save_pretrained(files / "pipeline")
     FeatureDerainRTDETR(copy.deepcopy(small_detector)).save_pretrained(files / "feature")
     results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")},
                                     ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
@@ -499,6 +530,9 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys):
                                     FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1)
     rows = {row["model"]: row for row in results["scores"]}
     assert results["thresholds"].keys() == {row["branch"] for row in results["scores"]} - {"vanilla"}
+    says = {name: {p for part in scores.values() for p in part.values()} for name, scores in asked.items()}
+    # a pipeline's threshold is that of its own gate
+    assert says["soft-trained"].isdisjoint(says["adapted"]) and says["hard-trained"] == says["adapted"]
     assert set(rows) == {"vanilla (never)", "graded gate, fine-tuned"} | {
         f"{what} {branch}" for what in ("always", "conditional", "oracle gate,")
         for branch in ("original", "adapted", "fine-tuned", "feature", "soft-trained", "hard-trained")}

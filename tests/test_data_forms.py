@@ -36,9 +36,10 @@ def draw(path, size=(64, 48), seed=0):
 
 
 def awkward(root):
-    """COCO with names that need care, an image without boxes, a class without boxes, a crowd, a mask of three parts."""
+    """COCO with names that need care (YOLO puts "labels" for the last "images" of a path), an image without boxes, a
+    class without boxes, a crowd, a mask of three parts."""
     for split in ("train", "val"):
-        names = ["two words.png", "stra\u00dfe \u00e4\u00f6.jpg", "below/a.b.jpg", "empty.jpg"]
+        names = ["two words.png", "stra\u00dfe \u00e4\u00f6.jpg", "below/images/a.b.jpg", "empty.jpg"]
         names = [f"{split} {name}" if "/" not in name else name.replace("a.b", f"{split}.b") for name in names]
         for seed, name in enumerate(names):
             draw(root / f"{split}2017" / name, seed=seed)
@@ -124,7 +125,8 @@ def test_what_a_form_cannot_hold_is_counted_and_said_once(tmp_path, capsys):
     lost = convert(source, "yolo", tmp_path / "again")["lost"]
     assert sorted((what[:14], count) for what, count in lost.items()) == [
         ("box(es) differ", 1), ("crowd or diffi", 2), ("mask(s) writte", 1), ("object(s) reac", 1)]
-    assert objects(content_of(tmp_path / "again", "val"))["below/val.b.jpg"][0][1] == pytest.approx([60, 4, 4, 6])
+    clipped = objects(content_of(tmp_path / "again", "val"))["below/images/val.b.jpg"]
+    assert clipped[0][1] == pytest.approx([60, 4, 4, 6])
 
 
 def test_polygons_with_holes_of_other_tools_stay_in_one_piece():
@@ -142,6 +144,12 @@ def test_the_tool_refuses_what_would_be_lost_and_leaves_nothing_half_made(tmp_pa
                             ({"SOURCE": str(tmp_path / "no"), "TO": "voc", "OUT": "y"}, "SOURCE = .*does not exist")):
         with pytest.raises(UserError, match=words):
             convert_dataset.main(**settings)
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        with pytest.raises(UserError, match="OUT = '.': give the name"):
+            convert(source, "yolo", ".")
+    (tmp_path / "here").rmdir()
     # the same names in two splits: VOC has one folder for all
     convert(source, "voc", tmp_path / "voc")
     assert content_of(tmp_path / "voc", "val")["images"][0]["file_name"] == "val/000000000001.jpg"

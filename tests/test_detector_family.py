@@ -1,6 +1,7 @@
 """RT-DETRv2 and D-FINE in the place of RT-DETR: loaded by their config, equal to transformers, trained, kept."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,23 @@ def test_adapter_and_teacher(folder, tmp_path):
     assert terms.keys() == set(distillation.TERMS) and all(abs(value) < 1e-5 for value in terms.values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_learn_from_a_teacher_of_their_kind(kind, folders):
+    """While it trains, D-FINE's decoder answers with every layer, the teacher's with the last one."""
+    detectors = {name: load_rtdetr(folder) for name, folder in folders.items()}
+    teacher, student = distillation.Teacher(detectors[kind]), distillation.Student(load_rtdetr(folders[kind]))
+    student.rtdetr.model.decoder.train()
+    _, terms = student(images(), None, teacher(images()), ("queries",))
+    assert abs(terms["queries"]) < 1e-5
+    _, terms = student.train()(0.5 * images(), labels(), teacher(images()))
+    sum(terms.values()).backward()
+    layers = student.rtdetr.model.decoder.layers
+    assert terms["queries"] > 0 and all(any(p.grad.any() for p in layer.parameters()) for layer in layers)
+    other = next(name for name in KINDS if name != kind)
+    with pytest.raises(UserError, match="TEACHER_NAME: the teacher's kind"):
+        distillation.require_same_form(detectors[other], student.rtdetr, "TEACHER_NAME")
+
+
 @pytest.fixture
 def awake(folder, tmp_path):
     """A folder of a detector whose scores differ: of one with new weights a rounding error chooses the queries."""
@@ -193,6 +211,11 @@ def test_trainings_take_them(kind, folders, coco, weights):
     out = coco / "out"
     Training_RTDETR.main(**common, OUTPUT_DIR=str(out), NUM_EPOCHS=1, DATALOADER_WORKERS=0, EMA_DECAY=0.5)
     assert type(load_rtdetr(str(out / "detector"))).__name__ == KINDS[kind]
+    code = re.search(r"```python\n(.*?)```", (out / "detector" / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    picture = next((coco / "coco" / "val2017").iterdir())
+    exec(code.replace("path/of/this/folder", (out / "detector").as_posix()).replace("street.jpg", picture.as_posix()),
+         found := {})
+    assert type(found["model"]).__name__ == KINDS[kind]  # loaded as another class, half of the weights were new
     result = Training_SPDNet_Adaptation.main(
         **common, OUTPUT_DIR=str(coco / "adapted"), SPDNET_MODEL_PATH=str(weights / "spdnet.pt"), NUM_EPOCHS=1,
         DATALOADER_WORKERS=0, EMA_DECAY=0.0, PICTURES=1)

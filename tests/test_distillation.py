@@ -103,6 +103,27 @@ def test_terms_by_hand():
         1 / 5, rel=1e-4)  # the second position holds no object; mean square of the features: 5
 
 
+def test_losses_of_two_ranks_average_to_that_of_the_whole_batch(detector, monkeypatch):
+    """Images in which the teacher sees more count more, whichever rank has them."""
+    answer = distillation.Teacher(copy.deepcopy(detector))(torch.cat([images(1), 0.2 * images(1)]))
+    other = distillation.Teacher(copy.deepcopy(detector))(torch.cat([0.7 * images(1), images(1)]))
+
+    def losses(part, other):
+        return torch.stack([distillation.query_loss(other.logits, other.boxes, part), distillation.position_loss(
+            other.position_logits, other.position_boxes, part), distillation.feature_loss(other.features, part)])
+    counts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "count_over_ranks", lambda count, *args, **least: counts.append(count) or count)
+        whole = losses(answer, other)
+    assert len(counts) == 3 and min(counts) > 1e-6
+    halves = []
+    for i in range(2):
+        shares = iter([count / 2 for count in counts])
+        monkeypatch.setattr(distillation, "count_over_ranks", lambda count, *args, of=shares, **least: next(of))
+        halves.append(losses(*(distillation.Answer(*(part[i:i + 1] for part in one)) for one in (answer, other))))
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
 def test_kept_answers_equal_live_ones(detector):
     live, kept = (distillation.Teacher(copy.deepcopy(detector), gigabytes) for gigabytes in (0, 1.0))
     asked = []

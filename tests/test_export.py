@@ -1,10 +1,12 @@
 """export.py: files that answer as PyTorch does, refusals, and files that run without this project or torch."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,6 +288,7 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
     ({"FORMATS": ("onnx-int8",)}, "CALIBRATION_DIR.*onnx-int8"), ({"CALIBRATION_IMAGES": 0}, "CALIBRATION_IMAGES"),
     ({"FORMATS": ("torch.export",), "CALIBRATION_DIR": "./nowhere"}, "CALIBRATION_DIR.*nowhere"),
     ({"RAINY_MODEL": "other"}, "RAINY_MODEL"), ({"DERAIN_SCALE": 3.0}, "DERAIN_SCALE"),
+    ({"RAINY_MODEL": "adapter", "FORMATS": ("torch.export",)}, "RAINY_MODEL = 'adapter'.*written are vanilla"),
     ({"RTDETR_MODEL_NAME": "", "ADAPTER_PATH": "a.safetensors", "FORMATS": ("torch.export",)},
      "ADAPTER_PATH.*RTDETR_MODEL_NAME"), (NONE | {"FORMATS": ("torch.export",)}, "nothing to export")])
 def test_wrong_constants_are_refused(weights, values, words):
@@ -315,6 +318,33 @@ def test_an_opset_that_the_exporter_does_not_reach_is_an_error(tmp_path):
         onnx_file.write(program, tmp_path / "a.onnx", 40, "x", ["y"])
 
 
+def test_a_difference_that_is_no_number_is_not_passed_over():
+    """Python's max keeps 0.1 of (0.1, NaN)."""
+    right, wrong = torch.rand(1, 3, 2), torch.full((1, 3, 2), float("nan"))
+    assert math.isnan(onnx_file.difference([right, wrong], [right, right]))
+    found, expected = (SimpleNamespace(restored=right, other=one) for one in (wrong, right))
+    about = {"outputs": ["restored", "other"], "kind": "derainer"}
+    assert math.isnan(formats.largest_difference(found, expected, about))
+
+
+def test_a_file_that_answers_with_nan_is_refused_and_ends_nothing_else(monkeypatch):
+    about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": 32, "model": "vanilla"}
+    model = formats.Model(lambda x: (torch.full((len(x), 4, 2), -9.0), torch.full((len(x), 4, 4), 0.5)), about)
+    monkeypatch.setattr(exported, "load_exported", lambda path: lambda x: SimpleNamespace(
+        logits=torch.full((len(x), 4, 2), -9.0), pred_boxes=torch.full((len(x), 4, 4), float("nan"))))
+    cfg = SimpleNamespace(COCO_DIR="", TOLERANCE=1e-3)
+    inputs = [torch.rand(4, 3, 32, 32), torch.rand(1, 3, 32, 32)]
+    row = export.check("a_fp16.onnx", "onnx-fp16", model, inputs, cfg, None, {})
+    assert "NaN" in row["refused"]
+    export.print_table({"vanilla": {"onnx-fp16": row | {"file": "a", "MB": 1.0, "PyTorch's mAP": None}}}, "out")
+
+
+def test_the_table_of_a_detector_that_finds_nothing(capsys):
+    row = {"file": "a.onnx", "difference": 0.0, "MB": 1.0, "agreement": 1.0, "refused": "", "PyTorch's mAP": 0.0}
+    export.print_table({"vanilla": {"onnx": row | {"mAP": 0.01}, "onnx-int8": row | {"mAP": 0.0}}}, "out")
+    assert "0.0100" in capsys.readouterr().out
+
+
 def test_calibration_sees_the_pictures_as_the_detector_does(tmp_path):
     Image.fromarray(np.full((50, 80, 3), 255, np.uint8)).save(tmp_path / "white.png")
     (one,) = formats.real_images([tmp_path / "white.png"], 64)
@@ -323,12 +353,14 @@ def test_calibration_sees_the_pictures_as_the_detector_does(tmp_path):
 
 
 def test_images_to_calibrate_on_come_from_any_form_of_data(coco, tmp_path):
-    convert_dataset.main(SOURCE=str(coco / "coco"), TO="yolo", OUT=str(tmp_path / "yolo"))
+    for form in ("yolo", "voc"):  # VOC has the images of all splits in one folder
+        convert_dataset.main(SOURCE=str(coco / "coco"), TO=form, OUT=str(tmp_path / form))
     names = []
-    for root in (coco / "coco", tmp_path / "yolo"):
+    for root in (coco / "coco", tmp_path / "yolo", tmp_path / "voc"):
         cfg = config.resolve(vars(export), {"COCO_DIR": str(root), "CALIBRATION_IMAGES": 5})
         paths = export.image_paths(cfg)
         names.append([path.name for path in paths])
-        assert len(paths) == 5 and all(path.is_file() and "train" in path.as_posix() for path in paths)
-    assert names[0] == names[1]
+        assert len(paths) == 5 and all(path.is_file() for path in paths)
+        assert all("train" in path.relative_to(root).as_posix() for path in paths)
+    assert names[0] == names[1] == names[2]
     assert export.image_paths(config.resolve(vars(export), {"COCO_DIR": ""})) == []

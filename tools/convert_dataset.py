@@ -107,6 +107,8 @@ def main(**overrides):
     if cfg.TO not in ("coco", *_WRITERS):
         raise UserError(f"TO = {cfg.TO!r}: choose coco, yolo or voc")
     root, out = Path(cfg.SOURCE), Path(cfg.OUT)
+    if not out.name or out.name == "..":  # the folder that this runs in cannot be put in place as a whole
+        raise UserError(f"OUT = '{out.as_posix()}': give the name of a new folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"OUT = '{out.as_posix()}' is there already: give a folder that is not, or delete it")
     found, contents = open_source(root)

@@ -22,17 +22,17 @@ def float32(device_type):
         yield
 
 
-def count_over_ranks(count, device):
-    """A count of this rank's batch -> the mean over all ranks, which have 1 together at least: float, a Tensor under
-    torchrun.
+def count_over_ranks(count, device, least=1.0):
+    """A count of this rank's batch -> the mean over all ranks, which have `least` together at least: float, a Tensor
+    under torchrun or where `count` is one (a GPU is not waited for).
 
     DDP averages the ranks' gradients, so that losses divided by this add up to one batch of all ranks' images.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return max(float(count), 1.0)
-    total = torch.full((), float(count), device=device)
+        return count.clamp(min=least) if isinstance(count, torch.Tensor) else max(float(count), least)
+    total = torch.zeros((), device=device) + count
     torch.distributed.all_reduce(total)
-    return total.clamp(min=1) / torch.distributed.get_world_size()
+    return total.clamp(min=least) / torch.distributed.get_world_size()
 
 
 def feature_consistency(features, targets):

@@ -274,7 +274,8 @@ def write(out, names, contents):
         for image in content["images"]:
             rows = [_row(note, image, lost) for note in objects[image["id"]] if not note.get("iscrowd")]
             places[split, image["file_name"]] = Path("images", split, image["file_name"])
-            text = Path(out, "labels", split, image["file_name"]).with_suffix(".txt")
+            # where readers look for it: "labels" stands for the last "images", which may be one of the file's own name
+            text = Path(out, twin.yolo_texts(places[split, image["file_name"]])[-1])
             text.parent.mkdir(parents=True, exist_ok=True)
             text.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
         lost["crowd or difficult object(s) left out: YOLO has no flag for them"] += sum(

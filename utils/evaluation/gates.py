@@ -163,13 +163,14 @@ def sweep(part, found, scores, plain, branch, milliseconds, steps=21):
 class Chosen(NamedTuple):
     """A threshold that was chosen by the mAP of a mix."""
 
-    threshold: float
-    score: float  # mAP of the mix that is to be expected: each half of the images scored with the other half's choice
+    threshold: float | None  # None: the mix has no object
+    score: float | None  # mAP of the mix that is to be expected: each half of the images scored with the other half's
+                         # choice; None: too few images hold objects for two halves
 
 
 def best_threshold(part, found, scores, branch, plain="vanilla", candidates=21, splits=10, seed=0):
     """-> Chosen: the threshold with the best mAP on average over random halves of the images, so that few images that
-    happen to lie well do not decide; among equals the middle one.
+    happen to lie well do not decide; among equals the middle one. Of images too few for halves it is the best of all.
 
     Args:
         part: Part; found, scores: see the module; plain, branch: names in `found`.
@@ -189,15 +190,22 @@ def best_threshold(part, found, scores, branch, plain="vanilla", candidates=21, 
         for domain in ("clean", "rainy"):  # half of each
             own = rng.permutation([place for place, i in enumerate(order) if part.images[i][0] == domain])
             first[own[:len(own) // 2].astype(int)] = True
-        values = [np.array([intervals.weighted_map(table, weights.astype(float)) for table in tables])
-                  for weights in (first, ~first)]
-        honest += [values[1][_middle_best(values[0])], values[0][_middle_best(values[1])]]
-        halves += values
-    return Chosen(float(thresholds[_middle_best(np.nanmean(halves, 0))]), float(np.nanmean(honest)))
+        values = [_maps(tables, weights) for weights in (first, ~first)]
+        if not np.isnan(values).any():  # both halves hold objects
+            honest += [values[1][_middle_best(values[0])], values[0][_middle_best(values[1])]]
+            halves += values
+    means = np.mean(halves, 0) if halves else _maps(tables, np.ones(len(order)))
+    return Chosen(None if np.isnan(means).any() else float(thresholds[_middle_best(means)]),
+                  float(np.mean(honest)) if honest else None)
+
+
+def _maps(tables, weights):
+    """-> mAP of every table ([intervals.Category, ...]) where image i stands weights[i] times; NaN without objects."""
+    return np.array([intervals.weighted_map(table, weights.astype(float)) for table in tables])
 
 
 def _middle_best(values):
-    best = np.flatnonzero(values >= np.nanmax(values) - 1e-12)
+    best = np.flatnonzero(values >= values.max() - 1e-12)
     return best[len(best) // 2]
 
 

@@ -138,4 +138,4 @@ def largest_difference(found, expected, about):
     ours, theirs = ([getattr(one, name) for name in about["outputs"]] for one in (found, expected))
     if about["kind"] == "detector":
         return onnx_file.difference(ours, theirs)
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return onnx_file.largest((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))

@@ -16,7 +16,7 @@ from torch import nn
 from utils import freeze
 from utils.boxes import box_overlap
 from utils.config import UserError
-from utils.losses import float32
+from utils.losses import count_over_ranks, float32
 from utils.networks.rtdetr import id2label_of
 
 TERMS = ("queries", "positions", "features")
@@ -25,7 +25,8 @@ UNSURE = 0.01  # boxes of scores below are not compared: at positions without an
 
 
 class Answer(NamedTuple):
-    """What the teacher says about B images: Q queries, L decoder layers, T positions of all feature maps, K classes."""
+    """What the teacher says about B images: Q queries, L decoder layers (of D-FINE the last one alone), T positions of
+    all feature maps, K classes."""
 
     queries: torch.Tensor          # (B, Q, C) content that enters the decoder
     references: torch.Tensor       # (B, Q, 4) its boxes before the sigmoid, cxcywh
@@ -40,7 +41,8 @@ def require_same_form(teacher, student, constant):
     """UserError that names the teacher's constant unless two detectors can be compared query by query."""
     def form(detector):
         found = detector.config
-        return {"classes": tuple(id2label_of(detector).values()), "queries": found.num_queries,
+        return {"kind and version (model_type)": found.model_type, "classes": tuple(id2label_of(detector).values()),
+                "queries": found.num_queries,
                 "width (d_model)": found.d_model, "decoder layers": found.decoder_layers,
                 "feature levels": found.num_feature_levels}
     wanted, found = form(student), form(teacher)
@@ -136,9 +138,10 @@ def _called(detector, **arguments):
 
 
 def query_loss(logits, boxes, answer):
-    """The same queries' classes and boxes, summed over the decoder layers: (B, L, Q, K), (B, L, Q, 4), Answer ->
-    scalar."""
-    return logits.shape[1] * _difference(logits, boxes, answer.logits, answer.boxes)
+    """The same queries' classes and boxes, summed over the L layers of the answer: (B, L or more, Q, K), (B, L or more,
+    Q, 4), of which the last ones count, Answer -> scalar."""
+    layers = answer.logits.shape[1]  # while D-FINE trains it answers with all of its layers, else with the last
+    return layers * _difference(logits[:, -layers:], boxes[:, -layers:], answer.logits, answer.boxes)
 
 
 def position_loss(logits, box_logits, answer):
@@ -147,7 +150,7 @@ def position_loss(logits, box_logits, answer):
 
 
 def _difference(logits, boxes, wanted_logits, wanted_boxes):
-    """-> scalar, 0 where both say the same, per unit of the teacher's scores.
+    """-> scalar, 0 where both say the same, per unit of the teacher's scores (under torchrun those of all ranks).
 
     Classes: cross entropy against the teacher's scores less its least possible value (a Kullback-Leibler divergence),
     weighted as in the quality focal loss (Li et al., "Generalized Focal Loss", NeurIPS 2020) plus the teacher's score.
@@ -163,7 +166,7 @@ def _difference(logits, boxes, wanted_logits, wanted_boxes):
     sure = torch.where(sure > UNSURE, sure, 0.0)
     placed = (BOX_WEIGHT * (boxes - wanted_boxes).abs().sum(-1)
               + GIOU_WEIGHT * (1 - box_overlap(boxes, wanted_boxes)[1]))
-    return (classes + (sure * placed).sum()) / sure.sum().clamp(min=1)
+    return (classes + (sure * placed).sum()) / count_over_ranks(sure.sum(), sure.device)
 
 
 def feature_loss(features, answer):
@@ -172,4 +175,4 @@ def feature_loss(features, answer):
     features, wanted = features.float(), answer.features.float()
     sure = answer.position_logits.float().sigmoid().amax(-1)  # (B, T)
     error = (features - wanted).square().mean(-1) / wanted.square().mean((1, 2)).clamp(min=1e-6)[:, None]
-    return (sure * error).sum() / sure.sum().clamp(min=1e-6)
+    return (sure * error).sum() / count_over_ranks(sure.sum(), sure.device, least=1e-6)

@@ -150,5 +150,10 @@ def _within(node, parts):
 def difference(outputs, expected):
     """-> the largest absolute difference of two lists of (B, Q, ...) outputs. Queries are compared in order of their
     values, because equally good ones may swap places."""
-    return max((ours.sort(1).values - theirs.sort(1).values).abs().max().item()
-               for ours, theirs in zip(outputs, expected, strict=True))
+    return largest((ours.sort(1).values - theirs.sort(1).values).abs().max().item()
+                   for ours, theirs in zip(outputs, expected, strict=True))
+
+
+def largest(differences):
+    """-> the largest of some numbers, NaN where one of them is (Python's max may pass over it)."""
+    return torch.tensor(list(differences), dtype=torch.float64).max().item()

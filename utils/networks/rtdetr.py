@@ -221,10 +221,16 @@ def rtdetr_of(model):
     return model if isinstance(model, _DETECTORS) else model.rtdetr
 
 
+def same_shapes(one, other):
+    """-> whether two detectors have the same weights and buffers, of the same shapes."""
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (one, other)]
+    return shapes[0] == shapes[1]
+
+
 @torch.no_grad()
 def interpolated(one, other, share):
-    """-> a copy of `one` whose weights and buffers have gone `share` of the way to those of `other`, a detector of the
-    same shapes (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022)."""
+    """-> a copy of `one` whose weights and buffers have gone `share` of the way to those of `other`, a detector with
+    `same_shapes` (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022)."""
     model, wanted = copy.deepcopy(one), other.state_dict()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():

@@ -26,20 +26,14 @@ from rfdetr import evaluate
 from rfdetr import weights as rfdetr_weights
 from utils import config, fast, processes, system, transfer
 from utils.boxes import decode
-from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.evaluation import comparison
-from utils.feature_derain import FeatureDerainRTDETR
 from utils.images import to_floats
-from utils.inference import detections, exported, output, overlap, pictures, tiles, tracks, video, weather_gate
+from utils.inference import detections, detectors, exported, overlap, pictures, tiles, tracks, video, weather_gate
+from utils.inference.output import claimed
 from utils.inference.tally import Tally, print_summary, together
-from utils.integrated_model import RainRobustRTDETR, require_trained_scale
-from utils.networks.adapter import is_adapter
-from utils.networks.derainers import load_derainer, require_arch
-from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
-from utils.networks.spdnet import load_spdnet
+from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -85,53 +79,16 @@ DEMO = {
     "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt", "REFINER_DIR": "./demo/outputs_refiner/refiner",
     "WEIGHTS": "./assets/demo/rfdetr_tiny.pth",
 }
-_MODEL_CONSTANTS = ("WEIGHTS", "RAINY_BRANCH", "RTDETR_MODEL_NAME", "DERAIN", "SPDNET_MODEL_PATH", "DERAIN_MODEL_PATH",
-                    "REFINER_DIR", "RAIN_DETECTOR_PATH", "FEATURE_MODEL_DIR", "RAIN_THRESHOLD", "DERAIN_SCALE")
-# {DERAIN: (name for load_derainer, the constant that says where)}
-_DERAINERS = {"spdnet": (None, "SPDNET_MODEL_PATH"), "unet": ("unet", "DERAIN_MODEL_PATH"),
-              "nafnet": ("nafnet", "DERAIN_MODEL_PATH"), "unet+refiner": ("refiner", "REFINER_DIR"),
-              "nafnet+refiner": ("refiner", "REFINER_DIR")}
-_OF_WEIGHTS = ("rfdetr", "exported")  # values of MODEL
 _MAY_DIFFER = ("OUTPUT", "RESUME", "BATCH_SIZE", "MAX_FRAMES", "FAST")  # between a run and the one that goes on with it
 _MOST = 1000  # detections of an image that is seen in tiles
 
 
 # --- models -------------------------------------------------------------------------------------------------------
 
-def used_constants(cfg):
-    """-> names of the _MODEL_CONSTANTS that MODEL, PIPELINE_DIR and COMPARE let decide anything."""
-    derainer = {"DERAIN", _DERAINERS[cfg.DERAIN][1], "DERAIN_SCALE"}
-    if cfg.MODEL in _OF_WEIGHTS:
-        return {"WEIGHTS"} | ({"RAIN_THRESHOLD"} if is_manifest(cfg) else set())
-    if cfg.MODEL == "vanilla":
-        return {"RTDETR_MODEL_NAME"}
-    if cfg.MODEL == "spdnet":
-        return {"RTDETR_MODEL_NAME"} | derainer
-    if cfg.MODEL == "feature":
-        return {"FEATURE_MODEL_DIR"} | ({"RTDETR_MODEL_NAME"} if cfg.COMPARE else set())
-    if cfg.PIPELINE_DIR:  # holds its own detector, threshold and scale
-        return set()
-    branch = derainer if cfg.RAINY_BRANCH == "spdnet" else set()
-    return {"RTDETR_MODEL_NAME", "RAIN_DETECTOR_PATH", "RAIN_THRESHOLD", "RAINY_BRANCH"} | branch
-
-
-def note_without_effect(cfg, given):
-    """Say which constants of models decide nothing in this run; given: names that the user set."""
-    used = used_constants(cfg)
-    if idle := [name for name in _MODEL_CONSTANTS if name in given and name not in used]:
-        chosen = (f"PIPELINE_DIR = '{cfg.PIPELINE_DIR}'" if cfg.PIPELINE_DIR else f"MODEL = '{cfg.MODEL}'"
-                  if cfg.MODEL != "conditional" else f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}'")
-        paths = {constant for _, constant in _DERAINERS.values()} if "DERAIN" in used else set()
-        for reason, names in ((f"DERAIN = '{cfg.DERAIN}'", [name for name in idle if name in paths]),
-                              (chosen, [name for name in idle if name not in paths])):
-            if names:
-                processes.say(f"note: without effect with {reason}: {', '.join(names)}")
-
-
 def note_other_sizes(cfg):
     """Say which of the detectors that are used were trained at another IMAGE_SIZE."""
     folders = {"RTDETR_MODEL_NAME": cfg.RTDETR_MODEL_NAME, "FEATURE_MODEL_DIR": Path(cfg.FEATURE_MODEL_DIR) / "rtdetr"}
-    used = used_constants(cfg)
+    used = detectors.used_constants(cfg)
     comparison.note_other_sizes({name: trained_size(folder) for name, folder in folders.items() if name in used},
                                 cfg.IMAGE_SIZE)
 
@@ -151,11 +108,6 @@ class Rfdetr:
         self.classes, self.side = {row: name for name, row in rows.items()}, info["args"]["resolution"]
 
 
-def is_manifest(cfg):
-    """-> whether WEIGHTS is the pipeline that export.py's manifest.json tells of."""
-    return cfg.MODEL == "exported" and str(cfg.WEIGHTS).endswith(".json")
-
-
 def load_weights(cfg, device):
     """-> Rfdetr, Exported or ExportedPipeline of WEIGHTS."""
     if not cfg.WEIGHTS:
@@ -163,7 +115,7 @@ def load_weights(cfg, device):
                                "RF-DETR scripts, or with MODEL = 'exported' a file of export.py")
     if cfg.MODEL == "rfdetr":
         return Rfdetr(cfg.WEIGHTS, device)
-    if is_manifest(cfg):
+    if detectors.is_manifest(cfg):
         return exported.load_exported_pipeline(cfg.WEIGHTS, cfg.RAIN_THRESHOLD)
     model = exported.load_exported(cfg.WEIGHTS)
     if model.about["kind"] != "detector":
@@ -172,72 +124,14 @@ def load_weights(cfg, device):
     return model
 
 
-def classes_of(model):
-    """-> {label: class name} of anything that `build_model` returns."""
-    return model.classes if hasattr(model, "classes") else id2label_of(rtdetr_of(model))
-
-
-def build_model(cfg, device):
-    """-> MODEL in eval mode: (pixel_values (B, 3, H, W) in [0, 1]) -> transformers' outputs, plus `derained` where it
-    has a de-rainer and `rain_stats` where it has a gate; of rfdetr and exported see `load_weights`."""
-    def vanilla():
-        return load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device)
-
-    def derainer():
-        name, constant = _DERAINERS[cfg.DERAIN]
-        if name:
-            model, kind = load_derainer(name, getattr(cfg, constant), constant=constant), cfg.DERAIN.partition("+")[0]
-            if name != kind:
-                require_arch(model.derainer, kind, f"DERAIN = '{cfg.DERAIN}': the de-rainer of {constant} = "
-                                                   f"'{cfg.REFINER_DIR}'")
-            return model
-        require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
-        return load_spdnet(cfg.SPDNET_MODEL_PATH, constant=constant)
-
-    def spdnet():
-        return RainRobustRTDETR(derainer(), load_rtdetr(cfg.RTDETR_MODEL_NAME), derain_scale=cfg.DERAIN_SCALE
-                                ).to(device)
-
-    def conditional():
-        if cfg.PIPELINE_DIR:
-            return ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, device, constant="PIPELINE_DIR")
-        rain_detector, rtdetr = load_rain_detector(cfg.RAIN_DETECTOR_PATH), load_rtdetr(cfg.RTDETR_MODEL_NAME)
-        spdnet, rainy = ((derainer(), None) if cfg.RAINY_BRANCH == "spdnet" else
-                         (None, load_rainy_detector(cfg.RAINY_BRANCH, base=rtdetr)))
-        return ConditionalRainRobustRTDETR(rain_detector, spdnet, rtdetr, cfg.RAIN_THRESHOLD, "hard",
-                                           cfg.DERAIN_SCALE, rainy).to(device)
-
-    def feature():
-        return FeatureDerainRTDETR.from_pretrained(cfg.FEATURE_MODEL_DIR, device, "FEATURE_MODEL_DIR")
-
-    builders = {"conditional": conditional, "spdnet": spdnet, "feature": feature, "vanilla": vanilla}
-    if cfg.MODEL not in (*builders, *_OF_WEIGHTS):
-        raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join((*builders, *_OF_WEIGHTS))}")
-    if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":
-        raise config.UserError(f"PIPELINE_DIR holds a conditional pipeline, but MODEL = {cfg.MODEL!r}: leave one out")
-    return load_weights(cfg, device) if cfg.MODEL in _OF_WEIGHTS else builders[cfg.MODEL]().eval()
-
-
 def build_models(cfg, device):
     """-> {name: model}, the chosen one last; the vanilla one beside it is its own detector where that stayed frozen."""
-    if cfg.MODEL in ("vanilla", *_OF_WEIGHTS) and (cfg.COMPARE or cfg.SHOW_DERAINED):
-        raise config.UserError(f"MODEL = '{cfg.MODEL}' has nothing that COMPARE or SHOW_DERAINED could show: choose "
-                               "another MODEL, or leave them out")
-    gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
-    a_folder = not is_adapter(cfg.RAINY_BRANCH)
-    if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (  # a hub id has a slash
-            problem := system.absent(cfg.RAINY_BRANCH, folder=a_folder)):
-        raise config.UserError(f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}' {problem}: choose spdnet, a detector's folder or "
-                               "hub id, or an adapter's file")
-    if gate and cfg.RAINY_BRANCH != "spdnet" and cfg.SHOW_DERAINED:
-        raise config.UserError(f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
-                               "there is no image to show")
-    if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
-        raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
-    chosen = build_model(cfg, device)
-    if cfg.MODEL in _OF_WEIGHTS:
+    detectors.require(cfg)
+    if cfg.MODEL in detectors.OF_WEIGHTS:
+        chosen = load_weights(cfg, device)
         cfg.IMAGE_SIZE = chosen.side
         return {cfg.MODEL: chosen}
+    chosen = detectors.build_model(cfg, device)
     require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
@@ -248,32 +142,6 @@ def build_models(cfg, device):
 
 
 # --- one batch ----------------------------------------------------------------------------------------------------
-
-def score_thresholds(cfg, classes):
-    """-> (largest label + 1,) scores from which on a class counts: THRESHOLD, or its own of CLASS_THRESHOLDS."""
-    found = torch.full((max(classes) + 1,), float(cfg.THRESHOLD))
-    labels = {name: label for label, name in classes.items()}
-    for text in cfg.CLASS_THRESHOLDS:
-        name, _, value = text.rpartition("=")
-        try:
-            score = float(value)
-        except ValueError:
-            score = -1.0
-        if not name or not 0 <= score <= 1:
-            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}: write class=score, with a score in [0, 1], such "
-                                   "as car=0.3")
-        if name not in labels:
-            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}, but the model has no class {name!r}: it has "
-                                   f"{system.listed(labels, 20)}")
-        found[labels[name]] = score
-    return found
-
-
-def selected(one, keep):
-    """One image's detections -> those where keep (n,) is True."""
-    return {key: [mask for mask, kept in zip(value, keep.tolist(), strict=True) if kept] if key == "masks" else
-            value[keep] for key, value in one.items()}
-
 
 def stretched(cfg, images, device):
     """[(3, H, W) uint8, ...] -> (B, 3, S, S) float in [0, 1], as in training and evaluation."""
@@ -300,12 +168,12 @@ def look(cfg, model, pixels, views, size=None, weak=False, decide=None):
     else:
         outputs = model(pixel_values=pixels, **({"decide": decide} if decide else {}))
         found = decode(outputs.logits, outputs.pred_boxes, sizes)
-    thresholds = score_thresholds(cfg, classes_of(model))
+    thresholds = detectors.score_thresholds(cfg, detectors.classes_of(model))
     if weak:
         thresholds = thresholds.clamp(max=tracks.LOW)
     results = []
     for one, view, (height, width) in zip(found, views, sizes, strict=True):
-        one = selected(one, one["scores"] >= thresholds[one["labels"]])
+        one = tracks.selected(one, one["scores"] >= thresholds[one["labels"]])
         if "mask_logits" in one:
             within = (*size, view.top, view.left) if size else None
             one["masks"] = evaluate.run_lengths(one, (height, width), within)
@@ -377,23 +245,6 @@ def detect_frames(cfg, models, frames, device, gate=None):
     return [None if frame.image is None else next(found) for frame in frames], fallbacks
 
 
-def follow(tracker, one, thresholds):
-    """-> a frame's detections with "tracks": (n,) numbers, 0 for none; of the weak ones those alone that have one."""
-    strong = one["scores"] >= thresholds[one["labels"]]
-    numbers = tracker.update(one, strong)
-    objects = {key: one[key] for key in ("boxes", "scores", "labels", "masks") if key in one} | {"tracks": numbers}
-    return one | selected(objects, strong | (numbers > 0))
-
-
-def draw(cfg, image, result, id2label):
-    """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
-    titles = {"spdnet": cfg.DERAIN}  # MODEL = "spdnet" is whatever DERAIN names
-    panels = [pictures.draw_result(image, titles.get(name, name), one, id2label) for name, one in result.items()]
-    if cfg.SHOW_DERAINED:
-        panels.append(pictures.draw_seen(result[cfg.MODEL], panels[0].size))
-    return pictures.side_by_side(panels)
-
-
 # --- the run ------------------------------------------------------------------------------------------------------
 
 def batches(frames, size, limit):
@@ -406,8 +257,8 @@ def batches(frames, size, limit):
 def run(cfg, models, source, folder, device):
     """Detect in every frame and write the results as they come; the next frames are read and the last ones written
     meanwhile. -> Tally"""
-    id2label, gate, tracker = classes_of(models[cfg.MODEL]), gate_of(cfg, models, source), None
-    thresholds = score_thresholds(cfg, id2label)
+    id2label, gate, tracker = detectors.classes_of(models[cfg.MODEL]), weather_gate.gate_of(cfg, models, source), None
+    thresholds = detectors.score_thresholds(cfg, id2label)
     if cfg.TRACK:
         tracker = tracks.Tracker(source.fps)
     tally, begin = Tally(), time.perf_counter()
@@ -418,14 +269,14 @@ def run(cfg, models, source, folder, device):
     def write(frame, result):
         one = result and result[cfg.MODEL]
         if tracker and one:
-            one = result[cfg.MODEL] = follow(tracker, one, thresholds)
+            one = result[cfg.MODEL] = tracks.follow(tracker, one, thresholds)
         elif tracker:
             tracker.pass_by()
         if not results.after_picture:
             results.add(frame, one)
         if result is None:
             writer.hold()
-        elif problem := writer.write(draw(cfg, frame.image, result, id2label), frame.name):
+        elif problem := writer.write(pictures.draw(cfg, frame.image, result, id2label), frame.name):
             tally.report(problem)
         if results.after_picture:
             results.add(frame, one)
@@ -453,14 +304,6 @@ def run(cfg, models, source, folder, device):
     return tally
 
 
-def gate_of(cfg, models, source):
-    """-> the WeatherGate of a video's model that has a gate, else None."""
-    threshold = getattr(models[cfg.MODEL], "rain_threshold", None)
-    if threshold is None or not source.fps or cfg.RAIN_FRAMES == 1 and not cfg.RAIN_MARGIN:
-        return None
-    return weather_gate.WeatherGate(threshold, cfg.RAIN_FRAMES, cfg.RAIN_MARGIN)
-
-
 def results_of(cfg, source, folder, id2label):
     """-> what takes a run's results: the two files of a video, a journal of images, from which they are made."""
     polygons = cfg.MASKS == "polygon"
@@ -483,7 +326,7 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
-    if cfg.demo and cfg.MODEL in ("vanilla", *_OF_WEIGHTS):  # the demo's panels, of which these have none
+    if cfg.demo and cfg.MODEL in ("vanilla", *detectors.OF_WEIGHTS):  # the demo's panels, of which these have none
         for name in {"SHOW_DERAINED", "COMPARE"} - overrides.keys():
             setattr(cfg, name, False)
     require_usable(cfg)
@@ -497,12 +340,12 @@ def main(**overrides):
         for note in source.notes:
             processes.say(f"note: {note}")
         models = build_models(cfg, device)
-        id2label = classes_of(models[cfg.MODEL])
-        score_thresholds(cfg, id2label)
+        id2label = detectors.classes_of(models[cfg.MODEL])
+        detectors.score_thresholds(cfg, id2label)
         fast.switch_on(cfg.FAST, device, *(model for model in models.values() if isinstance(model, torch.nn.Module)))
-        note_without_effect(cfg, overrides)
+        detectors.note_without_effect(cfg, overrides)
         note_other_sizes(cfg)
-        folder = output.claimed(cfg, source, lasting(cfg))
+        folder = claimed(cfg, source, lasting(cfg))
         try:
             tally = together(run(cfg, models, source, folder, device))
             if not source.fps and processes.is_main():
@@ -526,8 +369,8 @@ def require_usable(cfg):
     if cfg.RAINY_BRANCH.lower() == "spdnet":
         cfg.RAINY_BRANCH = "spdnet"
     cfg.DERAIN = cfg.DERAIN.lower()
-    if cfg.DERAIN not in _DERAINERS:
-        raise config.UserError(f"DERAIN = {cfg.DERAIN!r}: choose one of {', '.join(_DERAINERS)}")
+    if cfg.DERAIN not in detectors.DERAINERS:
+        raise config.UserError(f"DERAIN = {cfg.DERAIN!r}: choose one of {', '.join(detectors.DERAINERS)}")
     if cfg.BATCH_SIZE < 1 or cfg.MAX_FRAMES < 0:
         raise config.UserError(f"BATCH_SIZE = {cfg.BATCH_SIZE} must be at least 1, MAX_FRAMES = {cfg.MAX_FRAMES} at "
                                "least 0")

@@ -21,7 +21,7 @@ import torch
 import detect
 from utils import config, processes, report
 from utils.demo.clip import ensure_clip
-from utils.inference import overlap, video
+from utils.inference import overlap, video, weather_gate
 
 SOURCE: str = "./demo/rain_begins.mp4"  # the video; the demo's is drawn where it is missing
 MODEL = "conditional"                   # of detect.py, with the weights of its demo
@@ -53,7 +53,7 @@ def main(**overrides):
     models = detect.build_models(own, device)
     with contextlib.closing(video.open_source(cfg.SOURCE)) as source:
         frames = list(source)
-        gate = detect.gate_of(own, models, source)
+        gate = weather_gate.gate_of(own, models, source)
 
     def alone():
         begin = time.perf_counter()

@@ -39,7 +39,7 @@ FLOORS = {  # from the ground up
     "datasets": Floor(("utils.datasets",), ("base", "ground", "weather")),
     "training": Floor(("utils.training",), ("base", "ground", "networks", "datasets")),
     "evaluation": Floor(("utils.evaluation",), ("base", "ground", "networks", "datasets")),
-    "inference": Floor(("utils.inference",), ("base", "ground", "networks", "datasets")),
+    "inference": Floor(("utils.inference",), ("base", "ground", "networks", "models", "datasets")),
     "rfdetr": Floor(("rfdetr",), ("base", "ground", "networks", "datasets", "training", "evaluation")),
     "scripts": Floor((), ("base", "ground", "weather", "demo", "networks", "models", "datasets", "training",
                           "evaluation", "inference", "rfdetr")),  # *.py in the root

@@ -14,6 +14,7 @@ from rfdetr_data import write_dataset
 import make_rain
 import Training_RTDETR
 import validate_setup
+from rfdetr import setup_checks
 from rfdetr.datasets import roboflow
 from tools import convert_dataset
 from utils import config, datasets
@@ -243,7 +244,7 @@ def test_rf_detr_takes_polygons_from_yolo(tmp_path):
 def test_the_setup_check_reads_every_form(forms, capsys):
     for form, root in forms.items():
         found = validate_setup.Findings()
-        assert validate_setup.check_dataset(found, config.Config(DATASET_DIR=str(root))) == ["person", "car"]
+        assert setup_checks.check_dataset(found, config.Config(DATASET_DIR=str(root), REPORT="")) == ["person", "car"]
         assert not found.failed, form
         assert "train: 8 images (3 without objects), 8 objects: person 5, car 3" in capsys.readouterr().out
 

@@ -106,8 +106,8 @@ def test_the_model_sees_what_evaluation_sees(base, tmp_path, monkeypatch):
     """Stretched like utils/presets.evaluation, RGB in [0, 1]."""
     seen = []
     Image.fromarray(picture(0, (64, 64))).save(tmp_path / "a.png")
-    build = detect.build_model
-    monkeypatch.setattr(detect, "build_model", lambda *args: spied(build(*args), seen))
+    build = detect.detectors.build_model
+    monkeypatch.setattr(detect.detectors, "build_model", lambda *args: spied(build(*args), seen))
     detect.main(**base, SOURCE=str(tmp_path / "a.png"), MODEL="vanilla")
     assert torch.equal((seen[0][0] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(picture(0, (64, 64))))
 
@@ -213,12 +213,12 @@ def test_flicker_is_of_consecutive_frames_alone():
     ({}, (), ("RAIN_THRESHOLD", "SPDNET_MODEL_PATH", "DERAIN_SCALE", "RAIN_DETECTOR_PATH"))])
 def test_constants_without_effect_are_noted(values, idle, used, capsys):
     given = values | dict.fromkeys((*idle, *used), None)
-    detect.note_without_effect(config.resolve(vars(detect), values), given)
+    detect.detectors.note_without_effect(config.resolve(vars(detect), values), given)
     line = capsys.readouterr().out
     assert line.count("note: without effect") == bool(idle)
     assert all(name in line for name in idle) and not any(name in line.split(": ")[-1] for name in used)
     capsys.readouterr()
-    detect.note_without_effect(config.resolve(vars(detect), values), values)  # defaults are nobody's wish
+    detect.detectors.note_without_effect(config.resolve(vars(detect), values), values)  # defaults are nobody's wish
     assert not capsys.readouterr().out
 
 
@@ -379,14 +379,14 @@ def test_the_writer_holds_and_resizes(tmp_path):
 
 
 def test_ctrl_c_leaves_whole_files(base, clip, monkeypatch):
-    drawn, draw = [], detect.draw
+    drawn, draw = [], detect.pictures.draw
 
     def interrupted(*args):
         drawn.append(1)
         if len(drawn) == 4:
             raise KeyboardInterrupt
         return draw(*args)
-    monkeypatch.setattr(detect, "draw", interrupted)
+    monkeypatch.setattr(detect.pictures, "draw", interrupted)
     found = detect.main(**base, SOURCE=str(clip))
     assert found["stopped"] and found["images"] == 3
     assert len(read(found["folder"] / "clip.mp4")[0]) == 3

@@ -331,8 +331,8 @@ def slowly(constants):
     detect.main(**constants)
 
 
-def interrupted_at(number, draw=detect.draw):
-    """-> detect.draw that stands for Ctrl+C in its `number`-th call."""
+def interrupted_at(number, draw=detect.pictures.draw):
+    """-> detect.pictures.draw that stands for Ctrl+C in its `number`-th call."""
     drawn = []
 
     def interrupted(*args):
@@ -345,11 +345,11 @@ def interrupted_at(number, draw=detect.draw):
 
 def test_after_ctrl_c_a_folder_has_its_files_and_goes_on(many, tmp_path, monkeypatch):
     whole = detect.main(**many | {"OUTPUT": str(tmp_path / "whole")})
-    draw = detect.draw
-    monkeypatch.setattr(detect, "draw", interrupted_at(6))
+    draw = detect.pictures.draw
+    monkeypatch.setattr(detect.pictures, "draw", interrupted_at(6))
     stopped = detect.main(**many)
     assert stopped["stopped"] and len(results(stopped["folder"])[1]["images"]) == 5
-    monkeypatch.setattr(detect, "draw", draw)
+    monkeypatch.setattr(detect.pictures, "draw", draw)
     rest = detect.main(**many, RESUME=True)
     assert rest["images"] == 7 and rest["folder"] == stopped["folder"]
     equal(results(rest["folder"]), results(whole["folder"]))
@@ -360,7 +360,7 @@ def test_what_could_not_be_read_is_tried_again(many):
     sound = broken.read_bytes()
     broken.write_bytes(sound[:200])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detect, "draw", interrupted_at(9))
+        patch.setattr(detect.pictures, "draw", interrupted_at(9))
         with pytest.raises(UserError, match=r"1 problem.*005\.jpg"):
             detect.main(**many)
     broken.write_bytes(sound)

@@ -13,9 +13,11 @@ from test_rfdetr_data import _set, edit, write_dataset
 import train_detector_stage1
 import validate_setup
 from rfdetr import config as sizes
+from rfdetr import setup_checks as rfdetr_checks
 from utils import config
 from utils.config import UserError
 from utils.demo import roboflow as demo_roboflow
+from utils.training import setup_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,7 +144,7 @@ def store(monkeypatch, tmp_path):
 def weights_line(capsys, **overrides):
     found = validate_setup.Findings()
     cfg = config.resolve(vars(validate_setup), {"TIMEOUT": 2.0} | overrides)
-    validate_setup.check_weights(found, cfg)
+    rfdetr_checks.check_weights(found, cfg)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -183,7 +185,7 @@ def test_weights_that_training_refuses(capsys, tmp_path):
                                    PRETRAIN_WEIGHTS=tiny)
     found, cfg = validate_setup.Findings(), config.resolve(vars(validate_setup), {
         "PRETRAIN_WEIGHTS": tiny, "SIZE": "tiny"})
-    validate_setup.check_weights(found, cfg, [f"class {i}" for i in range(99)])
+    rfdetr_checks.check_weights(found, cfg, [f"class {i}" for i in range(99)])
     assert found.failed and "99 classes" in capsys.readouterr().out
 
 
@@ -201,44 +203,44 @@ def test_packages_are_compared_with_the_requirements(tmp_path, capsys):
     path.write_text("# a comment\ntorch>=2.6  # with a reason\nnumpy>=99.1\nno-such-package>=1\ntqdm\n"
                     "opencv-python-headless>=0\n", encoding="utf-8")
     found = validate_setup.Findings()
-    assert not validate_setup.check_packages(found, path)
+    assert not setup_checks.check_packages(found, path)
     lines = capsys.readouterr().out.splitlines()
     assert found.failed == 2 and having(lines, "[FAIL]", "numpy", "older than 99.1")
     assert having(lines, "[FAIL]", "no-such-package is missing") and having(lines, "[ok]", "torch 2.", "tqdm 4.")
     path.write_text("torch>=2.6\nnumpy>=99.1\n", encoding="utf-8")
-    assert validate_setup.check_packages(found, path)  # too old is worth a try, missing is not
-    assert validate_setup._numbers("2.14.1+cu130") == (2, 14, 1) > validate_setup._numbers("2.9")
+    assert setup_checks.check_packages(found, path)  # too old is worth a try, missing is not
+    assert setup_checks._numbers("2.14.1+cu130") == (2, 14, 1) > setup_checks._numbers("2.9")
 
 
 def test_an_optional_package_that_is_missing_only_warns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(validate_setup, "_DISPENSABLE", {"no-such-package": "nobody needs it"})
+    monkeypatch.setattr(setup_checks, "_DISPENSABLE", {"no-such-package": "nobody needs it"})
     (tmp_path / "requirements.txt").write_text("no-such-package>=1\n", encoding="utf-8")
     found = validate_setup.Findings()
-    assert validate_setup.check_packages(found, tmp_path / "requirements.txt")
+    assert setup_checks.check_packages(found, tmp_path / "requirements.txt")
     assert (found.failed, found.warned) == (0, 1)
     assert having(capsys.readouterr().out.splitlines(), "[warn]", "no-such-package is missing: nobody needs it")
 
 
 def test_a_full_disk_fails_before_training_starts(tmp_path, capsys, monkeypatch):
     cfg = config.resolve(vars(validate_setup), {"RUNS_DIR": str(tmp_path / "not" / "yet")})
-    assert validate_setup._COSTS[cfg.SIZE][0] == 30.5  # million parameters: 122 MB, 11 times that are 1.34 GB
+    assert rfdetr_checks.COSTS[cfg.SIZE][0] == 30.5  # million parameters: 122 MB, 11 times that are 1.34 GB
     for free, level in ((0.3, "[FAIL]"), (1.3, "[FAIL]"), (2, "[warn]"), (50, "[ok]")):
-        monkeypatch.setattr(validate_setup.shutil, "disk_usage", lambda path, free=free: type("", (), {
+        monkeypatch.setattr(setup_checks.shutil, "disk_usage", lambda path, free=free: type("", (), {
             "free": free * 2**30}))
-        validate_setup.check_disk(validate_setup.Findings(), cfg.RUNS_DIR, "--runs_dir", cfg.SIZE, 0.122)
+        setup_checks.check_disk(validate_setup.Findings(), cfg.RUNS_DIR, "--runs_dir", cfg.SIZE, 0.122)
         assert capsys.readouterr().out.startswith(level)
 
 
 def test_suggested_batches_grow_with_the_memory_and_shrink_with_the_model():
-    assert set(validate_setup._COSTS) == set(sizes.SIZES)
-    for size in validate_setup._COSTS:
-        batches = [validate_setup.suggest_batch(size, memory)[0] for memory in (4, 8, 16, 24, 80)]
+    assert set(rfdetr_checks.COSTS) == set(sizes.SIZES)
+    for size in rfdetr_checks.COSTS:
+        batches = [rfdetr_checks.suggest_batch(size, memory)[0] for memory in (4, 8, 16, 24, 80)]
         for one, next_one in zip(batches, batches[1:], strict=False):
             assert one[False] <= next_one[False] <= 16 and one[True] <= one[False] and 16 % one[True] == 0
-    assert validate_setup.suggest_batch("nano", 4) == ({False: 4, True: 2}, True)  # 4 to 8 fit 4 GB
-    assert validate_setup.suggest_batch("large", 4) == ({False: 1, True: 1}, False)
-    assert validate_setup.suggest_batch("nano", 80)[0] == {False: 16, True: 16}
-    assert validate_setup.suggest_batch("base", None) == ({False: 2, True: 2}, True)
+    assert rfdetr_checks.suggest_batch("nano", 4) == ({False: 4, True: 2}, True)  # 4 to 8 fit 4 GB
+    assert rfdetr_checks.suggest_batch("large", 4) == ({False: 1, True: 1}, False)
+    assert rfdetr_checks.suggest_batch("nano", 80)[0] == {False: 16, True: 16}
+    assert rfdetr_checks.suggest_batch("base", None) == ({False: 2, True: 2}, True)
 
 
 def test_an_unknown_size_is_refused(tmp_path):

@@ -7,6 +7,15 @@ from pycocotools import mask as rle
 from utils import visualize
 
 
+def draw(cfg, image, result, id2label):
+    """-> PIL image: vanilla (COMPARE) | chosen | what the detector saw (SHOW_DERAINED), each of the image's size."""
+    titles = {"spdnet": cfg.DERAIN}  # MODEL = "spdnet" is whatever DERAIN names
+    panels = [draw_result(image, titles.get(name, name), one, id2label) for name, one in result.items()]
+    if cfg.SHOW_DERAINED:
+        panels.append(draw_seen(result[cfg.MODEL], panels[0].size))
+    return side_by_side(panels)
+
+
 def draw_result(image, name, one, id2label):
     """One model's detections on the image, with a line about its gate and their number.
 

@@ -119,3 +119,17 @@ class Tracker:
     def _forget(self):
         """New objects go when they are missed once, known ones after `patience` frames."""
         self.tracks = [track for track in self.tracks if track.missed <= (self.patience if track.number else 0)]
+
+
+def selected(one, keep):
+    """One image's detections -> those where keep (n,) is True."""
+    return {key: [mask for mask, kept in zip(value, keep.tolist(), strict=True) if kept] if key == "masks" else
+            value[keep] for key, value in one.items()}
+
+
+def follow(tracker, one, thresholds):
+    """-> a frame's detections with "tracks": (n,) numbers, 0 for none; of the weak ones those alone that have one."""
+    strong = one["scores"] >= thresholds[one["labels"]]
+    numbers = tracker.update(one, strong)
+    objects = {key: one[key] for key in ("boxes", "scores", "labels", "masks") if key in one} | {"tracks": numbers}
+    return one | selected(objects, strong | (numbers > 0))

@@ -41,3 +41,11 @@ def require(frames, margin):
     """UserError unless RAIN_FRAMES and RAIN_MARGIN are possible."""
     if frames < 1 or not 0 <= margin < 1:
         raise UserError(f"RAIN_FRAMES = {frames} must be at least 1, RAIN_MARGIN = {margin} in [0, 1)")
+
+
+def gate_of(cfg, models, source):
+    """-> the WeatherGate of a video's model that has a gate, else None."""
+    threshold = getattr(models[cfg.MODEL], "rain_threshold", None)
+    if threshold is None or not source.fps or cfg.RAIN_FRAMES == 1 and not cfg.RAIN_MARGIN:
+        return None
+    return WeatherGate(threshold, cfg.RAIN_FRAMES, cfg.RAIN_MARGIN)

@@ -129,7 +129,7 @@ def test_mixedrain_names_may_hold_spaces(mixed):
 
 def test_mixedrain_in_another_encoding(mixed):
     (mixed / "labels.txt").write_bytes("mist_\u00e9 0 0.5 0.5 0.5 0.25".encode("latin-1"))
-    with pytest.raises(UserError, match="labels.txt is not a text file in UTF-8"):
+    with pytest.raises(UserError, match="labels.txt cannot be read.*save it as UTF-8"):
         mixedrain.read_mixedrain(mixed)
 
 

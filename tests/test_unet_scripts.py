@@ -197,7 +197,7 @@ def test_the_targets_end_a_run(base, capsys):
     ({"VAL_PAIRS": 0}, "VAL_PAIRS = 0"),
     ({"SPLITS_FILE": "./none.json"}, "SPLITS_FILE"),
     ({"PERCEPTUAL_WEIGHT": 0.1, "PERCEPTUAL_WEIGHTS": "./none.pt"}, "none.pt"),
-    ({"BATCH_SIZE": 0}, "BATCH_SIZE"),
+    ({"BATCH_SIZE": -1}, "BATCH_SIZE"),
 ])
 def test_training_refuses_with_one_clear_line(base, change, message):
     with pytest.raises(UserError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Train an RT-DETR on a COCO-layout data set, from published weights or from scratch.
+"""Train an RT-DETR, RT-DETRv2 or D-FINE on your own data, from published weights; an RT-DETR also from scratch.
 
 The other experiments need a detector that knows the classes of your data: this makes one (and the one of the demo).
 RT-DETR: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024.

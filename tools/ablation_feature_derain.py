@@ -8,12 +8,12 @@ of epochs. Finished runs are kept in OUTPUT_DIR and not repeated; the table cove
 """
 
 import os
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import Training_FeatureDerain as Training
-from tools.ablation_spdnet_adaptation import demo_constants, once, place_of, require_known, score, spread
+from tools.ablation_spdnet_adaptation import all_runs, demo_constants, once, require_known, rows_of, score
 from utils import config, report
 from utils.demo.coco import ensure_demo
 
@@ -66,6 +66,13 @@ def run(variant, seed, folder, cfg):
             "seconds": time.process_time() - begin}
 
 
+def settings_of(cfg, variant):
+    """-> {name: value} that the scores of a variant hang on."""
+    share, constants = _VARIANTS[variant]
+    return demo_constants(Training) | constants | {"share of phase 1": share, "EPOCHS": cfg.EPOCHS,
+                                                   "PERCENT_DATASET": cfg.PERCENT_DATASET}
+
+
 def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
@@ -74,21 +81,8 @@ def main(**overrides):
     ensure_demo()
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
-    runs = []
-    for seed in cfg.SEEDS:
-        for variant in cfg.VARIANTS:
-            place = place_of(folder, variant, seed)
-            settings = demo_constants(Training) | _VARIANTS[variant][1] | {
-                "share of phase 1": _VARIANTS[variant][0], "EPOCHS": cfg.EPOCHS, "PERCENT_DATASET": cfg.PERCENT_DATASET}
-            runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
-    gap = vanilla["clean"] - vanilla["rainy"]
-    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
-    for variant in cfg.VARIANTS:
-        mine = [r for r in runs if r["variant"] == variant]
-        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
-        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
-        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
-                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+    runs = all_runs(cfg, partial(settings_of, cfg), run)
+    rows = rows_of(cfg.VARIANTS, runs, vanilla)
     print("\n" + report.table(rows, {"variant": "variant", "rainy": "mAP in rain", "gap": "rain gap won back",
                                      "clean": "mAP on clean images"}))
     report.write_results(folder / "results.json", cfg.as_dict(), {"vanilla": vanilla, "runs": runs})

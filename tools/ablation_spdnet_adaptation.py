@@ -88,6 +88,34 @@ def place_of(folder, variant, seed):
     return folder / f"{''.join(c if c.isalnum() else '_' for c in variant)}_{seed}"
 
 
+def all_runs(cfg, settings_of, run):
+    """-> the scores of every variant with every seed, each made once and kept in cfg.OUTPUT_DIR.
+
+    Args:
+        settings_of: (variant) -> {name: what its scores hang on}; run: (variant, seed, folder, cfg) -> scores.
+    """
+    def made(variant, seed):
+        place = place_of(Path(cfg.OUTPUT_DIR), variant, seed)
+        return once(place / "scores.json", settings_of(variant), lambda: run(variant, seed, place, cfg))
+    return [made(variant, seed) for seed in cfg.SEEDS for variant in cfg.VARIANTS]
+
+
+def rows_of(variants, runs, vanilla):
+    """-> rows of the table: vanilla, and mean and spread over seeds of every variant.
+
+    Args:
+        runs: [{"variant", "rainy", "clean": mAP, ...}, ...]; vanilla: {"rainy", "clean": mAP}.
+    """
+    gap = vanilla["clean"] - vanilla["rainy"]
+    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
+    for variant in variants:
+        rainy, clean = ([r[domain] for r in runs if r["variant"] == variant] for domain in ("rainy", "clean"))
+        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
+        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
+                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+    return rows
+
+
 def cpu_seconds(step, repeats=4, warmup=2):
     """-> seconds of CPU time of one call of `step()`, averaged over `repeats` after `warmup` others."""
     for call in range(warmup + repeats):
@@ -131,15 +159,10 @@ def main(**overrides):
                 "PERCENT_DATASET": cfg.PERCENT_DATASET, "NUM_EPOCHS": cfg.NUM_EPOCHS}
             runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
     gap = vanilla["clean"] - vanilla["rainy"]
-    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"},
-            {"variant": "original SPDNet", "rainy": f"{original['rainy']:.4f}", "clean": f"{original['clean']:.4f}",
-             "gap": f"{100 * (original['rainy'] - vanilla['rainy']) / gap:.1f}%"}]
-    for variant in cfg.VARIANTS:
-        mine = [r for r in runs if r["variant"] == variant]
-        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
-        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
-        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
-                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+    rows = rows_of(cfg.VARIANTS, runs, vanilla)
+    rows.insert(1, {"variant": "original SPDNet", "rainy": f"{original['rainy']:.4f}",
+                    "clean": f"{original['clean']:.4f}",
+                    "gap": f"{100 * (original['rainy'] - vanilla['rainy']) / gap:.1f}%"})
     print("\n" + report.table(rows, {"variant": "loss", "rainy": "mAP in rain", "gap": "rain gap won back",
                                      "clean": "mAP on clean images through SPDNet"}))
     report.write_results(folder / "results.json", cfg.as_dict(),

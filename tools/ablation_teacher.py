@@ -11,12 +11,21 @@ time, which the table shows. Finished runs are kept in OUTPUT_DIR and not repeat
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import Eval_SPDNet_Adaptation as Eval
 import Training_RTDETR
 import Training_WeatherAdapter
-from tools.ablation_spdnet_adaptation import demo_constants, once, place_of, require_known, score, scores_of, spread
+from tools.ablation_spdnet_adaptation import (
+    all_runs,
+    demo_constants,
+    once,
+    require_known,
+    rows_of,
+    score,
+    scores_of,
+)
 from utils import config, report
 from utils.demo.coco import ensure_demo
 from utils.networks import adapter
@@ -65,6 +74,13 @@ def run(variant, seed, folder, cfg):
     return {"variant": variant, "seed": seed, "seconds": seconds} | scores
 
 
+def settings_of(cfg, variant):
+    """-> {name: value} that the scores of a variant hang on."""
+    script, epochs, constants = _VARIANTS[variant]
+    return demo_constants(script) | constants | {"NUM_EPOCHS": cfg.EPOCHS or epochs,
+                                                 "PERCENT_DATASET": cfg.PERCENT_DATASET}
+
+
 def main(**overrides):
     """Run what is missing, then print mean and spread over seeds of every variant."""
     cfg = config.resolve(globals(), overrides)
@@ -73,23 +89,11 @@ def main(**overrides):
     ensure_demo()
     folder = Path(cfg.OUTPUT_DIR)
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
-    runs = []
-    for seed in cfg.SEEDS:
-        for variant in cfg.VARIANTS:
-            script, epochs, constants = _VARIANTS[variant]
-            settings = demo_constants(script) | constants | {
-                "NUM_EPOCHS": cfg.EPOCHS or epochs, "PERCENT_DATASET": cfg.PERCENT_DATASET}
-            place = place_of(folder, variant, seed)
-            runs.append(once(place / "scores.json", settings, lambda v=variant, s=seed, p=place: run(v, s, p, cfg)))
-    gap = vanilla["clean"] - vanilla["rainy"]
-    rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
-    for variant in cfg.VARIANTS:
-        mine = [r for r in runs if r["variant"] == variant]
-        rainy, clean = ([r[domain] for r in mine] for domain in ("rainy", "clean"))
-        shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
-        rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
-                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})",
-                     "seconds": f"{statistics.mean(r['seconds'] for r in mine):.0f} s"})
+    runs = all_runs(cfg, partial(settings_of, cfg), run)
+    rows = rows_of(cfg.VARIANTS, runs, vanilla)
+    for row in rows[1:]:
+        seconds = [r["seconds"] for r in runs if r["variant"] == row["variant"]]
+        row["seconds"] = f"{statistics.mean(seconds):.0f} s"
     print("\n" + report.table(rows, {"variant": "variant", "rainy": "mAP in rain", "gap": "rain gap won back",
                                      "clean": "mAP on clean images", "seconds": "CPU time"}))
     report.write_results(folder / "results.json", cfg.as_dict(), {"vanilla": vanilla, "runs": runs})

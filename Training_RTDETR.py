@@ -104,9 +104,19 @@ for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(),
 """
 
 
-def terms_of(cfg):
-    """-> {term of distillation.TERMS: its weight}."""
-    return {term: getattr(cfg, constant) for term, constant in _TEACHER_TERMS.items()}
+def loss_constants():
+    """-> {loss: name of the constant with its weight}, of whatever trains with `compute_losses`."""
+    return {"detection": "DETECTION_WEIGHT"} | _TEACHER_TERMS
+
+
+def is_taught(cfg):
+    """-> whether a term of distillation.TERMS has a weight."""
+    return any(getattr(cfg, constant) for constant in _TEACHER_TERMS.values())
+
+
+def collate_of(cfg):
+    """-> what makes training batches: with digests of the clean twins only where the teacher's answers are kept."""
+    return datasets.collate_with_digests if is_taught(cfg) and cfg.TEACHER_CACHE_GB else datasets.collate
 
 
 def build_model(cfg):
@@ -135,19 +145,17 @@ def build_loaders(cfg, id2label):
     augmentations = {"full": presets.detection, "mirror": presets.adaptation}
     if cfg.AUGMENTATION not in augmentations:
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
-    taught = any(terms_of(cfg).values())
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
         coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        twins=taught, unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg),
+        twins=is_taught(cfg), unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg),
         labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
         domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
-    collate = datasets.collate_with_digests if taught else datasets.collate
-    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate),
+    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate_of(cfg)),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})
 
@@ -165,7 +173,7 @@ def parameter_groups(model, cfg):
 
 def build_teacher(cfg, model):
     """-> distillation.Teacher where one of its terms is wanted, else None."""
-    if not any(terms_of(cfg).values()):
+    if not is_taught(cfg):
         if cfg.TEACHER_NAME:
             processes.say(f"note: TEACHER_NAME has no effect while {', '.join(_TEACHER_TERMS.values())} are 0")
         return None
@@ -249,7 +257,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     require_size(cfg.IMAGE_SIZE)
     plan = Plan.of(cfg, learning_rates=("LEARNING_RATE", "BACKBONE_LEARNING_RATE"),
-                   loss_weights={"detection": "DETECTION_WEIGHT"} | _TEACHER_TERMS)
+                   loss_weights=loss_constants())
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)

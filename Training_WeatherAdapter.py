@@ -166,9 +166,7 @@ def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
     check(cfg)
-    plan = Plan.of(cfg, loss_weights={"detection": "DETECTION_WEIGHT", "queries": "QUERIES_WEIGHT",
-                                      "positions": "POSITIONS_WEIGHT", "features": "FEATURES_WEIGHT"})
-    taught = bool(plan.loss_weights.keys() - {"detection"})
+    plan, taught = Plan.of(cfg, loss_weights=Training_RTDETR.loss_constants()), Training_RTDETR.is_taught(cfg)
     if cfg.demo:
         ensure_demo()
     engine.seed_everything(cfg.SEED)
@@ -187,7 +185,7 @@ def main(**overrides):
     result = engine.fit(
         distillation.Student(model) if taught else model,
         loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
-                                datasets.collate_with_digests if taught else datasets.collate),
+                                Training_RTDETR.collate_of(cfg)),
         partial(Training_RTDETR.compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
         output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": cfg.LEARNING_RATE}],

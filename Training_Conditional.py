@@ -88,24 +88,6 @@ DEMO = {
 }
 
 
-_LOAD = """
-# in a checkout of RainSight; from the hub: folder = huggingface_hub.snapshot_download("user/name")
-import torch
-from utils import datasets
-from utils.boxes import decode
-from utils.conditional_model import ConditionalRainRobustRTDETR
-from utils.images import to_floats
-
-folder, side = "path/of/this/folder", 640  # side: IMAGE_SIZE of the training
-model = ConditionalRainRobustRTDETR.from_pretrained(folder)
-image = datasets.read_image("street.jpg")
-pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
-with torch.no_grad():
-    outputs = model(pixels)
-print(outputs.rain_stats["scores"], decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
-"""
-
-
 def build_model(cfg, device):
     """The conditional model: SPDNet and (with a soft gate) the rain detector train, RT-DETR is frozen."""
     model = conditional_model.load_conditional_model(
@@ -186,7 +168,8 @@ def card_of(cfg, images, id2label):
         f"RT-DETR behind a rain gate, {len(id2label)} classes",
         f"A rain detector decides per image whether SPDNet takes the rain away before RT-DETR looks at it; gate and "
         f"de-rainer were trained together (gate: {cfg.GATE}), RT-DETR was frozen.",
-        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(),
+        load=model_card.loading(conditional_model.ConditionalRainRobustRTDETR, 'outputs.rain_stats["scores"], '),
         data=[f"{images} training images, {100 * cfg.COCO_RATIO:.0f}% clean and "
               f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
 

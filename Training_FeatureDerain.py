@@ -96,22 +96,6 @@ DEMO = {
     "PRETRAINED_SHARE": 0.5, "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
 }
 _FEATURE_TERMS = {"consistency": "rainy", "identity": "clean"}  # the terms that compare features: of which domain
-_LOAD = """
-# in a checkout of RainSight; from the hub: folder = huggingface_hub.snapshot_download("user/name")
-import torch
-from utils import datasets
-from utils.boxes import decode
-from utils.feature_derain import FeatureDerainRTDETR
-from utils.images import to_floats
-
-folder, side = "path/of/this/folder", 640  # side: IMAGE_SIZE of the training
-model = FeatureDerainRTDETR.from_pretrained(folder)
-image = datasets.read_image("street.jpg")
-pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
-with torch.no_grad():
-    outputs = model(pixels)
-print(decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
-"""
 
 
 def build_model(cfg, device):
@@ -313,7 +297,8 @@ def card_of(cfg, images, id2label):
     return model_card.Card(
         f"RT-DETR that de-rains features, {len(id2label)} classes",
         f"An RT-DETR object detector with a de-raining module ({cfg.DERAIN_TYPE}) between backbone and encoder.",
-        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
+        library="rainsight", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(),
+        load=model_card.loading(feature_derain.FeatureDerainRTDETR),
         data=[f"{images} training images, clean and rainy",
               f"classes: {', '.join(id2label.values())}"])
 

@@ -22,6 +22,34 @@ _OF_THE_RUN = {"OUTPUT_DIR", "RESUME", "CHECKPOINT_STEPS", "EVAL_BATCH_SIZE", "D
 _METRIC = re.compile(r"(?:(.+)/)?(mAP|AP50|AP75|AP_small|AP_medium|AP_large)")  # names that mean COCO's scores
 
 
+_WRAPPER = """
+# in a checkout of RainSight; from the hub: folder = huggingface_hub.snapshot_download("user/name")
+import torch
+from utils import datasets
+from utils.boxes import decode
+from {module} import {name}
+from utils.images import to_floats
+
+folder, side = "path/of/this/folder", 640  # side: IMAGE_SIZE of the training
+model = {name}.from_pretrained(folder)
+image = datasets.read_image("street.jpg")
+pixels = torch.nn.functional.interpolate(to_floats(image)[None], (side, side), mode="bilinear", antialias=True)
+with torch.no_grad():
+    outputs = model(pixels)
+print({more}decode(outputs.logits, outputs.pred_boxes, [tuple(image.shape[-2:])])[0])
+"""
+
+
+def loading(model, more=""):
+    """-> Python code that loads one of this project's models around a detector, and detects.
+
+    Args:
+        model: its class, with from_pretrained(folder); more: code of what is printed before the detections, with a
+            comma and a blank behind it.
+    """
+    return _WRAPPER.format(module=model.__module__, name=model.__name__, more=more)
+
+
 class Card:
     """What a script says about the model that it trains.
 

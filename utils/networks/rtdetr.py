@@ -1,8 +1,8 @@
 """RT-DETR, RT-DETRv2 and D-FINE from transformers: load them, build small RT-DETRs, and reach the features between
 backbone and encoder. What differs between the three stands here; everywhere else one is as good as another.
 
-Input: RGB in [0, 1], sides a multiple of 32,
-no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes` (B, Q, 4), normalised cxcywh.
+Input: RGB in [0, 1], sides a multiple of 32, no ImageNet normalisation. Outputs: `logits` (B, Q, K) and `pred_boxes`
+(B, Q, 4), normalised cxcywh.
 """
 
 import copy
@@ -90,11 +90,11 @@ class DFineForObjectDetection(_WithoutWaits, transformers.DFineForObjectDetectio
     """Peng et al., "D-FINE", ICLR 2025: boxes as distributions of their edges, with losses of their own."""
 
 
-_FAMILY = {  # {model_type in config.json: our class, criterion}
-    "rt_detr": (RTDetrForObjectDetection, rtdetr_loss), "rt_detr_v2": (RTDetrV2ForObjectDetection, rtdetr_loss),
-    "d_fine": (DFineForObjectDetection, dfine_loss)}
-_DETECTORS = (transformers.RTDetrForObjectDetection, transformers.RTDetrV2ForObjectDetection,
-              transformers.DFineForObjectDetection)
+_FAMILY = {  # {model_type in config.json: transformers' class, ours, criterion}
+    "rt_detr": (transformers.RTDetrForObjectDetection, RTDetrForObjectDetection, rtdetr_loss),
+    "rt_detr_v2": (transformers.RTDetrV2ForObjectDetection, RTDetrV2ForObjectDetection, rtdetr_loss),
+    "d_fine": (transformers.DFineForObjectDetection, DFineForObjectDetection, dfine_loss)}
+_DETECTORS = tuple(published for published, _, _ in _FAMILY.values())
 
 
 def _ours(detector):
@@ -102,7 +102,7 @@ def _ours(detector):
 
     It is built as transformers' own: of a class that is not, transformers leaves the heads without their first values.
     """
-    detector.__class__, detector.loss_function = _FAMILY[detector.config.model_type]
+    _, detector.__class__, detector.loss_function = _FAMILY[detector.config.model_type]
     return detector
 
 
@@ -149,7 +149,7 @@ def load_rtdetr(name, num_labels=None, device="cpu", constant="RTDETR_MODEL_NAME
     try:
         settings, _ = RTDetrConfig.get_config_dict(name, local_files_only=looks_local)
         _require_rtdetr(settings, f"{constant} = '{name}'")
-        published = getattr(transformers, _FAMILY[settings["model_type"]][0].__name__)
+        published = _FAMILY[settings["model_type"]][0]
         # float32: transformers keeps a checkpoint's own dtype otherwise
         detector, report = published.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, local_files_only=looks_local, **changes)

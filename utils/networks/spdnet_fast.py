@@ -163,7 +163,7 @@ def thin_conv(conv: nn.Conv2d, *maps: Tensor) -> Tensor:
     an output channel of a matrix product, and `fold` adds the nine results at their places.
     """
     weights = conv.weight.flip(2, 3).flatten(2).transpose(1, 2).flatten(0, 1)            # (out * 9, in)
-    taps = sum(weight.expand(x.shape[0], -1, -1) @ x.flatten(2)                              # (B, out * 9, h * w)
+    taps = sum(weight.expand(x.shape[0], -1, -1) @ x.flatten(2)                          # (B, out * 9, h * w)
                for x, weight in zip(maps, weights.split([x.shape[1] for x in maps], 1), strict=True))
     return F.fold(taps, maps[0].shape[2:], 3, padding=1) + conv.bias[:, None, None]
 

@@ -1,7 +1,10 @@
 """Small data and small models that several test files share. Nothing here needs ../shared, a GPU or a network."""
 
+import http.server
 import json
 import os
+import threading
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask the hub, not even for a time-out
 
@@ -65,6 +68,19 @@ def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "v
 def names_in(folder):
     """-> names of what a user sees in a folder; hidden files such as a run's lock are not among them."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@contextmanager
+def serving(handler, monkeypatch):
+    """Within, a server on this machine answers with an http.server handler. -> its address"""
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+    thread.join()
 
 
 class Killed(Exception):

@@ -311,17 +311,24 @@ def test_the_mix_of_other_images_keeps_the_share(files, small_detector):
         mixed_part(clean, other, 1.5, 0)
 
 
-def test_scores_of_a_mix_by_hand(files, small_detector):
-    """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found."""
+def perfect_in_their_domain(files, small_detector):
+    """-> clean and rainy data, perfect and no detections of their images, and what is found where vanilla is perfect on
+    clean and blind on rainy images, the branch the other way round."""
     clean, rainy = (validation(files / root, domain, small_detector).dataset
                     for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
-    part = mixed_part(clean, rainy, 0.5, 0)
     perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
                             for note in read_annotations(rainy.annotations)["annotations"]
                             if note["image_id"] == i]) for i in rainy.image_ids}
     nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
     found = {domain: {"vanilla": perfect if domain == "clean" else nothing,
                       "adapted": perfect if domain == "rainy" else nothing} for domain in ("clean", "rainy")}
+    return clean, rainy, perfect, nothing, found
+
+
+def test_scores_of_a_mix_by_hand(files, small_detector):
+    """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found."""
+    clean, rainy, perfect, nothing, found = perfect_in_their_domain(files, small_detector)
+    part = mixed_part(clean, rainy, 0.5, 0)
     parts = {"clean": part_of(clean), "rainy": part_of(rainy), "mix": part}
     gate = hard_gate({"clean": dict.fromkeys(clean.image_ids, 0.6),
                       "rainy": dict.fromkeys(rainy.image_ids, 0.7)}, 0.65)
@@ -344,15 +351,8 @@ def test_scores_of_a_mix_by_hand(files, small_detector):
 def test_the_best_threshold_by_hand(files, small_detector):
     """Vanilla finds everything on clean images, the branch on rainy ones: the probabilities between 0.6 and 0.7 part
     them. A gate that knows nothing is not believed better than it is."""
-    clean, rainy = (validation(files / root, domain, small_detector).dataset
-                    for root, domain in (("coco", "clean"), ("coco_rain", "rainy")))
+    clean, rainy, perfect, nothing, found = perfect_in_their_domain(files, small_detector)
     part = mixed_part(clean, rainy, 0.5, 0)
-    perfect = {i: np.array([[*note["bbox"], 1.0, rainy.label_of[note["category_id"]]]
-                            for note in read_annotations(rainy.annotations)["annotations"]
-                            if note["image_id"] == i]) for i in rainy.image_ids}
-    nothing = {i: np.empty((0, 6)) for i in rainy.image_ids}
-    found = {domain: {"vanilla": perfect if domain == "clean" else nothing,
-                      "adapted": perfect if domain == "rainy" else nothing} for domain in ("clean", "rainy")}
     scores = {"clean": dict.fromkeys(clean.image_ids, 0.6), "rainy": dict.fromkeys(rainy.image_ids, 0.7)}
     chosen = best_threshold(part, found, scores, "adapted")
     assert 0.6 < chosen.threshold <= 0.7 and chosen.score == pytest.approx(1.0)

@@ -4,11 +4,11 @@ import hashlib
 import http.server
 import io
 import shutil
-import threading
 import zipfile
 from types import SimpleNamespace
 
 import pytest
+from conftest import serving
 
 from tools import get_data
 from tools.get_data import Archive, Source
@@ -53,22 +53,15 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """-> the handler class of a running server; SOURCES has one data set of it, "small"."""
     handler = type("Handler", (Server,), {"asked": []})
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler.address = f"http://127.0.0.1:{running.server_port}"
 
     def publish(md5=None, file="val2017.zip"):
         source = Source("A small set", "yours", "https://example.org", {"val": Archive(
             f"{handler.address}/{file}", "val2017", md5)})
         monkeypatch.setitem(get_data.SOURCES, "small", source)
     handler.publish = publish
-    publish()
-    yield handler
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with serving(handler, monkeypatch) as handler.address:
+        publish()
+        yield handler
 
 
 def test_a_data_set_is_there_after_one_command_and_is_not_loaded_twice(server, tmp_path, capsys):

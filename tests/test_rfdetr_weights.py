@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import http.server
 import pickle
-import threading
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import serving
 
 from rfdetr import config, names, weights
 from rfdetr.config import COCO_ROWS, Published
@@ -51,16 +51,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """-> the handler class of a running server that "publishes" CONTENT as size nano."""
     handler = type("Handler", (Server,), {"requests": []})
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(config.PUBLISHED, "nano", Published(
-        "rf-detr-nano.pth", f"http://127.0.0.1:{running.server_port}/nano.pth", hashlib.md5(CONTENT).hexdigest()))
-    yield handler
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with serving(handler, monkeypatch) as address:
+        monkeypatch.setitem(config.PUBLISHED, "nano", Published(
+            "rf-detr-nano.pth", f"{address}/nano.pth", hashlib.md5(CONTENT).hexdigest()))
+        yield handler
 
 
 # ---- download ----------------------------------------------------------------------------------------------------

@@ -243,6 +243,13 @@ def score(rows, parts, found):
     return table
 
 
+def thresholds_of(part, found, scores_of):
+    """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector}."""
+    vanilla = part.matches(found, "vanilla")
+    return {name: best_threshold(part, found, scores, name, plain_matches=vanilla)._asdict()
+            for name, scores in scores_of.items()}
+
+
 def report_of(rows, parts, found, data):
     """-> report_page.Page of vanilla and of every branch behind its gate, on clean and on rainy images."""
     page = report_page.Page("Conditional de-raining")
@@ -376,13 +383,6 @@ def require_usable(cfg):
     comparison.require_page(cfg)
 
 
-def leave_out_missing(cfg):
-    """In the demo, empty the constants of models that other demos make and have not made yet."""
-    for constant in ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR", "ADAPTER_PATH"):
-        if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
-            setattr(cfg, constant, "")
-
-
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
     "sweep", "thresholds", "details": of report_page}."""
@@ -390,7 +390,8 @@ def main(**overrides):
     require_usable(cfg)
     if cfg.demo:
         ensure_demo()
-        leave_out_missing(cfg)
+        comparison.leave_out_missing(cfg, DEMO, ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR",
+                                                 "ADAPTER_PATH"))
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()
@@ -420,8 +421,7 @@ def main(**overrides):
     graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
-    thresholds = {name: best_threshold(parts["mix"], found, scores_of[name], name)._asdict()
-                  for name in list(branches)[1:]}
+    thresholds = thresholds_of(parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]})
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}

@@ -356,10 +356,8 @@ def main(**overrides):
     processes.require_one("export.py")
     require_usable(cfg)
     if cfg.demo:
-        for constant in ("MODEL_NAME", "ADAPTER_PATH"):
-            if getattr(cfg, constant) == DEMO[constant] and not Path(DEMO[constant]).exists():
-                setattr(cfg, constant, "")
-                processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
+        for constant in comparison.leave_out_missing(cfg, DEMO, ("MODEL_NAME", "ADAPTER_PATH")):
+            processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
     models = build_models(cfg)
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in models:
         raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}': the constant of that model is empty; written are "

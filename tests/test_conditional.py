@@ -514,8 +514,8 @@ def test_training_refuses_with_one_clear_line(base, change, message):
 
 def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeypatch):
     asked = {}
-    monkeypatch.setattr(Eval_conditional, "best_threshold", lambda part, found, scores, name: asked.update(
-        {name: scores}) or best_threshold(part, found, scores, name))
+    monkeypatch.setattr(Eval_conditional, "best_threshold", lambda part, found, scores, name, **more: asked.update(
+        {name: scores}) or best_threshold(part, found, scores, name, **more))
     pipeline = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
     pipeline.save_pretrained(files / "hard")
     with torch.no_grad():

@@ -62,6 +62,18 @@ def note_other_sizes(trained, image_size, constant="IMAGE_SIZE"):
                           "suffer")
 
 
+def leave_out_missing(cfg, demo, names):
+    """Empty the constants of a demo that name what other demos make and have not made yet. -> their names
+
+    Args:
+        demo: DEMO of the script; names: of those constants.
+    """
+    missing = [name for name in names if getattr(cfg, name) == demo[name] and not Path(demo[name]).exists()]
+    for name in missing:
+        setattr(cfg, name, "")
+    return missing
+
+
 def note_same(cfg, *pairs):
     """Say where two constants, whose models are to be compared, name the same file or folder."""
     for first, second in pairs:

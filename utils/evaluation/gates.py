@@ -168,15 +168,16 @@ class Chosen(NamedTuple):
                          # choice; None: too few images hold objects for two halves
 
 
-def best_threshold(part, found, scores, branch, plain="vanilla", candidates=21, splits=10, seed=0):
+def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=None, candidates=21, splits=10, seed=0):
     """-> Chosen: the threshold with the best mAP on average over random halves of the images, so that few images that
     happen to lie well do not decide; among equals the middle one. Of images too few for halves it is the best of all.
 
     Args:
         part: Part; found, scores: see the module; plain, branch: names in `found`.
+        plain_matches: part.matches(found, plain), where they are there already.
         candidates: thresholds that are tried, between the images' own probabilities.
     """
-    one, other = (part.matches(found, name) for name in (plain, branch))
+    one, other = plain_matches or part.matches(found, plain), part.matches(found, branch)
     # pycocotools numbers the images by rising id
     order = sorted(range(len(part.images)), key=lambda i: part.new_ids[part.images[i]])
     probabilities = np.array([scores[part.images[i][0]][part.images[i][1]] for i in order])

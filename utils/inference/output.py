@@ -35,10 +35,8 @@ def claimed(cfg, source, constants):
 
 def last_folder(output):
     """-> the last of OUTPUT, OUTPUT2, ..., whose run was stopped or killed."""
-    path = Path(output)
-    folder = None
-    for number in itertools.count(1):
-        candidate = path.with_name(path.name + (str(number) if number > 1 else ""))
+    path, folder = Path(output), None
+    for candidate in numbered(path):
         if not candidate.is_dir():
             break
         folder = candidate
@@ -48,6 +46,11 @@ def last_folder(output):
     return folder
 
 
+def numbered(path):
+    """Yield path, path2, path3, ..."""
+    return (path.with_name(path.name + (str(number) if number > 1 else "")) for number in itertools.count(1))
+
+
 def new_folder(output):
     """-> a folder that did not exist before: OUTPUT, OUTPUT2, OUTPUT3, ..."""
     path = Path(output)
@@ -55,8 +58,7 @@ def new_folder(output):
         raise config.UserError(f"OUTPUT = '{output}': give a folder of its own")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = path.with_name(path.name + (str(number) if number > 1 else ""))
+        for folder in numbered(path):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder

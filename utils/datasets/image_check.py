@@ -162,6 +162,15 @@ def size_of(path):
         return system.upright_size(image)
 
 
+def size_or_error(path):
+    """-> (width, height) of an image file that has not been checked; UserError where it is none."""
+    try:
+        return size_of(path)
+    except system.FAULTS as error:
+        raise UserError(f"{Path(path).as_posix()} is no image ({error}): replace it, or remove it from the data "
+                        "set") from None
+
+
 def smaller_than(paths, side):
     """-> those of the image files (checked ones) that have a side of fewer than so many pixels, as text."""
     return [Path(path).as_posix() for path in paths if min(size_of(path)) < side]

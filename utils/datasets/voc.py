@@ -153,11 +153,7 @@ def _size(tree, path, image):
         size = [_number(element, tag, path) for tag in ("width", "height") if element.text(tag)]
         if len(size) == 2 and all(side > 0 for side in size):
             return round(size[0]), round(size[1])
-    try:
-        return image_check.size_of(image)
-    except system.FAULTS as error:
-        raise UserError(f"{image.as_posix()} is no image ({error}): replace it, or remove it from the data "
-                        "set") from None
+    return image_check.size_or_error(image)
 
 
 def _object(element, path, classes, root):

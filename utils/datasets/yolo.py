@@ -175,11 +175,7 @@ def read(file, name, masks=True):
     names, (folder, paths) = read_settings(file)[1], images_of(file, name)
     images, labelled = [], 0
     for path in paths:
-        try:
-            width, height = image_check.size_of(path)
-        except system.FAULTS as error:
-            raise UserError(f"{path.as_posix()} is no image ({error}): replace it, or remove it from the data "
-                            "set") from None
+        width, height = image_check.size_or_error(path)
         text, objects = label_file(path), []
         labelled += text is not None
         for number, line in system.numbered_lines(text) if text else []:

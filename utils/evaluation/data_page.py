@@ -42,10 +42,9 @@ def write(folder, title, findings, audits, pairs, constants):
     parts += [f"<h2>{escaped(name)}</h2><p class=\"quiet\">{len(found)} pairs; rainy, clear</p>"
               + report_page.figure_grid(_pair(*one) for one in evenly(found, SHOWN // 2))
               for name, found in pairs.items()]
-    rows = [{"name": name, "value": repr(value)} for name, value in constants.items()]
     parts.append("<details><summary>Everything that was looked at, and the constants</summary><ul>"
                  + "".join(f"<li>{escaped(text)}</li>" for kind, text in findings if kind == "ok") + "</ul>"
-                 + report_page.table(rows, {"name": "constant", "value": "value"}, "constants") + "</details>")
+                 + report_page.constants_table(constants) + "</details>")
     report_page.write_page(folder / report_page.NAME, title, parts)
     return folder / report_page.NAME
 

@@ -329,7 +329,12 @@ def environment_line(values):
             f'{escaped(values["device"])}, torch {escaped(values["torch"])}</p>')
 
 
-def _constants(constants):
+def constants_table(constants):
+    """-> HTML of a script's constants, {name: value}."""
     rows = [{"name": name, "value": repr(value)} for name, value in constants.items()]
+    return table(rows, {"name": "constant", "value": "value"}, "constants")
+
+
+def _constants(constants):
     return ("<h2>Constants</h2><details><summary>What this run was started with</summary>"
-            + table(rows, {"name": "constant", "value": "value"}, "constants") + "</details>")
+            + constants_table(constants) + "</details>")

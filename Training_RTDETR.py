@@ -23,11 +23,21 @@ from utils.datasets import loaders, presets
 from utils.datasets.annotations import label_table, read_annotations
 from utils.datasets.fresh_rain import fresh_rain
 from utils.datasets.layouts import find_split
+from utils.datasets.mosaic import with_mosaics
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import distillation
-from utils.networks.rtdetr import id2label_of, load_rtdetr, new_rtdetr, require_queries, require_size, rtdetr_of
+from utils.networks.rtdetr import (
+    freeze_first_stages,
+    id2label_of,
+    load_rtdetr,
+    name_of,
+    new_rtdetr,
+    require_queries,
+    require_size,
+    rtdetr_of,
+)
 from utils.training import engine, model_card
 from utils.training.plan import Plan
 
@@ -43,6 +53,8 @@ PERCENT_DATASET: float = 100            # seeded subset of the training images, 
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that only the validation files have
 AUGMENTATION = "full"                   # full: colour, zoom out, IoU crop, mirror; mirror: only that (plenty of data)
+MOSAIC_RATIO = 0.0                      # share of training images that are four in one; for new heads and few images
+CLOSE_MOSAIC = 3                        # last epochs without: whole images, as at inference
 
 # --- model --------------------------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # hub id or folder to start from; "" starts from scratch
@@ -56,6 +68,7 @@ BATCH_SIZE = 16                         # per GPU; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 1         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # encoder, decoder and heads
 BACKBONE_LEARNING_RATE = 1e-5           # a pretrained backbone moves slowly, 0 freezes it; from scratch LEARNING_RATE
+FREEZE_AT = 0                           # 1 freezes the backbone's stem, 2 its first stage as well, ...: faster
 WEIGHT_DECAY = 1e-4                     # not on biases and normalisation layers
 CLIP_NORM = 0.1                         # limit of the gradient's norm, RT-DETR's own; 0: none
 WARMUP_STEPS = 500                      # optimizer steps of linear warm-up
@@ -155,7 +168,8 @@ def build_loaders(cfg, id2label):
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
         domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
-    return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate_of(cfg)),
+    return (loaders.training_loader(with_mosaics(train, cfg), cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
+                                    collate_of(cfg)),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})
 
@@ -230,11 +244,12 @@ def sample_images(model, loader, id2label):
     return {"detections": visualize.as_tensor(visualize.grid([row], [""] * len(row)))}
 
 
-def card_of(cfg, images, id2label):
-    """-> model_card.Card; images: how many the detector learns from."""
+def card_of(cfg, images, detector):
+    """-> model_card.Card of a detector; images: how many it learns from."""
+    id2label = id2label_of(detector)
     return model_card.Card(
         f"Detector for {len(id2label)} classes",
-        "An object detector of the RT-DETR family (config.json says which), trained on clean and rainy images.",
+        f"An object detector, {name_of(detector)}, trained on clean and rainy images.",
         library="transformers", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
         data=[f"{images} training images, {100 * cfg.COCO_RATIO:.0f}% clean and "
               f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])
@@ -265,6 +280,7 @@ def main(**overrides):
     model = build_model(cfg)
     if not cfg.BACKBONE_LEARNING_RATE:
         freeze.freeze(model.model.backbone)  # its backward pass, half of a step, falls away as well
+    freeze_first_stages(model, cfg.FREEZE_AT)
     teacher = build_teacher(cfg, model)
     id2label = id2label_of(model)
     require_queries(model, cfg.IMAGE_SIZE)
@@ -272,9 +288,9 @@ def main(**overrides):
     truths = {domain: ground_truth(loader.dataset.annotations)
               for domain, loader in val_loaders.items()}
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
-    processes.say(freeze.describe({"RT-DETR": model}))
+    processes.say(freeze.describe({name_of(model): model}))
     folder = Path(cfg.OUTPUT_DIR) / "detector"
-    card = card_of(cfg, len(train_loader.dataset), id2label)
+    card = card_of(cfg, len(train_loader.dataset), model)
     result = engine.fit(
         model if teacher is None else distillation.Student(model), train_loader,
         partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
@@ -284,7 +300,8 @@ def main(**overrides):
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
         constants=cfg.as_dict() | {"classes": list(id2label.values()), "taught": teacher is not None},
         own_files=(folder.name,),
-        fixed=("IMAGE_SIZE", "COCO_RATIO", "RAIN_RATIO", "classes", "taught"),  # the ratios weight the score as well
+        # the ratios weight the score as well
+        fixed=("IMAGE_SIZE", "FREEZE_AT", "COCO_RATIO", "RAIN_RATIO", "classes", "taught"),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
         validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:

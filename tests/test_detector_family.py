@@ -21,7 +21,7 @@ from utils.feature_derain import FeatureDerainRTDETR
 from utils.inference.exported import load_exported
 from utils.integrated_model import RainRobustRTDETR
 from utils.networks import adapter, distillation, folding, rtdetr_loss
-from utils.networks.rtdetr import backbone_features, detect_from_features, load_rtdetr
+from utils.networks.rtdetr import backbone_features, detect_from_features, freeze_first_stages, load_rtdetr, new_rtdetr
 
 _SMALL = {"d_model": 64, "encoder_hidden_dim": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
           "encoder_attention_heads": 4, "decoder_attention_heads": 4, "hidden_expansion": 0.5, "decoder_layers": 2,
@@ -230,3 +230,30 @@ def test_other_models_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="is a resnet, one of rt_detr, rt_detr_v2, d_fine is needed"):
         load_rtdetr(str(tmp_path))
     assert Path(tmp_path).is_dir()
+
+
+@pytest.mark.parametrize("count, trained", [(0, {"embedder", "0", "1", "2", "3"}), (1, {"0", "1", "2", "3"}),
+                                            (3, {"2", "3"})])
+@pytest.mark.parametrize("kind", ["rt_detr", *KINDS])
+def test_the_first_stages_of_the_backbone_freeze_with_their_statistics(folders, kind, count, trained):
+    model = load_rtdetr(folders[kind]) if kind in folders else new_rtdetr("tiny", {0: "person", 1: "car"})
+    freeze_first_stages(model, count)
+    model.train()
+    backbone = model.model.backbone.model
+    before = copy.deepcopy(backbone.state_dict())
+    outputs = model(torch.rand(2, 3, 64, 64), labels=[{"class_labels": torch.tensor([0]),
+                                                       "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2)
+    outputs.loss.backward()
+    parts = {"embedder": backbone.embedder} | dict(backbone.encoder.stages.named_children())
+    assert {name for name, part in parts.items()
+            if any(parameter.grad is not None for parameter in part.parameters())} == trained
+    after = backbone.state_dict()
+    moved = {"embedder" if name.startswith("embedder") else name.split(".")[2] for name in after
+             if "running" in name and not torch.equal(before[name], after[name])}
+    assert moved == (trained if kind == "rt_detr" else set())  # the others come with frozen statistics, as published
+
+
+def test_a_count_of_frozen_stages_that_the_backbone_has_not_is_named(folder):
+    for count in (-1, 5, 1.5):
+        with pytest.raises(UserError, match="FREEZE_AT = .* choose 0 to 4"):
+            freeze_first_stages(load_rtdetr(folder), count)

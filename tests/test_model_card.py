@@ -94,7 +94,7 @@ def folders(coco, weights, small_detector):
              "adapter": coco / "out" / "rain.safetensors"}
     names = {"RTDETR_MODEL_NAME": str(weights / "rtdetr"), "IMAGE_SIZE": 96}
     Training_RTDETR.save_detector(small_detector, found["detector"], 96, Training_RTDETR.card_of(
-        settings(Training_RTDETR, **names), 8, CLASSES))
+        settings(Training_RTDETR, **names), 8, small_detector))
     FeatureDerainRTDETR(small_detector, "lightweight").save_pretrained(found["feature"], image_size=96)
     Training_FeatureDerain.card_of(settings(Training_FeatureDerain, **names), 8, CLASSES).write(found["feature"])
     Training_Conditional.save_pipeline(

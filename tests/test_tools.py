@@ -9,9 +9,9 @@ import torch
 
 from tools import ablation_feature_derain, ablation_teacher, derain_bounds, gpu_report, lite0_detector, memory_table
 from tools import ablation_spdnet_adaptation as ablation
-from utils import config, integrated_model
+from utils import config, freeze, integrated_model
 from utils.config import UserError
-from utils.networks.rtdetr import backbone_features
+from utils.networks.rtdetr import backbone_features, freeze_first_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_CONSTANTS = [f"{path.parent.name}.{path.stem}" for folder in ("tools", "benchmarks")
@@ -106,6 +106,9 @@ def test_lite0_detector_sees_images_as_its_backbone_was_trained_to():
         expected = trained.forward_intermediates(2 * images - 1, indices=[2], intermediates_only=True)[0]
     inside = (..., slice(20, -20), slice(20, -20))  # padding is 0 in both, which is another grey
     torch.testing.assert_close(features[inside], expected[inside], rtol=1e-4, atol=1e-5 * expected.std().item())
+    freeze_first_stages(detector, 3)  # of timm's backbone: the stem and two of its seven stages
+    assert [name.rpartition("_backbone.")[2] for name in freeze.frozen_modules(detector)] == [
+        "conv_stem", "bn1", "blocks.0", "blocks.1"]
 
 
 def test_lite0_detector_without_its_weights(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from utils import config, feature_derain, report, system
 from utils.conditional_model import ConditionalRainRobustRTDETR
 from utils.networks import adapter
-from utils.networks.rtdetr import load_rtdetr
+from utils.networks.rtdetr import load_rtdetr, name_of
 from utils.training import model_card
 
 FOLDER = ""              # what to publish, see above
@@ -50,11 +50,12 @@ def load(path):
         return f"a weather adapter of rank {adapter.read(path, 'FOLDER')[1]['rank']}"
     if (path / feature_derain.SETTINGS).is_file():
         model = feature_derain.FeatureDerainRTDETR.from_pretrained(path, constant="FOLDER")
-        return f"RT-DETR that de-rains features, {model.settings['derain_type']}"
+        return f"{name_of(model.rtdetr)} that de-rains features, {model.settings['derain_type']}"
     if (path / "conditional.json").is_file():
         ConditionalRainRobustRTDETR.from_pretrained(path, constant="FOLDER")
-        return "a pipeline of rain detector, de-rainer and RT-DETR"
-    return f"RT-DETR of {load_rtdetr(str(path), constant='FOLDER').config.num_labels} classes"
+        return "a pipeline of rain detector, de-rainer and detector"
+    detector = load_rtdetr(str(path), constant="FOLDER")
+    return f"{name_of(detector)} of {detector.config.num_labels} classes"
 
 
 def card_text(path, license_name):

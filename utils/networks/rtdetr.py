@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import RTDetrConfig, RTDetrResNetConfig
 from transformers.utils.logging import disable_progress_bar
 
-from utils import checkpoint, system
+from utils import checkpoint, freeze, system
 from utils.config import UserError
 from utils.networks.rtdetr_loss import dfine_loss, rtdetr_loss
 
@@ -90,11 +90,11 @@ class DFineForObjectDetection(_WithoutWaits, transformers.DFineForObjectDetectio
     """Peng et al., "D-FINE", ICLR 2025: boxes as distributions of their edges, with losses of their own."""
 
 
-_FAMILY = {  # {model_type in config.json: transformers' class, ours, criterion}
-    "rt_detr": (transformers.RTDetrForObjectDetection, RTDetrForObjectDetection, rtdetr_loss),
-    "rt_detr_v2": (transformers.RTDetrV2ForObjectDetection, RTDetrV2ForObjectDetection, rtdetr_loss),
-    "d_fine": (transformers.DFineForObjectDetection, DFineForObjectDetection, dfine_loss)}
-_DETECTORS = tuple(published for published, _, _ in _FAMILY.values())
+_FAMILY = {  # {model_type in config.json: transformers' class, ours, criterion, name in print}
+    "rt_detr": (transformers.RTDetrForObjectDetection, RTDetrForObjectDetection, rtdetr_loss, "RT-DETR"),
+    "rt_detr_v2": (transformers.RTDetrV2ForObjectDetection, RTDetrV2ForObjectDetection, rtdetr_loss, "RT-DETRv2"),
+    "d_fine": (transformers.DFineForObjectDetection, DFineForObjectDetection, dfine_loss, "D-FINE")}
+_DETECTORS = tuple(published for published, *_ in _FAMILY.values())
 
 
 def _ours(detector):
@@ -102,7 +102,7 @@ def _ours(detector):
 
     It is built as transformers' own: of a class that is not, transformers leaves the heads without their first values.
     """
-    _, detector.__class__, detector.loss_function = _FAMILY[detector.config.model_type]
+    _, detector.__class__, detector.loss_function, _ = _FAMILY[detector.config.model_type]
     return detector
 
 
@@ -221,6 +221,11 @@ def rtdetr_of(model):
     return model if isinstance(model, _DETECTORS) else model.rtdetr
 
 
+def name_of(detector):
+    """-> "RT-DETR", "RT-DETRv2" or "D-FINE"."""
+    return _FAMILY[detector.config.model_type][-1]
+
+
 def same_shapes(one, other):
     """-> whether two detectors have the same weights and buffers, of the same shapes."""
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (one, other)]
@@ -241,6 +246,30 @@ def interpolated(one, other, share):
 def id2label_of(detector):
     """-> {label: class name} with int keys."""
     return {int(label): name for label, name in detector.config.id2label.items()}
+
+
+def freeze_first_stages(detector, count):
+    """Freeze the stem and the first count - 1 stages of the backbone: general features of the largest maps, which an
+    ImageNet backbone has already, and whose backward pass costs most (`FREEZE_AT` in Detectron2).
+
+    Raises:
+        UserError: FREEZE_AT is not between 0 and the number of stages with the stem.
+    """
+    backbone = detector.model.backbone.model
+    backbone = getattr(backbone, "_backbone", backbone)  # of timm
+    children = dict((backbone.encoder if hasattr(backbone, "encoder") else backbone).named_children())
+    stages = [child for name, child in children.items() if name.startswith(("stages", "blocks", "layer"))]
+    stem = [child for child in (children | dict(backbone.named_children())).values()
+            if child not in stages and child is not getattr(backbone, "encoder", None)]
+    if len(stages) == 1:  # all of them in one list
+        stages = list(stages[0])
+    parts = [stem, *([stage] for stage in stages)]
+    if not isinstance(count, int) or not 0 <= count < len(parts):
+        raise UserError(f"FREEZE_AT = {count}: this backbone has a stem and {len(stages)} stages, choose 0 to "
+                        f"{len(parts) - 1}; BACKBONE_LEARNING_RATE = 0 freezes all of it")
+    for part in parts[:count]:
+        for module in part:
+            freeze.freeze(module)
 
 
 def backbone_features(detector, images):

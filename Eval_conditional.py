@@ -30,7 +30,7 @@ from utils.conditional_model import (
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import comparison, gates, rain_report, report_page
+from utils.evaluation import comparison, gate_intervals, gates, rain_report, report_page
 from utils.evaluation.coco import detect, entries
 from utils.evaluation.gates import (
     AlwaysRainy,
@@ -83,6 +83,8 @@ GATE_STEPS = 4                          # of the graded gate: the surer it is of
 # --- evaluation ---------------------------------------------------------------------------------------------------
 EVAL_BATCH_SIZE = 4                     # validation batch, and the batch N of the latencies
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
+PREFIXES = ()                           # also score rainy images by file-name prefix, e.g. ("rain_", "mist_", "fog_")
+RESAMPLES = 0                           # of the bootstrap, for 95% intervals of all rows, such as 300; 0: none
 PICTURES = 3                            # rainy and as many clean images on the page of detections
 SCORE_THRESHOLD = 0.4                   # boxes drawn on it
 SEED = 0                                # of the subset and of the mix
@@ -245,7 +247,7 @@ def score(rows, parts, found):
 
 def thresholds_of(part, found, scores_of):
     """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector}."""
-    vanilla = part.matches(found, "vanilla")
+    vanilla = part.matches(found, lambda *key: "vanilla")
     return {name: best_threshold(part, found, scores, name, plain_matches=vanilla)._asdict()
             for name, scores in scores_of.items()}
 
@@ -379,13 +381,14 @@ def require_usable(cfg):
     gates.require_rain_share(cfg.RAIN_SHARE)
     require_threshold(cfg.RAIN_THRESHOLD)
     whole(0, "no graded gate")("GATE_STEPS", cfg.GATE_STEPS)
+    whole(0, "no intervals")("RESAMPLES", cfg.RESAMPLES)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     comparison.require_page(cfg)
 
 
 def main(**overrides):
     """Evaluate; -> {"scores": rows, "rain_detector", "false_alarms", "missed", "fallbacks", "milliseconds_per_image",
-    "sweep", "thresholds", "details": of report_page}."""
+    "sweep", "thresholds", "intervals": of gate_intervals, "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_usable(cfg)
     if cfg.demo:
@@ -405,7 +408,8 @@ def main(**overrides):
     threshold = pipeline.rain_threshold
 
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
-    comparison.are_twins(data["rainy"], data["clean"])  # for what it says of twins with other boxes, or without rain
+    twins = comparison.are_twins(data["rainy"], data["clean"])
+    groups = comparison.ids_by_prefix(data["rainy"], cfg.PREFIXES)
     parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
@@ -421,6 +425,8 @@ def main(**overrides):
     graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
+    sure = gate_intervals.compared(rows, {domain: parts[domain] for domain in _DOMAINS}, found, groups, twins,
+                                   cfg.RESAMPLES, cfg.SEED) if cfg.RESAMPLES or groups else []
     thresholds = thresholds_of(parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]})
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
@@ -432,10 +438,12 @@ def main(**overrides):
     false_alarms, missed = (mistakes(predicted[domain], threshold) for domain in _DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds,
-               "details": page.numbers}
+               "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
         print_thresholds(table, thresholds)
+        if sure:
+            print("\n" + gate_intervals.text(sure))
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)

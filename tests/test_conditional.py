@@ -18,7 +18,7 @@ from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditiona
 from utils.config import UserError
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
-from utils.evaluation import gates, intervals
+from utils.evaluation import gate_intervals, gates, intervals
 from utils.evaluation.coco import detect
 from utils.evaluation.gates import (
     AlwaysRainy,
@@ -397,9 +397,44 @@ def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
     expected = part.scores(found, taking("adapted", lambda *key: goes[key]))["mAP"]
     order = sorted(part.images, key=lambda key: part.new_ids[key])
     tables = [gates._merged(*pair, np.array([goes[key] for key in order]))
-              for pair in zip(part.matches(found, "vanilla"), part.matches(found, "adapted"), strict=True)]
+              for pair in zip(*(part.matches(found, lambda *key, name=name: name) for name in ("vanilla", "adapted")),
+                              strict=True)]
     assert 0 < expected < 1
     assert intervals.weighted_map(tables, np.ones(len(order))) == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_of_a_comparison(files, small_detector):
+    """Vanilla finds everything on clean images and nothing in rain, the branch the other way round: the gate wins the
+    whole gap in every resample. Of half as good a branch the number is COCO's, the interval holds it, and groups of
+    images are scored by themselves."""
+    clean, rainy, perfect, nothing, found = perfect_in_their_domain(files, small_detector)
+    parts = {"clean": part_of(clean), "rainy": part_of(rainy)}
+    held = {i for i, boxes in perfect.items() if len(boxes)}
+    half = dict(perfect) | {i: nothing[i] for i in sorted(held)[::2]}
+    found["clean"]["half"] = found["rainy"]["half"] = half
+    choose = {name: (lambda *key, name=name: name) for name in ("vanilla", "half")}
+    rows = [("vanilla (never)", "vanilla", choose["vanilla"]), ("always half", "half", choose["half"]),
+            ("gate", "adapted", taking("adapted", lambda domain, image_id: domain == "rainy"))]
+    groups = {"found": sorted(held)[1::2], "lost": sorted(held)[::2]}
+    table = gate_intervals.compared(rows, parts, found, groups, True, 40)
+    at = {(row["model"], row["images"]): row for row in table}
+    assert len(at) == 3 * 4
+    for metric in ("mAP", "AP50"):
+        assert at["gate", "rainy"][metric] == pytest.approx((1.0, 1.0, 1.0))
+        assert at["gate", "clean"][f"{metric}_gain"] == (0.0, 0.0, 0.0)
+        score = at["always half", "rainy"][metric]
+        assert score.value == pytest.approx(parts["rainy"].scores(found, choose["half"])[metric])
+        assert score.low < score.value < score.high and score.low < 0.9
+        found_and_lost = [at["always half", group][metric].value for group in groups]
+        assert found_and_lost == pytest.approx([1, 0])
+    assert at["gate", "rainy"]["gap"] == pytest.approx((1.0, 1.0, 1.0))
+    assert at["always half", "rainy"]["gap"].value == pytest.approx(at["always half", "rainy"]["mAP"].value)
+    assert at["gate", "found"]["gap"] is None and at["vanilla (never)", "rainy"]["gap"] is None
+    alone = gate_intervals.compared(rows, parts, found, {}, False, 0)
+    assert all(row["gap"] is None and row["mAP"].low is None for row in alone)
+    shown = gate_intervals.text(table)
+    assert shown.isascii() and "1.0000 (1.0000 to 1.0000)" in shown
+    json.dumps(gate_intervals.as_numbers(table))
 
 
 def test_a_graded_gate_takes_more_the_surer_it_is(small_detector):
@@ -527,7 +562,8 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
                                     ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
                                     SOFT_PIPELINE_DIR=str(files / "pipeline"), HARD_PIPELINE_DIR=str(files / "hard"),
                                     RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"],
-                                    FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1)
+                                    FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1, RESAMPLES=3,
+                                    PREFIXES=("0",))
     rows = {row["model"]: row for row in results["scores"]}
     assert results["thresholds"].keys() == {row["branch"] for row in results["scores"]} - {"vanilla"}
     says = {name: {p for part in scores.values() for p in part.values()} for name, scores in asked.items()}
@@ -539,8 +575,10 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
     assert len(results["false_alarms"]) == results["rain_detector"]["false_positive"]
     assert len(results["missed"]) == results["rain_detector"]["false_negative"]
     assert results["sweep"][-1]["derained"] == 0 and results["sweep"][0]["derained"] == 1
+    assert {(row["model"], row["images"]) for row in results["intervals"]} == {
+        (model, images) for model in rows for images in ("clean", "rainy", "0*")}
     shown = capsys.readouterr().out
-    assert shown.isascii() and "times as fast" in shown and "called rainy" in shown
+    assert shown.isascii() and "95% interval" in shown and "times as fast" in shown and "called rainy" in shown
     assert {"results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "detections.png"} <= {
         path.name for path in (files / "eval").iterdir()}
     json.loads((files / "eval" / "results.json").read_text(encoding="utf-8"))
@@ -563,6 +601,7 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
                             ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR"),
                             ({"RAIN_THRESHOLD": 7}, "RAIN_THRESHOLD"),
                             ({"SOFT_PIPELINE_DIR": "./none"}, "SOFT_PIPELINE_DIR"),
+                            ({"RESAMPLES": -1}, "RESAMPLES"), ({"PREFIXES": ("none_",)}, "PREFIXES"),
                             ({"RAIN_SHARE": -1.0}, "RAIN_SHARE")):
         with pytest.raises(UserError, match=message):
             Eval_conditional.main(**base | {"ORIGINAL_SPDNET_PATH": ""} | change)

@@ -42,6 +42,15 @@ def test_equal_weights_give_cocos_own_number():
         assert 0 < expected < 1
 
 
+def test_a_class_that_is_never_detected_counts_like_the_others():
+    content, found = scene()
+    truth, ids = coco._indexed(content), [image["id"] for image in content["images"]]
+    found = [one for one in found if one["label"] == 0]
+    categories = intervals.matches_of(truth, found, CATEGORY_OF, ids)
+    expected = coco.coco_scores(truth, found, CATEGORY_OF, ids)["mAP"]
+    assert 0 < intervals.weighted_map(categories, np.ones(len(ids))) == pytest.approx(expected, abs=1e-9)
+
+
 def test_weights_stand_for_copies_of_images():
     content, found = scene(seed=5)
     for detection, noise in zip(found, np.random.default_rng(0).random(len(found)), strict=True):

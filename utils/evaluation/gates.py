@@ -57,10 +57,10 @@ class Part:
                                             list(self.new_ids.values()))
         return self.known[taken]
 
-    def matches(self, found, branch):
-        """COCO's matching of one branch on all images: [intervals.Category, ...]."""
-        return intervals.matches_of(self.truth, self._entries(found, [branch] * len(self.images)), self.category_of,
-                                    list(self.new_ids.values()))
+    def matches(self, found, choose):
+        """COCO's matching where an image takes the branch choose(domain, image_id): [intervals.Category, ...]."""
+        return intervals.matches_of(self.truth, self._entries(found, [choose(*key) for key in self.images]),
+                                    self.category_of, list(self.new_ids.values()))
 
     def _entries(self, found, taken):
         return entries({self.new_ids[key]: found[key[0]][name][key[1]]
@@ -177,7 +177,8 @@ def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=N
         plain_matches: part.matches(found, plain), where they are there already.
         candidates: thresholds that are tried, between the images' own probabilities.
     """
-    one, other = plain_matches or part.matches(found, plain), part.matches(found, branch)
+    one = plain_matches or part.matches(found, lambda *key: plain)
+    other = part.matches(found, lambda *key: branch)
     # pycocotools numbers the images by rising id
     order = sorted(range(len(part.images)), key=lambda i: part.new_ids[part.images[i]])
     probabilities = np.array([scores[part.images[i][0]][part.images[i][1]] for i in order])

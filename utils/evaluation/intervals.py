@@ -76,7 +76,7 @@ def weighted_map(categories, weights):
         if not objects:
             continue
         if not len(own.image):
-            values.append(0.0)
+            values += [0.0] * len(own.right)  # one for each IoU, as the others have
             continue
         weight = weights[own.image]
         right, wrong = ((part * weight).cumsum(1) for part in (own.right, own.wrong))  # (T, n)

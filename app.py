@@ -203,7 +203,7 @@ def look_at_image(choices, name, path, threshold):
         notes = [note.replace("the file: ", "") for note in source.notes]
     one, id2label = result[own.MODEL], detectors.classes_of(models[own.MODEL])
     picture, before = pictures.draw(own, frame.image, result, id2label), visualize.to_pil(frame.image)
-    derained = one["seen"] is not None and one["branch"] != "clean" and not fallbacks
+    derained = one["seen"] is not None and not torch.equal(one["seen"], one["given"])  # else a branch without de-rainer
     after = pictures.draw_seen(one, before.size) if derained else picture
     category_of, categories = detections.category_table(id2label)
     names = {entry["id"]: entry["name"] for entry in categories}

@@ -6,7 +6,7 @@ scores on its classes count.
 
 import torch
 
-from utils import config, processes, system
+from utils import checkpoint, config, processes, system
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import RainRobustRTDETR, require_trained_scale
@@ -24,6 +24,9 @@ DERAINERS = {"spdnet": (None, "SPDNET_MODEL_PATH"), "unet": ("unet", "DERAIN_MOD
               "nafnet+refiner": ("refiner", "REFINER_DIR")}
 BUILT = ("conditional", "spdnet", "feature", "vanilla")  # values of MODEL that `build_model` knows
 OF_WEIGHTS = ("rfdetr", "exported")  # and those that are what WEIGHTS holds
+_MADE_BY = {"SPDNET_MODEL_PATH": "Training_SPDNet_Adaptation.py", "DERAIN_MODEL_PATH": "train_unet_derain.py",
+            "REFINER_DIR": "train_diffusion_refiner.py", "RAIN_DETECTOR_PATH": "Training_RainDetector.py",
+            "FEATURE_MODEL_DIR": "Training_FeatureDerain.py", "WEIGHTS": "the RF-DETR scripts or export.py"}
 
 
 def used_constants(cfg):
@@ -81,6 +84,26 @@ def require(cfg):
         raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join((*BUILT, *OF_WEIGHTS))}")
     if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":
         raise config.UserError(f"PIPELINE_DIR holds a conditional pipeline, but MODEL = {cfg.MODEL!r}: leave one out")
+
+
+def missing(cfg):
+    """-> why MODEL cannot be built, in a line without an end, "" where its files are there. Nothing is loaded; a hub id
+    counts as there, and `build_model` says when it is not to be had."""
+    try:
+        require(cfg)
+    except config.UserError as error:
+        return str(error)
+    used = used_constants(cfg) or {"PIPELINE_DIR"}
+    for name, adapter in (("RTDETR_MODEL_NAME", False), ("RAINY_BRANCH", is_adapter(cfg.RAINY_BRANCH))):
+        value = getattr(cfg, name)
+        if name in used and value != "spdnet" and (adapter or checkpoint.is_local(value)) and (
+                problem := system.absent(value, folder=not adapter)):
+            return f"{name} = '{value}' {problem}"
+    for name in ("PIPELINE_DIR", *_MADE_BY):
+        if name in used and (problem := system.absent(getattr(cfg, name), folder=name.endswith("_DIR"))):
+            source = f": it comes from {_MADE_BY[name]}" if name in _MADE_BY else ""
+            return f"{name} = '{getattr(cfg, name)}' {problem}{source}"
+    return ""
 
 
 def classes_of(model):

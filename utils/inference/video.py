@@ -25,6 +25,8 @@ from utils.config import UserError
 FALLBACK_FPS = 30.0   # where a camera does not tell
 LONGEST_GAP = 300     # frames in a row that may be missing; then the video counts as ended
 _OF_SEVERAL = (".png", ".webp", ".tif", ".tiff")  # image files that can hold more than one picture
+PREVIEW = 480         # longer side of `for_browsers`
+_CODECS = {".mp4": "mp4v", ".webm": "VP80"}  # those of every OpenCV wheel; H.264 is in none of them
 TOLERANCE = 0.02      # many files announce a few frames more than they hold: their number is duration times rate
 
 
@@ -176,7 +178,7 @@ class PictureWriter:
 
 
 class VideoWriter:
-    """Write pictures into an .mp4 file (MPEG-4 part 2) that appears when it is complete.
+    """Write pictures into an .mp4 file (MPEG-4 part 2) or a .webm file (VP8), which appears when it is complete.
 
     The first picture sets the size; an odd side loses its last row or column, which the format does not know.
 
@@ -186,7 +188,7 @@ class VideoWriter:
 
     def __init__(self, path, fps):
         self.path, self.fps = Path(path), fps
-        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{system.TEMPORARY}.mp4")
+        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{system.TEMPORARY}{self.path.suffix}")
         self.writer, self.last, self.owed = None, None, 0
 
     def __enter__(self):
@@ -218,16 +220,37 @@ class VideoWriter:
             self.writer.write(self.last)
 
     def _open(self, pixels):
-        cv2 = opencv(f"writing {self.path.name}")
+        cv2, codec = opencv(f"writing {self.path.name}"), _CODECS[self.path.suffix]
         height, width = pixels.shape[:2]
-        self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height))
+        self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*codec), self.fps, (width, height))
         if not self.writer.isOpened():
             self.writer = None
             raise UserError(f"cannot write the video {self.path.as_posix()} ({width}x{height}, {self.fps:g} frames/s): "
-                            "this OpenCV has no mp4v encoder, or the folder is not writable")
+                            f"this OpenCV has no {codec} encoder, or the folder is not writable")
         self.last = np.zeros_like(pixels)
         for _ in range(self.owed):
             self.writer.write(self.last)
+
+
+def for_browsers(path):
+    """Copy a video into a .webm file (VP8) beside it, PREVIEW pixels on the longer side at most: no browser plays the
+    .mp4 files of VideoWriter, and VP8 takes OpenCV fifty times as long. -> its Path
+
+    Raises:
+        UserError: not to be read, or no encoder in this OpenCV.
+    """
+    cv2, copy = opencv("a video for browsers"), Path(path).with_suffix(".webm")
+    with (contextlib.closing(Video(path, Path(path).name, "the video")) as source,
+          VideoWriter(copy, source.fps) as writer):
+        for frame in source:
+            if frame.image is None:
+                writer.hold()
+                continue
+            pixels = frame.image.permute(1, 2, 0).numpy()
+            share = min(1.0, PREVIEW / max(pixels.shape))
+            size = [max(2, round(share * side / 2) * 2) for side in pixels.shape[1::-1]]
+            writer.write(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+    return copy
 
 
 def opencv(what):

@@ -43,6 +43,7 @@ ACCUM = 4                               # batches per optimizer step
 LR = 1e-4                               # projector, decoder, heads
 BACKBONE_LR = 1.5e-4                    # the ViT's last block
 LAYER_DECAY = 0.8                       # every block further down trains so much slower (1: all alike)
+FREEZE_BACKBONE = False                 # True: the ViT stays as it is; projector, decoder and heads train
 WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
 CLIP_NORM = 0.1                         # limit of the gradient's norm; 0: none
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows

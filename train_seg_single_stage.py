@@ -43,6 +43,7 @@ LR = 1e-4                               # projector, decoder, heads
 SEG_LR = 1e-3                           # the mask head, which starts from nothing
 BACKBONE_LR = 1.5e-4                    # the ViT's last block
 LAYER_DECAY = 0.8                       # every block further down trains so much slower (1: all alike)
+FREEZE_BACKBONE = False                 # True: the ViT stays as it is; projector, decoder and heads train
 WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
 MASK_LOSS_COEF = 1.0                    # weight of the pixels' binary cross-entropy
 DICE_LOSS_COEF = 1.0                    # weight of the dice loss

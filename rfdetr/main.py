@@ -92,6 +92,7 @@ def _require_fixed(last, overrides, folder):
     """UserError where a constant is given anew that decided on the network of the run that shall go on."""
     fixed = {name: last["constants"].get(name) for name in ("SIZE", "RESOLUTION", "STAGE1_RUN", "CHECKPOINT")}
     fixed["RESOLUTION"] = fixed["RESOLUTION"] or last["args"].get("resolution")
+    fixed["FREEZE_BACKBONE"] = last["constants"].get("FREEZE_BACKBONE", False)  # runs of earlier releases have none
     for name, value in fixed.items():
         if name in overrides and value is not None and overrides[name] != value:
             raise UserError(f"--{name.lower()} {overrides[name]}, but the run in {folder.as_posix()} has {value}: "
@@ -162,11 +163,13 @@ def begin(cfg, title, name, resolution, more=None):
 
 def note_without_effect(cfg):
     """Say which settings decide nothing beside the others."""
+    frozen = getattr(cfg, "FREEZE_BACKBONE", False)
     from_scratch = getattr(cfg, "PRETRAIN_WEIGHTS", "").lower() == "none" and not cfg.demo  # the demo sets both
     idle = {"--expanded_scales 1 needs --multi_scale 1": cfg.EXPANDED_SCALES and not cfg.MULTI_SCALE,
             "--cache_dir needs --cache_features 1": getattr(cfg, "CACHE_DIR", "") and not cfg.CACHE_FEATURES,
             "--pretrain_exclude_keys needs other --pretrain_weights than none":
-                from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ())}
+                from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ()),
+            "--backbone_lr and --layer_decay need --freeze_backbone 0": frozen}
     for text, applies in idle.items():
         if applies:
             processes.say(f"note: without effect here: {text}")

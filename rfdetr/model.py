@@ -5,7 +5,7 @@ that knows its peculiarities, and works around them:
 
 * its loss is not used: it stays in train mode inside an eval model, and log(sigmoid(x)) becomes NaN (rfdetr.criterion);
 * fewer feature positions than queries crash its topk: refused with a clear line;
-* `freeze_backbone()` and `gradient_checkpointing_enable()` fail: utils.freeze does the former, no one needs the latter;
+* its `freeze_backbone()` fails: utils.freeze does that, with `RFDETR.vit`;
 * it has no two-level projector: rfdetr.projector;
 * its initial weights are not those of the LW-DETR family: `initialise`;
 * parameters that no output depends on (mask token, blocks behind the last tapped one) would make
@@ -62,6 +62,11 @@ class RFDETR(nn.Module):
     def groups(self):
         """Groups of queries in the detector's present mode: 13 (the tiny one's: 4) in train, 1 in eval."""
         return self.detector.config.group_detr if self.detector.training else 1
+
+    @property
+    def vit(self):
+        """The backbone: the windowed DINOv2, without the projector, which belongs to what every data set trains."""
+        return self.detector.model.backbone.backbone
 
     def count_parameters(self):
         """-> (all, those that inference uses): the other groups' queries and encoder heads are for training only."""

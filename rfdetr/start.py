@@ -27,6 +27,8 @@ class Start(NamedTuple):
 def new_detector(cfg, last, class_names, resolution, with_masks=False):
     """The whole model to train: an earlier run's, or one with published, earlier or random weights.
 
+    With FREEZE_BACKBONE its ViT is frozen.
+
     Args:
         cfg: constants of stage 1 or of the single stage; last: content of the earlier run's last.pt, or None.
         class_names: of the data set; resolution: side of the square input; with_masks: with a mask head.
@@ -36,9 +38,11 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
     Raises:
         UserError: weights that are not there, not reachable, or of another network.
     """
-    if last:  # engine.fit loads the weights
+    if last:
         _require_same_classes(cfg, last, class_names)
-        return Start(RFDETR(**last["args"]), class_names, last["class_rows"], resolution, last)
+        # engine.fit loads the weights, and checks that the frozen ones are those of last.pt
+        model = weights.load_detector(last)[0] if cfg.FREEZE_BACKBONE else RFDETR(**last["args"])
+        return Start(_prepared(model, cfg), class_names, last["class_rows"], resolution, last)
     source = _pretrained(cfg)
     new = with_weights(source, cfg.SIZE, class_names, resolution, with_masks, cfg.PRETRAIN_EXCLUDE_KEYS)
     if source:
@@ -47,7 +51,14 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
             processes.say(f"note: {len(new.loaded['left_out'])} tensors start anew: "
                           f"{system.listed(new.loaded['left_out'], 4)}")
     processes.say(_class_head_line(new.class_rows, new.model.model_args["num_rows"], new.known))
-    return Start(new.model, class_names, new.class_rows, resolution)
+    return Start(_prepared(new.model, cfg), class_names, new.class_rows, resolution)
+
+
+def _prepared(model, cfg):
+    """-> the model, its ViT frozen if the constants say so."""
+    if cfg.FREEZE_BACKBONE:
+        freeze.freeze(model.vit)
+    return model
 
 
 class WithWeights(NamedTuple):

@@ -50,6 +50,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a c
 EMA = True                              # evaluate and keep a moving average of the weights
 EMA_DECAY = 0.993                       # of that average, after a warm-up of 100 steps
 NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+GRADIENT_CHECKPOINTING = False          # True: the ViT's blocks compute twice and keep little, see docs/rfdetr.md
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 PATIENCE = 10                           # epochs without a better box mAP before the run stops; 0: never
 SEED = 0                                # order, augmentation, new weights

@@ -169,7 +169,9 @@ def note_without_effect(cfg):
             "--cache_dir needs --cache_features 1": getattr(cfg, "CACHE_DIR", "") and not cfg.CACHE_FEATURES,
             "--pretrain_exclude_keys needs other --pretrain_weights than none":
                 from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ()),
-            "--backbone_lr and --layer_decay need --freeze_backbone 0": frozen}
+            "--backbone_lr and --layer_decay need --freeze_backbone 0": frozen,
+            "--gradient_checkpointing 1 needs --freeze_backbone 0":
+                frozen and getattr(cfg, "GRADIENT_CHECKPOINTING", False)}
     for text, applies in idle.items():
         if applies:
             processes.say(f"note: without effect here: {text}")

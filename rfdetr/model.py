@@ -68,6 +68,13 @@ class RFDETR(nn.Module):
         """The backbone: the windowed DINOv2, without the projector, which belongs to what every data set trains."""
         return self.detector.model.backbone.backbone
 
+    def checkpoint_blocks(self):
+        """From now on the ViT's blocks keep their inputs alone in training and compute the rest again in the backward
+        pass, with the same randomness (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)."""
+        # not reentrant: the reentrant kind would cut the graph at the maps that are read between the blocks
+        enable = getattr(self.vit, "activation_checkpointing_enable", None) or self.vit.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": True})  # the second name is that of older releases
+
     def count_parameters(self):
         """-> (all, those that inference uses): the other groups' queries and encoder heads are for training only."""
         inner = self.detector.model

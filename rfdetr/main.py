@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from pycocotools.coco import COCO
 
 from rfdetr import features, run_report, weights
-from rfdetr.config import block_size, check_resolution, default_resolution, settings
+from rfdetr.config import block_size, check_resolution, default_resolution, mask_head_of, settings
 from rfdetr.datasets import roboflow
 from utils import checkpoint, config, processes, system
 from utils.config import UserError
@@ -93,6 +93,7 @@ def _require_fixed(last, overrides, folder):
     fixed = {name: last["constants"].get(name) for name in ("SIZE", "RESOLUTION", "STAGE1_RUN", "CHECKPOINT")}
     fixed["RESOLUTION"] = fixed["RESOLUTION"] or last["args"].get("resolution")
     fixed["FREEZE_BACKBONE"] = last["constants"].get("FREEZE_BACKBONE", False)  # runs of earlier releases have none
+    fixed["SEG_HEAD"] = last["constants"].get("SEG_HEAD", "ours")
     for name, value in fixed.items():
         if name in overrides and value is not None and overrides[name] != value:
             raise UserError(f"--{name.lower()} {overrides[name]}, but the run in {folder.as_posix()} has {value}: "
@@ -129,6 +130,8 @@ def build_plan(cfg, learning_rates, loss_weights):
         weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
     if hasattr(cfg, "EMA"):
         flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
+    if hasattr(cfg, "SEG_HEAD"):
+        mask_head_of(cfg.SIZE, cfg.SEG_HEAD)
     if hasattr(cfg, "LAYER_DECAY"):
         share("--layer_decay", cfg.LAYER_DECAY)
     return Plan.of(cfg, given, learning_rates, loss_weights, **flags)

@@ -23,7 +23,7 @@ from transformers.models.rf_detr.modeling_rf_detr import RfDetrMultiscaleDeforma
 
 from rfdetr import names
 from rfdetr.config import check_resolution, default_resolution, detector_config
-from rfdetr.models.segmentation import MaskHead, MaskHeadNano
+from rfdetr.models.segmentation import MaskHead, MaskHeadNano, OfficialHead
 from rfdetr.projector import TwoLevelDetector
 from utils import freeze
 from utils.config import UserError
@@ -38,7 +38,8 @@ class RFDETR(nn.Module):
     Args:
         size: a key of rfdetr.config.SIZES; num_rows: rows of the class head, K.
         resolution: side of the square input that it is for, None for the size's own (others are possible in forward).
-        mask_head: None, "full" (MaskHead) or "nano" (MaskHeadNano), of rfdetr.models.segmentation.
+        mask_head: None, "full" (MaskHead), "nano" (MaskHeadNano) or "official" (OfficialHead), of
+            rfdetr.models.segmentation.
     Attributes:
         model_args: RFDETR(**model_args) builds the same module again.
     Raises:
@@ -52,7 +53,7 @@ class RFDETR(nn.Module):
             "size": size, "num_rows": num_rows, "mask_head": mask_head,
             "resolution": default_resolution(size) if resolution is None else resolution}
         self.detector = new_detector(config)
-        self.mask_head = new_mask_head(mask_head, config.d_model)
+        self.mask_head = new_mask_head(mask_head, config)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.register_state_dict_post_hook(_publish_names)
@@ -143,14 +144,17 @@ def new_detector(config):
     return detector
 
 
-def new_mask_head(kind, channels):
-    """-> MaskHead ("full"), MaskHeadNano ("nano") or None for queries and features of `channels` channels."""
+def new_mask_head(kind, config):
+    """-> MaskHead ("full"), MaskHeadNano ("nano"), OfficialHead ("official") or None for a detector of transformers'
+    configuration `config`."""
     if kind is None:
         return None
+    if kind == "official":
+        return OfficialHead(config.d_model, config.decoder_layers)
     heads = {"full": MaskHead, "nano": MaskHeadNano}
     if kind not in heads:
-        raise UserError(f"mask_head = {kind!r}: choose None, 'full' or 'nano'")
-    return heads[kind](channels)
+        raise UserError(f"mask_head = {kind!r}: choose None, 'full', 'nano' or 'official'")
+    return heads[kind](config.d_model)
 
 
 @torch.no_grad()

@@ -215,8 +215,8 @@ def require_size(source, size):
     kinds = [tuple(settings(one)[key] for key in ("hidden", "patch", "decoder_layers", "queries"))
              for one in (size, found)]
     if kinds[0] != kinds[1]:
-        raise UserError(f"--size {size}, but by its shapes {what} holds an RF-DETR of size {found}: give --size {found} "
-                        "or other weights")
+        raise UserError(f"--size {size}, but by its shapes {what} holds an RF-DETR of size {found}: give --size "
+                        f"{found} or other weights")
 
 
 def head_of(source):
@@ -339,9 +339,9 @@ def write(content, path, earlier):
 def export_roboflow(path_in, path_out):
     """Write the detector of one of our checkpoints with Roboflow's key names, for their package.
 
-    Their class head is "class_embed.weight"; a mask head of ours has no counterpart there and is left out;
-    one of their form is kept. Their
-    package takes the head's size from the file; its class ids are our rows, which "args" names.
+    Their class head is "class_embed.weight"; a mask head of ours has no counterpart there and is left out,
+    one of their form is kept. Their package takes the class head's size from the file; its class ids are our rows,
+    which "args" names.
 
     Returns:
         Path of the new file; an earlier one of its kind moves aside, and nothing else is replaced:

@@ -146,7 +146,8 @@ def test_wrong_combinations_are_one_line(tiny, tmp_path):
     refused("holds a mask head of the kind 'nano'.*--seg_head ours", weights.read(ours), "tiny", ["a"], 64, "official")
     with torch.device("meta"):
         other = RFDETR("seg_small", 91, mask_head="official")
-    other = weights.read({"model": {name: torch.empty(value.shape) for name, value in theirs(other.state_dict()).items()}})
+    other = weights.read({"model": {name: torch.empty(value.shape)
+                                    for name, value in theirs(other.state_dict()).items()}})
     refused("--size nano, but .* of size seg_small", other, "nano", ["a"], 384, "official")
     refused("--size seg_medium, but .* of size seg_small", other, "seg_medium", ["a"], 432, "official")
     with pytest.raises(UserError, match="--seg_head theirs: choose one of ours, official"):

@@ -25,6 +25,7 @@ from utils.datasets.annotations import plain_name
 ENTRIES = ("model", "args", "class_names", "class_rows")  # of a checkpoint of ours; a run's own files have more
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+_PATCHES = "backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
 _ADVICE = "Is it of another --size? What shall start anew can be named with --pretrain_exclude_keys"
 
@@ -187,36 +188,37 @@ def model_args_of(source):
 
 def size_of(state, source):
     """-> the published size that a state dict belongs to, by its shapes; UserError where it is none of them."""
-    patches = state.get("backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight")
-    positions = state.get("backbone.0.encoder.encoder.embeddings.position_embeddings")
-    layers = {found[1] for name in state if (found := re.match(r"transformer\.decoder\.layers\.(\d+)\.", name))}
+    positions = state.get(POSITIONS)
     fitting = {}
-    if patches is not None and positions is not None:
+    if positions is not None:
         side = math.isqrt(positions.shape[1] - 1)  # patches per side; the one more is the class token
-        for size in PUBLISHED:
-            own = settings(size)
-            if (own["hidden"], own["patch"], own["decoder_layers"]) == (patches.shape[0], patches.shape[-1],
-                                                                        len(layers)):
-                fitting[size] = abs(side - own["grid"])
+        fitting = {size: abs(side - settings(size)["grid"]) for size in PUBLISHED if _fits(state, size)}
     if not fitting:
         raise UserError(f"{source} fits none of the sizes {', '.join(PUBLISHED)}")
-    return min(fitting, key=fitting.get)  # medium and large_2026 differ in the grid alone
+    return min(fitting, key=fitting.get)  # medium and large_2026, and some of the seg sizes, differ in the grid alone
+
+
+def _fits(state, size):
+    """Whether a state dict has the shapes of a size, that of the position embeddings, which are resized, aside."""
+    own = settings(size)
+    patches, queries = state.get(_PATCHES), state.get("query_feat.weight")
+    layers = {found[1] for name in state if (found := re.match(r"transformer\.decoder\.layers\.(\d+)\.", name))}
+    return (patches is not None and (own["hidden"], own["patch"]) == (patches.shape[0], patches.shape[-1])
+            and own["decoder_layers"] == len(layers)
+            and (queries is None or len(queries) == own["queries"] * own["groups"]))
 
 
 def require_size(source, size):
     """UserError where a file that does not say its size has the shapes of another published one."""
     state, rest, what = read(source)
-    if isinstance(rest.get("args"), dict) and "size" in rest["args"]:
-        return  # load_pretrained names what does not fit
+    if _fits(state, size) or (isinstance(rest.get("args"), dict) and "size" in rest["args"]):
+        return  # in the latter case load_pretrained names what does not fit
     try:
         found = size_of(state, what)
     except UserError:
         return
-    kinds = [tuple(settings(one)[key] for key in ("hidden", "patch", "decoder_layers", "queries"))
-             for one in (size, found)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"--size {size}, but by its shapes {what} holds an RF-DETR of size {found}: give --size "
-                        f"{found} or other weights")
+    raise UserError(f"--size {size}, but by its shapes {what} holds an RF-DETR of size {found}: give --size {found} or "
+                    "other weights")
 
 
 def head_of(source):

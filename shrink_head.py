@@ -129,24 +129,6 @@ def shrink(state, heads, sources, seed=0):
     return result
 
 
-def size_of(state, source):
-    """-> the published size that a state dict belongs to, by its shapes; UserError where it is none of them."""
-    patches = state.get("backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight")
-    positions = state.get("backbone.0.encoder.encoder.embeddings.position_embeddings")
-    layers = {found[1] for name in state if (found := re.match(r"transformer\.decoder\.layers\.(\d+)\.", name))}
-    fitting = {}
-    if patches is not None and positions is not None:
-        side = math.isqrt(positions.shape[1] - 1)  # patches per side; the one more is the class token
-        for size in rfdetr_config.PUBLISHED:
-            own = rfdetr_config.settings(size)
-            if (own["hidden"], own["patch"], own["decoder_layers"]) == (patches.shape[0], patches.shape[-1],
-                                                                        len(layers)):
-                fitting[size] = abs(side - own["grid"])
-    if not fitting:
-        raise UserError(f"{source} fits none of the sizes {', '.join(rfdetr_config.PUBLISHED)}")
-    return min(fitting, key=fitting.get)  # medium and large_2026 differ in the grid alone
-
-
 def model_args_of(content, state, source):
     """-> {"size", "num_rows", "resolution", "mask_head"} as rfdetr.model.RFDETR takes them.
 
@@ -157,11 +139,12 @@ def model_args_of(content, state, source):
         return dict(args)
     if any(name.startswith("mask_head.") for name in state):
         raise UserError(f"{source} has a mask head but no 'args' that describe it: it is not a file of ours")
-    size = size_of(state, source)
+    size = weights.size_of(state, source)
     resolution = getattr(args, "resolution", None)
     if not isinstance(resolution, int):
         resolution = rfdetr_config.default_resolution(size)
-    return {"size": size, "resolution": resolution, "mask_head": None}
+    official = any(name.startswith("segmentation_head.") for name in state)
+    return {"size": size, "resolution": resolution, "mask_head": "official" if official else None}
 
 
 def require_paths(in_ckpt, out_ckpt):

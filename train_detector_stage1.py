@@ -24,7 +24,7 @@ from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
 
 # --- model --------------------------------------------------------------------------------------------------------
-SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
+SIZE = "nano"                           # nano, small, medium, base, large (old), large_2026; seg_nano to seg_2xlarge
 RESOLUTION = 0                          # side of the square input; 0 takes the size's own (nano 384, small 512, ...)
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded once; a checkpoint; none: from scratch
 PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"
@@ -43,12 +43,14 @@ ACCUM = 4                               # batches per optimizer step
 LR = 1e-4                               # projector, decoder, heads
 BACKBONE_LR = 1.5e-4                    # the ViT's last block
 LAYER_DECAY = 0.8                       # every block further down trains so much slower (1: all alike)
+FREEZE_BACKBONE = False                 # True: the ViT stays as it is; projector, decoder and heads train
 WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
 CLIP_NORM = 0.1                         # limit of the gradient's norm; 0: none
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows
 EMA = True                              # evaluate and keep a moving average of the weights
 EMA_DECAY = 0.993                       # of that average, after a warm-up of 100 steps
 NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+GRADIENT_CHECKPOINTING = False          # True: the ViT's blocks compute twice and keep little, see docs/rfdetr.md
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 PATIENCE = 10                           # epochs without a better box mAP before the run stops; 0: never
 SEED = 0                                # order, augmentation, new weights

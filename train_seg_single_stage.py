@@ -6,6 +6,7 @@ or a stage-1 checkpoint).
 
     python train_seg_single_stage.py --demo
     python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
+    python train_seg_single_stage.py --size seg_nano --seg_head official --seg_lr 1e-4 --epochs 50 --batch 4 --accum 4
 
 Writes runs/single_stage_<size>_<resolution>_<n>/: best.pt, last.pt, metrics.json, results.json, curves.png,
 predictions.png and tb/.
@@ -23,8 +24,9 @@ from utils.demo.roboflow import ensure_dataset
 from utils.training import engine
 
 # --- model --------------------------------------------------------------------------------------------------------
-SIZE = "nano"                           # nano, small, medium, base, large (560, deprecated by its authors), large_2026
+SIZE = "nano"                           # nano, small, medium, base, large (old), large_2026; seg_nano to seg_2xlarge
 RESOLUTION = 0                          # side of the square input; 0 takes the size's own (nano 384, small 512, ...)
+SEG_HEAD = "ours"                       # ours; official: of the form of Roboflow's RF-DETR-Seg, for SIZE seg_nano, ...
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights, downloaded once; a checkpoint; none: from scratch
 PRETRAIN_EXCLUDE_KEYS = ()              # patterns of weights that are not loaded, such as "backbone.0.projector.*"
 
@@ -43,6 +45,7 @@ LR = 1e-4                               # projector, decoder, heads
 SEG_LR = 1e-3                           # the mask head, which starts from nothing
 BACKBONE_LR = 1.5e-4                    # the ViT's last block
 LAYER_DECAY = 0.8                       # every block further down trains so much slower (1: all alike)
+FREEZE_BACKBONE = False                 # True: the ViT stays as it is; projector, decoder and heads train
 WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
 MASK_LOSS_COEF = 1.0                    # weight of the pixels' binary cross-entropy
 DICE_LOSS_COEF = 1.0                    # weight of the dice loss
@@ -51,6 +54,7 @@ WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a c
 EMA = True                              # evaluate and keep a moving average of the weights
 EMA_DECAY = 0.993                       # of that average, after a warm-up of 100 steps
 NO_AMP = False                          # True: float32; else bf16, or fp16 on GPUs without bf16 (a CPU always float32)
+GRADIENT_CHECKPOINTING = False          # True: the ViT's blocks compute twice and keep little, see docs/rfdetr.md
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
 PATIENCE = 10                           # epochs without a better mask mAP before the run stops; 0: never
 SEED = 0                                # order, augmentation, new weights
@@ -89,7 +93,7 @@ def main(**overrides):
         ensure_dataset(cfg.DATASET_DIR)
     folder = training.begin(cfg, "SINGLE STAGE: DETECTOR AND SEGMENTATION HEAD", "single_stage", resolution)
     engine.seed_everything(cfg.SEED)
-    start = new_detector(cfg, last, training.class_names(cfg), resolution, with_masks=True)
+    start = new_detector(cfg, last, training.class_names(cfg), resolution, cfg.SEG_HEAD)
     data = training.open_splits(cfg, start.class_rows, resolution, with_masks=True)
     processes.say(run_report.masks_seen(data["train"]))
     processes.say(freeze.describe({"RF-DETR": start.model.detector, "Mask head": start.model.mask_head}))

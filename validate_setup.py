@@ -37,7 +37,7 @@ from utils.training.setup_checks import (
 EXPERIMENT = "rfdetr"                   # rfdetr, spdnet, feature, unet or refiner
 REPORT = ""                             # folder for report.html, a page about the data; "" for none
 DATASET_DIR = "./dataset"               # Roboflow's layout, COCO's, YOLO's or Pascal VOC's, see docs/data.md
-SIZE = "nano"                           # nano, small, medium, base, large or large_2026
+SIZE = "nano"                           # nano, small, medium, base, large, large_2026; seg_nano to seg_2xlarge
 PRETRAIN_WEIGHTS = "coco"               # coco: published weights; a checkpoint file; none: from scratch
 RUNS_DIR = "./runs"                     # where runs will be written
 TIMEOUT = 5.0                           # seconds to wait for the server of the published weights

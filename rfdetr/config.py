@@ -27,6 +27,14 @@ SIZES = {  # resolution: side of the square input; grid: side of the position em
     "large": {"resolution": 560, "grid": 37, "patch": 14, "windows": 4, "stages": (2, 5, 8, 11), "hidden": 768,
               "heads": 12, "channels": 384, "self_heads": 12, "cross_heads": 24, "points": 4, "levels": 2},
     "large_2026": {"resolution": 704, "grid": 44, "decoder_layers": 4},
+    # Roboflow's segmentation models: detectors of their own, patches of 12 pixels, with a mask head on them
+    "seg_nano": {"resolution": 312, "grid": 26, "patch": 12, "windows": 1, "decoder_layers": 4, "queries": 100},
+    "seg_small": {"resolution": 384, "grid": 32, "patch": 12, "decoder_layers": 4, "queries": 100},
+    "seg_medium": {"resolution": 432, "grid": 36, "patch": 12, "decoder_layers": 5, "queries": 200},
+    "seg_large": {"resolution": 504, "grid": 42, "patch": 12, "decoder_layers": 5, "queries": 200},
+    "seg_xlarge": {"resolution": 624, "grid": 52, "patch": 12, "decoder_layers": 6},
+    "seg_2xlarge": {"resolution": 768, "grid": 64, "patch": 12, "decoder_layers": 6},
+    "seg_preview": {"resolution": 432, "grid": 36, "patch": 12, "decoder_layers": 4, "queries": 200},  # their first one
     # the demo's: learns from scratch on two CPU cores; nobody has published weights of it, and it is not a nano
     "tiny": {"resolution": 160, "grid": 20, "patch": 8, "hidden": 96, "blocks": 6, "heads": 4, "stages": (2, 4, 6),
              "channels": 128, "decoder_layers": 2, "self_heads": 4, "cross_heads": 8, "ffn": 256, "queries": 60,
@@ -55,7 +63,20 @@ PUBLISHED = {
     "large": Published("rf-detr-large.pth", f"{_STORE}rf-detr-large.pth", "992c8e862aa733a7bb2777e45d49f1a0"),
     "large_2026": Published("rf-detr-large-2026.pth", f"{_STORE}rf-detr-large-2026.pth",
                             "5cb72153541cbcb9aa6efa26222acc75"),
+    "seg_nano": Published("rf-detr-seg-nano.pt", f"{_STORE}rf-detr-seg-n-ft.pth", "9995497791d0ff1664a1d9ddee9cfd20"),
+    "seg_small": Published("rf-detr-seg-small.pt", f"{_STORE}rf-detr-seg-s-ft.pth", "0a2a3006381d0c42853907e700eadd08"),
+    "seg_medium": Published("rf-detr-seg-medium.pt", f"{_STORE}rf-detr-seg-m-ft.pth",
+                            "a49af1562c3719227ad43d0ca53b4c7a"),
+    "seg_large": Published("rf-detr-seg-large.pt", f"{_STORE}rf-detr-seg-l-ft.pth", "275f7b094909544ed2841c94a677d07e"),
+    "seg_xlarge": Published("rf-detr-seg-xlarge.pt", f"{_STORE}rf-detr-seg-xl-ft.pth",
+                            "3693b35d0eea86ebb3e0444f4a611fba"),
+    "seg_2xlarge": Published("rf-detr-seg-xxlarge.pt", f"{_STORE}rf-detr-seg-2xl-ft.pth",
+                             "040bc3412af840fa8a47e0ff69b552ba"),
+    "seg_preview": Published("rf-detr-seg-preview.pt", f"{_STORE}rf-detr-seg-preview.pt",
+                             "e35820c28fb86080558123e47a5e49ca"),
 }
+
+SEG_HEADS = ("ours", "official")  # the latter: of the form of Roboflow's segmentation checkpoints
 
 # The published heads have 91 rows, and a class's row is its COCO category id; these ids belong to no class.
 COCO_HEAD_ROWS = 91
@@ -85,9 +106,12 @@ def default_resolution(size):
     return settings(size)["resolution"]
 
 
-def mask_head_of(size):
-    """-> the kind of mask head that goes with a size: the light one for the smallest detectors."""
-    return "nano" if size in ("nano", "tiny") else "full"
+def mask_head_of(size, choice="ours"):
+    """-> the kind of mask head that a size gets by SEG_HEAD: "ours" is the light one for the smallest detectors and the
+    full one for others. UserError for another choice."""
+    if choice not in SEG_HEADS:
+        raise UserError(f"--seg_head {choice}: choose one of {', '.join(SEG_HEADS)}")
+    return "official" if choice == "official" else "nano" if size in ("nano", "seg_nano", "tiny") else "full"
 
 
 def block_size(size):

@@ -111,7 +111,8 @@ class Detector:
         rows = num_classes + 1 if num_classes else rows
         size = self.size or args["size"]
         side = resolution or args.get("resolution") or default_resolution(size)
-        model = RFDETR(size, rows, side, mask_head=args.get("mask_head"))
+        head = weights.head_of(given) if given and not args else args.get("mask_head")  # a published file has no args
+        model = RFDETR(size, rows, side, mask_head=head)
         known = weights.load_pretrained(model, given)["class_rows"] if given else {}
         if not known:  # new class heads
             known = {f"class {row}": row for row in range(num_classes)} if num_classes else dict(COCO_ROWS)
@@ -275,6 +276,48 @@ class RFDETRLarge2026(Detector):
     size = "large_2026"
 
 
+class RFDETRSegNano(Detector):
+    """312 pixels, 100 queries, four decoder layers; like the others below with masks, in patches of 12 pixels."""
+
+    size = "seg_nano"
+
+
+class RFDETRSegSmall(Detector):
+    """384 pixels, 100 queries, four decoder layers."""
+
+    size = "seg_small"
+
+
+class RFDETRSegMedium(Detector):
+    """432 pixels, 200 queries, five decoder layers."""
+
+    size = "seg_medium"
+
+
+class RFDETRSegLarge(Detector):
+    """504 pixels, 200 queries, five decoder layers."""
+
+    size = "seg_large"
+
+
+class RFDETRSegXLarge(Detector):
+    """624 pixels, 300 queries, six decoder layers."""
+
+    size = "seg_xlarge"
+
+
+class RFDETRSeg2XLarge(Detector):
+    """768 pixels, 300 queries, six decoder layers."""
+
+    size = "seg_2xlarge"
+
+
+class RFDETRSegPreview(Detector):
+    """432 pixels, 200 queries, four decoder layers: the first one, replaced by those above."""
+
+    size = "seg_preview"
+
+
 def file_name(value, method):
     """-> Path of a file that `method` shall write; UserError where it is no name."""
     if not isinstance(value, (str, os.PathLike)) or not str(value):
@@ -334,6 +377,8 @@ class Deployable(nn.Module):
         if self.model.mask_head is None:
             return found
         logits = masks.every_mask(outputs)  # (B, Q, S / 4, S / 4)
+        if not self.model.mask_head.confine:
+            return *found, logits
         confined = masks.confined(logits.flatten(0, 1), outputs["boxes"].flatten(0, 1))
         return *found, confined.view_as(logits)
 

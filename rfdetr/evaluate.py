@@ -32,8 +32,8 @@ def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=Non
         rows: rows of the class head that count, None for all; the others are dropped before the `top` best are chosen.
     Returns:
         per image {"scores": (n,), "labels": (n,) rows of the head, "boxes": (n, 4) xyxy pixels of the original image,
-        "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32, confined to the boxes (see
-        `full_masks`); all on the CPU, for which a GPU is waited for twice.
+        "queries": (n,)}, best first, and, with masks, "mask_logits": (n, S/4, S/4) float32, confined to the boxes
+        where the head wants that (see `full_masks`); all on the CPU, for which a GPU is waited for twice.
     """
     outputs = model(images)
     logits = outputs["logits"]
@@ -49,7 +49,9 @@ def predict_batch(model, images, sizes, top=MAX_DETECTIONS, masks=True, rows=Non
         image = torch.arange(len(found))[:, None].expand_as(queries)
         image, query = sent(torch.stack([image.flatten(), queries.flatten()]), logits.device)  # (B * n,) each
         logits = mask_logits(outputs, image, query, [len(one["queries"]) for one in found])
-        logits = confined(logits, outputs["boxes"][image, query]).cpu()
+        if model.mask_head.confine:
+            logits = confined(logits, outputs["boxes"][image, query])
+        logits = logits.cpu()
         for one, own in zip(found, logits.split(queries.shape[1]), strict=True):
             one["mask_logits"] = own
     return found

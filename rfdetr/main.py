@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from pycocotools.coco import COCO
 
 from rfdetr import features, run_report, weights
-from rfdetr.config import block_size, check_resolution, default_resolution, settings
+from rfdetr.config import block_size, check_resolution, default_resolution, mask_head_of, settings
 from rfdetr.datasets import roboflow
 from utils import checkpoint, config, processes, system
 from utils.config import UserError
@@ -92,6 +92,8 @@ def _require_fixed(last, overrides, folder):
     """UserError where a constant is given anew that decided on the network of the run that shall go on."""
     fixed = {name: last["constants"].get(name) for name in ("SIZE", "RESOLUTION", "STAGE1_RUN", "CHECKPOINT")}
     fixed["RESOLUTION"] = fixed["RESOLUTION"] or last["args"].get("resolution")
+    fixed["FREEZE_BACKBONE"] = last["constants"].get("FREEZE_BACKBONE", False)  # runs of earlier releases have none
+    fixed["SEG_HEAD"] = last["constants"].get("SEG_HEAD", "ours")
     for name, value in fixed.items():
         if name in overrides and value is not None and overrides[name] != value:
             raise UserError(f"--{name.lower()} {overrides[name]}, but the run in {folder.as_posix()} has {value}: "
@@ -128,6 +130,8 @@ def build_plan(cfg, learning_rates, loss_weights):
         weights.require_source(cfg.PRETRAIN_WEIGHTS, "--pretrain_weights")
     if hasattr(cfg, "EMA"):
         flags["ema"], given["ema"] = "--ema_decay", cfg.EMA_DECAY if cfg.EMA else 0.0
+    if hasattr(cfg, "SEG_HEAD"):
+        mask_head_of(cfg.SIZE, cfg.SEG_HEAD)
     if hasattr(cfg, "LAYER_DECAY"):
         share("--layer_decay", cfg.LAYER_DECAY)
     return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
@@ -162,11 +166,15 @@ def begin(cfg, title, name, resolution, more=None):
 
 def note_without_effect(cfg):
     """Say which settings decide nothing beside the others."""
+    frozen = getattr(cfg, "FREEZE_BACKBONE", False)
     from_scratch = getattr(cfg, "PRETRAIN_WEIGHTS", "").lower() == "none" and not cfg.demo  # the demo sets both
     idle = {"--expanded_scales 1 needs --multi_scale 1": cfg.EXPANDED_SCALES and not cfg.MULTI_SCALE,
             "--cache_dir needs --cache_features 1": getattr(cfg, "CACHE_DIR", "") and not cfg.CACHE_FEATURES,
             "--pretrain_exclude_keys needs other --pretrain_weights than none":
-                from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ())}
+                from_scratch and getattr(cfg, "PRETRAIN_EXCLUDE_KEYS", ()),
+            "--backbone_lr and --layer_decay need --freeze_backbone 0": frozen,
+            "--gradient_checkpointing 1 needs --freeze_backbone 0":
+                frozen and getattr(cfg, "GRADIENT_CHECKPOINTING", False)}
     for text, applies in idle.items():
         if applies:
             processes.say(f"note: without effect here: {text}")

@@ -5,7 +5,7 @@ that knows its peculiarities, and works around them:
 
 * its loss is not used: it stays in train mode inside an eval model, and log(sigmoid(x)) becomes NaN (rfdetr.criterion);
 * fewer feature positions than queries crash its topk: refused with a clear line;
-* `freeze_backbone()` and `gradient_checkpointing_enable()` fail: utils.freeze does the former, no one needs the latter;
+* its `freeze_backbone()` fails: utils.freeze does that, with `RFDETR.vit`;
 * it has no two-level projector: rfdetr.projector;
 * its initial weights are not those of the LW-DETR family: `initialise`;
 * parameters that no output depends on (mask token, blocks behind the last tapped one) would make
@@ -23,7 +23,7 @@ from transformers.models.rf_detr.modeling_rf_detr import RfDetrMultiscaleDeforma
 
 from rfdetr import names
 from rfdetr.config import check_resolution, default_resolution, detector_config
-from rfdetr.models.segmentation import MaskHead, MaskHeadNano
+from rfdetr.models.segmentation import MaskHead, MaskHeadNano, OfficialHead
 from rfdetr.projector import TwoLevelDetector
 from utils import freeze
 from utils.config import UserError
@@ -38,7 +38,8 @@ class RFDETR(nn.Module):
     Args:
         size: a key of rfdetr.config.SIZES; num_rows: rows of the class head, K.
         resolution: side of the square input that it is for, None for the size's own (others are possible in forward).
-        mask_head: None, "full" (MaskHead) or "nano" (MaskHeadNano), of rfdetr.models.segmentation.
+        mask_head: None, "full" (MaskHead), "nano" (MaskHeadNano) or "official" (OfficialHead), of
+            rfdetr.models.segmentation.
     Attributes:
         model_args: RFDETR(**model_args) builds the same module again.
     Raises:
@@ -52,7 +53,7 @@ class RFDETR(nn.Module):
             "size": size, "num_rows": num_rows, "mask_head": mask_head,
             "resolution": default_resolution(size) if resolution is None else resolution}
         self.detector = new_detector(config)
-        self.mask_head = new_mask_head(mask_head, config.d_model)
+        self.mask_head = new_mask_head(mask_head, config)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.register_state_dict_post_hook(_publish_names)
@@ -62,6 +63,18 @@ class RFDETR(nn.Module):
     def groups(self):
         """Groups of queries in the detector's present mode: 13 (the tiny one's: 4) in train, 1 in eval."""
         return self.detector.config.group_detr if self.detector.training else 1
+
+    @property
+    def vit(self):
+        """The backbone: the windowed DINOv2, without the projector, which belongs to what every data set trains."""
+        return self.detector.model.backbone.backbone
+
+    def checkpoint_blocks(self):
+        """From now on the ViT's blocks keep their inputs alone in training and compute the rest again in the backward
+        pass, with the same randomness (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)."""
+        # not reentrant: the reentrant kind would cut the graph at the maps that are read between the blocks
+        enable = getattr(self.vit, "activation_checkpointing_enable", None) or self.vit.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": True})  # the second name is that of older releases
 
     def count_parameters(self):
         """-> (all, those that inference uses): the other groups' queries and encoder heads are for training only."""
@@ -131,14 +144,17 @@ def new_detector(config):
     return detector
 
 
-def new_mask_head(kind, channels):
-    """-> MaskHead ("full"), MaskHeadNano ("nano") or None for queries and features of `channels` channels."""
+def new_mask_head(kind, config):
+    """-> MaskHead ("full"), MaskHeadNano ("nano"), OfficialHead ("official") or None for a detector of transformers'
+    configuration `config`."""
     if kind is None:
         return None
+    if kind == "official":
+        return OfficialHead(config.d_model, config.decoder_layers)
     heads = {"full": MaskHead, "nano": MaskHeadNano}
     if kind not in heads:
-        raise UserError(f"mask_head = {kind!r}: choose None, 'full' or 'nano'")
-    return heads[kind](channels)
+        raise UserError(f"mask_head = {kind!r}: choose None, 'full', 'nano' or 'official'")
+    return heads[kind](config.d_model)
 
 
 @torch.no_grad()

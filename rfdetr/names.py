@@ -2,7 +2,8 @@
 
 The published names are those of Roboflow's COCO checkpoints (their decoder keeps query, key and value weights in one
 tensor, in_proj), except that the class head is "class_embed.0.": "class_embed.0.weight" has one row per class.
-`published_file` gives it Roboflow's name. Only names change and q, k, v are joined: no value is touched.
+`published_file` gives it Roboflow's name, `with_our_heads` makes that and their "segmentation_head." ours. Only names
+change and q, k, v are joined: no value is touched.
 """
 
 import re
@@ -36,6 +37,7 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"^(transformer\.decoder\.layers\.\d+)\.layer_norm\.", r"\1.norm3."),
     (r"^(transformer\.decoder\.layers\.\d+)\.mlp\.fc([12])\.", r"\1.linear\2."),
 )]
+_OFFICIAL_HEAD = re.compile(r"^segmentation_head\.")
 _PART = re.compile(r"^(transformer\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)$")
 
 
@@ -85,9 +87,11 @@ def published_file(state):
     return {re.sub(r"^class_embed\.0\.", "class_embed.", name): value for name, value in state.items()}
 
 
-def with_our_class_head(state):
-    """-> the state dict with our name of the class head."""
-    return {_numbered(name): value for name, value in state.items()}
+def with_our_heads(state):
+    """-> the state dict with our names of the class head and of the mask head, without the empty buffer for keypoints
+    that Roboflow's package writes."""
+    return {_OFFICIAL_HEAD.sub("mask_head.", _numbered(name)): value for name, value in state.items()
+            if not (name == "_kp_active_mask" and not value.numel())}
 
 
 def _numbered(name):

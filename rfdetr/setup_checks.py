@@ -199,6 +199,10 @@ def suggest_batch(size, memory):
 
 def check_batch(found, cfg, memory):
     """-> (batch, accumulation) for the command at the end."""
+    if cfg.SIZE not in COSTS:
+        found.ok(f"no batch is suggested for {cfg.SIZE}, whose memory was not counted: --batch 0 takes as many images "
+                 "as fit")
+        return 1, _EFFECTIVE_BATCH
     batches, fits = suggest_batch(cfg.SIZE, memory)
     accumulation = _EFFECTIVE_BATCH // batches[False]
     text = (f"suggested for {cfg.SIZE} on {f'{memory:.0f} GB' if memory else 'the CPU'}: --batch {batches[False]} "

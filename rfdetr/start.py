@@ -24,30 +24,44 @@ class Start(NamedTuple):
     last: dict | None = None  # content of last.pt where an earlier run goes on
 
 
-def new_detector(cfg, last, class_names, resolution, with_masks=False):
+def new_detector(cfg, last, class_names, resolution, seg_head=None):
     """The whole model to train: an earlier run's, or one with published, earlier or random weights.
+
+    With FREEZE_BACKBONE its ViT is frozen.
 
     Args:
         cfg: constants of stage 1 or of the single stage; last: content of the earlier run's last.pt, or None.
-        class_names: of the data set; resolution: side of the square input; with_masks: with a mask head.
+        class_names: of the data set; resolution: side of the square input.
+        seg_head: None, or the mask head, one of config.SEG_HEADS.
     Returns:
         Start. Rows of its class head: 91 with COCO weights, as many as an earlier checkpoint has, and one per class
         plus one for the background from scratch.
     Raises:
         UserError: weights that are not there, not reachable, or of another network.
     """
-    if last:  # engine.fit loads the weights
+    if last:
         _require_same_classes(cfg, last, class_names)
-        return Start(RFDETR(**last["args"]), class_names, last["class_rows"], resolution, last)
+        # engine.fit loads the weights, and checks that the frozen ones are those of last.pt
+        model = weights.load_detector(last)[0] if cfg.FREEZE_BACKBONE else RFDETR(**last["args"])
+        return Start(_prepared(model, cfg), class_names, last["class_rows"], resolution, last)
     source = _pretrained(cfg)
-    new = with_weights(source, cfg.SIZE, class_names, resolution, with_masks, cfg.PRETRAIN_EXCLUDE_KEYS)
+    new = with_weights(source, cfg.SIZE, class_names, resolution, seg_head, cfg.PRETRAIN_EXCLUDE_KEYS)
     if source:
         processes.say(f"weights: {source.name} ({new.loaded['loaded']} tensors)")
         if new.loaded["left_out"]:
             processes.say(f"note: {len(new.loaded['left_out'])} tensors start anew: "
                           f"{system.listed(new.loaded['left_out'], 4)}")
     processes.say(_class_head_line(new.class_rows, new.model.model_args["num_rows"], new.known))
-    return Start(new.model, class_names, new.class_rows, resolution)
+    return Start(_prepared(new.model, cfg), class_names, new.class_rows, resolution)
+
+
+def _prepared(model, cfg):
+    """-> the model, its ViT frozen, or computing its blocks twice, if the constants say so."""
+    if cfg.FREEZE_BACKBONE:
+        freeze.freeze(model.vit)
+    if cfg.GRADIENT_CHECKPOINTING:
+        model.checkpoint_blocks()
+    return model
 
 
 class WithWeights(NamedTuple):
@@ -59,17 +73,20 @@ class WithWeights(NamedTuple):
     loaded: dict | None  # of weights.load_pretrained
 
 
-def with_weights(source, size, class_names, resolution, with_masks=False, exclude=()):
+def with_weights(source, size, class_names, resolution, seg_head=None, exclude=()):
     """-> WithWeights of a size; what validate_setup.py tries and a training does.
 
     Args:
-        source: weights.Checkpoint, None from scratch; class_names: of the data set; exclude: of load_pretrained.
+        source: weights.Checkpoint, None from scratch; class_names: of the data set; seg_head: of `new_detector`;
+        exclude: of load_pretrained.
     Raises:
-        UserError: weights of another size, or with fewer rows than there are classes.
+        UserError: weights of another size or with another mask head, or with fewer rows than there are classes.
     """
+    if source:
+        weights.require_size(source, size)
     rows, known = weights.rows_of(source) if source else (len(class_names) + 1, None)
     class_rows = weights.assign_rows(class_names, rows, known or {})
-    model = RFDETR(size, rows, resolution, mask_head=mask_head_of(size) if with_masks else None)
+    model = RFDETR(size, rows, resolution, mask_head=mask_head_of(size, seg_head) if seg_head else None)
     return WithWeights(model, class_rows, known, weights.load_pretrained(model, source, exclude) if source else None)
 
 

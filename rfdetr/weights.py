@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from rfdetr import names
-from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED
+from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, settings
 from rfdetr.model import RFDETR
+from rfdetr.models.segmentation import MaskHeadNano
 from utils import checkpoint, download, processes, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
@@ -24,6 +25,7 @@ from utils.datasets.annotations import plain_name
 ENTRIES = ("model", "args", "class_names", "class_rows")  # of a checkpoint of ours; a run's own files have more
 MODEL_ARGS = ("size", "num_rows", "resolution", "mask_head")
 POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+_PATCHES = "backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight"
 CLASS_HEADS = ("class_embed.*", "transformer.enc_out_class_embed.*")
 _ADVICE = "Is it of another --size? What shall start anew can be named with --pretrain_exclude_keys"
 
@@ -139,7 +141,7 @@ def read(source):
     if isinstance(source, Checkpoint):
         return source
     content, name = content_of(source)
-    state = names.with_our_class_head(content["model"])
+    state = names.with_our_heads(content["model"])
     if "class_embed.0.weight" not in state:
         raise checkpoint.CheckpointError(f"{name} is not an RF-DETR detector: it has no class_embed")
     return Checkpoint(state, {key: value for key, value in content.items() if key != "model"}, name)
@@ -184,6 +186,61 @@ def model_args_of(source):
     return args
 
 
+def size_of(state, source):
+    """-> the published size that a state dict belongs to, by its shapes; UserError where it is none of them."""
+    positions = state.get(POSITIONS)
+    fitting = {}
+    if positions is not None:
+        side = math.isqrt(positions.shape[1] - 1)  # patches per side; the one more is the class token
+        fitting = {size: abs(side - settings(size)["grid"]) for size in PUBLISHED if _fits(state, size)}
+    if not fitting:
+        raise UserError(f"{source} fits none of the sizes {', '.join(PUBLISHED)}")
+    return min(fitting, key=fitting.get)  # medium and large_2026, and some of the seg sizes, differ in the grid alone
+
+
+def _fits(state, size):
+    """Whether a state dict has the shapes of a size, that of the position embeddings, which are resized, aside."""
+    own = settings(size)
+    patches, queries = state.get(_PATCHES), state.get("query_feat.weight")
+    layers = {found[1] for name in state if (found := re.match(r"transformer\.decoder\.layers\.(\d+)\.", name))}
+    return (patches is not None and (own["hidden"], own["patch"]) == (patches.shape[0], patches.shape[-1])
+            and own["decoder_layers"] == len(layers)
+            and (queries is None or len(queries) == own["queries"] * own["groups"]))
+
+
+def require_size(source, size):
+    """UserError where a file that does not say its size has the shapes of another published one."""
+    state, rest, what = read(source)
+    if _fits(state, size) or (isinstance(rest.get("args"), dict) and "size" in rest["args"]):
+        return  # in the latter case load_pretrained names what does not fit
+    try:
+        found = size_of(state, what)
+    except UserError:
+        return
+    raise UserError(f"--size {size}, but by its shapes {what} holds an RF-DETR of size {found}: give --size {found} or "
+                    "other weights")
+
+
+def head_of(source):
+    """-> the kind of a checkpoint's mask head, "full", "nano" or "official", by its weights; None without one."""
+    state = read(source).state
+    if "mask_head.query_features_proj.weight" in state:
+        return "official"
+    stem = state.get("mask_head.stem_half.weight")
+    return None if stem is None else "nano" if len(stem) == MaskHeadNano.stem // 2 else "full"
+
+
+def _require_head(model, source, anew):
+    """UserError where a checkpoint's mask head is of another kind than the model's and shall not start anew."""
+    theirs, wanted = head_of(source), model.model_args["mask_head"]
+    if theirs and wanted and theirs != wanted and "mask_head.*" not in anew:
+        flag = "--seg_head official" if theirs == "official" else "--seg_head ours"
+        raise checkpoint.CheckpointError(
+            f"{source.name} holds a mask head of the kind {theirs!r}, this model has {wanted!r}: "
+            + (f"give train_seg_single_stage.py {flag}" if "official" in (theirs, wanted) else "give its own --size")
+            + ", or start with a new head: --pretrain_exclude_keys \"mask_head.*\"")
+
+
 def load_detector(source, device="cpu"):
     """A model from one of our checkpoints, mask head included.
 
@@ -222,7 +279,8 @@ def load_pretrained(model, source, exclude=()):
     Raises:
         UserError: names or shapes that do not fit (all kinds are named), a pattern that matches nothing.
     """
-    state, rest, what = read(source)
+    source = read(source)
+    state, rest, what = source
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     own = model.state_dict()
     for pattern in exclude:
@@ -235,10 +293,12 @@ def load_pretrained(model, source, exclude=()):
         anew += CLASS_HEADS
     if not any(name.startswith("mask_head.") for name in state):
         anew.append("mask_head.*")
+    _require_head(model, source, anew)
     left_out = [name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in anew)]
     unwanted = set(left_out)
     given = {name: value for name, value in state.items()
-             if name not in unwanted and not (name.startswith("mask_head.") and model.mask_head is None)}
+             if name not in unwanted and not (name.startswith("mask_head.")
+                                                   and (model.mask_head is None or "mask_head.*" in anew))}
     if POSITIONS in given:
         given[POSITIONS] = resize_positions(given[POSITIONS], own[POSITIONS].shape[1])
     checkpoint.load_into(model, given, what, f"RF-DETR {model.model_args['size']}", _ADVICE, kept=left_out)
@@ -281,8 +341,9 @@ def write(content, path, earlier):
 def export_roboflow(path_in, path_out):
     """Write the detector of one of our checkpoints with Roboflow's key names, for their package.
 
-    Their class head is "class_embed.weight"; a mask head of ours has no counterpart there and is left out. Their
-    package takes the head's size from the file; its class ids are our rows, which "args" names.
+    Their class head is "class_embed.weight"; a mask head of ours has no counterpart there and is left out,
+    one of their form is kept. Their package takes the class head's size from the file; its class ids are our rows,
+    which "args" names.
 
     Returns:
         Path of the new file; an earlier one of its kind moves aside, and nothing else is replaced:
@@ -295,7 +356,9 @@ def export_roboflow(path_in, path_out):
     earlier = checkpoint.require_replaceable(path_out, ("model", "args"), "export_roboflow")
     rows, known = _known_rows(state, rest, what)
     args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
-    detector = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
+    official = head_of(read(path_in)) == "official"
+    detector = {name.replace("mask_head.", "segmentation_head.", 1): value for name, value in state.items()
+                if official or not name.startswith("mask_head.")}
     write({"model": names.published_file(detector), "args": {
         "class_names": sorted(known, key=known.get), "class_rows": known, "num_classes": rows - 1,
         **({"resolution": args["resolution"]} if "resolution" in args else {})}}, path_out, earlier)

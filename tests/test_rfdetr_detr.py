@@ -175,7 +175,8 @@ def test_pil_images_are_refused_as_their_files_are(detector, tmp_path):
 
 def test_public_sizes():
     expected = {"RFDETRNano": 384, "RFDETRSmall": 512, "RFDETRMedium": 576, "RFDETRBase": 560, "RFDETRLarge": 560,
-                "RFDETRLarge2026": 704}
+                "RFDETRLarge2026": 704, "RFDETRSegNano": 312, "RFDETRSegSmall": 384, "RFDETRSegMedium": 432,
+                "RFDETRSegLarge": 504, "RFDETRSegXLarge": 624, "RFDETRSeg2XLarge": 768, "RFDETRSegPreview": 432}
     classes = {name: getattr(detr, name) for name in expected}
     assert {name: default_resolution(one.size) for name, one in classes.items()} == expected
     assert {one.size for one in classes.values()} == set(PUBLISHED)

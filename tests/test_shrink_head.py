@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import shrink_head
+from rfdetr import weights
 from rfdetr.config import COCO_ROWS
 from rfdetr.model import RFDETR
 from utils import checkpoint, config
@@ -76,7 +77,7 @@ def test_rows_follow_class_rows_in_the_order_of_keep_in_every_head(stage1, tmp_p
 
 
 def test_published_coco_file_goes_by_cocos_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(shrink_head, "size_of", lambda state, source: "small")  # its shapes have a test of their own
+    monkeypatch.setattr(weights, "size_of", lambda state, source: "small")  # its shapes have a test of their own
     args = argparse.Namespace(resolution=512, encoder="dinov2_windowed_small")
     torch.save({"model": coco_state(), "args": args}, tmp_path / "coco.pth")
     run(tmp_path / "coco.pth", tmp_path / "out.pth", "Person", "toothbrush", "motorbike")  # VOC's word for COCO's 4
@@ -273,7 +274,7 @@ def test_size_of_tells_the_published_sizes_by_their_shapes():
     for size, resolution in expected.items():
         with torch.device("meta"):
             state = RFDETR(size, 91).state_dict()
-        assert shrink_head.size_of(state, "file") == size
+        assert weights.size_of(state, "file") == size
         content = {"args": argparse.Namespace(lr=1e-4)}
         args = shrink_head.model_args_of(content, state, "file")
         assert args == {"size": size, "resolution": resolution, "mask_head": None}

@@ -386,8 +386,8 @@ def _show_user_errors(kind, error, traceback, otherwise=sys.excepthook):  # that
         print(f"Error: {text}", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":
         print("Error: the GPU is out of memory. Lower the batch size (and raise the accumulation steps by the same "
-              "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING = True or (GPUs from "
-              "Ampere on) PRECISION = 'bf16', or leave --no_amp out. "
+              "factor) or the image size; where the script has them, set ACTIVATION_CHECKPOINTING or "
+              "GRADIENT_CHECKPOINTING = True or (GPUs from Ampere on) PRECISION = 'bf16', or leave --no_amp out. "
               f"({text.splitlines()[0] if text else kind.__name__})", file=sys.stderr)
     elif issubclass(kind, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         print("Error: the computer's memory is full. Lower the batch size (and raise the accumulation steps by the "

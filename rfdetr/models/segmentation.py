@@ -7,6 +7,9 @@ after Liu et al., "ConvNeXt", 2022, with GroupNorm, which a batch of one does no
 
 Everything trainable runs in `forward`; mask logits (rfdetr.masks.mask_logits) have no parameters of their own, so that
 only the masks that someone asks for are ever computed.
+
+OfficialHead is the head of Roboflow's RF-DETR-Seg models (Robinson et al., arXiv 2511.09554; rfdetr 1.11, Apache-2.0),
+written anew from the names and shapes of its weights and what it computes, so that their checkpoints can be loaded.
 """
 
 import math
@@ -44,6 +47,7 @@ class MaskHead(nn.Module):
         channels: learned channels of the embeddings; C = channels + 4 * WAVES + 1.
     """
 
+    confine = True  # masks are kept to their boxes, see rfdetr.masks.confined
     channels, stem, hidden = 128, 32, 256
     coarse_blocks, fine_blocks, expansion = 2, 3, 2
 
@@ -103,6 +107,65 @@ class MaskHeadNano(MaskHead):
 
     channels, stem, hidden = 64, 16, 128
     coarse_blocks, fine_blocks, expansion = 1, 1, 1
+
+
+class PixelBlock(nn.Module):
+    """Depthwise 3x3, LayerNorm over the channels, one layer of width C, around a residual: (B, C, h, w) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        inner = self.dwconv(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+        return x + F.gelu(self.pwconv1(self.norm(inner))).permute(0, 3, 1, 2)
+
+
+class QueryBlock(nn.Module):
+    """Inverted bottleneck around a residual connection: (B, n, D) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(channels)
+        self.layers = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return x + self.layers(self.norm_in(x))
+
+
+class OfficialHead(nn.Module):
+    """The mask head of Roboflow's segmentation checkpoints; its parameters have their names.
+
+    Theirs gives every decoder layer's queries masks from the map after as many blocks; here, as in their inference, the
+    last layer's alone. It knows neither the image nor the boxes.
+
+    Args:
+        d_model: channels of the detector's map and of its queries, D; blocks: as many as the decoder has layers.
+    """
+
+    confine = False  # it was trained on points of the whole image, and scored without a look at the boxes
+
+    def __init__(self, d_model, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(PixelBlock(d_model) for _ in range(blocks))
+        self.spatial_features_proj = nn.Conv2d(d_model, d_model, 1)
+        self.query_features_block = QueryBlock(d_model)
+        self.query_features_proj = nn.Linear(d_model, d_model)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features, images, queries, boxes):
+        """Embed pixels and queries: arguments and result as of `MaskHead.forward`, C = D + 1; the last channel is the
+        bias of all masks."""
+        side = [length // 4 for length in images.shape[-2:]]
+        pixels = F.interpolate(features, size=side, mode="bilinear", align_corners=False)  # (B, D, S/4, S/4)
+        for block in self.blocks:
+            pixels = block(pixels)
+        pixels = self.spatial_features_proj(pixels).float()
+        queries = self.query_features_proj(self.query_features_block(queries)).float()  # (B, n, D)
+        return (torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1),
+                torch.cat([queries, self.bias.float().expand(*queries.shape[:2], 1)], -1))
 
 
 # ---- where things are --------------------------------------------------------------------------------------------

@@ -245,6 +245,14 @@ def score(rows, parts, found):
     return table
 
 
+def intervals_of(cfg, rows, parts, found, groups, twins):
+    """-> the table of gate_intervals.compared, empty where neither RESAMPLES nor PREFIXES asks for it."""
+    if not (cfg.RESAMPLES or groups):
+        return []
+    return gate_intervals.compared(rows, {domain: parts[domain] for domain in _DOMAINS}, found, groups, twins,
+                                   cfg.RESAMPLES, cfg.SEED)
+
+
 def thresholds_of(part, found, scores_of):
     """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector}."""
     vanilla = part.matches(found, lambda *key: "vanilla")
@@ -364,8 +372,9 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
-def print_thresholds(table, thresholds):
-    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it."""
+def print_thresholds(table, thresholds, sure):
+    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it; the
+    table of `intervals_of`, if any."""
     rows = {row["model"]: row for row in table}
     cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
               "best": None if chosen["threshold"] is None else f"{chosen['threshold']:.3f}",
@@ -373,6 +382,8 @@ def print_thresholds(table, thresholds):
              for branch, chosen in thresholds.items()]
     print("\n" + report.table(cells, {"branch": "branch", "now": "mix mAP, threshold as set",
                                       "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
+    if sure:
+        print("\n" + gate_intervals.text(sure))
 
 
 def require_usable(cfg):
@@ -425,8 +436,7 @@ def main(**overrides):
     graded_gates = {branch: graded_gate(scores, part) for branch, part in steps.items()}
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
-    sure = gate_intervals.compared(rows, {domain: parts[domain] for domain in _DOMAINS}, found, groups, twins,
-                                   cfg.RESAMPLES, cfg.SEED) if cfg.RESAMPLES or groups else []
+    sure = intervals_of(cfg, rows, parts, found, groups, twins)
     thresholds = thresholds_of(parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]})
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
@@ -441,9 +451,7 @@ def main(**overrides):
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
-        print_thresholds(table, thresholds)
-        if sure:
-            print("\n" + gate_intervals.text(sure))
+        print_thresholds(table, thresholds, sure)
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)

@@ -458,8 +458,7 @@ def main(**overrides):
         draw_page(cfg, pipeline, loaders_of, device, id2label, folder / "detections.png")
         page.add_sliders(branches, data["rainy"], device, id2label, cfg.SCORE_THRESHOLD)
         page.write(folder, cfg.as_dict())
-        print(f"\nwritten: {(folder / 'results.json').as_posix()}, report.html, threshold_sweep.png, rain_roc.png, "
-              "detections.png")
+        print(f"\nwritten: {folder.as_posix()}/{', '.join(_FILES)}")
     return results
 
 

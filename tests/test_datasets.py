@@ -121,6 +121,8 @@ def test_one_folder_for_both_or_rain_as_clean_images_is_refused(coco):
     assert len(mixture(coco)) == 8
     with pytest.raises(UserError, match="COCO_DIR and COCO_RAIN_DIR are the same folder"):
         mixture(coco, rainy="coco")
+    with pytest.raises(UserError, match="COCO_DIR and COCO_RAIN_DIR are the same folder"):
+        mixture(coco, rainy="coco/data.yaml")
     with pytest.raises(UserError, match="COCO_DIR = .* holds rain .* swapped"):
         mixture(coco, "coco_rain", "coco")
     with pytest.raises(UserError, match="CLEAN_DIR = .* holds rain .* are CLEAN_DIR and RAINY_DIR swapped"):

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from utils import processes
 from utils.boxes import normalised_boxes
 from utils.config import UserError
-from utils.datasets import image_check
+from utils.datasets import image_check, yolo
 from utils.datasets.annotations import (
     image_by_image,
     label_table,
@@ -219,7 +219,8 @@ def require_clean_and_rainy(clean, rainy, constants=("COCO_DIR", "COCO_RAIN_DIR"
     Swapped folders would train a network to make rain, and nothing else would tell.
     """
     clean, rainy = Path(clean), Path(rainy)
-    if clean.resolve() == rainy.resolve():
+    one, other = (path.parent if path.name in yolo.FILES else path for path in (clean.resolve(), rainy.resolve()))
+    if one == other:
         raise UserError(f"{constants[0]} and {constants[1]} are the same folder ('{clean.as_posix()}'): give the clean "
                         "images and their rainy twins, which make_rain.py writes")
     require_no_rain(clean, constants)

@@ -11,7 +11,7 @@ import numpy as np
 from utils import processes, report
 from utils.evaluation import intervals
 
-METRICS = {"mAP": slice(None), "AP50": slice(1)}  # {metric: the IoUs that it is a mean of}
+METRICS = ("mAP", "AP50")
 
 
 class Interval(NamedTuple):
@@ -47,8 +47,8 @@ def compared(rows, parts, found, groups, twins, resamples, seed=0):
         part = parts[domain]
         inside = np.array([ids is None or part.new_ids[key] in ids for key in part.images], float)
         order = np.argsort([part.new_ids[key] for key in part.images])  # pycocotools numbers the images by rising id
-        values = {name: {metric: np.array([_score(matched[domain][name], iou, (one * inside)[order])
-                                           for one in weights[domain]]) for metric, iou in METRICS.items()}
+        values = {name: dict(zip(METRICS, np.transpose([_scores(matched[domain][name], (one * inside)[order])
+                                                        for one in weights[domain]]), strict=True))
                   for name, _, _ in rows}
         table += [_row(rows[0][0], name, images, values) for name in values]
         if images == "clean":
@@ -82,9 +82,10 @@ def _matches(rows, part, found):
     return matched
 
 
-def _score(categories, iou, weights):
-    return intervals.weighted_map([own._replace(right=own.right[iou], wrong=own.wrong[iou]) for own in categories],
-                                  weights)
+def _scores(categories, weights):
+    """-> values of METRICS, NaN without any object."""
+    found = intervals.weighted_precisions(categories, weights)  # (categories, IoUs from 0.5 on)
+    return (found.mean(), found[:, 0].mean()) if len(found) else (np.nan, np.nan)
 
 
 def _interval(values):

@@ -70,23 +70,32 @@ def weighted_map(categories, weights):
     Args:
         categories: of `matches_of`; weights: (images,), not negative.
     """
+    found = weighted_precisions(categories, weights)
+    return float(found.mean()) if len(found) else float("nan")
+
+
+def weighted_precisions(categories, weights):
+    """-> (categories that have objects, IoUs): the average precisions that `weighted_map` is the mean of."""
     values = []
     for own in categories:
         objects = own.objects @ weights
         if not objects:
             continue
-        if not len(own.image):
-            values += [0.0] * len(own.right)  # one for each IoU, as the others have
-            continue
         weight = weights[own.image]
-        right, wrong = ((part * weight).cumsum(1) for part in (own.right, own.wrong))  # (T, n)
+        seen = weight > 0
+        if not seen.any():
+            values.append([0.0] * len(own.right))
+            continue
+        right, wrong = ((part[:, seen] * weight[seen]).cumsum(1) for part in (own.right, own.wrong))  # (T, n)
         recall = right / objects
         precision = right / np.maximum(right + wrong, np.finfo(float).tiny)
         precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # at this recall or a higher one
+        row = []
         for levels, reached in zip(precision, recall, strict=True):
             at = np.searchsorted(reached, RECALLS, side="left")
-            values.append(np.where(at < len(levels), levels[np.minimum(at, len(levels) - 1)], 0.0).mean())
-    return float(np.mean(values)) if values else float("nan")
+            row.append(np.where(at < len(levels), levels[np.minimum(at, len(levels) - 1)], 0.0).mean())
+        values.append(row)
+    return np.array(values)
 
 
 def resampled_maps(models, images, resamples=1000, seed=0):

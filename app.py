@@ -373,8 +373,8 @@ def answering(gradio, choices, folder, line, shown):
 
 
 def empty_folder(root):
-    """-> a new folder in `root`. The last clip's files, which Gradio has copied, go; on Windows one that another program
-    reads just now stays."""
+    """-> a new folder in `root`. The last clip's files, which Gradio has copied, go; on Windows one that another
+    program reads just now stays."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True, exist_ok=True)
     return tempfile.mkdtemp(dir=root)

@@ -253,6 +253,20 @@ def intervals_of(cfg, rows, parts, found, groups, twins):
                                    cfg.RESAMPLES, cfg.SEED)
 
 
+def decisions_of(pipeline, branches, pipelines, loaders_of, device):
+    """-> decisions as `strategies` takes them; {branch: {domain: {image_id: probability of rain}}} by the rain detector
+    that goes with it: its own where it was trained with one, else that of `pipeline`."""
+    def scores_by(rain_detector):
+        return {domain: gate_scores(rain_detector, loader, device) for domain, loader in loaders_of.items()}
+    scores = scores_by(pipeline.rain_detector)
+    decisions = {"rain detector": hard_gate(scores, pipeline.rain_threshold)}
+    scores_of = dict.fromkeys(branches, scores)
+    for name, trained in pipelines.items():
+        scores_of[name] = scores_by(trained.rain_detector)
+        decisions[name] = hard_gate(scores_of[name], trained.rain_threshold)
+    return decisions, scores_of
+
+
 def thresholds_of(part, found, scores_of):
     """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector}."""
     vanilla = part.matches(found, lambda *key: "vanilla")
@@ -424,12 +438,8 @@ def main(**overrides):
     parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
-    scores = {domain: gate_scores(rain_detector, loader, device) for domain, loader in loaders_of.items()}
-    decisions, scores_of = {"rain detector": hard_gate(scores, threshold)}, dict.fromkeys(branches, scores)
-    for name, trained in pipelines.items():
-        scores_of[name] = {domain: gate_scores(trained.rain_detector, loader, device)
-                           for domain, loader in loaders_of.items()}
-        decisions[name] = hard_gate(scores_of[name], trained.rain_threshold)
+    decisions, scores_of = decisions_of(pipeline, branches, pipelines, loaders_of, device)
+    scores = scores_of["vanilla"]
     between = {name: model for part in steps.values() for name, model in part.items()}
     found, fallbacks = detect_everything(branches | between, loaders_of, device)
 

@@ -143,6 +143,9 @@ def build_model(cfg):
         if cfg.BACKBONE_LEARNING_RATE < cfg.LEARNING_RATE:
             processes.say(f"note: BACKBONE_LEARNING_RATE = {cfg.BACKBONE_LEARNING_RATE} is for a pretrained backbone; "
                           f"this one is new, LEARNING_RATE = {cfg.LEARNING_RATE} suits it better")
+        if cfg.FREEZE_AT > 0:
+            raise config.UserError(f"FREEZE_AT = {cfg.FREEZE_AT}: RTDETR_MODEL_NAME is empty, so the backbone is new "
+                                   "and what is frozen would stay random: set FREEZE_AT to 0, or give a detector")
         return new_rtdetr(cfg.ARCHITECTURE, dict(enumerate(names)))
     model = load_rtdetr(cfg.RTDETR_MODEL_NAME)
     known = label_table(categories, id2label_of(model), "", unknown=None)
@@ -168,8 +171,12 @@ def build_loaders(cfg, id2label):
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
         domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
-    return (loaders.training_loader(with_mosaics(train, cfg), cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
-                                    collate_of(cfg)),
+    mixed, collate = with_mosaics(train, cfg), collate_of(cfg)
+    if cfg.MOSAIC_RATIO and collate is not datasets.collate:
+        # they would fill the memory, and the teacher would be asked image by image for nothing
+        processes.say("note: TEACHER_CACHE_GB has no effect beside MOSAIC_RATIO: no mosaic comes a second time")
+        collate = datasets.collate
+    return (loaders.training_loader(mixed, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})
 

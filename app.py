@@ -13,6 +13,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -72,6 +73,10 @@ _SHARED = ("RTDETR_MODEL_NAME", "SPDNET_MODEL_PATH", "RAIN_DETECTOR_PATH", "FEAT
            "DERAIN_SCALE", "IMAGE_SIZE", "MAX_FRAMES", "THRESHOLD")
 _OF_THE_PAGE = {"SOURCE": "", "RESUME": False, "OUTPUT": "", "COMPARE": False, "SHOW_DERAINED": False, "FAST": ()}
 _CLIPS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")  # FFmpeg would follow a playlist
+_BEGINS = re.compile(  # their first bytes: MPEG-4 and QuickTime, AVI, Matroska, MPEG, its transport stream, ASF
+    rb"....(ftyp|styp|moov|mdat|wide|free|skip|pnot|uuid)|RIFF|\x1aE\xdf\xa3|\x00\x00\x01[\xba\xb3]|G|0&\xb2u",
+    re.DOTALL)
+_LONGEST = 65500  # pixels; a JPEG, as which the page shows pictures, ends there
 _HEADERS = ["class", "score", "x", "y", "width", "height"]
 # the browser itself refuses what would leave this machine; Gradio's page needs inline and evaluated scripts
 _POLICY = (b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -170,7 +175,16 @@ def opened(path):
     if not system.is_image(path) and path.suffix.lower() not in _CLIPS:
         raise config.UserError(f"{path.name} is neither an image ({' '.join(system.SUFFIXES)}) nor a clip "
                                f"({' '.join(_CLIPS)})")
+    if path.suffix.lower() in _CLIPS and not begins_as_clip(path):
+        raise config.UserError(f"{path.name} does not begin as a clip does ({' '.join(_CLIPS)}): is it a whole video?")
     return video.open_source(str(path), "the file")
+
+
+def begins_as_clip(path):
+    """-> whether a file begins as those of _CLIPS do. FFmpeg goes by the content, not by the name: a playlist that is
+    called .mp4 would have it open other files."""
+    with open(path, "rb") as file:
+        return bool(_BEGINS.match(file.read(8)))
 
 
 @contextlib.contextmanager
@@ -197,6 +211,9 @@ def look_at_image(choices, name, path, threshold):
         frame = next(iter(source))
         if frame.problem:
             raise config.UserError(frame.problem)
+        if max(frame.image.shape) > _LONGEST:
+            raise config.UserError(f"{frame.name} is longer than the {_LONGEST} pixels that the page can show: use "
+                                   "detect.py")
         begin = time.perf_counter()
         (result,), fallbacks = detect.detect_frames(own, models, [frame], choices.device)
         milliseconds = 1000 * (time.perf_counter() - begin)
@@ -213,7 +230,7 @@ def look_at_image(choices, name, path, threshold):
     line = f"{name}: " + ", ".join([*rain, counted(row[0] for row in rows), f"{milliseconds:.0f} ms"])
     if fallbacks:
         notes.append("the de-rainer's answer was no picture, so the detector saw the image as it came")
-    return Picture(picture, before, after, derained, rows, line, "; ".join(notes + nothing(rows, threshold)))
+    return Picture(picture, before, after, derained, rows, line, "; ".join(notes + nothing(rows, own.THRESHOLD)))
 
 
 def look_at_clip(choices, name, path, threshold, folder):
@@ -226,12 +243,15 @@ def look_at_clip(choices, name, path, threshold, folder):
     folder = Path(folder)
     with by_name(path), contextlib.closing(opened(path)) as source:
         tally = detect.run(own, models, source, folder, choices.device)
-        longer = bool(own.MAX_FRAMES and source.total and source.total > own.MAX_FRAMES)
+        announced = source.total
     if not tally.images:
         raise config.UserError(f"{Path(path).name} holds no frame that can be read: " + (
             system.listed(tally.problems, 1, total=tally.problem_count) or "is it a whole video?"))
-    names = {entry["id"]: entry["name"]
-             for entry in json.loads((folder / "images.json").read_text(encoding="utf-8"))["categories"]}
+    written_of = json.loads((folder / "images.json").read_text(encoding="utf-8"))
+    names = {entry["id"]: entry["name"] for entry in written_of["categories"]}
+    # clips that a browser has recorded do not say how long they are
+    longer = own.MAX_FRAMES and (announced > own.MAX_FRAMES if announced else
+                                 len(written_of["images"]) >= own.MAX_FRAMES)
     boxes = json.loads((folder / "detections.json").read_text(encoding="utf-8"))
     (written,) = folder.glob("*.mp4")
     notes = [f"only the first {own.MAX_FRAMES} frames were looked at (MAX_FRAMES)"] if longer else []
@@ -246,7 +266,7 @@ def look_at_clip(choices, name, path, threshold, folder):
                       f"{1000 * tally.model_seconds / tally.images:.0f} ms per frame",
                       *([system.listed(switches, 6, total=tally.switch_count)] if switches else [])])
     files = [written, folder / "detections.json", folder / "images.json"]
-    return Clip(shown, files, line, "; ".join(notes + nothing(boxes, threshold)))
+    return Clip(shown, files, line, "; ".join(notes + nothing(boxes, own.THRESHOLD)))
 
 
 def counted(names):
@@ -336,9 +356,7 @@ def answering(gradio, choices, folder, line, shown):
                     "value": (found.before, found.after),
                     "label": f"Before and after: {'what the detector saw' if found.derained else 'boxes'}"}}
             else:
-                shutil.rmtree(folder, ignore_errors=True)  # the last clip's, which Gradio has copied
-                folder.mkdir(parents=True)
-                found = look_at_clip(choices, name, path, threshold, folder)
+                found = look_at_clip(choices, name, path, threshold, empty_folder(folder))
                 values = {"files": {"value": [str(one) for one in found.files]}} | (
                     {"clip": {"value": str(found.shown)}} if found.shown else {})
         except config.UserError as error:
@@ -352,6 +370,14 @@ def answering(gradio, choices, folder, line, shown):
             part: gradio.update(visible=key in values, **values.get(key, {"value": None}))
             for key, part in shown.items()}
     return answer
+
+
+def empty_folder(root):
+    """-> a new folder in `root`. The last clip's files, which Gradio has copied, go; on Windows one that another
+    program reads just now stays."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(dir=root)
 
 
 def demo_files(folder="./demo"):
@@ -381,22 +407,40 @@ def serving(cfg, choices):
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     with tempfile.TemporaryDirectory(prefix="rainsight_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")
-        middleware = [Middleware(SelfOnly)]
+        middleware, host = [Middleware(SelfOnly)], f"[{cfg.HOST}]" if ":" in cfg.HOST else cfg.HOST
         if is_loopback(cfg.HOST):  # a page from elsewhere whose name leads to this machine does not reach it
-            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", cfg.HOST]))
+            allowed = ["127.0.0.1", "localhost", cfg.HOST, host]
+            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=allowed))
         blocks, font = page(cfg, choices, Path(folder) / "clip"), ["system-ui", "sans-serif"]
         try:
-            _, address, _ = blocks.launch(
-                server_name=cfg.HOST, server_port=cfg.PORT, share=False, inbrowser=False, inline=False, quiet=True,
-                prevent_thread_lock=True, max_file_size=f"{cfg.MAX_UPLOAD_MB}mb", footer_links=[], ssr_mode=False,
-                enable_monitoring=False, mcp_server=False, app_kwargs={"middleware": middleware}, theme=theme(font))
+            with unproxied():
+                _, address, _ = blocks.launch(
+                    server_name=host, server_port=cfg.PORT, share=False, inbrowser=False, inline=False, quiet=True,
+                    prevent_thread_lock=True, max_file_size=f"{cfg.MAX_UPLOAD_MB}mb", footer_links=[], ssr_mode=False,
+                    enable_monitoring=False, mcp_server=False, app_kwargs={"middleware": middleware},
+                    theme=theme(font))
         except OSError as error:
             raise config.UserError(f"HOST = '{cfg.HOST}', PORT = {cfg.PORT} cannot be used ({error}): is another "
-                                   "program there? Choose another PORT") from None
+                                   "program there, or is this no address of this machine? Choose another PORT, or "
+                                   "HOST = '127.0.0.1'") from None
         try:
             yield address
         finally:
             blocks.close(verbose=False)
+
+
+@contextlib.contextmanager
+def unproxied():
+    """Within, HTTP goes to no proxy: Gradio asks its own server once, which a company's proxy does not know."""
+    name = "no_proxy"  # the small letters win
+    earlier = os.environ.get(name)
+    os.environ[name] = "*"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if earlier is not None:
+            os.environ[name] = earlier
 
 
 def theme(font):

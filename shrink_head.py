@@ -178,11 +178,16 @@ def dataset_of(content, folder):
         return None  # a missing or foreign file: a hint is no reason to fail
 
 
-def next_command(size, source, target, dataset):
-    """-> the command line of stage 2, with the real paths; dataset: folder, or None where it is not known."""
+def next_command(args, source, target, dataset):
+    """-> the command line of the next training, with the real paths: stage 2, or the single stage of a head that
+    stage 2 does not make. args: of `model_args_of`; dataset: folder, or None where it is not known."""
+    size = args["size"]
     if size == "tiny":  # only in the demo
         return ""
     folder = run_report.pasted(Path(dataset)) if dataset else "<folder of your data set>"
+    if args.get("mask_head") == "official":
+        return (f"\nNext: python train_seg_single_stage.py --size {size} --seg_head official --seg_lr 1e-4 "
+                f"--pretrain_weights {run_report.pasted(target)} --dataset_dir {folder}")
     return (f"\nNext: python train_seg_stage2.py --size {size} --stage1_run {run_report.pasted(source.parent)} "
             f"--checkpoint {run_report.pasted(target)} --dataset_dir {folder}")
 
@@ -213,7 +218,7 @@ def main(**overrides):
     processes.say(report.table(table, {"class": "class", "row": "new row", "source": "from"}))
     processes.say(f"written: {target.as_posix()} ({target.stat().st_size / 2**20:.1f} MB, was "
                   f"{source.stat().st_size / 2**20:.1f} MB)"
-                  + next_command(args["size"], source, target, dataset_of(content, source.parent)))
+                  + next_command(args, source, target, dataset_of(content, source.parent)))
     return result
 
 

@@ -209,7 +209,9 @@ def next_command(cfg, ready, names, batch):
             return (f'python -m tools.make_demo_dataset --out "{cfg.DATASET_DIR}"     (a data set to try the scripts '
                     "with)")
         return f"python validate_setup.py --size {cfg.SIZE}{changed}     (when the above is fixed)"
-    return (f"python train_detector_stage1.py --size {cfg.SIZE} --epochs 1 --batch {batch[0]} --accum {batch[1]} "
+    script = ("train_seg_single_stage.py --seg_head official --seg_lr 1e-4" if cfg.SIZE.startswith("seg_") else
+              "train_detector_stage1.py")
+    return (f"python {script} --size {cfg.SIZE} --epochs 1 --batch {batch[0]} --accum {batch[1]} "
             f"--workers {min(2, system.available_cores())} --multi_scale 0{changed}")
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from rfdetr import evaluate, masks, weights
-from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution
+from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution, mask_head_of
 from rfdetr.datasets.roboflow import stretched_image
 from rfdetr.model import RFDETR
 from utils import checkpoint, datasets, processes, system
@@ -71,7 +71,7 @@ class Detector:
         resolution: side of the square input; None takes the checkpoint's, else the size's own.
     """
 
-    size = None
+    size, masks = None, False  # masks: whether a new one has a mask head
 
     def __init__(self, pretrain_weights="coco", num_classes=None, device=None, resolution=None):
         for name, value in (("num_classes", num_classes), ("resolution", resolution)):
@@ -111,7 +111,9 @@ class Detector:
         rows = num_classes + 1 if num_classes else rows
         size = self.size or args["size"]
         side = resolution or args.get("resolution") or default_resolution(size)
-        head = weights.head_of(given) if given and not args else args.get("mask_head")  # a published file has no args
+        head = args.get("mask_head")
+        if not args:  # a published file, or a new one
+            head = weights.head_of(given) if given else mask_head_of(size, "official") if self.masks else None
         model = RFDETR(size, rows, side, mask_head=head)
         known = weights.load_pretrained(model, given)["class_rows"] if given else {}
         if not known:  # new class heads
@@ -149,7 +151,8 @@ class Detector:
     def train(self, dataset_dir, epochs, **options):
         """Train on a Roboflow-layout data set and go on with the best epoch's weights.
 
-        Starts from the weights of the last `train`, `from_checkpoint` or `pretrain_weights`, as stage 1 does.
+        Starts from the weights of the last `train`, `from_checkpoint` or `pretrain_weights`, as stage 1 does, which
+        knows no masks: a mask head is gone afterwards, and a line says so.
 
         Args:
             options: constants of train_detector_stage1.py, in small letters: batch=4, lr=1e-4, multi_scale=False, ...
@@ -165,6 +168,9 @@ class Detector:
                             "train one of that size")
         constants = {"SIZE": size, "RESOLUTION": self.resolution,
                      "PRETRAIN_WEIGHTS": str(self.start or "none")} | constants
+        if self.model.mask_head is not None:
+            processes.say("note: train() trains the detector alone and leaves its mask head out; "
+                          "train_seg_single_stage.py trains both")
         result = train_detector_stage1.main(DATASET_DIR=str(dataset_dir), EPOCHS=epochs, **constants)
         if Path(result["checkpoint"]).is_file():  # not after Ctrl+C in the first epoch
             self.start = Path(result["checkpoint"])
@@ -279,43 +285,43 @@ class RFDETRLarge2026(Detector):
 class RFDETRSegNano(Detector):
     """312 pixels, 100 queries, four decoder layers; like the others below with masks, in patches of 12 pixels."""
 
-    size = "seg_nano"
+    size, masks = "seg_nano", True
 
 
 class RFDETRSegSmall(Detector):
     """384 pixels, 100 queries, four decoder layers."""
 
-    size = "seg_small"
+    size, masks = "seg_small", True
 
 
 class RFDETRSegMedium(Detector):
     """432 pixels, 200 queries, five decoder layers."""
 
-    size = "seg_medium"
+    size, masks = "seg_medium", True
 
 
 class RFDETRSegLarge(Detector):
     """504 pixels, 200 queries, five decoder layers."""
 
-    size = "seg_large"
+    size, masks = "seg_large", True
 
 
 class RFDETRSegXLarge(Detector):
     """624 pixels, 300 queries, six decoder layers."""
 
-    size = "seg_xlarge"
+    size, masks = "seg_xlarge", True
 
 
 class RFDETRSeg2XLarge(Detector):
     """768 pixels, 300 queries, six decoder layers."""
 
-    size = "seg_2xlarge"
+    size, masks = "seg_2xlarge", True
 
 
 class RFDETRSegPreview(Detector):
     """432 pixels, 200 queries, four decoder layers: the first one, replaced by those above."""
 
-    size = "seg_preview"
+    size, masks = "seg_preview", True
 
 
 def file_name(value, method):

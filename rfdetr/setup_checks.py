@@ -17,7 +17,9 @@ _EFFECTIVE_BATCH = 16  # batch times accumulation, of the published models
 # Millions of parameters, and GB that autograd keeps per image in a stage-1 step: float32, the size's own resolution, 13
 # groups of queries, counted with saved_tensors_hooks. Mixed precision needs less, temporaries come on top.
 COSTS = {"nano": (30.5, 0.47), "small": (32.1, 0.75), "medium": (33.7, 0.96), "base": (32.2, 0.95),
-          "large": (135.6, 2.35), "large_2026": (33.9, 1.21), "tiny": (1.7, 0.03)}
+          "large": (135.6, 2.35), "large_2026": (33.9, 1.21), "tiny": (1.7, 0.03),
+          "seg_nano": (32.6, 0.41), "seg_small": (32.8, 0.55), "seg_medium": (34.7, 0.88), "seg_large": (34.9, 1.06),
+          "seg_xlarge": (37.0, 1.73), "seg_2xlarge": (37.6, 2.27), "seg_preview": (33.2, 0.81)}
 
 
 # ---- the data set --------------------------------------------------------------------------------------------------
@@ -199,10 +201,6 @@ def suggest_batch(size, memory):
 
 def check_batch(found, cfg, memory):
     """-> (batch, accumulation) for the command at the end."""
-    if cfg.SIZE not in COSTS:
-        found.ok(f"no batch is suggested for {cfg.SIZE}, whose memory was not counted: --batch 0 takes as many images "
-                 "as fit")
-        return 1, _EFFECTIVE_BATCH
     batches, fits = suggest_batch(cfg.SIZE, memory)
     accumulation = _EFFECTIVE_BATCH // batches[False]
     text = (f"suggested for {cfg.SIZE} on {f'{memory:.0f} GB' if memory else 'the CPU'}: --batch {batches[False]} "

@@ -209,10 +209,16 @@ def _fits(state, size):
 
 
 def require_size(source, size):
-    """UserError where a file that does not say its size has the shapes of another published one."""
+    """UserError where a file that does not say its size has the shapes of another published one; a note where only its
+    position embeddings are another one's, as the two may differ in windows and resolution, which no shape tells."""
     state, rest, what = read(source)
-    if _fits(state, size) or (isinstance(rest.get("args"), dict) and "size" in rest["args"]):
-        return  # in the latter case load_pretrained names what does not fit
+    if isinstance(rest.get("args"), dict) and "size" in rest["args"]:
+        return  # load_pretrained names what does not fit
+    if _fits(state, size):
+        if size in PUBLISHED and POSITIONS in state and (likely := size_of(state, what)) != size:
+            processes.say(f"note: {what} has as many patches as {likely}, not {size}: unless it was trained at another "
+                          f"resolution, --size {likely} is its own")
+        return
     try:
         found = size_of(state, what)
     except UserError:

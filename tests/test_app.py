@@ -137,6 +137,59 @@ def test_uploads_that_are_nothing_are_one_line_with_their_name_alone(choices, tm
         assert name in line and tmp_path.as_posix() not in line and "\n" not in line
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_a_playlist_under_the_name_of_a_clip_opens_no_other_file(choices, work, tmp_path, name):
+    (tmp_path / name).write_text("ffconcat version 1.0\nfile other.mp4\n")
+    (tmp_path / "other.mp4").write_bytes((work / "demo" / "rain_begins.mp4").read_bytes())
+    with pytest.raises(UserError, match=f"{name} does not begin as a clip"):
+        app.opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mp4v"), ("a.mov", "mp4v"), ("a.avi", "MJPG"), ("a.mkv", "mp4v"),
+                                         ("a.webm", "VP80"), ("a.mpg", "mpg1"), ("a.wmv", "WMV2")])
+def test_every_kind_of_clip_is_taken(tmp_path, name, codec):
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter(str(tmp_path / name), cv2.VideoWriter_fourcc(*codec), 25, (64, 48))
+    if not writer.isOpened():
+        pytest.skip(f"this OpenCV writes no {codec}")
+    for i in range(5):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    source = app.opened(tmp_path / name)
+    assert sum(frame.image is not None for frame in source) >= 4
+    source.close()
+
+
+def test_a_picture_that_the_page_cannot_show_is_refused_by_name(choices, tmp_path):
+    Image.new("RGB", (66_000, 1)).save(tmp_path / "long.png")
+    with pytest.raises(UserError, match="long.png is longer"):
+        app.look_at_image(choices, "vanilla", tmp_path / "long.png", 0.5)
+
+
+def test_a_clip_of_unknown_length_says_that_its_end_is_left_out(work, tmp_path, monkeypatch):
+    few = app.Choices(config.resolve(vars(app), {"demo": True, "MODEL": "vanilla", "MAX_FRAMES": 4}), "cpu")
+    begin = video.Video.__init__
+
+    def without_length(self, *args):
+        begin(self, *args)
+        self.total = None
+    monkeypatch.setattr(video.Video, "__init__", without_length)
+    for frames, noted in ((6, True), (3, False)):
+        out = Path(app.empty_folder(tmp_path / "out"))
+        path = write_video(tmp_path / "c.mp4", [picture(i) for i in range(frames)])
+        found = app.look_at_clip(few, "vanilla", path, 0.0, out)
+        assert ("first 4 frames" in found.note) == noted
+
+
+def test_a_file_that_another_program_keeps_open_is_in_nobodys_way(tmp_path, monkeypatch):
+    first = Path(app.empty_folder(tmp_path / "clip"))
+    (first / "a.mp4").touch()
+    assert list(Path(app.empty_folder(tmp_path / "clip")).iterdir()) == [] and not first.exists()
+    monkeypatch.setattr(app.shutil, "rmtree", lambda *args, **more: None)  # as on Windows
+    (tmp_path / "clip" / "a.mp4").touch()
+    assert list(Path(app.empty_folder(tmp_path / "clip")).iterdir()) == []
+
+
 def test_a_model_that_is_not_there_is_not_offered_and_says_why(choices, tmp_path):
     assert choices.offered == ["conditional", "conditional, specialist", "spdnet", "vanilla", "rfdetr"]
     assert "rain.safetensors' does not exist" in choices.reasons["conditional, adapter"]
@@ -228,6 +281,27 @@ def test_the_server_answers_this_machine_alone_and_sends_the_policy(address):
     cfg = config.resolve(vars(app), {"demo": True, "PORT": port})
     with pytest.raises(UserError, match=f"PORT = {port}"), app.serving(cfg, app.Choices(cfg, "cpu")):
         pass
+
+
+def test_a_proxy_and_an_address_of_ipv6_are_in_nobodys_way(work, monkeypatch):
+    pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
+    import httpx
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+            port = one.getsockname()[1]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.chdir(work)
+    cfg = config.resolve(vars(app), {"demo": True, "PORT": port, "HOST": "::1"})
+    with app.serving(cfg, app.Choices(cfg, "cpu")) as url:
+        assert url == f"http://[::1]:{port}/" and os.environ["no_proxy"] == "elsewhere"
+        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url, headers={"host": "elsewhere.example"}, trust_env=False).status_code == 400
 
 
 @pytest.mark.skipif(browser.PROGRAM is None or os.name != "posix", reason="there is no Chromium")

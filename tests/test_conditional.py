@@ -403,7 +403,7 @@ def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
     assert intervals.weighted_map(tables, np.ones(len(order))) == pytest.approx(expected, abs=1e-9)
 
 
-def test_intervals_of_a_comparison(files, small_detector):
+def test_intervals_of_a_comparison(files, small_detector, monkeypatch):
     """Vanilla finds everything on clean images and nothing in rain, the branch the other way round: the gate wins the
     whole gap in every resample. Of half as good a branch the number is COCO's, the interval holds it, and groups of
     images are scored by themselves."""
@@ -430,6 +430,18 @@ def test_intervals_of_a_comparison(files, small_detector):
     assert at["gate", "rainy"]["gap"] == pytest.approx((1.0, 1.0, 1.0))
     assert at["always half", "rainy"]["gap"].value == pytest.approx(at["always half", "rainy"]["mAP"].value)
     assert at["gate", "found"]["gap"] is None and at["vanilla (never)", "rainy"]["gap"] is None
+    asked, weighted_precisions = [], intervals.weighted_precisions
+
+    def counted(*given):
+        asked.append(given)
+        return weighted_precisions(*given)
+    with monkeypatch.context() as patch:
+        patch.setattr(intervals, "weighted_precisions", counted)
+        again = [("again", "half", choose["half"]), ("once more", "half", choose["half"])]
+        more = gate_intervals.compared([*rows, *again], parts, found, {}, True, 1)
+    assert len(asked) == 2 * (2 + 3)  # resamples; two choices of clean images, three of rainy ones
+    assert [row["mAP"] for row in more if row["model"] == "again"] == [
+        row["mAP"] for row in more if row["model"] == "always half"]
     alone = gate_intervals.compared(rows, parts, found, {}, False, 0)
     assert all(row["gap"] is None and row["mAP"].low is None for row in alone)
     shown = gate_intervals.text(table)

@@ -177,6 +177,16 @@ def test_training_with_a_teacher_goes_on_bit_for_bit(settings, tmp_path, monkeyp
         Training.main(**cut | {"RESUME": True, "QUERIES_WEIGHT": 0, "POSITIONS_WEIGHT": 0, "FEATURES_WEIGHT": 0})
 
 
+def test_mosaics_switch_the_cache_off_and_nothing_trains_on_a_random_frozen_stem(settings, tmp_path, capsys):
+    settings = settings | {"TEACHER_CACHE_GB": 1.0, "MOSAIC_RATIO": 0.5, "CLOSE_MOSAIC": 1, "NUM_EPOCHS": 2}
+    result = Training.main(**settings, FREEZE_AT=1)
+    assert "TEACHER_CACHE_GB has no effect" in capsys.readouterr().out and "queries" in result["history"][1]
+    with pytest.raises(UserError, match="FREEZE_AT was 1, is now 2"):
+        Training.main(**settings, FREEZE_AT=2, RESUME=True)
+    with pytest.raises(UserError, match="FREEZE_AT = 1: RTDETR_MODEL_NAME is empty"):
+        Training.main(**settings | {"RTDETR_MODEL_NAME": ""}, FREEZE_AT=1)
+
+
 def test_without_any_object_in_the_training_images(settings):
     file = Path(settings["COCO_DIR"]) / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from utils import datasets
 from utils.config import UserError
 from utils.datasets import presets
 from utils.datasets.mosaic import Mosaic, joined, with_mosaics
+from utils.training import needs
 
 
 @pytest.fixture
@@ -61,6 +62,24 @@ def test_the_share_of_mosaics_and_the_whole_images_of_the_last_epochs(data):
     assert whole == [False, False, False, True, True]
     cfg.MOSAIC_RATIO = 0.0
     assert with_mosaics(data, cfg) is data
+
+
+def test_a_run_without_any_mosaic_says_so(data, capsys):
+    cfg = SimpleNamespace(MOSAIC_RATIO=0.5, CLOSE_MOSAIC=3, NUM_EPOCHS=3, SEED=0)
+    with_mosaics(data, cfg)
+    assert "MOSAIC_RATIO = 0.5 has no effect" in capsys.readouterr().out
+    cfg.CLOSE_MOSAIC = 2
+    with_mosaics(data, cfg)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_memory_of_a_step_is_that_of_a_mosaic_although_the_last_epoch_has_none(data):
+    def most(dataset):
+        loader = torch.utils.data.DataLoader(dataset, collate_fn=datasets.collate)
+        return len(needs.fullest_batch(loader, plan)["labels"][0]["boxes"])
+    plan = SimpleNamespace(epochs=3, batch_size=1)
+    mosaics = Mosaic(data, 1.0, 2, 0)
+    assert most(mosaics) == max(len(mosaics[0, i]["boxes"]) for i in range(len(data))) > most(data)
 
 
 @pytest.mark.parametrize("wrong", [{"MOSAIC_RATIO": 1.5}, {"MOSAIC_RATIO": float("nan")}, {"CLOSE_MOSAIC": -1},

@@ -12,6 +12,7 @@ import torch
 from rfdetr_data import CLASSES, write_dataset
 
 import shrink_head
+import train_detector_stage1
 import train_seg_single_stage
 from rfdetr import config, detr, evaluate, masks, names, start, weights
 from rfdetr.model import RFDETR
@@ -131,7 +132,7 @@ def test_an_official_checkpoint_is_fine_tuned_evaluated_shrunk_and_written_back(
     assert back.keys() == theirs(model.state_dict()).keys() - {"_kp_active_mask"}
 
 
-def test_wrong_combinations_are_one_line(tiny, tmp_path):
+def test_wrong_combinations_are_one_line(tiny, tmp_path, capsys):
     _, path = tiny
     source = weights.read(path)
 
@@ -149,6 +150,11 @@ def test_wrong_combinations_are_one_line(tiny, tmp_path):
     other = weights.read({"model": {name: torch.empty(value.shape)
                                     for name, value in theirs(other.state_dict()).items()}})
     refused("--size nano, but .* of size seg_small", other, "nano", ["a"], 384, "official")
+    capsys.readouterr()
+    start.with_weights(other, "seg_nano", ["a"], 312, None)  # the same shapes, but the patches of another image
+    assert "--size seg_small" in capsys.readouterr().out
+    start.with_weights(other, "seg_small", ["a"], 384, None)
+    assert "--size" not in capsys.readouterr().out
     refused("--size seg_medium, but .* of size seg_small", other, "seg_medium", ["a"], 432, "official")
     with pytest.raises(UserError, match="--seg_head theirs: choose one of ours, official"):
         train_seg_single_stage.main(**SMALL, SEG_HEAD="theirs", PRETRAIN_WEIGHTS="none")
@@ -156,3 +162,22 @@ def test_wrong_combinations_are_one_line(tiny, tmp_path):
     assert anew.model.model_args["mask_head"] == "nano"
     assert set(anew.loaded["left_out"]) == {f"mask_head.{name}" for name in anew.model.mask_head.state_dict()}
     assert start.with_weights(source, "tiny", ["a"], 64).model.mask_head is None  # stage 1 takes the detector alone
+
+
+def test_a_new_segmentation_model_has_masks_and_train_says_that_it_loses_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detr.RFDETRSegNano, "size", "tiny")  # 1.8 million parameters instead of 34
+    model = detr.RFDETRSegNano(None, num_classes=2, device="cpu")
+    assert model.model.model_args["mask_head"] == "official"
+    assert model.predict(np.zeros((40, 60, 3), np.uint8), threshold=0.0).masks.shape[1:] == (40, 60)
+    assert detr.RFDETRNano.masks is False
+    monkeypatch.setattr(train_detector_stage1, "main", lambda **constants: {"checkpoint": str(tmp_path / "none")})
+    model.train(tmp_path, 1)
+    assert "mask head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head, words", [
+    ("official", ("train_seg_single_stage.py", "--seg_head official", "--pretrain_weights b.pth")),
+    (None, ("train_seg_stage2.py", "--checkpoint b.pth"))])
+def test_a_shrunk_file_goes_on_with_the_training_that_takes_its_head(head, words):
+    line = shrink_head.next_command({"size": "seg_nano", "mask_head": head}, Path("runs/a.pth"), Path("b.pth"), "data")
+    assert all(word in line for word in words)

@@ -243,6 +243,12 @@ def test_suggested_batches_grow_with_the_memory_and_shrink_with_the_model():
     assert rfdetr_checks.suggest_batch("base", None) == ({False: 2, True: 2}, True)
 
 
+def test_a_segmentation_size_is_looked_at_and_goes_on_with_the_single_stage(tmp_path, capsys):
+    code, lines = checked(capsys, write_dataset(tmp_path), SIZE="seg_nano")
+    assert code == 0 and having(lines, "[ok]", "suggested for seg_nano")
+    assert lines[-1].startswith("python train_seg_single_stage.py --seg_head official --seg_lr 1e-4 --size seg_nano ")
+
+
 def test_an_unknown_size_is_refused(tmp_path):
     with pytest.raises(UserError, match="--size huge: choose one of nano"):
         validate_setup.main(SIZE="huge")

@@ -7,6 +7,7 @@ per image, Huang et al., "DEIM: DETR with Improved Matching for Fast Convergence
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from utils import processes
 from utils.config import UserError
 from utils.datasets.samples import epoch_and_index, sample_randomness
 
@@ -22,6 +23,8 @@ class Mosaic(torch.utils.data.Dataset):
         epochs: how many of the first epochs have them; the rest sees whole images, as at inference.
         seed: decides which samples are mosaics, and of what.
     """
+
+    fullest_epoch = 0  # the last epochs have no mosaics, and so fewer objects; see training/needs.py
 
     def __init__(self, data, share, epochs, seed):
         self.data, self.share, self.epochs, self.seed = data, share, epochs, seed
@@ -74,4 +77,7 @@ def with_mosaics(data, cfg):
         raise UserError(f"CLOSE_MOSAIC = {cfg.CLOSE_MOSAIC}: choose a whole number of epochs, 0 or more")
     if not cfg.MOSAIC_RATIO:
         return data
+    if cfg.CLOSE_MOSAIC >= cfg.NUM_EPOCHS:
+        processes.say(f"note: MOSAIC_RATIO = {cfg.MOSAIC_RATIO} has no effect: the last CLOSE_MOSAIC = "
+                      f"{cfg.CLOSE_MOSAIC} of NUM_EPOCHS = {cfg.NUM_EPOCHS} epochs are without mosaics")
     return Mosaic(data, cfg.MOSAIC_RATIO, cfg.NUM_EPOCHS - cfg.CLOSE_MOSAIC, cfg.SEED)

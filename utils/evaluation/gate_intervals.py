@@ -40,22 +40,32 @@ def compared(rows, parts, found, groups, twins, resamples, seed=0):
     """
     matched = {domain: _matches(rows, part, found) for domain, part in parts.items()}
     weights = _resampled({domain: len(part.images) for domain, part in parts.items()}, twins, resamples, seed)
-    members = {"clean": None, "rainy": None} | groups
-    table, clean = [], {}
-    for images, ids in processes.progress(members.items(), "intervals"):
+    members = {"clean": None, "rainy": None} | {name: set(ids) for name, ids in groups.items()}
+    values, known = {images: {} for images in members}, {}
+    for images, name in processes.progress([(images, row[0]) for images in members for row in rows], "intervals"):
         domain = "clean" if images == "clean" else "rainy"
-        part = parts[domain]
-        inside = np.array([ids is None or part.new_ids[key] in ids for key in part.images], float)
-        order = np.argsort([part.new_ids[key] for key in part.images])  # pycocotools numbers the images by rising id
-        values = {name: dict(zip(METRICS, np.transpose([_scores(matched[domain][name], (one * inside)[order])
-                                                        for one in weights[domain]]), strict=True))
-                  for name, _, _ in rows}
-        table += [_row(rows[0][0], name, images, values) for name in values]
-        if images == "clean":
-            clean = values
-        elif images == "rainy" and twins:
-            _add_gaps(table, rows[0][0], values, clean)
+        categories = matched[domain][name]
+        if (images, id(categories)) not in known:  # many gates choose alike
+            known[images, id(categories)] = _scores(categories, parts[domain], members[images], weights[domain])
+        values[images][name] = known[images, id(categories)]
+    first = rows[0][0]
+    table = [_row(first, name, images, values[images]) for images in members for name in values[images]]
+    if twins:
+        _add_gaps(table, first, values["rainy"], values["clean"])
     return table
+
+
+def _scores(categories, part, ids, weights):
+    """-> {metric: (1 + resamples,)} of the images `ids` of a part, None for all; weights: of `_resampled`."""
+    inside = np.array([ids is None or part.new_ids[key] in ids for key in part.images], float)
+    order = np.argsort([part.new_ids[key] for key in part.images])  # pycocotools numbers the images by rising id
+    values = [_averages(intervals.weighted_precisions(categories, (one * inside)[order])) for one in weights]
+    return dict(zip(METRICS, np.transpose(values), strict=True))
+
+
+def _averages(precisions):
+    """(categories, IoUs from 0.5 on) -> values of METRICS, NaN without any object."""
+    return (precisions.mean(), precisions[:, 0].mean()) if len(precisions) else (np.nan, np.nan)
 
 
 def _resampled(sizes, twins, resamples, seed):
@@ -80,12 +90,6 @@ def _matches(rows, part, found):
             known[taken] = part.matches(found, choose)
         matched[name] = known[taken]
     return matched
-
-
-def _scores(categories, weights):
-    """-> values of METRICS, NaN without any object."""
-    found = intervals.weighted_precisions(categories, weights)  # (categories, IoUs from 0.5 on)
-    return (found.mean(), found[:, 0].mean()) if len(found) else (np.nan, np.nan)
 
 
 def _interval(values):

@@ -110,8 +110,9 @@ def fullest_batch(loader, plan):
     """-> a batch on the CPU: again and again the one sample with the most objects among the first few, as large as
     batches get."""
     data = loader.dataset
-    last = plan.epochs - 1  # where crops grow during a run, the largest
-    samples = [data[last, i] for i in range(min(len(data), LOOKED_AT))]
+    # where crops grow during a run, those of the last epoch are the largest; where mosaics end before it, the first's
+    epoch = getattr(data, "fullest_epoch", plan.epochs - 1)
+    samples = [data[epoch, i] for i in range(min(len(data), LOOKED_AT))]
     collate = getattr(loader.collate_fn, "at_largest", loader.collate_fn)
     return collate([max(samples, key=lambda sample: len(sample.get("boxes", ())))] * plan.batch_size)
 

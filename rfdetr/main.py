@@ -25,7 +25,7 @@ from utils.config import UserError
 from utils.datasets import loaders
 from utils.evaluation.coco import ground_truth, identity
 from utils.training import engine, run_folder
-from utils.training.plan import PRECISIONS, Plan, best_precision, share
+from utils.training.plan import PRECISIONS, Plan, best_precision, not_negative, share
 from utils.training.run_state import is_last
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
@@ -134,6 +134,11 @@ def build_plan(cfg, learning_rates, loss_weights):
         mask_head_of(cfg.SIZE, cfg.SEG_HEAD)
     if hasattr(cfg, "LAYER_DECAY"):
         share("--layer_decay", cfg.LAYER_DECAY)
+    if hasattr(cfg, "MASK_COST"):
+        not_negative("--mask_cost", cfg.MASK_COST)
+        if cfg.MASK_CROP and cfg.SEG_HEAD == "official":
+            raise UserError("--mask_crop 1 needs --seg_head ours: the masks of the official head are not kept to their "
+                            "boxes afterwards, and what is outside would be left to chance")
     return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
 
 

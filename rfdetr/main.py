@@ -186,7 +186,7 @@ def note_without_effect(cfg):
 
 
 def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None,
-          config_file=None):
+          config_file=None, remember=False):
     """Train, then evaluate the best epoch and write results.json, report.html and predictions.png.
 
     The best epoch is that of the highest mask mAP where the model has a mask head, else of the highest box mAP.
@@ -197,6 +197,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
         compute_losses, parameters: see engine.fit.
         best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch;
             config_file: name of what the script has written there before.
+        remember: validate with what the detector, which is frozen, said the first time (features.Remembered).
     Returns:
         {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same
         or None}, see engine.fit and run_report.final.
@@ -212,7 +213,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
             score="mask/mAP" if with_masks else "box/mAP",
             evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
-                             with_masks=with_masks),
+                             with_masks=with_masks,
+                             remembered=features.Remembered(model) if remember else None),
             on_best=partial(to_file, path=folder / best_file) if best_file else None,
             on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,

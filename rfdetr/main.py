@@ -197,7 +197,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
         compute_losses, parameters: see engine.fit.
         best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch;
             config_file: name of what the script has written there before.
-        remember: validate with what the detector, which is frozen, said the first time (features.Remembered).
+        remember: on a CPU, validate with what the detector, which is frozen, said the first time
+            (features.Remembered); a GPU is quick at that, and its memory is wanted for other things.
     Returns:
         {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same
         or None}, see engine.fit and run_report.final.
@@ -205,6 +206,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
     model, with_masks = start.model, start.model.mask_head is not None
     extras = weights.description(model, start.class_names, start.class_rows)
     splits = evaluation_splits(cfg, data, start.resolution)
+    remembered = features.Remembered(model) if remember and processes.device().type == "cpu" else None
 
     to_file = partial(save_weights, extras=extras)
     plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
@@ -214,7 +216,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             score="mask/mAP" if with_masks else "box/mAP",
             evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
                              with_masks=with_masks,
-                             remembered=features.Remembered(model) if remember else None),
+                             remembered=remembered),
             on_best=partial(to_file, path=folder / best_file) if best_file else None,
             on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,

@@ -12,6 +12,8 @@ Writes runs/single_stage_<size>_<resolution>_<n>/: best.pt, last.pt, metrics.jso
 predictions.png and tb/.
 """
 
+from functools import partial
+
 import utils.threads  # noqa: F401 (before torch)
 
 import torch
@@ -49,6 +51,8 @@ FREEZE_BACKBONE = False                 # True: the ViT stays as it is; projecto
 WEIGHT_DECAY = 1e-4                     # not on biases, normalisation, embeddings
 MASK_LOSS_COEF = 1.0                    # weight of the pixels' binary cross-entropy
 DICE_LOSS_COEF = 1.0                    # weight of the dice loss
+MASK_CROP = False                       # True: mask losses inside the target's box alone, divided by its area
+MASK_COST = 0.0                         # weight of the masks' BCE and dice in the matching; 0: boxes and classes alone
 CLIP_NORM = 0.1                         # limit of the gradient's norm; 0: none
 WARMUP_STEPS = 100                      # optimizer steps of linear warm-up; a cosine follows
 EMA = True                              # evaluate and keep a moving average of the weights
@@ -74,13 +78,18 @@ DEMO = {
 }
 
 
-def compute_losses(model, batch):
-    """The detector's losses of stage 1, and {"loss_mask", "loss_dice"} at the matched queries of the first group."""
+def compute_losses(model, batch, crop=False, mask_cost=0.0):
+    """The detector's losses of stage 1, and {"loss_mask", "loss_dice"} at the matched queries of the first group.
+
+    crop: MASK_CROP; mask_cost: MASK_COST, for the queries that have masks: the last layer's, of the first group.
+    """
     outputs, labels = model(batch["images"]), batch["labels"]
     queries = outputs["queries"].shape[1]
-    losses = criterion.summed_up(criterion.detection_losses(outputs, labels, outputs["logits"].shape[1] // queries))
-    indices = criterion.match(outputs["logits"][:, :queries], outputs["boxes"][:, :queries], labels)
-    return losses | masks.mask_losses(outputs, labels, indices)
+    further = mask_cost * masks.matching_costs(outputs, labels, crop) if mask_cost else None
+    losses = criterion.summed_up(criterion.detection_losses(
+        outputs, labels, outputs["logits"].shape[1] // queries, further))
+    indices = criterion.match(outputs["logits"][:, :queries], outputs["boxes"][:, :queries], labels, further=further)
+    return losses | masks.mask_losses(outputs, labels, indices, crop=crop)
 
 
 def main(**overrides):
@@ -99,7 +108,7 @@ def main(**overrides):
     processes.say(freeze.describe({"RF-DETR": start.model.detector, "Mask head": start.model.mask_head}))
     return training.train(
         cfg, plan, start, folder, data, training.training_loader(cfg, data["train"], cfg.SIZE, resolution),
-        compute_losses, parameters=training.parameter_groups(
+        partial(compute_losses, crop=cfg.MASK_CROP, mask_cost=cfg.MASK_COST), parameters=training.parameter_groups(
             start.model, cfg.LR, cfg.BACKBONE_LR, cfg.LAYER_DECAY, cfg.WEIGHT_DECAY, mask_head_lr=cfg.SEG_LR))
 
 

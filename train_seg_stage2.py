@@ -110,7 +110,7 @@ def main(**overrides):
     return training.train(
         cfg, plan, start, folder, data, loader, compute_losses,
         parameters=training.parameter_groups(model, cfg.SEG_LR, cfg.SEG_LR, 1.0, cfg.WEIGHT_DECAY),
-        config_file=_CONFIG_FILE)
+        config_file=_CONFIG_FILE, remember=cfg.CACHE_FEATURES)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ WORST = 1e8                          # cost that stands in for one that is not f
 
 # ---- matching --------------------------------------------------------------------------------------------------
 
-def match(logits, boxes, labels, groups=1):
+def match(logits, boxes, labels, groups=1, further=None):
     """Give every object of an image one query of every group, at the least total cost.
 
     The cost of a pair is 2 times the focal cost of the object's class (Lin et al. 2017; positive minus negative term),
@@ -35,12 +35,14 @@ def match(logits, boxes, labels, groups=1):
     Args:
         logits: (B, Q, K); boxes: (B, Q, 4) normalised cxcywh; Q is `groups` times the queries, group after group.
         labels: [{"class_labels": (N,) int64 rows of the head, "boxes": (N, 4) cxcywh}, ...], one per image.
+        further: (objects of the batch, q) that is added to the cost of the first q queries, such as
+            MASK_COST * masks.matching_costs; None for none.
     Returns:
         [(query index (n,), target index (n,)), ...] int64 on the CPU, one per image, n = groups * min(N, Q / groups),
         group by group and within a group by rising query index. With more objects than queries some are left over.
     """
     objects = objects_of(labels)
-    found = _assigned([{"logits": logits, "boxes": boxes}], objects, groups)
+    found = _assigned([{"logits": logits, "boxes": boxes}], objects, groups, further)
     starts = torch.tensor(objects.counts).cumsum(0) - torch.tensor(objects.counts)
     own = found.target[0] - starts[found.image]
     sizes = found.image.bincount(minlength=len(labels)).tolist()
@@ -48,10 +50,14 @@ def match(logits, boxes, labels, groups=1):
 
 
 @torch.no_grad()
-def _assigned(stages, objects, groups):
-    """Decoder layers {"logits" (B, Q, K), "boxes" (B, Q, 4)} and Objects -> matching.Matches of all, on the CPU."""
-    return assign([torch.cat([_costs(stage["logits"], stage["boxes"], part) for part in objects.parts()])
-                   for stage in stages], objects.counts, groups)
+def _assigned(stages, objects, groups, further=None):
+    """Decoder layers {"logits" (B, Q, K), "boxes" (B, Q, 4)}, Objects, `further` of the first layer (see `match`) ->
+    matching.Matches of all, on the CPU."""
+    costs = [torch.cat([_costs(stage["logits"], stage["boxes"], part) for part in objects.parts()])
+             for stage in stages]  # (N, Q) each
+    if further is not None:
+        costs[0][:, :further.shape[1]] += further.nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
+    return assign(costs, objects.counts, groups)
 
 
 def _costs(logits, boxes, objects):
@@ -71,7 +77,7 @@ def _costs(logits, boxes, objects):
 
 # ---- losses ----------------------------------------------------------------------------------------------------
 
-def detection_losses(outputs, labels, groups):
+def detection_losses(outputs, labels, groups, further=None):
     """Every loss term of a batch.
 
     Args:
@@ -79,6 +85,7 @@ def detection_losses(outputs, labels, groups):
             other layers], "enc" the same of the proposals; Q = groups * queries.
         labels: [{"class_labels": (N,) int64 rows, "boxes": (N, 4) cxcywh}, ...]; N may be 0.
         groups: the model's groups in the mode that made `outputs` (model.groups).
+        further: see `match`; counts in the matching of the last layer.
     Returns:
         {"loss_ce", "loss_bbox", "loss_giou", "class_error" (percent of matched queries whose best class is wrong),
         "cardinality_error" (|queries whose best class is not the last row - objects|, the published package's count,
@@ -88,7 +95,7 @@ def detection_losses(outputs, labels, groups):
     stages = {"": outputs} | {f"_{i}": stage for i, stage in enumerate(outputs["aux"])} | {"_enc": outputs["enc"]}
     objects, device = objects_of(labels), outputs["logits"].device
     boxes = count_over_ranks(groups * len(objects.image), device)
-    pairs = _assigned(stages.values(), objects, groups).to(device)
+    pairs = _assigned(stages.values(), objects, groups, further).to(device)
     counts = sent(torch.tensor(objects.counts), device)
     losses = {}
     for i, (suffix, stage) in enumerate(stages.items()):

@@ -4,6 +4,7 @@ Masks are computed for the chosen detections only, stretched one at a time and o
 lengths: a hundred masks of a photograph of twelve megapixels never exist at once.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -86,8 +87,7 @@ def full_mask(logits, size):
         spans.append((max(0, int((hit[0].item() - 0.5) * step) - 1),
                       min(length, int((hit[-1].item() + 1.5) * step) + 2)))
     (top, bottom), (left, right) = spans
-    y = _taps(top, bottom, size[0], logits.shape[0])
-    x = _taps(left, right, size[1], logits.shape[1])
+    y, x = _taps(top, bottom, size[0], logits.shape[0]), _taps(left, right, size[1], logits.shape[1])
     rows = torch.lerp(logits[y.low], logits[y.high], y.share[:, None])  # (bottom - top, w)
     inside = torch.lerp(rows[:, x.low], rows[:, x.high], x.share) > 0  # (bottom - top, right - left)
     return Part(slice(top, bottom), slice(left, right), inside)
@@ -104,7 +104,12 @@ class _Taps(NamedTuple):
 
 def _taps(first, last, length, cells):
     """Pixels first .. last - 1 of an axis of `length` pixels, stretched from `cells` cells -> _Taps."""
-    centre = ((torch.arange(first, last) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
+    return _Taps(*(values[first:last] for values in _axis_taps(length, cells)))
+
+
+@functools.lru_cache(maxsize=64)  # the hundred masks of an image, and often all images, have the same axes
+def _axis_taps(length, cells):
+    centre = ((torch.arange(length) + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
     low = centre.floor().long()
     return _Taps(low, (low + 1).clamp(max=cells - 1), centre - low)
 

@@ -25,7 +25,7 @@ from utils.config import UserError
 from utils.datasets import loaders
 from utils.evaluation.coco import ground_truth, identity
 from utils.training import engine, run_folder
-from utils.training.plan import PRECISIONS, Plan, best_precision, share
+from utils.training.plan import PRECISIONS, Plan, best_precision, not_negative, share
 from utils.training.run_state import is_last
 
 NO_DECAY = ("embeddings.position_", "embeddings.cls_", "query_feat.", "reference_point_embed.")  # beside 1-D tensors
@@ -134,6 +134,11 @@ def build_plan(cfg, learning_rates, loss_weights):
         mask_head_of(cfg.SIZE, cfg.SEG_HEAD)
     if hasattr(cfg, "LAYER_DECAY"):
         share("--layer_decay", cfg.LAYER_DECAY)
+    if hasattr(cfg, "MASK_COST"):
+        not_negative("--mask_cost", cfg.MASK_COST)
+        if cfg.MASK_CROP and cfg.SEG_HEAD == "official":
+            raise UserError("--mask_crop 1 needs --seg_head ours: the masks of the official head are not kept to their "
+                            "boxes afterwards, and what is outside would be left to chance")
     return Plan.of(cfg, given, learning_rates, loss_weights, **flags)
 
 
@@ -181,7 +186,7 @@ def note_without_effect(cfg):
 
 
 def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters, best_file=None, epoch_file=None,
-          config_file=None):
+          config_file=None, remember=False):
     """Train, then evaluate the best epoch and write results.json, report.html and predictions.png.
 
     The best epoch is that of the highest mask mAP where the model has a mask head, else of the highest box mAP.
@@ -192,6 +197,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
         compute_losses, parameters: see engine.fit.
         best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch;
             config_file: name of what the script has written there before.
+        remember: on a CPU, validate with what the detector, which is frozen, said the first time
+            (features.Remembered); a GPU is quick at that, and its memory is wanted for other things.
     Returns:
         {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same
         or None}, see engine.fit and run_report.final.
@@ -199,6 +206,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
     model, with_masks = start.model, start.model.mask_head is not None
     extras = weights.description(model, start.class_names, start.class_rows)
     splits = evaluation_splits(cfg, data, start.resolution)
+    remembered = features.Remembered(model) if remember and processes.device().type == "cpu" else None
 
     to_file = partial(save_weights, extras=extras)
     plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
@@ -207,7 +215,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
             model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
             score="mask/mAP" if with_masks else "box/mAP",
             evaluate=partial(run_report.scores, loader=splits["valid"].loader, truth=splits["valid"].truth,
-                             with_masks=with_masks),
+                             with_masks=with_masks, remembered=remembered),
             on_best=partial(to_file, path=folder / best_file) if best_file else None,
             on_epoch=partial(to_file, path=folder / epoch_file) if epoch_file else None,
             sample_images=partial(run_report.sample_images, loader=splits["valid"].loader,

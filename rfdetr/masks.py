@@ -1,8 +1,11 @@
-"""Mask logits of chosen queries, and the losses of masks at sampled points.
+"""Mask logits of chosen queries, the losses of masks, and what masks cost in the matching.
 
 The losses are those of Cheng et al., "Mask2Former", 2022: binary cross-entropy and dice at points, most of which lie
 where the mask is uncertain (Kirillov et al., "PointRend", 2020). One deviation: half of the points that are looked at
 lie around the object, because uniform points hardly ever meet an object that covers a thousandth of the image.
+
+Or, with `crop`, at every cell of the object's own box and nowhere else, divided by its area: the idea of Bolya et al.,
+"YOLACT", 2019, and of Saakyan et al., "D-FINE-seg", arXiv 2602.23043, who add masks to the matching as well.
 """
 
 import torch
@@ -16,6 +19,7 @@ UNCERTAIN = 0.75      # share of the points that are the most uncertain candidat
 AROUND = 1.5          # points "around an object" lie in its box enlarged by this factor
 MIN_EXTENT = 0.03     # and by so much of the image at least
 BOX_MARGIN = 0.1      # a mask may reach out of its box by so much of the box's half extent, and by one cell
+TOUCHED = 0.49        # a cell belongs to a box that covers a hundredth of its width and height at least
 
 
 def mask_logits(outputs, batch_index, query_index, counts=None):
@@ -61,16 +65,26 @@ def confined(logits, boxes):
     Returns:
         (n, h, w); outside of the boxes enlarged by BOX_MARGIN and one cell at most -1.
     """
-    height, width = logits.shape[-2:]
-    x = (torch.arange(width, device=logits.device) + 0.5) / width
-    y = (torch.arange(height, device=logits.device) + 0.5) / height
-    half = boxes[:, 2:].float() / 2 * (1 + BOX_MARGIN)
-    inside_x = (x - boxes[:, :1].float()).abs() <= half[:, :1] + 1 / width  # (n, w)
-    inside_y = (y - boxes[:, 1:2].float()).abs() <= half[:, 1:] + 1 / height  # (n, h)
-    return torch.where(inside_y[:, :, None] & inside_x[:, None], logits, logits.clamp(max=-1))
+    inside = cells_of(boxes, *logits.shape[-2:], margin=BOX_MARGIN, cells=1)
+    return torch.where(inside, logits, logits.clamp(max=-1))
 
 
-def mask_losses(outputs, labels, indices, points=None, generator=None):
+def cells_of(boxes, height, width, margin=0.0, cells=TOUCHED):
+    """The cells of a map of height x width that boxes (n, 4), normalised cxcywh, touch -> (n, height, width) bool.
+
+    Args:
+        margin: enlarges a box by so much of its half extent; cells: a cell belongs to a box whose border is so many
+            cells at most from its centre.
+    """
+    x = (torch.arange(width, device=boxes.device) + 0.5) / width
+    y = (torch.arange(height, device=boxes.device) + 0.5) / height
+    half = boxes[:, 2:].float() / 2 * (1 + margin)
+    inside_x = (x - boxes[:, :1].float()).abs() <= half[:, :1] + cells / width  # (n, w)
+    inside_y = (y - boxes[:, 1:2].float()).abs() <= half[:, 1:] + cells / height  # (n, h)
+    return inside_y[:, :, None] & inside_x[:, None]
+
+
+def mask_losses(outputs, labels, indices, points=None, generator=None, crop=False):
     """Losses of the masks of matched queries.
 
     Args:
@@ -78,9 +92,11 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
         labels: [{"class_labels": (N,), "boxes": (N, 4) cxcywh, "masks": (N, S, S) bool}, ...], one per image.
         indices: [(query index (n,), target index (n,)), ...] on the CPU, of rfdetr.criterion.match.
         points: per mask, None for a quarter of the mask's pixels; generator: of the points, None for torch's own.
+        crop: compare at the cells that the object's box touches instead; nothing is drawn at random then.
     Returns:
-        {"loss_mask": binary cross-entropy, mean over points, "loss_dice": 1 - dice in [0, 1]}, means over the masks of
-        all ranks: float32 scalars. Without any object both are 0 and still have gradients (of 0) for every rank's DDP.
+        {"loss_mask": binary cross-entropy, mean over points (over the box's cells), "loss_dice": 1 - dice in [0, 1]},
+        means over the masks of all ranks: float32 scalars. Without any object both are 0 and still have gradients (of
+        0) for every rank's DDP.
     """
     pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
     with float32(pixels.device.type):
@@ -90,17 +106,71 @@ def mask_losses(outputs, labels, indices, points=None, generator=None):
             nothing = (pixels.float().sum() + queries.float().sum()) * 0
             return {"loss_mask": nothing, "loss_dice": nothing}
         logits = mask_logits(outputs, image, query, [len(own) for own, _ in indices])  # (n, h, w)
-        wanted = torch.cat([label["masks"] for label in labels])[target]  # (n, S, S) bool
         boxes = torch.cat([label["boxes"] for label in labels]).float()[target]  # (n, 4)
-        points = points or max(logits[0].numel() // 4, 1)
-        with torch.no_grad():
-            where = choose_points(logits, boxes, points, generator)  # (n, P, 2)
-            wanted = values_at(wanted, where)  # (n, P)
-        found = sample(logits, where)  # (n, P)
-        entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none").mean(1)
-        score = found.sigmoid()
-        dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+        if crop:
+            wanted = torch.cat([cell_shares(label["masks"], logits.shape[-2:]) for label in labels])[target]
+            entropy, dice = _in_boxes(logits, wanted, boxes)
+        else:
+            wanted = torch.cat([label["masks"] for label in labels])[target]  # (n, S, S) bool
+            entropy, dice = _at_points(logits, wanted, boxes, points, generator)
         return {"loss_mask": entropy.sum() / masks, "loss_dice": (1 - dice).sum() / masks}
+
+
+def _at_points(logits, wanted, boxes, points, generator):
+    """Logits (n, h, w), masks (n, S, S) bool, boxes (n, 4) -> cross-entropy and dice at chosen points, (n,) each."""
+    points = points or max(logits[0].numel() // 4, 1)
+    with torch.no_grad():
+        where = choose_points(logits, boxes, points, generator)  # (n, P, 2)
+        wanted = values_at(wanted, where)  # (n, P)
+    found = sample(logits, where)  # (n, P)
+    entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none").mean(1)
+    score = found.sigmoid()
+    return entropy, (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+
+
+def _in_boxes(logits, wanted, boxes):
+    """Logits and shares (n, h, w), boxes (n, 4) -> cross-entropy per cell of the box, and dice in the box, (n,) each.
+    """
+    inside = cells_of(boxes, *logits.shape[-2:]).float().flatten(1)  # (n, h * w)
+    logits, wanted = logits.flatten(1), wanted.flatten(1) * inside
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight=inside, reduction="none").sum(1)
+    score = logits.sigmoid() * inside
+    dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+    return entropy / inside.sum(1).clamp(min=1), dice
+
+
+def cell_shares(masks, size):
+    """Masks (n, S, S) bool -> (n, *size) float32: how much of every cell of a map of that size is the object."""
+    return F.adaptive_avg_pool2d(masks[:, None].float(), size)[:, 0]
+
+
+@torch.no_grad()
+def matching_costs(outputs, labels, crop=False):
+    """What it costs to give an object a query by their masks, for criterion.match and criterion.detection_losses.
+
+    Binary cross-entropy per cell plus 1 - dice of the query's mask and the object's, over the whole map or, with
+    `crop`, over the cells that the object's box touches: what `mask_losses` will ask of the pair, without its points.
+
+    Args:
+        outputs: see `mask_logits`; labels: see `mask_losses`.
+    Returns:
+        (N, q) float32 of the batch's N objects, image after image, and the queries of their own image.
+    """
+    pixels, queries = outputs["pixel_embedding"], outputs["query_embedding"]
+    with float32(pixels.device.type):
+        size, costs = pixels.shape[-2:], [queries.new_zeros(0, queries.shape[1], dtype=torch.float32)]
+        for pixel, query, label in zip(pixels.float(), queries.float(), labels, strict=True):
+            if not len(label["boxes"]):
+                continue
+            logits = query @ pixel.flatten(1)  # (q, h * w)
+            wanted = cell_shares(label["masks"], size).flatten(1)  # (n, h * w)
+            inside = cells_of(label["boxes"], *size).flatten(1).float() if crop else torch.ones_like(wanted)
+            wanted, score = wanted * inside, logits.sigmoid()
+            # softplus(x) - x * wanted is the cross-entropy of a cell
+            entropy = (inside @ F.softplus(logits).T - wanted @ logits.T) / inside.sum(1, keepdim=True).clamp(min=1)
+            dice = (2 * wanted @ score.T + 1) / (inside @ score.T + wanted.sum(1, keepdim=True) + 1)  # (n, q)
+            costs.append(entropy + 1 - dice)
+        return torch.cat(costs)
 
 
 def whole_batch(indices, labels):

@@ -45,10 +45,13 @@ def masks_seen(data):
     return "[ok] Validated: {}/{} sample annotations contain segmentation masks".format(*data.sample_with_masks)
 
 
-def scores(model, loader, truth, with_masks=False):
-    """-> {"box/mAP", "box/AP50", "box/AP75", with masks the same of "mask/"} of a model in eval mode, every epoch."""
+def scores(model, loader, truth, with_masks=False, remembered=None):
+    """-> {"box/mAP", "box/AP50", "box/AP75", with masks the same of "mask/"} of a model in eval mode, every epoch.
+
+    remembered: features.Remembered of that model, to run its frozen detector once and not in every epoch.
+    """
     device = next(model.parameters()).device
-    metrics = evaluate.evaluate(model, loader, device, masks=with_masks, truth=truth, name="validation").metrics
+    metrics = evaluate.evaluate(remembered or model, loader, device, with_masks, truth, "validation").metrics
     return {name: value for name, value in metrics.items() if name.split("/")[1] in METRICS[:3]}
 
 

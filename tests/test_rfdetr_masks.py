@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 from torch import nn
 
-from rfdetr import evaluate, masks
+from rfdetr import criterion, evaluate, masks
 from rfdetr.models import segmentation
 from rfdetr.models.segmentation import MaskHead, MaskHeadNano
 from utils import visualize
@@ -218,6 +218,145 @@ def test_points_read_masks_as_resizing_would():
     assert torch.equal(masks.values_at(wanted, where), wanted.flatten(1).float())
 
 
+def test_without_crop_the_losses_are_those_of_the_points():
+    """To the last bit, with masks at the points of the same random numbers."""
+    outputs, labels, indices = truth_of_logits(1.7)
+    found = masks.mask_losses(outputs, labels, indices, generator=torch.Generator().manual_seed(4))
+    logits, boxes = outputs["pixel_embedding"][0], labels[0]["boxes"][[1, 0]]
+    where = masks.choose_points(logits, boxes, 64, torch.Generator().manual_seed(4))
+    values, wanted = masks.sample(logits, where), masks.values_at(labels[0]["masks"][[1, 0]], where)
+    entropy = F.binary_cross_entropy_with_logits(values, wanted, reduction="none").mean(1).sum() / 2.0
+    score = values.sigmoid()
+    dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+    assert torch.equal(found["loss_mask"], entropy) and torch.equal(found["loss_dice"], (1 - dice).sum() / 2.0)
+
+
+# ---- losses in the box, masks in the matching --------------------------------------------------------------------
+
+def in_one_box(logits, box, mask):
+    """mask_losses with crop of one query whose mask has these logits (h, w); box (4,) cxcywh; mask (S, S) bool."""
+    outputs = {"pixel_embedding": logits[None, None], "query_embedding": torch.ones(1, 1, 1)}
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([box]), "masks": mask[None]}]
+    return masks.mask_losses(outputs, labels, [(torch.tensor([0]),) * 2], crop=True)
+
+
+def left_half(side, first, last):
+    """(side, side) bool: the left half of the square from row and column `first` to `last`."""
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[first:last, first:(first + last) // 2] = True
+    return mask
+
+
+def test_cropped_losses_by_hand():
+    logits = torch.full((8, 8), 3.0)
+    logits[2:6, 2:4], logits[2:6, 4:6] = 2.0, -1.0  # of the box's 16 cells the left 8 are the object
+    found = in_one_box(logits, [0.5, 0.5, 0.5, 0.5], left_half(32, 8, 24))
+    inside, outside = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(1))
+    assert found["loss_mask"].item() == pytest.approx((8 * -np.log(inside) + 8 * -np.log(1 - outside)) / 16, rel=1e-5)
+    assert found["loss_dice"].item() == pytest.approx(
+        1 - (2 * 8 * inside + 1) / (8 * inside + 8 * outside + 8 + 1), rel=1e-5)
+
+
+def test_cropped_losses_do_not_see_what_is_outside_of_the_box():
+    logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    box, mask = [0.5, 0.5, 0.5, 0.5], left_half(32, 8, 24)
+    found = in_one_box(logits, box, mask)
+    sum(found.values()).backward()
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    assert torch.equal(logits.grad != 0, inside)
+    changed = torch.where(inside, logits.detach(), 1e4 * torch.randn(8, 8))
+    again = in_one_box(changed, box, mask)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    with torch.no_grad():
+        logits[3, 3] += 1  # and what is inside they do see
+    assert in_one_box(logits, box, mask)["loss_mask"] != found["loss_mask"]
+
+
+def test_cropped_entropy_is_that_of_a_cell_whatever_the_area():
+    """One pattern, once on 4 and once on 16 cells; the dice has a constant beside its sums and is only near."""
+    small, large = torch.zeros(16, 16), torch.zeros(16, 16)
+    small[2:4, 2], small[2:4, 3] = 1.5, -0.5
+    large[4:8, 4:6], large[4:8, 6:8] = 1.5, -0.5
+    one = in_one_box(small, [3 / 16, 3 / 16, 2 / 16, 2 / 16], left_half(64, 8, 16))
+    other = in_one_box(large, [6 / 16, 6 / 16, 4 / 16, 4 / 16], left_half(64, 16, 32))
+    assert one["loss_mask"].item() == pytest.approx(other["loss_mask"].item(), rel=1e-5)
+    assert one["loss_dice"].item() == pytest.approx(other["loss_dice"].item(), abs=0.1)
+
+
+@pytest.mark.parametrize("box", [[0.5, 0.5, 0.004, 0.004], [0.001, 0.999, 0.002, 0.002], [0.25, 0.75, 0.0, 0.0]])
+def test_the_smallest_boxes_have_finite_losses_in_them(box):
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[int(box[1] * 32), int(box[0] * 32)] = True
+    logits = torch.zeros(8, 8, requires_grad=True)
+    found = in_one_box(logits, box, mask)
+    sum(found.values()).backward()
+    assert all(torch.isfinite(value) for value in found.values()) and torch.isfinite(logits.grad).all()
+    assert box[2] == 0 or found["loss_mask"].item() == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_cells_that_are_partly_an_object_have_their_share():
+    mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[0, :4, :6] = True
+    shares = masks.cell_shares(mask, (4, 4))
+    assert shares[0, 0].tolist() == [1, 0.5, 0, 0] and not shares[0, 1:].any()
+    assert masks.cell_shares(mask[:0], (4, 4)).shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_matching_costs_are_the_losses_of_the_pair(crop):
+    outputs = embeddings(batch=3, queries=4)
+    labels = [{"class_labels": torch.zeros(n, dtype=torch.int64), "masks": torch.rand(n, 32, 32) > 0.5,
+               "boxes": torch.tensor([[0.5, 0.4, 0.5, 0.3], [0.2, 0.7, 0.3, 0.5]])[:n]} for n in (2, 0, 1)]
+    if not crop:  # a box around the whole image: then mask_losses with crop is the loss over the whole map
+        labels = [label | {"boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]]).expand(len(label["boxes"]), 4)}
+                  for label in labels]
+    costs = masks.matching_costs(outputs, labels, crop)
+    assert costs.shape == (3, 4) and costs.dtype == torch.float32 and not costs.requires_grad
+    nothing = (torch.zeros(0, dtype=torch.int64),) * 2
+    for row, (image, own) in enumerate([(0, 0), (0, 1), (2, 0)]):
+        for query in range(4):
+            indices = [nothing, nothing, nothing]
+            indices[image] = torch.tensor([query]), torch.tensor([own])
+            pair = masks.mask_losses(outputs, labels, indices, crop=True)
+            assert costs[row, query].item() == pytest.approx(sum(pair.values()).item(), rel=1e-4)
+    empty = [{"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4),
+              "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}] * 3
+    assert masks.matching_costs(outputs, empty, crop).shape == (0, 4)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_where_boxes_tie_masks_decide_the_matching(crop):
+    """Two queries, one box to the left and one as far to the right of the object's; only the second one's mask fits."""
+    wanted = disc(64, 0.5, 0.5, 0.2)
+    coarse = 6 * (wanted[2::4, 2::4].float() * 2 - 1)
+    label = {"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]]), "masks": wanted[None]}
+    boxes = torch.tensor([[[0.375, 0.5, 0.4, 0.4], [0.625, 0.5, 0.4, 0.4]]]).requires_grad_()
+    logits = torch.zeros(1, 2, 3)
+    outputs = {"pixel_embedding": torch.stack([-coarse, coarse])[None], "query_embedding": torch.eye(2)[None]}
+    for fits, embedding in ((1, outputs["query_embedding"]), (0, outputs["query_embedding"].flip(1))):
+        further = 0.1 * masks.matching_costs(outputs | {"query_embedding": embedding}, [label], crop)
+        (query, target), = criterion.match(logits, boxes, [label], further=further)
+        assert query.tolist() == [fits] and target.tolist() == [0]
+        stage = {"logits": logits, "boxes": boxes}
+        losses = criterion.detection_losses(stage | {"aux": [], "enc": stage}, [label], 1, further)
+        grad, = torch.autograd.grad(losses["loss_bbox"], boxes)
+        assert grad[0].any(-1).nonzero().tolist() == [[fits]]
+        earlier, = torch.autograd.grad(losses["loss_bbox_enc"], boxes)  # without masks there: whatever a tie gives
+        assert earlier[0].any(-1).nonzero().tolist() == [[criterion.match(logits, boxes, [label])[0][0].item()]]
+
+
+def test_costs_of_broken_masks_leave_a_matching():
+    outputs = embeddings(batch=1, queries=4)
+    with torch.no_grad():
+        outputs["query_embedding"][0, 1] = float("nan")
+    label = {"class_labels": torch.zeros(2, dtype=torch.int64), "boxes": torch.full((2, 4), 0.4),
+             "masks": torch.rand(2, 32, 32) > 0.5}
+    further = masks.matching_costs(outputs, [label])
+    (query, _), = criterion.match(torch.zeros(1, 4, 3), torch.full((1, 4, 4), 0.4), [label], further=further)
+    assert len(query) == 2 and 1 not in query.tolist()
+
+
 # ---- masks at the original size --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(64, 64), (237, 411), (33, 20), (9, 5), (1, 300)])
@@ -252,6 +391,7 @@ class Perfect(nn.Module):
     def __init__(self, scenes, shift=0.0):
         super().__init__()
         self.scenes, self.shift = scenes, shift
+        self.mask_head = SimpleNamespace(confine=MaskHead.confine)
 
     def forward(self, images):
         which = (images[:, 0, 0, 0] * 255).round().int().tolist()

@@ -258,6 +258,51 @@ def test_cached_features_give_the_losses_of_the_detector(stage1, dataset, tmp_pa
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}  # nothing twice
 
 
+def test_a_remembered_detector_runs_once_and_its_masks_stay_those_of_the_head():
+    torch.manual_seed(0)
+    model = weights.RFDETR("tiny", 4, 64, mask_head="nano").eval()
+    batches, calls = torch.rand(2, 3, 3, 64, 64), []
+    model.detector.register_forward_hook(lambda *_: calls.append(1))
+    batch_bytes = sum(model(batches[0])[name].nbytes for name in ("logits", "boxes", "queries", "features"))
+    calls.clear()
+    with torch.no_grad():
+        for limit, expected in ((10 * batch_bytes, [1, 2, 2, 2, 2, 2]), (batch_bytes, [1, 2, 2, 3, 3, 4]),
+                                (0, [1, 2, 3, 4, 5, 6])):
+            remembered, counts = features.Remembered(model, limit), []
+            assert remembered.mask_head is model.mask_head
+            for _ in range(3):
+                for images in batches:
+                    found, before = remembered(images), len(calls)
+                    direct = model(images)
+                    del calls[before:]
+                    counts.append(len(calls))
+                    assert all(torch.equal(found[name], direct[name]) for name in
+                               ("logits", "boxes", "queries", "features", "pixel_embedding", "query_embedding"))
+                for parameter in model.mask_head.parameters():
+                    parameter.add_(0.01)  # the head learns meanwhile
+            assert counts == expected, limit
+            calls.clear()
+
+
+def test_stage2_with_cached_features_validates_with_one_pass_of_the_detector(stage1, dataset, tmp_path, monkeypatch):
+    """And scores what a validation without memory scores, in every epoch."""
+    settings = SMALL | {"EPOCHS": 2, "SEG_LR": 1e-2, "DATASET_DIR": dataset, "CHECKPOINT": stage1["checkpoint"],
+                        "CACHE_FEATURES": True, "CACHE_DIR": str(tmp_path / "cache")}
+    remembering, asked = features.Remembered.__call__, []
+
+    def compared(self, images):
+        found = remembering(self, images)
+        asked.append(len(self.kept))
+        direct = self.model(images)
+        assert all(torch.equal(found[name], direct[name]) for name in ("logits", "boxes", "query_embedding"))
+        return found
+
+    monkeypatch.setattr(features.Remembered, "__call__", compared)
+    result = train_seg_stage2.main(**settings, RUNS_DIR=str(tmp_path))
+    assert asked == [1, 1]  # four validation images are one batch, kept in the first of two epochs
+    assert result["history"][-1]["box/mAP"] == result["history"][0]["box/mAP"]
+
+
 def test_a_head_that_was_not_shrunk_is_refused_with_the_command(stage1, dataset, tmp_path):
     model = weights.RFDETR("tiny", 91, 64)
     checkpoint.save(weights.checkpoint_content(model, list(CLASSES), dict(zip(CLASSES, (5, 6, 7), strict=True))),
@@ -387,14 +432,40 @@ def test_single_stage_trains_everything(stage1, dataset, tmp_path):
     assert result["valid"]["mask/mAP"] >= 0
 
 
-@pytest.mark.parametrize("script", [train_seg_stage2, train_seg_single_stage])
-def test_a_batch_without_objects_has_finite_losses_and_gradients(script):
+def test_single_stage_hands_mask_crop_and_mask_cost_to_its_losses(dataset, tmp_path, monkeypatch):
+    plain, given = train_seg_single_stage.compute_losses, []
+    monkeypatch.setattr(train_seg_single_stage, "compute_losses",
+                        lambda *args, **kwargs: given.append(kwargs) or plain(*args, **kwargs))
+    common = STAGE1 | {"DATASET_DIR": dataset, "RUNS_DIR": str(tmp_path)}
+    runs = [train_seg_single_stage.main(**common, **changes) for changes in ({}, {"MASK_CROP": True, "MASK_COST": 2})]
+    assert given[0] == {"crop": False, "mask_cost": 0.0} and given[-1] == {"crop": True, "mask_cost": 2}
+    losses = [run["history"][0]["loss_mask"] for run in runs]
+    assert losses[0] != losses[1] and all(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"MASK_COST": -1.0}, "^--mask_cost -1.0: choose a number that is not negative"),
+    ({"MASK_COST": float("nan")}, "^--mask_cost nan: choose a number that is not negative"),
+    ({"MASK_COST": "much"}, "MASK_COST"),
+    ({"MASK_CROP": 2}, "MASK_CROP"),
+    ({"MASK_CROP": True, "SEG_HEAD": "official"}, "^--mask_crop 1 needs --seg_head ours"),
+])
+def test_single_stage_errors_are_one_line(dataset, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_seg_single_stage.main(**STAGE1 | {"DATASET_DIR": dataset, "RUNS_DIR": str(tmp_path)} | changes)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("script", "masks_in_boxes"), [
+    (train_seg_stage2, False), (train_seg_single_stage, False), (train_seg_single_stage, True)])
+def test_a_batch_without_objects_has_finite_losses_and_gradients(script, masks_in_boxes):
     model = weights.RFDETR("tiny", 4, 64, mask_head="nano").train()
     if script is train_seg_stage2:
         freeze.freeze(model.detector)
     labels = [{"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4),
                "masks": torch.zeros(0, 64, 64, dtype=torch.bool)} for _ in range(2)]
-    losses = script.compute_losses(model, {"images": torch.rand(2, 3, 64, 64), "labels": labels})
+    settings = {"crop": True, "mask_cost": 1.0} if masks_in_boxes else {}
+    losses = script.compute_losses(model, {"images": torch.rand(2, 3, 64, 64), "labels": labels}, **settings)
     assert all(torch.isfinite(value) for value in losses.values())
     sum(value for value in losses.values() if value.requires_grad).backward()
     found = [p.grad for p in model.mask_head.parameters()]

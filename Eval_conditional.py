@@ -386,9 +386,8 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
-def print_thresholds(table, thresholds, sure):
-    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it; the
-    table of `intervals_of`, if any."""
+def print_thresholds(table, thresholds):
+    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it."""
     rows = {row["model"]: row for row in table}
     cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
               "best": None if chosen["threshold"] is None else f"{chosen['threshold']:.3f}",
@@ -396,8 +395,6 @@ def print_thresholds(table, thresholds, sure):
              for branch, chosen in thresholds.items()]
     print("\n" + report.table(cells, {"branch": "branch", "now": "mix mAP, threshold as set",
                                       "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
-    if sure:
-        print("\n" + gate_intervals.text(sure))
 
 
 def require_usable(cfg):
@@ -461,7 +458,9 @@ def main(**overrides):
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
         print_summary(table, latency, gate, false_alarms, missed, fallbacks)
-        print_thresholds(table, thresholds, sure)
+        print_thresholds(table, thresholds)
+        if sure:
+            print("\n" + gate_intervals.text(sure))
         report.write_results(folder / "results.json", cfg.as_dict(), results)
         visualize.threshold_sweep(sweep, threshold, folder / "threshold_sweep.png")
         rain_report.write_pictures(predicted, threshold, folder)

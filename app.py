@@ -60,11 +60,9 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt",
     "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt", "DERAIN_SCALE": 0.5, "IMAGE_SIZE": 160,
     "FEATURE_MODEL_DIR": "./demo/outputs_feature_derain/model",
-    "CHOICES": {
-        "conditional": {"MODEL": "conditional"},
+    "CHOICES": CHOICES | {
         "conditional, specialist": {"MODEL": "conditional", "RAINY_BRANCH": "./assets/demo/rtdetr_specialist"},
         "conditional, adapter": {"MODEL": "conditional", "RAINY_BRANCH": "./demo/outputs_adapter/rain.safetensors"},
-        "spdnet": {"MODEL": "spdnet"}, "feature": {"MODEL": "feature"}, "vanilla": {"MODEL": "vanilla"},
         "rfdetr": {"MODEL": "rfdetr", "WEIGHTS": "./assets/demo/rfdetr_tiny.pth"},
         "exported": {"MODEL": "exported", "WEIGHTS": "./demo/outputs_export/manifest.json"},
     },

@@ -124,8 +124,7 @@ def _at_points(logits, wanted, boxes, points, generator):
         wanted = values_at(wanted, where)  # (n, P)
     found = sample(logits, where)  # (n, P)
     entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none").mean(1)
-    score = found.sigmoid()
-    return entropy, (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
+    return entropy, _dice(found.sigmoid(), wanted)
 
 
 def _in_boxes(logits, wanted, boxes):
@@ -134,9 +133,12 @@ def _in_boxes(logits, wanted, boxes):
     inside = cells_of(boxes, *logits.shape[-2:]).float().flatten(1)  # (n, h * w)
     logits, wanted = logits.flatten(1), wanted.flatten(1) * inside
     entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight=inside, reduction="none").sum(1)
-    score = logits.sigmoid() * inside
-    dice = (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
-    return entropy / inside.sum(1).clamp(min=1), dice
+    return entropy / inside.sum(1).clamp(min=1), _dice(logits.sigmoid() * inside, wanted)
+
+
+def _dice(score, wanted):
+    """Probabilities and targets (n, P) in [0, 1] -> (n,), 1 where they agree everywhere."""
+    return (2 * (score * wanted).sum(1) + 1) / (score.sum(1) + wanted.sum(1) + 1)
 
 
 def cell_shares(masks, size):

@@ -303,8 +303,8 @@ def load_pretrained(model, source, exclude=()):
     left_out = [name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in anew)]
     unwanted = set(left_out)
     given = {name: value for name, value in state.items()
-             if name not in unwanted and not (name.startswith("mask_head.")
-                                                   and (model.mask_head is None or "mask_head.*" in anew))}
+             if name not in unwanted
+             and not (name.startswith("mask_head.") and (model.mask_head is None or "mask_head.*" in anew))}
     if POSITIONS in given:
         given[POSITIONS] = resize_positions(given[POSITIONS], own[POSITIONS].shape[1])
     checkpoint.load_into(model, given, what, f"RF-DETR {model.model_args['size']}", _ADVICE, kept=left_out)
@@ -355,14 +355,15 @@ def export_roboflow(path_in, path_out):
         Path of the new file; an earlier one of its kind moves aside, and nothing else is replaced:
         {"model", "args": {"class_names", "class_rows", "num_classes", "resolution"}}.
     """
-    state, rest, what = read(path_in)
+    source = read(path_in)
+    state, rest, what = source
     path_out = Path(path_out)
     if path_out.exists() and Path(path_in).exists() and path_out.samefile(path_in):
         raise UserError(f"{path_out.as_posix()} is the input file, which is never overwritten: choose another name")
     earlier = checkpoint.require_replaceable(path_out, ("model", "args"), "export_roboflow")
     rows, known = _known_rows(state, rest, what)
     args = rest.get("args") if isinstance(rest.get("args"), dict) else {}
-    official = head_of(read(path_in)) == "official"
+    official = head_of(source) == "official"
     detector = {name.replace("mask_head.", "segmentation_head.", 1): value for name, value in state.items()
                 if official or not name.startswith("mask_head.")}
     write({"model": names.published_file(detector), "args": {

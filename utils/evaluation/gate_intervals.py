@@ -58,7 +58,7 @@ def compared(rows, parts, found, groups, twins, resamples, seed=0):
 def _scores(categories, part, ids, weights):
     """-> {metric: (1 + resamples,)} of the images `ids` of a part, None for all; weights: of `_resampled`."""
     inside = np.array([ids is None or part.new_ids[key] in ids for key in part.images], float)
-    order = np.argsort([part.new_ids[key] for key in part.images])  # pycocotools numbers the images by rising id
+    order = part.order()
     values = [_averages(intervals.weighted_precisions(categories, (one * inside)[order])) for one in weights]
     return dict(zip(METRICS, np.transpose(values), strict=True))
 
@@ -77,7 +77,7 @@ def _resampled(sizes, twins, resamples, seed):
             if twins and domain == "rainy":
                 weights[domain].append(weights["clean"][-1])
             else:
-                weights[domain].append(np.bincount(rng.integers(images, size=images), minlength=images).astype(float))
+                weights[domain].append(intervals.drawn(rng, images))
     return weights
 
 

@@ -62,6 +62,10 @@ class Part:
         return intervals.matches_of(self.truth, self._entries(found, [choose(*key) for key in self.images]),
                                     self.category_of, list(self.new_ids.values()))
 
+    def order(self):
+        """-> indices into `images`, in the order in which `matches` numbers them: pycocotools' is that of rising id."""
+        return sorted(range(len(self.images)), key=lambda i: self.new_ids[self.images[i]])
+
     def _entries(self, found, taken):
         return entries({self.new_ids[key]: found[key[0]][name][key[1]]
                         for key, name in zip(self.images, taken, strict=True)})
@@ -174,13 +178,12 @@ def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=N
 
     Args:
         part: Part; found, scores: see the module; plain, branch: names in `found`.
-        plain_matches: part.matches(found, plain), where they are there already.
+        plain_matches: part.matches of `plain` on all images, where they are there already.
         candidates: thresholds that are tried, between the images' own probabilities.
     """
     one = plain_matches or part.matches(found, lambda *key: plain)
     other = part.matches(found, lambda *key: branch)
-    # pycocotools numbers the images by rising id
-    order = sorted(range(len(part.images)), key=lambda i: part.new_ids[part.images[i]])
+    order = part.order()
     probabilities = np.array([scores[part.images[i][0]][part.images[i][1]] for i in order])
     at = np.unique(np.quantile(probabilities, np.linspace(0, 1, candidates), method="nearest"))
     thresholds = np.concatenate([[0.0], (at[1:] + at[:-1]) / 2, [1.0 if at[-1] < 1 else 1.01]])

@@ -98,6 +98,11 @@ def weighted_precisions(categories, weights):
     return np.array(values)
 
 
+def drawn(rng, images):
+    """-> (images,) how often each of `images` images is in one resample, drawn with replacement."""
+    return np.bincount(rng.integers(images, size=images), minlength=images).astype(float)
+
+
 def resampled_maps(models, images, resamples=1000, seed=0):
     """-> {model: (resamples,) mAP}, the same resamples for every model.
 
@@ -106,7 +111,7 @@ def resampled_maps(models, images, resamples=1000, seed=0):
     """
     rng, found = np.random.default_rng(seed), {name: [] for name in models}
     for _ in range(resamples):
-        weights = np.bincount(rng.integers(images, size=images), minlength=images).astype(float)
+        weights = drawn(rng, images)
         for name, categories in models.items():
             found[name].append(weighted_map(categories, weights))
     return {name: np.array(values) for name, values in found.items()}

@@ -257,10 +257,11 @@ def freeze_first_stages(detector, count):
     """
     backbone = detector.model.backbone.model
     backbone = getattr(backbone, "_backbone", backbone)  # of timm
-    children = dict((backbone.encoder if hasattr(backbone, "encoder") else backbone).named_children())
-    stages = [child for name, child in children.items() if name.startswith(("stages", "blocks", "layer"))]
-    stem = [child for child in (children | dict(backbone.named_children())).values()
-            if child not in stages and child is not getattr(backbone, "encoder", None)]
+    children = dict(backbone.named_children())
+    if encoder := children.pop("encoder", None):  # transformers' own keep their stages in one
+        children |= dict(encoder.named_children())
+    names = [name for name in children if name.startswith(("stages", "blocks", "layer"))]
+    stem, stages = [child for name, child in children.items() if name not in names], [children[name] for name in names]
     if len(stages) == 1:  # all of them in one list
         stages = list(stages[0])
     parts = [stem, *([stage] for stage in stages)]

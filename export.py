@@ -74,7 +74,7 @@ PERCENT_DATASET: float = 100            # seeded subset of the validation images
 EVAL_BATCH_SIZE = 4                     # validation batch
 LEAST_MAP = 0.97                        # share of PyTorch's mAP that a file must keep; 0 accepts all
 LEAST_MAP_RFDETR = 0.99                 # the same of RF-DETR
-LEAST_PSNR: float = 40                  # dB between what a de-rainer restores in INT8 and in PyTorch; 0 accepts all
+LEAST_PSNR: float = 45                  # dB between what a de-rainer restores in INT8 and in PyTorch; 0 accepts all
 
 DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MODEL_NAME": "./demo/outputs_feature_derain/model",
@@ -86,9 +86,9 @@ DEMO = {
 
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
 _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
-# of de-rainers: what NAFNet's channel attention multiplies by, and the convolutions that see and make pixels, stay in
-# float32, as all else than convolutions does (norms, gates, sums)
-_DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention",), ends=True)
+# of de-rainers: what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO's in INT8 cost 14 dB)
+# and the convolutions that see and make pixels stay in float32, as all else than convolutions does (norms, gates, sums)
+_DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
 _REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer", "refiner"))  # of mode "pixel"
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
@@ -179,7 +179,7 @@ def refiner(cfg):
                                    "forbids changed copies, and the file would be one: leave REFINER_DIR empty")
         processes.say(f"note: the refiner's file holds the weights of {base}, changed by LoRA; their licence, "
                       f"{licence}, goes with every copy of it")
-        about |= {"base": base, "licence": licence}
+        about |= {"base": base, "licence": licence, "largest_batch": 63}  # diffusers takes another way from 64 on
     model = load_refined(cfg.REFINER_DIR)
     model.refiner = merged(model.refiner)
     about["multiple"] = math.lcm(model.derainer.multiple, model.refiner.multiple, 4)
@@ -307,8 +307,8 @@ def restored_quality(cfg, model, run, pairs, cache):
 
 
 def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
-    """Run a file that was written; judged: pairs of `judged_pairs`, for a de-rainer. -> its row of the table; "refused" in it
-    says why it must not stay."""
+    """Run a file that was written; judged: pairs of `judged_pairs`, for a de-rainer. -> its row of the table; "refused"
+    in it says why it must not stay."""
     run = exported.load_exported(path)
     pairs = [(run(one), formats.answers(model, one)) for one in inputs]
     row = {"difference": onnx_file.largest(formats.largest_difference(*pair, model.about) for pair in pairs),
@@ -322,7 +322,7 @@ def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
     if model.about["kind"] == "derainer" and reduced and judged:
         row |= restored_quality(cfg, model, run, judged, cache)
     if kind.endswith("int8") and not is_detector:  # single pixels may be far off, a picture must not
-        if row["PSNR"] < cfg.LEAST_PSNR:
+        if not row["PSNR"] >= cfg.LEAST_PSNR:
             row["refused"] = (f"restores images {row['PSNR']:.1f} dB from PyTorch's, less than LEAST_PSNR = "
                               f"{cfg.LEAST_PSNR}: leave the format out, or lower LEAST_PSNR")
     elif not reduced or not is_detector:

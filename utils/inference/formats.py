@@ -95,7 +95,7 @@ def writers(model, folder, paths, opset, limit=None):
 
 def example_of(model):
     """-> ((H, W) of the example that is traced, {dimension: torch.export.Dim}): any batch, of de-rainers any size."""
-    side, batch = model.about["image_size"], torch.export.Dim("batch")
+    side, batch = model.about["image_size"], torch.export.Dim("batch", max=model.about.get("largest_batch"))
     if side:
         return (side, side), {0: batch}
     step = model.about["multiple"]

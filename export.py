@@ -86,8 +86,8 @@ DEMO = {
 
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
 _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
-# of de-rainers: what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO's in INT8 cost 14 dB)
-# and the convolutions that see and make pixels stay in float32, as all else than convolutions does (norms, gates, sums)
+# of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO's in INT8 cost 14 dB)
+# and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
 _DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
 _REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer", "refiner"))  # of mode "pixel"
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16

@@ -86,7 +86,7 @@ DEMO = {
 
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
 _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
-# of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO's in INT8 cost 14 dB)
+# of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO loses 14 dB there)
 # and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
 _DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
 _REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer", "refiner"))  # of mode "pixel"

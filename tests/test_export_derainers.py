@@ -82,6 +82,8 @@ def test_int8_of_a_derainer_keeps_the_picture_and_leaves_the_fragile_parts_in_fl
         assert 0 < (run(pixels).restored - model(pixels)).abs().mean() < 0.05  # any size, and not float32 after all
     files = json.loads((rain / "out" / "manifest.json").read_text(encoding="utf-8"))["files"]
     assert files["derainer_int8.onnx"]["PSNR"] == row["PSNR"]
+    if arch == "nafnet":  # one refusal is enough
+        return
     with pytest.raises(UserError, match="derainer_int8.onnx restores images .* dB from PyTorch's.*LEAST_PSNR = 95"):
         export.main(**constants(rain, DERAIN=arch, DERAIN_MODEL_PATH=str(rain / "net.pt"), LEAST_PSNR=95.0,
                                 FORMATS=("onnx-int8",)))

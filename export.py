@@ -10,6 +10,7 @@ rain detector, rainy and clean detector make a pipeline. docs/export.md: how to 
 """
 
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -24,15 +25,17 @@ from utils.conditional_model import ConditionalRainRobustRTDETR, threshold_of
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import find_split
-from utils.datasets.samples import evenly, images_below
+from utils.datasets.samples import evenly, images_below, images_by_name
 from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison
 from utils.evaluation.coco import detection_scores
+from utils.evaluation.image_quality import psnr
 from utils.inference import exported, formats
 from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale
-from utils.networks import adapter, onnx_file
-from utils.networks.derainers import load_derainer
+from utils.networks import adapter, diffusion_base, onnx_file
+from utils.networks.derainers import load_derainer, load_refined
 from utils.networks.rain_detector import load_rain_detector
+from utils.networks.refiner import merged, read_settings
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
 from utils.networks.spdnet import load_spdnet
 from utils.training.plan import not_negative
@@ -51,9 +54,12 @@ PIPELINE_DIR: str | None = ""           # folder pipeline/ of Training_Condition
 RFDETR_PATH: str | None = ""            # checkpoint of the RF-DETR scripts, with its mask head where it has one
 DERAIN = "unet"                         # what DERAIN_MODEL_PATH holds: spdnet, unet, nafnet
 DERAIN_MODEL_PATH: str | None = ""      # a de-rainer alone, for images of any size
+REFINER_DIR: str | None = ""            # refiner/ of train_diffusion_refiner.py, with its de-rainer in one file
+BASE_LICENCE: str | None = ""           # of the weights of REFINER_DIR's base, where its folder's README.md states none
 
 # --- files ---------------------------------------------------------------------------------------------------------
-IMAGE_SIZE = 640                        # side of the square input, fixed in the files; RF-DETR has its own
+IMAGE_SIZE = 640                        # side of the square input, fixed in the files; RF-DETR has its own, and a
+                                        # de-rainer's file takes any: it is checked on so much of an image
 FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "openvino", "openvino-int8", "torch.export")  # which files to write
 OPSET = 18                              # of ONNX; 18 or newer
 OUTPUT_DIR = "./outputs_export"
@@ -61,12 +67,14 @@ OUTPUT_DIR = "./outputs_export"
 # --- checks --------------------------------------------------------------------------------------------------------
 CALIBRATION_DIR: str | None = ""        # images like yours, for INT8 and the comparison; "": COCO_DIR's training images
 CALIBRATION_IMAGES = 64                 # how many of them, spread evenly
+CLEAN_DIR: str | None = ""              # CALIBRATION_DIR without rain, equal names: what a de-rainer's file loses in dB
 TOLERANCE = 1e-3                        # largest difference from PyTorch's outputs that a float32 file may have
 COCO_DIR: str | None = ""               # labelled images (COCO, YOLO or VOC); "": mAP is not measured
 PERCENT_DATASET: float = 100            # seeded subset of the validation images, in percent
 EVAL_BATCH_SIZE = 4                     # validation batch
 LEAST_MAP = 0.97                        # share of PyTorch's mAP that a file must keep; 0 accepts all
 LEAST_MAP_RFDETR = 0.99                 # the same of RF-DETR
+LEAST_PSNR: float = 45                  # dB between what a de-rainer restores in INT8 and in PyTorch; 0 accepts all
 
 DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MODEL_NAME": "./demo/outputs_feature_derain/model",
@@ -78,8 +86,13 @@ DEMO = {
 
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
 _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
+# of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO loses 14 dB there)
+# and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
+_DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
+_REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer", "refiner"))  # of mode "pixel"
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
+_JUDGED = 4                   # one of so many images is not calibrated on: a de-rainer's INT8 is judged on these
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -113,7 +126,7 @@ def detector(model, cfg, spdnet=False):
     about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": cfg.IMAGE_SIZE,
              "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
     return formats.Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
-                 cfg.LEAST_MAP, (("Conv",), _QUANTISED))
+                 cfg.LEAST_MAP, formats.Int8(("Conv",), _QUANTISED))
 
 
 def rain_detector(model, cfg, threshold):
@@ -130,19 +143,49 @@ def rfdetr_detector(cfg):
     outputs = ["logits", "pred_boxes"] + ["mask_logits"] * (model.mask_head is not None)
     about = {"kind": "detector", "outputs": outputs, "image_size": info["args"]["resolution"],
              "classes": {str(row): name for name, row in info["class_rows"].items()}}
-    return formats.Model(detr.Deployable(model), about, {}, cfg.LEAST_MAP_RFDETR, (("Conv", "MatMul"), ("backbone",)))
+    return formats.Model(detr.Deployable(model), about, {}, cfg.LEAST_MAP_RFDETR,
+                         formats.Int8(("Conv", "MatMul"), ("backbone",)))
 
 
 def derainer(cfg):
     """-> formats.Model of DERAIN_MODEL_PATH, for images of any size."""
     model = load_derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH, constant="DERAIN_MODEL_PATH")
-    why = "the output is the image itself, whose 8 bits INT8 would spend on the way"
-    without = {"onnx-int8": why, "openvino-int8": why}
-    if cfg.DERAIN == "spdnet":
-        without["onnx-fp16"] = "SPDNet overflows in float16"
+    without = {"onnx-fp16": "SPDNet overflows in float16"} if cfg.DERAIN == "spdnet" else {}
     multiple = max(model.multiple, 4)  # SPDNet halves twice
     about = {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}
-    return formats.Model(model, about, without)
+    return formats.Model(model, about, without, int8=_DERAINER_INT8)
+
+
+def refiner(cfg):
+    """-> formats.Model of REFINER_DIR: its de-rainer, encoder, U-Net, decoder and blend as one, for images of any size.
+
+    Raises:
+        UserError: mode "sample"; a base whose licence is unknown, or forbids changed copies.
+    """
+    content = read_settings(cfg.REFINER_DIR)
+    mode = content["settings"]["mode"]
+    if mode == "sample":
+        raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}' is of MODE 'sample', a loop over noise that is no "
+                               "single graph: train one with MODE = 'one_step', or leave REFINER_DIR empty")
+    about = {"kind": "derainer", "outputs": ["restored"], "image_size": None}
+    if mode == "one_step":
+        base, licence = content["base"], cfg.BASE_LICENCE or diffusion_base.licence_of(content["base"])
+        if not licence:
+            raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}': the file would hold the weights of its base "
+                                   f"'{base}', whose licence is stated nowhere (license: on top of its README.md): "
+                                   "find out whether you may pass changed copies on, and give it as BASE_LICENCE")
+        if re.search(r"\bnd\b|no.?deriv", licence.lower()):
+            raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}': the licence of its base '{base}', {licence}, "
+                                   "forbids changed copies, and the file would be one: leave REFINER_DIR empty")
+        processes.say(f"note: the refiner's file holds the weights of {base}, changed by LoRA; their licence, "
+                      f"{licence}, goes with every copy of it")
+        about |= {"base": base, "licence": licence, "largest_batch": 63}  # diffusers takes another way from 64 on
+    model = load_refined(cfg.REFINER_DIR)
+    model.refiner = merged(model.refiner)
+    about["multiple"] = math.lcm(model.derainer.multiple, model.refiner.multiple, 4)
+    why = "onnxruntime converts files of up to 2 GB, and the published base is larger"
+    without = dict.fromkeys(("onnx-fp16", "onnx-int8", "openvino-int8"), why) if mode == "one_step" else {}
+    return formats.Model(model, about, without, int8=_REFINER_INT8)
 
 
 def build_models(cfg):
@@ -176,6 +219,8 @@ def build_models(cfg):
         found["rfdetr"] = rfdetr_detector(cfg)
     if cfg.DERAIN_MODEL_PATH:
         found["derainer"] = derainer(cfg)
+    if cfg.REFINER_DIR:
+        found["refiner"] = refiner(cfg)
     if not found:
         raise config.UserError("every constant of a model (RTDETR_MODEL_NAME, MODEL_NAME, ...) is empty: nothing to "
                                "export")
@@ -202,6 +247,24 @@ def image_paths(cfg):
     return evenly(paths, min(cfg.CALIBRATION_IMAGES, len(paths)))
 
 
+def judged_pairs(cfg, paths):
+    """-> (paths to calibrate a de-rainer on, paths that its INT8 is judged on, {path of these: clean twin's or None}).
+
+    One image in four is judged alone; where there are fewer, all serve both ends.
+    """
+    judged = paths[_JUDGED - 1::_JUDGED]
+    others = [path for path in paths if path not in judged] if judged else paths
+    judged = judged or paths
+    if not cfg.CLEAN_DIR:
+        return others, dict.fromkeys(judged)
+    clean = images_by_name(cfg.CLEAN_DIR, "CLEAN_DIR", "It holds the images of CALIBRATION_DIR without rain.")
+    names = {path: path.relative_to(cfg.CALIBRATION_DIR).with_suffix("").as_posix() for path in judged}
+    if alone := [path for path, name in names.items() if name not in clean]:
+        raise config.UserError(f"CLEAN_DIR = '{cfg.CLEAN_DIR}' has no image of the name of {alone[0].as_posix()} and "
+                               f"{len(alone) - 1} more of CALIBRATION_DIR: add them, or leave CLEAN_DIR empty")
+    return others, {path: clean[name] for path, name in names.items()}
+
+
 def coco_map(cfg, model, predict, cache):
     """-> mAP of a detector on COCO_DIR's validation images, None for other kinds and without COCO_DIR; cache: {size and
     classes: loader}."""
@@ -218,8 +281,34 @@ def coco_map(cfg, model, predict, cache):
 
 # --- one file ------------------------------------------------------------------------------------------------------
 
-def check(path, kind, model, inputs, cfg, whole_map, cache):
-    """Run a file that was written. -> its row of the table; "refused" in it says why it must not stay."""
+def restored_quality(cfg, model, run, pairs, cache):
+    """What a de-rainer's file does to real images, at their own scale.
+
+    Args:
+        run: the file; pairs: {path: clean twin's or None}, of `judged_pairs`; cache: keeps what PyTorch restores.
+    Returns:
+        {"PSNR": mean dB between the file's and PyTorch's restored images, and with CLEAN_DIR "lost": mean dB against
+        the clean twins that the file has less than PyTorch}; {} without images.
+    """
+    found = []
+    for path, clean in pairs.items():
+        if path not in cache:
+            image = next(formats.unscaled_images([path], cfg.IMAGE_SIZE))
+            twin = next(formats.unscaled_images([clean], cfg.IMAGE_SIZE)) if clean else None
+            if clean and twin.shape != image.shape:
+                raise config.UserError(f"CLEAN_DIR: {clean.as_posix()} has another size than {path.as_posix()}")
+            cache[path] = image, formats.answers(model, image).restored, twin
+        image, expected, twin = cache[path]
+        restored = run(image).restored
+        found.append([psnr(restored, expected, 1.0).item()] +
+                     ([(psnr(expected, twin, 1.0) - psnr(restored, twin, 1.0)).item()] if clean else []))
+    means = torch.tensor(found).mean(0).tolist() if found else []
+    return dict(zip(("PSNR", "lost"), means, strict=False))
+
+
+def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
+    """Run a file that was written; judged: pairs of `judged_pairs`, for a de-rainer. -> its row of the table; "refused"
+    in it says why it must not stay."""
     run = exported.load_exported(path)
     pairs = [(run(one), formats.answers(model, one)) for one in inputs]
     row = {"difference": onnx_file.largest(formats.largest_difference(*pair, model.about) for pair in pairs),
@@ -230,7 +319,13 @@ def check(path, kind, model, inputs, cfg, whole_map, cache):
     if is_detector:
         row["agreement"] = formats.agreement(*pairs[0])
     row["mAP"] = coco_map(cfg, model, run, cache)
-    if not reduced or not is_detector:
+    if model.about["kind"] == "derainer" and reduced and judged:
+        row |= restored_quality(cfg, model, run, judged, cache)
+    if kind.endswith("int8") and not is_detector:  # single pixels may be far off, a picture must not
+        if not row["PSNR"] >= cfg.LEAST_PSNR:
+            row["refused"] = (f"restores images {row['PSNR']:.1f} dB from PyTorch's, less than LEAST_PSNR = "
+                              f"{cfg.LEAST_PSNR}: leave the format out, or lower LEAST_PSNR")
+    elif not reduced or not is_detector:
         limit, name = (_REDUCED_TOLERANCE, "") if reduced else (cfg.TOLERANCE, "TOLERANCE = ")
         if not row["difference"] <= limit:
             row["refused"] = f"differs from PyTorch by {row['difference']:.1e}, more than {name}{limit}"
@@ -249,14 +344,16 @@ def export(model, name, cfg, paths=()):
     """Write one model in every format that suits it.
 
     Returns:
-        {format: {"file", "MB", "difference", "agreement" and "mAP" of detectors, "refused": "" or why it was deleted}}.
+        {format: {"file", "MB", "difference", "agreement" and "mAP" of detectors, "PSNR" and with CLEAN_DIR "lost" of
+        de-rainers in float16 and INT8, "refused": "" or why it was deleted}}.
     """
     cache, rows = {}, {}
     whole_map = coco_map(cfg, model, lambda images_: formats.answers(model, images_), cache)
     inputs = formats.batches(model, paths, cfg.IMAGE_SIZE)
+    calibrate, judged = judged_pairs(cfg, paths) if model.about["kind"] == "derainer" else (paths, {})
     with config.writing(cfg.OUTPUT_DIR), tempfile.TemporaryDirectory(
             dir=cfg.OUTPUT_DIR, prefix=".", ignore_cleanup_errors=True) as folder:
-        write = formats.writers(model, Path(folder), paths, cfg.OPSET)
+        write = formats.writers(model, Path(folder), calibrate, cfg.OPSET, cfg.IMAGE_SIZE)
         for kind in cfg.FORMATS:
             path = Path(folder) / f"{name}{formats.FORMATS[kind].ending}"
             if kind in model.without:
@@ -265,8 +362,8 @@ def export(model, name, cfg, paths=()):
             with config.writing(Path(cfg.OUTPUT_DIR) / path.name):
                 if not path.exists():  # written on the way to another one
                     write[kind](path)
-            rows[kind] = check(path, kind, model, inputs, cfg, whole_map, cache)
-            parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+            rows[kind] = check(path, kind, model, inputs, cfg, whole_map, cache, judged)
+            parts = formats.parts_of(path)
             rows[kind] |= {"file": path.name, "MB": sum(part.stat().st_size for part in parts) / 2**20,
                            "PyTorch's mAP": whole_map}
             if not rows[kind]["refused"]:
@@ -280,7 +377,7 @@ def export(model, name, cfg, paths=()):
 
 def manifest(models, results, cfg):
     """-> the content of manifest.json: what every file takes and answers, and how the pipeline is put together."""
-    files = {row["file"]: models[name].about | {"format": kind, "mAP": row.get("mAP")}
+    files = {row["file"]: models[name].about | {"format": kind, "mAP": row.get("mAP"), "PSNR": row.get("PSNR")}
              for name, rows in results.items() for kind, row in rows.items() if not row["refused"]}
     names = {about["model"] for about in files.values()}
     rainy = cfg.RAINY_MODEL or next((name for name in _RAINY if name in names), "")
@@ -301,10 +398,15 @@ def require_usable(cfg):
     demo those whose packages are missing."""
     require_size(cfg.IMAGE_SIZE)
     require_scale(cfg.DERAIN_SCALE)
-    for constant in ("TOLERANCE", "LEAST_MAP", "LEAST_MAP_RFDETR"):
+    for constant in ("TOLERANCE", "LEAST_MAP", "LEAST_MAP_RFDETR", "LEAST_PSNR"):
         not_negative(constant, getattr(cfg, constant))
     if cfg.CALIBRATION_IMAGES < 1:
         raise config.UserError(f"CALIBRATION_IMAGES = {cfg.CALIBRATION_IMAGES}: choose 1 or more, such as 64")
+    if cfg.DERAIN == "refiner":
+        raise config.UserError("DERAIN = 'refiner': give the refiner's folder as REFINER_DIR, and another DERAIN")
+    if cfg.CLEAN_DIR and not cfg.CALIBRATION_DIR:
+        raise config.UserError("CLEAN_DIR holds the images of CALIBRATION_DIR without rain, and CALIBRATION_DIR is "
+                               "empty: give both, or neither")
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in _RAINY:
         raise config.UserError(f"RAINY_MODEL = {cfg.RAINY_MODEL!r}: choose {', '.join(_RAINY)}")
     if not cfg.FORMATS or set(cfg.FORMATS) - formats.FORMATS.keys():
@@ -340,10 +442,13 @@ def print_table(results, folder):
         rows.append({"file": row["file"], "difference": f"{row['difference']:.1e}", "MB": f"{row['MB']:.1f}",
                      "agreement": f"{100 * row['agreement']:.0f}%" if "agreement" in row else None,
                      "mAP": row.get("mAP"), "kept": f"{100 * kept:.1f}%" if kept else None,
+                     "PSNR": f"{row['PSNR']:.1f}" if "PSNR" in row else None,
+                     "lost": f"{row['lost']:.2f}" if "lost" in row else None,
                      "refused": "refused" if row["refused"] else "written"})
     processes.say(report.table(rows, {
         "file": f"in {Path(folder).as_posix()}", "MB": "MB", "difference": "largest difference",
-        "agreement": "same boxes", "mAP": "mAP", "kept": "of PyTorch's", "refused": ""}))
+        "agreement": "same boxes", "mAP": "mAP", "kept": "of PyTorch's",
+        "PSNR": "dB from PyTorch's", "lost": "dB lost", "refused": ""}))
 
 
 def main(**overrides):
@@ -368,8 +473,9 @@ def main(**overrides):
     if not paths:
         processes.say("note: no CALIBRATION_DIR and no COCO_DIR: files are compared with PyTorch on noise alone")
     names = [f"{name}{formats.FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
-    bins = [Path(name).with_suffix(".bin").name for name in names if name.endswith(".xml")]
-    report.output_folder(cfg.OUTPUT_DIR, [*names, *bins, "manifest.json"])
+    beside = [Path(name).with_suffix(".bin").name if name.endswith(".xml") else f"{name}.data" for name in names
+              if name.endswith((".xml", ".onnx"))]
+    report.output_folder(cfg.OUTPUT_DIR, [*names, *beside, "manifest.json"])
     results = {}
     for name, model in models.items():
         processes.say(f"{name} ...")

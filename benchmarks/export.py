@@ -69,8 +69,7 @@ def measure(model, folder, paths, cfg, export_cfg):
         if not path.exists():
             write[kind](path)
         calls[row] = exported.load_exported(path, torch.get_num_threads(), precision or "float32")
-        parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-        sizes[row] = sum(part.stat().st_size for part in parts) / 2**20
+        sizes[row] = sum(part.stat().st_size for part in formats.parts_of(path)) / 2**20
     for row, call in calls.items():
         predict = call if row in sizes else lambda images: formats.answers(model, images)
         random = model.about["model"].endswith("_random")

@@ -36,6 +36,12 @@ _EDITS = {
     "make it grey": lambda images: v2.functional.rgb_to_grayscale(images, 3),
     "blur it": partial(v2.functional.gaussian_blur, kernel_size=[9, 9], sigma=[1.5, 1.5]),
 }
+_CARD = """---
+license: apache-2.0
+---
+A tiny InstructPix2Pix of diffusers' real classes for the demo and the tests of the refiner, trained from nothing on
+drawn scenes by `python -m tools.tiny_diffusion_base`. Part of RainSight, under its licence.
+"""
 _RESTORE = "remove blur, enhance image quality"  # the fifth edit: from the blurred image back
 
 
@@ -159,6 +165,7 @@ def main(**overrides):
         feature_extractor=None, requires_safety_checker=False)
     train_unet(cfg, pipeline, scenes, generator)
     pipeline.to(torch.float16).save_pretrained(cfg.OUT)
+    (Path(cfg.OUT) / "README.md").write_text(_CARD, encoding="utf-8")
     pipeline.to(torch.float32)
     with torch.no_grad():
         held = torch.stack([datasets.read_image(path) for path in

@@ -6,7 +6,8 @@
 
 A file carries `about`, plain data: {"kind": "detector", "rain detector" or "derainer", "model", "input": name,
 "outputs": [names], "image_size": side of the square, None for any, "multiple": that sides must be of, "classes":
-{label: name} of a detector, "rain_threshold" of a rain detector}. Without this project's code: docs/export.md.
+{label: name} of a detector, "rain_threshold" of a rain detector, "largest_batch" of a refiner, and "base" and "licence"
+of the weights of another that are in it}. Without this project's code: docs/export.md.
 """
 
 import io

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
 from utils import datasets
@@ -18,6 +19,7 @@ from utils.images import to_floats
 from utils.inference import exported
 from utils.networks import onnx_file
 from utils.networks.folding import folded
+from utils.networks.tiling import to_multiple
 
 
 class Format(NamedTuple):
@@ -35,6 +37,15 @@ FORMATS = {"onnx": Format(".onnx", False, _ONNX), "onnx-fp16": Format("_fp16.onn
 _BATCH = 2  # of the example that is traced: 1 would be fixed
 
 
+class Int8(NamedTuple):
+    """What INT8 takes of a model, see onnx_file.write_int8."""
+
+    operators: tuple
+    parts: tuple        # modules
+    kept: tuple = ()    # modules within them that stay in float32
+    ends: bool = False  # the first and the last of the operators stay in float32
+
+
 class Model(NamedTuple):
     """What is exported."""
 
@@ -42,17 +53,17 @@ class Model(NamedTuple):
     about: dict           # of utils.inference.exported, for its files
     without: dict = {}    # {format: why it is not written}
     least_map: float = 0  # share of the mAP that its files must keep
-    int8: tuple = ()      # (operators, modules) that INT8 takes
+    int8: Int8 = Int8((), ())
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
 
-def writers(model, folder, paths, opset):
+def writers(model, folder, paths, opset, limit=None):
     """Trace a model.
 
     Args:
         folder: where files lie that other formats start from; paths: of images to calibrate INT8 on; opset:
-            of ONNX.
+            of ONNX; limit: of a de-rainer, see `unscaled_images`.
     Returns:
         {format: function of the path to write}.
     """
@@ -70,7 +81,9 @@ def writers(model, folder, paths, opset):
         onnx_file.write(program, path, opset, about["input"], about["outputs"], about)
 
     def int8(path):
-        calibration = (one.numpy() for one in real_images(paths, about["image_size"]))
+        real = (real_images(paths, about["image_size"]) if about["image_size"] else
+                unscaled_images(paths, limit, about["multiple"]))
+        calibration = (one.numpy() for one in real)
         onnx_file.write_int8(source("onnx"), path, calibration, *model.int8)
     found: dict[str, Callable] = {
         "onnx": onnx, "onnx-fp16": lambda path: onnx_file.write_half(source("onnx"), path), "onnx-int8": int8,
@@ -82,7 +95,7 @@ def writers(model, folder, paths, opset):
 
 def example_of(model):
     """-> ((H, W) of the example that is traced, {dimension: torch.export.Dim}): any batch, of de-rainers any size."""
-    side, batch = model.about["image_size"], torch.export.Dim("batch")
+    side, batch = model.about["image_size"], torch.export.Dim("batch", max=model.about.get("largest_batch"))
     if side:
         return (side, side), {0: batch}
     step = model.about["multiple"]
@@ -97,6 +110,21 @@ def real_images(paths, side):
     stretch = presets.evaluation(side)
     for path in paths:
         yield to_floats(stretch(datasets.read_image(path)))[None]
+
+
+def unscaled_images(paths, limit, multiple=1):
+    """Paths -> iterator of (1, 3, H, W) float32 in [0, 1] as a de-rainer sees them, for which rain has a size: at the
+    images' own scale, of larger ones the middle of `limit` pixels a side (None: all), mirrored up to `multiple`."""
+    cut = presets.scaled(1.0, limit)
+    for path in paths:
+        image = to_floats(cut({"image": tv_tensors.Image(datasets.read_image(path))})["image"])[None]
+        yield to_multiple(image.as_subclass(torch.Tensor), multiple, 2 * multiple)
+
+
+def parts_of(path):
+    """-> [the file that was written, then those beside it that belong to it]."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    return [path, beside] if beside.exists() else [path]
 
 
 def batches(model, paths, image_size):

@@ -4,6 +4,7 @@ diffusers and peft are optional (requirements-diffusion.txt): they are imported 
 every other script works without.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ UNET = {"sample_size": 64, "in_channels": CONDITIONED, "cross_attention_dim": 76
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": LATENTS,
        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 TOKENS, WIDTH = 77, 768  # of its encoded prompt
+
+
+# of the weights, as its card and the card of the model that it was made from state them
+PUBLISHED_LICENCE = "MIT, made from Stable Diffusion 1.5 (CreativeML OpenRAIL-M)"
 
 
 class Base(NamedTuple):
@@ -92,6 +97,19 @@ def settings_of(name, constant="BASE_MODEL"):
         raise UserError(f"{constant} = '{name}': its vae has {latents} latent channels and is another model's; use "
                         f"that of {PUBLISHED}, with {LATENTS}")
     return unet, vae
+
+
+def licence_of(name):
+    """-> the licence of a base's weights: what the card in its folder states (`license:` on top of README.md), of the
+    published one PUBLISHED_LICENCE; "" where nothing is known."""
+    if name == PUBLISHED:
+        return PUBLISHED_LICENCE
+    card = Path(name) / "README.md"
+    if not card.is_file():
+        return ""
+    top = re.match(r"---\r?\n(.*?)\n---", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
+    found = top and re.search(r"^license:[ \t]*['\"]?([^'\"\r\n]+)", top[1], re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def require_conditioned(channels, what):

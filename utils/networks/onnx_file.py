@@ -15,6 +15,7 @@ import torch
 from utils.config import UserError
 
 ABOUT = "rainsight"  # key of what a file says of itself, as JSON: see utils/inference/exported.py
+LARGEST = 2**31 - 2**20  # bytes of weights that one ONNX file takes; beyond it they lie in a file of their own
 OLDEST_OPSET = 18   # torch's exporter writes 18; its conversion of detectors to 17 fails, and 18 is what it then writes
 
 
@@ -53,17 +54,20 @@ def export_program(model, images, dynamic=None):
 def write(program, path, opset, input_name, output_names, about=None):
     """Write ONNX. -> callable of the file that was written: images -> [Tensor, ...], by onnxruntime on the CPU.
 
-    about: plain data that the file carries under the key ABOUT, or None.
+    about: plain data that the file carries under the key ABOUT, or None. Weights of more than LARGEST bytes are written
+    beside it, as <path>.data, which belongs to the file.
     """
     import onnx
+
+    weights = sum(one.numel() * one.element_size() for one in program.state_dict.values())
 
     for name in ("torch.onnx", "onnxscript"):  # remarks on torchvision's operators, which are not used, and on splits
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it counts what it folds
         warnings.simplefilter("ignore")
-        torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
-                          input_names=[input_name], output_names=list(output_names))
-    model = onnx.load(path)
+        torch.onnx.export(program, f=str(path), opset_version=opset, dynamo=True, external_data=weights > LARGEST,
+                          verbose=False, input_names=[input_name], output_names=list(output_names))
+    model = onnx.load(path, load_external_data=False)
     found = next(entry.version for entry in model.opset_import if entry.domain == "")
     if found != opset:  # torch only logs that its conversion failed
         raise UserError(f"opset {opset} was asked for, torch's exporter wrote {found}: choose {found}")
@@ -99,7 +103,7 @@ def write_half(source, target):
     onnx.save(model, target)
 
 
-def write_int8(source, target, images, operators, parts):
+def write_int8(source, target, images, operators, parts, kept=(), ends=False):
     """Write a float32 file with INT8 in its heavy parts: weights per channel, activations by their range.
 
     Args:
@@ -107,6 +111,8 @@ def write_int8(source, target, images, operators, parts):
         operators: "Conv" and, for transformers, "MatMul" (those with weights).
         parts: names of modules, such as "backbone"; what is elsewhere stays in float32, as RT-DETR's decoder has to: in
             INT8 it keeps 4 of 48 mAP.
+        kept: names of modules within `parts` that stay in float32 all the same; ends: whether the first and the last
+            of the operators do, which see and make the pixels of an image.
     """
     import onnx
     from onnxruntime import quantization
@@ -123,15 +129,17 @@ def write_int8(source, target, images, operators, parts):
             return None if image is None else {name: image}
 
     weights = {tensor.name for tensor in model.graph.initializer}
-    kept = [node.name for node in model.graph.node if node.op_type in operators
-            and not (_within(node, parts) and weights & set(node.input))]
+    heavy = [node for node in model.graph.node if node.op_type in operators]
+    outer = {heavy[0].name, heavy[-1].name} if ends and heavy else set()
+    floats = [node.name for node in heavy if node.name in outer or not weights & set(node.input)
+              or not _within(node, parts) or _within(node, kept)]
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)  # advice to fold what utils/networks/folding.py has folded
     try:
         quantization.quantize_static(
             source, target, Images(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(operators),
             per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=kept)
+            nodes_to_exclude=floats)
     finally:
         logging.getLogger().setLevel(level)
     written = onnx.load(target)

@@ -242,7 +242,7 @@ class DiffusionRefiner(Refiner):
         """The U-Net's output (B, 4, h, w) float32 for noisy latents at a time, () or (B,), and the image's latents."""
         dtype = self.unet.dtype
         seen = torch.cat([latents, condition], 1).to(dtype)
-        prompt = self.prompt.to(dtype).expand(len(seen), -1, -1)
+        prompt = self.prompt.to(dtype).expand(seen.shape[0], -1, -1)  # len would fix an exported file's batch
         return self.unet(seen, time, encoder_hidden_states=prompt).sample.float()
 
     def clean_latents(self, latents, found):
@@ -390,6 +390,16 @@ def load_refiner(folder, device="cpu", dtype=torch.float32, constant="REFINER_DI
     refiner.read(folder, constant)
     refiner.blend = float(content["blend"])
     return refiner.to(device).eval()
+
+
+def merged(refiner):
+    """-> a copy of a refiner whose U-Net has LoRA within its weights: fewer layers, the same answers to rounding."""
+    refiner = copy.deepcopy(refiner)
+    if isinstance(refiner, DiffusionRefiner):
+        refiner.unet.fuse_lora()
+        refiner.unet.unload_lora()
+        refiner.requires_grad_(False)
+    return refiner.eval()
 
 
 class RefinedDerainer(nn.Module):

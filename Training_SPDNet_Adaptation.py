@@ -255,7 +255,8 @@ def train_and_show(cfg, plan, model, data, device):
                               id2label=id2label_of(model.detection_module)),
         constants=cfg.as_dict(), own_files=(*_OUTPUTS, _PICTURE_FILE),
         fixed=("IMAGE_SIZE", "DERAIN_SCALE", "DERAINER",
-               *(() if labelled else ("FEATURE_LEVEL",))),  # unlabelled: what is scored
+               *(() if labelled else ("FEATURE_LEVEL",)),  # unlabelled: what is scored
+               *(("RAIN_KINDS",) if val.fresh_rain else ())),  # and on what, where there is no COCO_RAIN_DIR
         validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
         if labelled:

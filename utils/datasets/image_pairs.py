@@ -30,6 +30,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
 
     crops = 1         # samples of each pair in an epoch
     fresh_rain = None
+    notes = ()        # on what is odd about annotations, of which there are none
     cache_bytes = 0   # of decoded pairs that may be kept in memory ...
     cached_bytes = 0  # ... and that are
 

@@ -164,7 +164,7 @@ def test_a_fresh_module_answers_the_teachers_queries_as_the_teacher_and_alone_le
     for term in weights:
         model.zero_grad(set_to_none=True)
         found = Training.compute_losses(model, batch | {"images": 0.6 * clean}, {term: 1.0}, None, "backbone", answers)
-        assert found.keys() == {term} and found[term] > 1e-3
+        assert found.keys() == {term} and found[term] > 0
         found[term].backward()
         reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert reached == {"derain_module"}

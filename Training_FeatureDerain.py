@@ -2,8 +2,9 @@
 
 Phase 1: the detector is frozen, the module learns from the detection loss, and (as every rainy image has a clean twin)
 from the distance between its features and the pretrained detector's features of the twin; its masks learn where rain
-has changed the picture. Phase 2: module and detector train together, the detector slowly. A fresh module is the
-identity, so both start at the pretrained detector's mAP. CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
+has changed the picture. The pretrained detector's answers about the twin can be learnt as well. Phase 2: module and
+detector train together, the detector slowly. A fresh module is the identity, so both start at the pretrained detector's
+mAP. CBAM: Woo et al., ECCV 2018; RT-DETR: Zhao et al., CVPR 2024.
 
     python Training_FeatureDerain.py --demo
     python Training_FeatureDerain.py
@@ -26,7 +27,9 @@ from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.agreement import agreement
 from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks import distillation
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import ema, engine, model_card, run_folder, run_state
 from utils.training.plan import Plan, not_negative, whole
@@ -34,7 +37,7 @@ from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.3                        # share of clean images, so that these are not over-processed
 RAIN_RATIO = 0.7                        # share of rainy images
@@ -50,6 +53,7 @@ DERAIN_TYPE = "multiscale"              # multiscale, lightweight (63 parameters
 NUM_RESIDUAL_BLOCKS = 2                 # corrections per scale, multiscale only
 REFINE_WIDTH = 0.375                    # their width: 1.46M parameters on R18; 0.125: 0.34M
 FREEZE_BACKBONE = False                 # True keeps the backbone in phase 2 as it is
+TEACHER_CACHE_GB = 0.0                  # memory for the teacher's answers, where images are few; 0: asked every time
 
 # --- training -----------------------------------------------------------------------------------------------------
 PHASE1_EPOCHS = 5                       # module alone; 0 leaves the phase out
@@ -72,11 +76,13 @@ NUM_WORKERS = 4                         # processes that load images; at most th
 SEED = 0                                # subset, order, augmentation, initial weights
 
 # --- loss weights (0 switches a term off; plain detection loss: 1, 0, 0, 0) ---------------------------------------
-DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 1 only
+DETECTION_WEIGHT = 1.0                  # RT-DETR's loss; 0 trains without labels, phase 2 only with QUERIES_WEIGHT
 CONSISTENCY_WEIGHT = 10.0               # rainy images: features against the pretrained ones of the clean twin
 IDENTITY_WEIGHT = 1.0                   # clean images: features against their own pretrained ones
 FEATURE_LEVEL = "both"                  # which features these two compare: backbone, encoder or both
 MASK_WEIGHT = 1.0                       # masks against what rain really changed (the clean twin tells): they show it
+QUERIES_WEIGHT = 0.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
+POSITIONS_WEIGHT = 0.0                  # scores and boxes by which queries are chosen
 
 # --- validation ---------------------------------------------------------------------------------------------------
 RAIN_SCORE_WEIGHT = 0.5                 # "best" goes by this times the rainy mAP ...
@@ -94,7 +100,9 @@ DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "REFINE_WIDTH": 1.0, "OUTPUT_DIR": "./demo/outputs_feature_derain",
     "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 2, "PHASE1_LR": 2e-3, "PHASE2_DERAIN_LR": 2e-3, "PHASE2_DETECTOR_LR": 1e-3,
     "PRETRAINED_SHARE": 0.5, "BATCH_SIZE": 8, "WARMUP_STEPS": 20, "EMA_DECAY": 0.99, "NUM_WORKERS": 0,
+    "TEACHER_CACHE_GB": 2.0,
 }
+_TEACHER_TERMS = {"queries": "QUERIES_WEIGHT", "positions": "POSITIONS_WEIGHT"}  # features: as CONSISTENCY_WEIGHT says
 _FEATURE_TERMS = {"consistency": "rainy", "identity": "clean"}  # the terms that compare features: of which domain
 
 
@@ -118,7 +126,7 @@ def build_data(cfg, id2label, weights):
     alone, without labels, where both folders are plain folders of images."""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     if is_unlabelled(cfg):
-        processes.say("no annotations: training by features and masks alone, 10% of the pairs kept for validation")
+        processes.say("no annotations: training by the clean twins alone, 10% of the pairs kept for validation")
         if cfg.COCO_RATIO and cfg.IDENTITY_WEIGHT:
             processes.say("note: IDENTITY_WEIGHT is left out, as pairs hold no clean samples")
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
@@ -136,7 +144,7 @@ def build_data(cfg, id2label, weights):
 
 def loss_constants(cfg):
     """-> {term: constant of its weight} of the terms that have images (identity: clean ones) and a part to train."""
-    terms = {"detection": "DETECTION_WEIGHT", "consistency": "CONSISTENCY_WEIGHT"}
+    terms = {"detection": "DETECTION_WEIGHT", "consistency": "CONSISTENCY_WEIGHT"} | _TEACHER_TERMS
     if cfg.COCO_RATIO and not is_unlabelled(cfg):
         terms["identity"] = "IDENTITY_WEIGHT"
     if cfg.DERAIN_TYPE != "none":
@@ -146,21 +154,30 @@ def loss_constants(cfg):
 
 def needs_twins(weights):
     """-> True where a loss compares an image or its features with its clean twin."""
-    return "mask" in weights or bool(weights.keys() & _FEATURE_TERMS.keys())
+    return "mask" in weights or is_taught(weights) or bool(weights.keys() & _FEATURE_TERMS.keys())
 
 
-def compute_losses(model, batch, weights, teacher, feature_level):
+def is_taught(weights):
+    """-> whether one of the losses is a comparison with a teacher's answers."""
+    return bool(weights.keys() & _TEACHER_TERMS.keys())
+
+
+def compute_losses(model, batch, weights, teacher, feature_level, answers=None, over_ranks=True):
     """Named losses of one batch, scalars: those in `weights`.
 
     Args:
         model: FeatureDerainRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where needed.
         teacher: the pretrained model, frozen, which makes the targets of both feature terms; None without them.
         feature_level: of those terms, see detector.FEATURE_LEVELS.
+        answers: distillation.Teacher around the pretrained detector; None without its terms.
+        over_ranks: see distillation.compared.
     """
     labelled = "detection" in weights
+    answer = answers(batch["twins"], batch.get("twin_digests")) if answers else None
     outputs = model(batch["images"], labels=batch["labels"] if labelled else None, detect=labelled,
-                    feature_level=feature_level, masks="mask" in weights)
-    terms = {"detection": outputs.loss} if labelled else {}
+                    feature_level=feature_level, masks="mask" in weights, answer=answer,
+                    terms=[name for name in _TEACHER_TERMS if name in weights], over_ranks=over_ranks)
+    terms = ({"detection": outputs.loss} if labelled else {}) | (outputs.taught or {})
     if "mask" in weights:
         terms["mask"] = losses.rain_mask_loss(outputs.masks, batch["images"], batch["twins"])
     if teacher is not None:
@@ -182,11 +199,12 @@ def domain_consistency(features, targets, domains, domain):
     return error * (len(chosen) / len(domains))
 
 
-def evaluate(model, val_loaders, truths, device, cfg):
-    """-> {"score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50"}; {"score": minus the feature error} without
-    labels."""
+def evaluate(model, val_loaders, truths, device, cfg, agreed=None):
+    """-> {"score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50"}; without labels {"score": minus the feature
+    error}, or what `agreed` says, see `agreement_without_labels`."""
     if not truths:
-        return {"score": -feature_error(model, val_loaders["rainy"], device, cfg.FEATURE_LEVEL)}
+        return agreed(model) if agreed else {
+            "score": -feature_error(model, val_loaders["rainy"], device, cfg.FEATURE_LEVEL)}
     scores = {domain: detection_scores(model, loader, device, truths[domain], f"{domain} validation")[0]
               for domain, loader in val_loaders.items()}
     total = (cfg.RAIN_SCORE_WEIGHT * scores["rainy"]["mAP"] + cfg.CLEAN_SCORE_WEIGHT * scores["clean"]["mAP"])
@@ -203,6 +221,18 @@ def feature_error(model, loader, device, feature_level):
         return [{"error": error}] * len(batch["images"])
     found = [one for several in loaders.each(errors, loader) for one in several]
     return processes.mean_over_ranks(found)["error"]
+
+
+def agreement_without_labels(model, loader, device, weights, teacher, answers, feature_level):
+    """-> {"score": minus the weighted sum of the terms by which rainy images are learnt (masks aside), "rain/<term>"}.
+
+    Args:
+        loader: of pairs; weights: of the training; the others: see `compute_losses`.
+    """
+    weights = {name: weight for name, weight in weights.items() if name in ("consistency", *_TEACHER_TERMS)}
+    found = agreement(partial(compute_losses, model, weights=weights, teacher=teacher, feature_level=feature_level,
+                              answers=answers, over_ranks=False), loader, device, weights)
+    return {"score": found.pop("rain/agreement")} | found
 
 
 def sample_images(model, dataset, device, id2label):
@@ -227,12 +257,12 @@ def build_plans(cfg):
     if phases[1] and cfg.DERAIN_TYPE == "none":
         processes.say("note: DERAIN_TYPE = 'none' has no module to train: phase 1 is left out")
         phases[1] = 0
-    if phases[2] and not cfg.DETECTION_WEIGHT:
-        processes.say("note: DETECTION_WEIGHT = 0: phase 2 needs the detection loss and is left out")
+    if phases[2] and not (cfg.DETECTION_WEIGHT or cfg.QUERIES_WEIGHT):
+        processes.say("note: DETECTION_WEIGHT = 0: phase 2 needs the detection loss or QUERIES_WEIGHT and is left out")
         phases[2] = 0
     if not any(phases.values()):
         raise config.UserError("nothing to train: PHASE1_EPOCHS and PHASE2_EPOCHS leave no epoch (with DERAIN_TYPE = "
-                               "'none' only phase 2 exists, with DETECTION_WEIGHT = 0 only phase 1)")
+                               "'none' only phase 2 exists, with DETECTION_WEIGHT and QUERIES_WEIGHT = 0 only phase 1)")
     return {phase: Plan.of(cfg, epochs=f"PHASE{phase}_EPOCHS", learning_rates=rates[phase], loss_weights=terms,
                            workers="NUM_WORKERS")
             for phase, epochs in phases.items() if epochs}
@@ -260,14 +290,15 @@ class BestModel:
 
     Args:
         model: FeatureDerainRTDETR that trains; pretrained: its frozen copy from before the training.
-        val_loaders, truths, device, cfg: of `evaluate`; card: model_card.Card that is written with it.
+        val_loaders, truths, device, cfg, agreed: of `evaluate`; card: model_card.Card that is written with it.
     """
 
-    def __init__(self, model, pretrained, val_loaders, truths, device, cfg, card):
+    def __init__(self, model, pretrained, val_loaders, truths, device, cfg, card, agreed=None):
         self.own, self.others = (
             [*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
             for part in (model, pretrained))
         self.val_loaders, self.truths, self.device, self.cfg, self.card = val_loaders, truths, device, cfg, card
+        self.agreed = agreed
         self.score = -math.inf  # the best one of the phases that are over
         self.latest = {}
 
@@ -277,7 +308,7 @@ class BestModel:
     def validate(self, model):
         """-> metrics, see `evaluate`."""
         with self._mixed():
-            self.latest = evaluate(model, self.val_loaders, self.truths, self.device, self.cfg)
+            self.latest = evaluate(model, self.val_loaders, self.truths, self.device, self.cfg, self.agreed)
         return self.latest
 
     def keep(self, model):
@@ -303,11 +334,21 @@ def card_of(cfg, images, id2label):
               f"classes: {', '.join(id2label.values())}"])
 
 
-def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
+def scored_by(best):
+    """-> names of the constants that decide what the score means: with others no run goes on."""
+    names = ["RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"]
+    if not best.truths:  # the score is the features' error, or the terms' weighted sum
+        names += ["FEATURE_LEVEL"] + (["CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values()] if best.agreed else [])
+    if best.val_loaders["rainy"].dataset.fresh_rain:
+        names.append("RAIN_KINDS")
+    return names
+
+
+def train_phase(phase, plan, model, train_loader, teacher, answers, best, cfg):
     """One phase; the model comes out with its best epoch's weights, from which the next one starts.
 
     Args:
-        phase: 1 or 2; plan: its Plan; teacher: of `compute_losses`; best: BestModel.
+        phase: 1 or 2; plan: its Plan; teacher, answers: of `compute_losses`; best: BestModel.
     Returns:
         the result of engine.fit.
     """
@@ -317,12 +358,12 @@ def train_phase(phase, plan, model, train_loader, teacher, best, cfg):
     rainy = best.val_loaders["rainy"].dataset
     result = engine.fit(
         model, train_loader,
-        partial(compute_losses, weights=plan.loss_weights, teacher=teacher, feature_level=cfg.FEATURE_LEVEL),
+        partial(compute_losses, weights=plan.loss_weights, teacher=teacher, feature_level=cfg.FEATURE_LEVEL,
+                answers=answers),
         plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
         sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
         constants=cfg.as_dict(),
-        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE",
-               *(() if best.truths else ("FEATURE_LEVEL",))),  # without labels the score is the features' error
+        fixed=("IMAGE_SIZE", *scored_by(best)),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()},
         validated_images=loaders.image_paths(best.val_loaders.values()))
     if result["stopped"] != "interrupted":
@@ -335,8 +376,9 @@ def check(cfg):
     """UserError for constants that do not go together; Plan and the networks check the others."""
     require_size(cfg.IMAGE_SIZE)
     require_feature_level(cfg.FEATURE_LEVEL)
-    if not cfg.DETECTION_WEIGHT and not cfg.CONSISTENCY_WEIGHT:
-        raise config.UserError("DETECTION_WEIGHT and CONSISTENCY_WEIGHT are both 0: nothing to learn from rain")
+    learning = ("DETECTION_WEIGHT", "CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values())
+    if not any(getattr(cfg, name) for name in learning):
+        raise config.UserError(f"{' and '.join(learning)} are all 0: nothing to learn from rain")
     for name in ("RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT"):
         not_negative(name, getattr(cfg, name))
     if cfg.RAIN_SCORE_WEIGHT + cfg.CLEAN_SCORE_WEIGHT == 0:
@@ -359,22 +401,29 @@ def main(**overrides):
     model = build_model(cfg, device)
     require_queries(model.rtdetr, cfg.IMAGE_SIZE)
     train, val = build_data(cfg, id2label_of(model.rtdetr), weights)
-    train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED)
-    val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS)
+    taught = is_taught(weights)
+    collate = datasets.collate_with_digests if taught and cfg.TEACHER_CACHE_GB else datasets.collate
+    train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.NUM_WORKERS, cfg.SEED, collate)
+    val_loaders = {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.NUM_WORKERS,
+                                                     datasets.collate if "clean" in val else collate)
                    for domain, data in val.items()}
     truths = {domain: ground_truth(data.annotations) for domain, data in val.items()} if (
         "clean" in val) else {}
     pretrained = freeze.freeze(copy.deepcopy(model))
     teacher = pretrained if weights.keys() & _FEATURE_TERMS.keys() else None
+    answers = distillation.Teacher(pretrained.rtdetr, cfg.TEACHER_CACHE_GB) if taught else None
+    agreed = None if truths or not taught else partial(
+        agreement_without_labels, loader=val_loaders["rainy"], device=device, weights=weights, teacher=teacher,
+        answers=answers, feature_level=cfg.FEATURE_LEVEL)
     best = BestModel(model, pretrained, val_loaders, truths, device, cfg,
-                     card_of(cfg, len(train), id2label_of(model.rtdetr)))
+                     card_of(cfg, len(train), id2label_of(model.rtdetr)), agreed)
     results = {}
     with run_folder.claimed(cfg.OUTPUT_DIR):
         require_same_first_phase(cfg)
         if processes.is_main() and not cfg.RESUME:  # as a whole: no old phase 2 may be resumed after a new phase 1
             run_state.set_aside(Path(cfg.OUTPUT_DIR), ("phase1", "phase2", "model"))
         for phase, plan in plans.items():
-            results[phase] = train_phase(phase, plan, model, train_loader, teacher, best, cfg)
+            results[phase] = train_phase(phase, plan, model, train_loader, teacher, answers, best, cfg)
             if results[phase]["stopped"] == "interrupted":
                 return results
     print_summary(results, cfg)

@@ -26,6 +26,7 @@ from utils.datasets.layouts import find_split
 from utils.datasets.mosaic import with_mosaics
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.agreement import agreement
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import distillation
 from utils.networks.rtdetr import (
@@ -43,7 +44,7 @@ from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR = "./dataset/coco_rain"   # rainy twin from make_rain.py; only read where RAIN_RATIO > 0
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # rainy twins, read where RAIN_RATIO > 0; "": see docs/conditional.md
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
@@ -127,6 +128,24 @@ def is_taught(cfg):
     return any(getattr(cfg, constant) for constant in _TEACHER_TERMS.values())
 
 
+def is_unlabelled(cfg):
+    """Whether to train on plain folders of images: they are there without annotations, which no loss asks for."""
+    return not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
+
+
+def unlabelled_data(cfg, train_transform):
+    """-> rainy images with their clean twins to train on, a tenth of them to validate on, see `unlabelled_pairs`."""
+    processes.say("no annotations: learning from the teacher alone, 10% of the pairs kept for validation")
+    return datasets.unlabelled_pairs(
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, presets.evaluation(cfg.IMAGE_SIZE),
+        percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))
+
+
+def scored_without_labels(val):
+    """-> names of the constants that decide what `agreement_without_labels` means on such validation data."""
+    return (*_TEACHER_TERMS.values(), *(("RAIN_KINDS",) if val.fresh_rain else ()))
+
+
 def collate_of(cfg):
     """-> what makes training batches: with digests of the clean twins only where the teacher's answers are kept."""
     return datasets.collate_with_digests if is_taught(cfg) and cfg.TEACHER_CACHE_GB else datasets.collate
@@ -134,6 +153,11 @@ def collate_of(cfg):
 
 def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
+    if is_unlabelled(cfg):
+        if not cfg.RTDETR_MODEL_NAME:
+            raise config.UserError("RTDETR_MODEL_NAME is empty, and without annotations nothing says which classes a "
+                                   "new detector should know: give a detector")
+        return load_rtdetr(cfg.RTDETR_MODEL_NAME)
     train = find_split(cfg.COCO_DIR, "train", "COCO_DIR")
     categories = read_annotations(train, masks=False)["categories"]
     names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
@@ -157,28 +181,42 @@ def build_model(cfg):
 
 
 def build_loaders(cfg, id2label):
-    """-> training loader (augmented), {"clean" or "rainy": validation loader} of the domains that are trained on."""
+    """-> training loader (augmented), {"clean" or "rainy": validation loader} of the domains that are trained on; the
+    latter is {"rainy"} alone, of images with twins and without labels, where there are no annotations."""
     augmentations = {"full": presets.detection, "mirror": presets.adaptation}
     if cfg.AUGMENTATION not in augmentations:
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
-    train = datasets.clean_rainy_mixture(
-        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE),
-        coco_ratio=cfg.COCO_RATIO, rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED,
-        twins=is_taught(cfg), unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg),
-        labelled=cfg.DETECTION_WEIGHT > 0)
-    datasets.say_notes(train)
+    augmentation = augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
-    val = datasets.clean_rainy_validation(
-        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), unknown=cfg.UNKNOWN_CATEGORIES,
-        domains=[domain for domain, ratio in ratios.items() if ratio > 0], train=train)
+    if is_unlabelled(cfg):
+        if ratios != {"clean": 0, "rainy": 1}:
+            raise config.UserError(f"COCO_RATIO = {cfg.COCO_RATIO}: without annotations all training images are the "
+                                   "rainy ones of pairs: set COCO_RATIO = 0 and RAIN_RATIO = 1")
+        train, pairs = unlabelled_data(cfg, presets.without_objects(augmentation))
+        val = {"rainy": pairs}
+    else:
+        train = datasets.clean_rainy_mixture(
+            cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentation, coco_ratio=cfg.COCO_RATIO,
+            rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=is_taught(cfg),
+            unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg), labelled=cfg.DETECTION_WEIGHT > 0)
+        datasets.say_notes(train)
+        val = datasets.clean_rainy_validation(
+            cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
+            unknown=cfg.UNKNOWN_CATEGORIES, domains=[domain for domain, ratio in ratios.items() if ratio > 0],
+            train=train)
     mixed, collate = with_mosaics(train, cfg), collate_of(cfg)
     if cfg.MOSAIC_RATIO and collate is not datasets.collate:
         # they would fill the memory, and the teacher would be asked image by image for nothing
         processes.say("note: TEACHER_CACHE_GB has no effect beside MOSAIC_RATIO: no mosaic comes a second time")
         collate = datasets.collate
     return (loaders.training_loader(mixed, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate),
-            {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-             for domain, data in val.items()})
+            {domain: validation_loader(data, cfg) for domain, data in val.items()})
+
+
+def validation_loader(val, cfg):
+    """-> loader of a validation set; pairs without labels come as the teacher wants them."""
+    return loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS,
+                                     collate_of(cfg) if is_unlabelled(cfg) else datasets.collate)
 
 
 def parameter_groups(model, cfg):
@@ -207,20 +245,21 @@ def build_teacher(cfg, model):
     return distillation.Teacher(teacher, cfg.TEACHER_CACHE_GB)
 
 
-def compute_losses(model, batch, teacher=None, weights=("detection",)):
+def compute_losses(model, batch, teacher=None, weights=("detection",), over_ranks=True):
     """Named losses of one batch, scalars: {"detection": RT-DETR's whole loss, with denoising queries; "vfl", "bbox",
     "giou": its last layer's terms}, and with a teacher those of distillation.TERMS.
 
     Args:
         model: the detector, or with a teacher distillation.Student, or their distributed wrapper; batch: see
             datasets.to_device; teacher: None or distillation.Teacher; weights: names of the wanted losses.
+        over_ranks: see distillation.compared.
     """
     labels, terms = batch["labels"] if "detection" in weights else None, {}
     if teacher is None:
         outputs = model(pixel_values=batch["images"], labels=labels)
     else:
         outputs, terms = model(batch["images"], labels, teacher(batch["twins"], batch.get("twin_digests")),
-                               [term for term in distillation.TERMS if term in weights])
+                               [term for term in distillation.TERMS if term in weights], over_ranks)
     if labels is not None:
         terms |= {"detection": outputs.loss} | {name: outputs.loss_dict[f"loss_{name}"]
                                                 for name in ("vfl", "bbox", "giou")}
@@ -238,6 +277,16 @@ def evaluate(model, val_loaders, truths, shares):
     scores = {f"val/{name}": sum(shares[domain] * found[domain][name] for domain in found)
               for name in coco_evaluation.METRICS}
     return scores | ({f"{domain}/mAP": found[domain]["mAP"] for domain in found} if len(found) > 1 else {})
+
+
+def agreement_without_labels(student, loader, device, teacher, weights):
+    """-> {"rain/agreement": minus the weighted sum of the teacher's terms, "rain/<term>"} on pairs.
+
+    Args:
+        student: distillation.Student; teacher: distillation.Teacher; weights: {term: weight}.
+    """
+    compute = partial(compute_losses, student, teacher=teacher, weights=tuple(weights), over_ranks=False)
+    return agreement(compute, loader, device, weights)
 
 
 def sample_images(model, loader, id2label):
@@ -274,6 +323,29 @@ def _write_detector(model, image_size, card, folder):
     RTDetrImageProcessor(size=size, do_normalize=False).save_pretrained(folder)
 
 
+def scoring(cfg, plan, val_loaders, teacher):
+    """What engine.fit needs for its score: {"evaluate", "score", "fixed", "validated_on"}."""
+    if is_unlabelled(cfg):
+        loader = val_loaders["rainy"]
+        return {"score": "rain/agreement", "fixed": (*scored_without_labels(loader.dataset), "teacher"),
+                "validated_on": None,
+                "evaluate": partial(agreement_without_labels, loader=loader, device=processes.device(),
+                                    teacher=teacher, weights=plan.loss_weights)}
+    truths = {domain: ground_truth(loader.dataset.annotations) for domain, loader in val_loaders.items()}
+    shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
+    return {"score": "val/mAP", "fixed": (),
+            "validated_on": {domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
+            "evaluate": partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares)}
+
+
+def say_result(best, score, folder):
+    """The best epoch's scores, and where the detector lies."""
+    names = {f"val/{name}": name for name in coco_evaluation.METRICS}
+    if score not in names:
+        names = {name: name for name in best if name.startswith("rain/")}
+    processes.say(f"{report.table([best], names)}\ndetector: {folder.as_posix()}")
+
+
 def main(**overrides):
     """Train; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
     cfg = config.resolve(globals(), overrides)
@@ -292,29 +364,26 @@ def main(**overrides):
     id2label = id2label_of(model)
     require_queries(model, cfg.IMAGE_SIZE)
     train_loader, val_loaders = build_loaders(cfg, id2label)
-    truths = {domain: ground_truth(loader.dataset.annotations)
-              for domain, loader in val_loaders.items()}
-    shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
+    scored = scoring(cfg, plan, val_loaders, teacher)
     processes.say(freeze.describe({name_of(model): model}))
     folder = Path(cfg.OUTPUT_DIR) / "detector"
     card = card_of(cfg, len(train_loader.dataset), model)
+    constants = cfg.as_dict() | {"classes": list(id2label.values()), "taught": teacher is not None}
+    if "teacher" in scored["fixed"]:
+        constants["teacher"] = freeze.fingerprint(teacher)  # it decides on the score
     result = engine.fit(
         model if teacher is None else distillation.Student(model), train_loader,
         partial(compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
         output_dir=cfg.OUTPUT_DIR, parameters=parameter_groups(model, cfg),
-        evaluate=card.remembering(partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares)),
-        score="val/mAP", on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE, card=card),
+        evaluate=card.remembering(scored["evaluate"]), score=scored["score"],
+        on_best=partial(save_detector, folder=folder, image_size=cfg.IMAGE_SIZE, card=card),
         sample_images=partial(sample_images, loader=list(val_loaders.values())[-1], id2label=id2label),
-        constants=cfg.as_dict() | {"classes": list(id2label.values()), "taught": teacher is not None},
-        own_files=(folder.name,),
+        constants=constants, own_files=(folder.name,),
         # the ratios weight the score as well
-        fixed=("IMAGE_SIZE", "FREEZE_AT", "COCO_RATIO", "RAIN_RATIO", "classes", "taught"),
-        validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
-        validated_images=loaders.image_paths(val_loaders.values()))
+        fixed=("IMAGE_SIZE", "FREEZE_AT", "COCO_RATIO", "RAIN_RATIO", "classes", "taught", *scored["fixed"]),
+        validated_on=scored["validated_on"], validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:
-        best = result["history"][result["best_epoch"] - 1]
-        processes.say(report.table([best], {f"val/{name}": name for name in coco_evaluation.METRICS}))
-        processes.say(f"detector: {folder.as_posix()}")
+        say_result(result["history"][result["best_epoch"] - 1], scored["score"], folder)
     return result
 
 

@@ -34,7 +34,7 @@ from utils.training.plan import Plan
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
 RAIN_RATIO = 1.0                        # share of rainy images
@@ -255,7 +255,8 @@ def train_and_show(cfg, plan, model, data, device):
                               id2label=id2label_of(model.detection_module)),
         constants=cfg.as_dict(), own_files=(*_OUTPUTS, _PICTURE_FILE),
         fixed=("IMAGE_SIZE", "DERAIN_SCALE", "DERAINER",
-               *(() if labelled else ("FEATURE_LEVEL",))),  # unlabelled: what is scored
+               *(() if labelled else ("FEATURE_LEVEL",)),  # unlabelled: what is scored
+               *(("RAIN_KINDS",) if val.fresh_rain else ())),  # and on what, where there is no COCO_RAIN_DIR
         validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
         if labelled:

@@ -32,7 +32,7 @@ from utils.training.plan import Plan, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR = "./dataset/coco_rain"   # the same images in the weather: to validate on and, with RAIN = "files", train
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # to validate on, and to train on with RAIN = "files"
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
@@ -116,7 +116,10 @@ def check(cfg):
 
 
 def build_data(cfg, id2label, twins):
-    """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR."""
+    """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR; both are pairs
+    without labels where there are no annotations."""
+    if Training_RTDETR.is_unlabelled(cfg):
+        return Training_RTDETR.unlabelled_data(cfg, presets.adaptation(cfg.IMAGE_SIZE))
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
         percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=twins, unknown=cfg.UNKNOWN_CATEGORIES,
@@ -151,11 +154,23 @@ def save_adapter(model, path, card, **settings):
     card.write(path.with_suffix(".md"))
 
 
+def scoring(cfg, plan, val_loader, device, teacher):
+    """How the adapter is scored: {"evaluate": model -> metrics, "fixed", "validated_on" of engine.fit}, its first
+    metric being the score."""
+    if Training_RTDETR.is_unlabelled(cfg):
+        return {"evaluate": partial(Training_RTDETR.agreement_without_labels, loader=val_loader, device=device,
+                                    teacher=teacher, weights=plan.loss_weights),
+                "fixed": Training_RTDETR.scored_without_labels(val_loader.dataset), "validated_on": None}
+    truth = ground_truth(val_loader.dataset.annotations)
+    return {"evaluate": partial(evaluate, loader=val_loader, device=device, truth=truth), "fixed": (),
+            "validated_on": coco_evaluation.identity(truth)}
+
+
 def say_result(cfg, base, best, path):
     """The table of the detector without and with the best epoch's adapter, and what to do next."""
-    rows = [{"model": name} | {metric: values[f"rain/{metric}"] for metric in coco_evaluation.METRICS}
+    rows = [{"model": name} | {metric.removeprefix("rain/"): values[metric] for metric in base}
             for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
-    processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in coco_evaluation.METRICS}))
+    processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in list(rows[0])[1:]}))
     demo, hidden = (" --demo", " --show_derained False") if cfg.demo else ("", "")  # there is no de-rained image
     processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
                   f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}\n"
@@ -178,10 +193,13 @@ def main(**overrides):
     processes.say(freeze.describe({"RT-DETR with its adapter": model}))
     train, val = build_data(cfg, id2label_of(base), twins=taught)
     teacher = distillation.Teacher(base, cfg.TEACHER_CACHE_GB) if taught else None
-    val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
-    truth, path = ground_truth(val.annotations), Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}"
-    before, card = evaluate(base, val_loader, device, truth), card_of(cfg, len(train), id2label_of(base))
-    processes.say(f"without an adapter: rain/mAP {before['rain/mAP']:.4f}")
+    val_loader = Training_RTDETR.validation_loader(val, cfg)
+    scored, path = (scoring(cfg, plan, val_loader, device, teacher),
+                    Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}")
+    before, card = (scored["evaluate"](distillation.Student(base) if taught else base),
+                    card_of(cfg, len(train), id2label_of(base)))
+    score = next(iter(before))
+    processes.say(f"without an adapter: {score} {before[score]:.4f}")
     result = engine.fit(
         distillation.Student(model) if taught else model,
         loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
@@ -189,15 +207,15 @@ def main(**overrides):
         partial(Training_RTDETR.compute_losses, teacher=teacher, weights=tuple(plan.loss_weights)), plan,
         output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": cfg.LEARNING_RATE}],
-        evaluate=card.remembering(partial(evaluate, loader=val_loader, device=device, truth=truth)), score="rain/mAP",
+        evaluate=card.remembering(scored["evaluate"]), score=score,
         on_best=partial(save_adapter, path=path, card=card, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
         constants=cfg.as_dict() | {"base": digest, "taught": taught},
         own_files=(path.name, path.with_suffix(".md").name),
         fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
-               "taught"),
-        validated_on=coco_evaluation.identity(truth), validated_images=val.image_paths())
+               "taught", *scored["fixed"]),
+        validated_on=scored["validated_on"], validated_images=val.image_paths())
     if freeze.fingerprint(base) != digest:
         raise RuntimeError("the detector has changed, which nothing here may do")
     if result["history"] and processes.is_main():

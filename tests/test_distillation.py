@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import Training_RTDETR as Training
 from utils import datasets, freeze
 from utils.config import UserError
-from utils.datasets import presets
+from utils.datasets import loaders, presets
 from utils.networks import distillation
 from utils.networks.rtdetr import load_rtdetr, new_rtdetr
 
@@ -56,7 +57,7 @@ def test_the_students_second_pass_uses_the_teachers_queries(detector, monkeypatc
     """Of an image that looks different, the decoder's answer to the teacher's queries differs and has its order."""
     teacher, student = distillation.Teacher(copy.deepcopy(detector)), distillation.Student(detector).eval()
     seen = {}
-    monkeypatch.setattr(distillation, "query_loss", lambda logits, boxes, answer: seen.update(logits=logits) or 0.0)
+    monkeypatch.setattr(distillation, "query_loss", lambda logits, *rest: seen.update(logits=logits) or 0.0)
     answer = teacher(images())
     with torch.no_grad():
         student(images(), None, answer, ("queries",))
@@ -122,6 +123,17 @@ def test_losses_of_two_ranks_average_to_that_of_the_whole_batch(detector, monkey
         monkeypatch.setattr(distillation, "count_over_ranks", lambda count, *args, of=shares, **least: next(of))
         halves.append(losses(*(distillation.Answer(*(part[i:i + 1] for part in one)) for one in (answer, other))))
     torch.testing.assert_close(sum(halves) / 2, whole)
+
+
+def test_a_rank_by_itself_does_not_wait_for_the_others(detector, monkeypatch):
+    """In a validation ranks have different numbers of images: one that asked the others would wait for ever."""
+    teacher, student = distillation.Teacher(copy.deepcopy(detector)), distillation.Student(copy.deepcopy(detector))
+    expected = student.eval()(0.7 * images(), None, teacher(images()))[1]
+    monkeypatch.setattr(distillation, "count_over_ranks", lambda *_, **__: pytest.fail("asked the other ranks"))
+    alone = student(0.7 * images(), None, teacher(images()), over_ranks=False)[1]
+    assert alone.keys() == set(distillation.TERMS)
+    for term, value in expected.items():
+        torch.testing.assert_close(alone[term], value)
 
 
 def test_kept_answers_equal_live_ones(detector):
@@ -213,8 +225,85 @@ def test_teachers_that_cannot_teach(settings, tmp_path, capsys):
         Training.main(**settings | {"TEACHER_NAME": str(tmp_path / "other")})
     with pytest.raises(UserError, match="TEACHER_NAME = .*none' does not exist"):
         Training.main(**settings | {"TEACHER_NAME": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="COCO_RAIN_DIR is empty"):
+        Training.main(**settings | {"COCO_RAIN_DIR": ""})
     with pytest.raises(UserError, match="TEACHER_NAME is empty, and a detector from scratch"):
         Training.main(**settings | {"RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny"})
     with pytest.raises(UserError, match="every loss weight is 0"):
         Training.main(**settings | {name: 0.0 for name in ("DETECTION_WEIGHT", "QUERIES_WEIGHT", "POSITIONS_WEIGHT",
                                                            "FEATURES_WEIGHT")})
+
+
+# ---- plain photographs -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def photographs(settings):
+    """The same constants, of two plain folders of images without annotations."""
+    for name in ("COCO_DIR", "COCO_RAIN_DIR"):
+        shutil.rmtree(Path(settings[name]) / "annotations")
+        shutil.rmtree(Path(settings[name]) / "val2017")
+    return settings | {"DETECTION_WEIGHT": 0.0}
+
+
+def test_a_specialist_learns_from_clean_photographs_alone(photographs, tmp_path, monkeypatch):
+    """Rain is drawn: anew in every epoch to train on, once on the tenth that is validated."""
+    photographs = photographs | {"COCO_RAIN_DIR": "", "OUTPUT_DIR": str(tmp_path / "whole"), "TEACHER_CACHE_GB": 1.0}
+    shutil.rmtree(tmp_path / "coco_rain")
+    result = Training.main(**photographs)
+    last = result["history"][-1]
+    assert last["rain/agreement"] == pytest.approx(-sum(last[f"rain/{term}"] for term in distillation.TERMS))
+    assert "val/mAP" not in last and result["best_score"] == max(one["rain/agreement"] for one in result["history"]) < 0
+    cut = photographs | {"OUTPUT_DIR": str(tmp_path / "cut"), "CHECKPOINT_STEPS": 1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training, "agreement", dies_after(1, Training.agreement))  # in the second validation
+        Training.main(**cut)
+    again = Training.main(**cut | {"RESUME": True})
+    assert [one["rain/agreement"] for one in again["history"]] == [one["rain/agreement"] for one in result["history"]]
+    whole, resumed = (load_file(tmp_path / name / "detector" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    for change in ({"QUERIES_WEIGHT": 2.0}, {"RAIN_KINDS": {"heavy": 1.0}}):
+        with pytest.raises(UserError, match=f"last.pt.*{next(iter(change))} was"):
+            Training.main(**cut | change | {"RESUME": True})
+    other = load_rtdetr(photographs["RTDETR_MODEL_NAME"])
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="last.pt.*teacher was"):
+        Training.main(**cut | {"TEACHER_NAME": str(tmp_path / "other"), "RESUME": True})
+
+
+def test_a_specialist_learns_from_pairs_of_folders(photographs, capsys):
+    result = Training.main(**photographs | {"RAIN": "files", "NUM_EPOCHS": 1, "MOSAIC_RATIO": 0.5, "CLOSE_MOSAIC": 0})
+    assert result["best_score"] < 0 and "rain/agreement" in capsys.readouterr().out
+    assert (Path(photographs["OUTPUT_DIR"]) / "detector" / "README.md").is_file()
+
+
+def test_the_agreement_does_not_depend_on_the_batch(photographs, detector):
+    """An equal student agrees wholly where there is no rain; another counts the same in batches of any size."""
+    _, val = datasets.unlabelled_pairs(photographs["COCO_DIR"], photographs["COCO_RAIN_DIR"], presets.evaluation(160),
+                                       presets.evaluation(160), percent=100, seed=0)
+    val.pairs = [(rainy, clean) for clean in sorted(Path(photographs["COCO_DIR"]).rglob("*.jpg"))[:3]
+                 for rainy in [Path(photographs["COCO_RAIN_DIR"]) / "train2017" / clean.name]]
+    student, teacher = distillation.Student(detector).eval(), distillation.Teacher(detector)
+    weights = {"queries": 2.0, "features": 0.5}
+
+    def found(size):
+        return Training.agreement_without_labels(student, loaders.validation_loader(val, size, 0), "cpu", teacher,
+                                                 weights)
+    one, several = found(1), found(3)
+    assert one["rain/agreement"] < -1e-3 and one == pytest.approx(several, rel=1e-4)
+    assert one["rain/agreement"] == pytest.approx(-2.0 * one["rain/queries"] - 0.5 * one["rain/features"])
+    val.pairs = [(clean, clean) for _, clean in val.pairs]
+    assert all(abs(value) < 1e-4 for value in found(3).values())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"COCO_RATIO": 1.0, "RAIN_RATIO": 0.0}, "COCO_RATIO = 1.0: without annotations"),
+    ({"COCO_RAIN_DIR": "", "RAIN": "files"}, "COCO_RAIN_DIR is empty.*RAIN = 'fresh'"),
+    ({"RTDETR_MODEL_NAME": ""}, "RTDETR_MODEL_NAME is empty.*annotations"),
+    ({"DETECTION_WEIGHT": 1.0}, "COCO_DIR = .*annotations"),
+    ({"QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}, "every loss weight is 0")])
+def test_what_plain_photographs_cannot_be_used_for(photographs, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        Training.main(**photographs | changes)
+    assert "\n" not in str(error.value)

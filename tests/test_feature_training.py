@@ -1,17 +1,20 @@
 """Training_FeatureDerain.py: both phases, killed and distributed, and what it refuses."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import names_in
+from conftest import Killed, dies_after, names_in
 from script_processes import killed_at, on_two_processes
 
 import Training_FeatureDerain as Training
 from utils import checkpoint, config, feature_derain, freeze
 from utils.config import UserError
 from utils.datasets import loaders
+from utils.networks import distillation
 from utils.networks.rtdetr import FEATURE_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +152,57 @@ def test_without_labels(base, coco, capsys, level):
     assert results[1]["best_score"] == pytest.approx(-error, rel=1e-4)  # "best" goes by what is trained on
 
 
+def test_a_fresh_module_answers_the_teachers_queries_as_the_teacher_and_alone_learns_from_them():
+    model = feature_derain.create_feature_derain_rtdetr(str(ROOT / "assets" / "demo" / "rtdetr"))
+    model.freeze_detector()
+    answers = distillation.Teacher(copy.deepcopy(model.rtdetr))
+    clean = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    batch = {"images": clean, "twins": clean, "domains": ["rainy"] * 2}
+    weights = {"queries": 1.0, "positions": 1.0}
+    terms = Training.compute_losses(model.train(), batch, weights, None, "backbone", answers)
+    assert terms.keys() == set(weights) and all(abs(value.item()) < 1e-5 for value in terms.values())
+    for term in weights:
+        model.zero_grad(set_to_none=True)
+        found = Training.compute_losses(model, batch | {"images": 0.6 * clean}, {term: 1.0}, None, "backbone", answers)
+        assert found.keys() == {term} and found[term] > 0
+        found[term].backward()
+        reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == {"derain_module"}
+
+
+def test_a_teachers_answers_are_learnt_and_a_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch, capsys):
+    settings = base | {"PHASE1_EPOCHS": 1, "BATCH_SIZE": 4, "QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0,
+                       "TEACHER_CACHE_GB": 1.0}
+    whole = Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "whole")})
+    expected = {"queries", "positions", "detection", "rain/mAP"}
+    assert all(expected <= whole[phase]["history"][0].keys() for phase in (1, 2))
+    cut = settings | {"OUTPUT_DIR": str(tmp_path / "cut"), "CHECKPOINT_STEPS": 1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training, "compute_losses", dies_after(3, Training.compute_losses))  # in phase 2
+        Training.main(**cut)
+    Training.main(**cut | {"RESUME": True})
+    for phase in (1, 2):
+        one, other = state(tmp_path / "whole", phase), state(tmp_path / "cut", phase)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    capsys.readouterr()
+    Training.main(**cut | {"RESUME": True, "QUERIES_WEIGHT": 0.5, "PHASE2_EPOCHS": 2})
+    assert "QUERIES_WEIGHT" in capsys.readouterr().out  # counts from here on, and is said
+
+
+def test_from_clean_photographs_alone_both_phases_learn_from_the_teacher(base, coco, tmp_path):
+    for name in ("annotations", "val2017"):
+        shutil.rmtree(coco / "coco" / name)
+    settings = base | {"COCO_RAIN_DIR": "", "RAIN": "fresh", "PHASE1_EPOCHS": 1, "BATCH_SIZE": 4, "MASK_WEIGHT": 0.0,
+                       "DETECTION_WEIGHT": 0.0, "CONSISTENCY_WEIGHT": 0.5, "QUERIES_WEIGHT": 2.0}
+    results = Training.main(**settings)
+    assert set(results) == {1, 2}
+    last = results[2]["history"][0]
+    assert last["score"] == pytest.approx(-0.5 * last["rain/consistency"] - 2.0 * last["rain/queries"])
+    for change in ({"QUERIES_WEIGHT": 1.0}, {"RAIN_KINDS": {"heavy": 1.0}}):
+        with pytest.raises(UserError, match=f"last.pt.*{next(iter(change))} was"):
+            Training.main(**settings | change | {"RESUME": True})
+
+
 def test_baseline_and_lightweight(base, tmp_path, capsys):
     results = Training.main(**base | {"DERAIN_TYPE": "none", "OUTPUT_DIR": str(tmp_path / "plain")})
     assert set(results) == {2} and "phase 1 is left out" in capsys.readouterr().out
@@ -198,9 +252,9 @@ def test_fingerprint_of_the_teacher_does_not_follow_the_student(base, monkeypatc
     marks = []
     plain = Training.compute_losses
 
-    def spy(model, batch, weights, teacher, feature_level):
+    def spy(model, batch, weights, teacher, **others):
         marks.append(freeze.fingerprint(teacher))
-        return plain(model, batch, weights, teacher, feature_level)
+        return plain(model, batch, weights, teacher, **others)
     monkeypatch.setattr(Training, "compute_losses", spy)
     Training.main(**base | {"PHASE1_EPOCHS": 1})
     assert len(marks) == 8 and len(set(marks)) == 1

@@ -79,6 +79,15 @@ def test_pairs_without_labels(coco):
     assert torch.equal(val[0, 0]["image"], val[1, 0]["image"]) and "coco_rain" in val[0]["path"]
 
 
+def test_without_a_rainy_folder_the_validation_rain_is_drawn_once(coco):
+    train, val = datasets.unlabelled_pairs(coco / "coco" / "train2017", "", presets.evaluation(64),
+                                           presets.evaluation(64), percent=100, seed=0, fresh_rain=HEAVY)
+    assert (len(train), len(val)) == (7, 1) and not torch.equal(train[0, 0]["image"], train[1, 0]["image"])
+    loader = loaders.validation_loader(val, 1, 0)
+    first, second = (next(iter(loader)) for _ in range(2))
+    assert torch.equal(first["images"], second["images"]) and not torch.equal(first["images"], first["twins"])
+
+
 def test_no_validation_image_is_trained_on_where_rain_is_of_few(coco, capsys):
     """The last tenth of few rainy images is another one than that of all clean ones."""
     clean, rainy = (coco / name / "train2017" for name in ("coco", "coco_rain"))

@@ -123,6 +123,19 @@ def test_a_killed_training_goes_on_bit_for_bit(base, tmp_path, monkeypatch, taug
         Training.main(**settings | {"RESUME": True, "LORA_RANK": 3})
 
 
+def test_an_adapter_learns_from_clean_photographs_alone(base, capsys):
+    for name in ("annotations", "val2017"):
+        shutil.rmtree(Path(base["COCO_DIR"]) / name)
+    settings = base | {"COCO_RAIN_DIR": "", "DETECTION_WEIGHT": 0.0, "QUERIES_WEIGHT": 1.0, "NUM_EPOCHS": 1}
+    result = Training.main(**settings)
+    assert result["best_score"] == result["history"][0]["rain/agreement"] == -result["history"][0]["rain/queries"] < 0
+    shown = capsys.readouterr().out
+    assert "without an adapter: rain/agreement" in shown and "with rain.safetensors" in shown
+    assert "rain/agreement" in (Path(base["OUTPUT_DIR"]) / "rain.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="QUERIES_WEIGHT was 1.0, is now 2.0"):
+        Training.main(**settings | {"RESUME": True, "QUERIES_WEIGHT": 2.0})
+
+
 def test_an_adapter_of_another_detector_and_files_that_are_none(small_detector, tmp_path):
     digest = freeze.fingerprint(small_detector)
     path = tmp_path / "rain.safetensors"

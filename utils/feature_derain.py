@@ -7,6 +7,7 @@ correction are zero. There is no normalisation layer inside: nothing depends on 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOu
 
 from utils import checkpoint, freeze, report, system
 from utils.config import UserError
+from utils.networks.distillation import compared
 from utils.networks.rtdetr import (
     backbone_features,
     clean_features,
@@ -199,6 +201,7 @@ class FeatureDerainOutput(RTDetrObjectDetectionOutput):
 
     features: tuple | None = None  # (B, C, h, w) per scale, de-rained
     masks: tuple | None = None  # (B, 1, h, w) in (0, 1) per scale, only where they were asked for
+    taught: dict | None = None  # {term: scalar}, only with a teacher's answer
 
 
 class FeatureDerainRTDETR(nn.Module):
@@ -240,7 +243,8 @@ class FeatureDerainRTDETR(nn.Module):
         if backbone_stays:
             freeze.freeze(self.rtdetr.model.backbone)
 
-    def forward(self, pixel_values, labels=None, detect=True, feature_level="backbone", masks=False):
+    def forward(self, pixel_values, labels=None, detect=True, feature_level="backbone", masks=False, answer=None,
+                terms=(), over_ranks=True):
         """Backbone, de-raining, encoder and decoder.
 
         Args:
@@ -249,21 +253,27 @@ class FeatureDerainRTDETR(nn.Module):
             detect: False stops behind the features (consistency training without labels).
             feature_level: which features to return, one of detector.FEATURE_LEVELS.
             masks: return the rain masks as well (for a loss on them), where there is a module.
+            answer: what a teacher says of the clean twins (distillation.Answer), or None; with it `detect` counts as
+                True. terms, over_ranks: of the comparison with it, see distillation.compared.
         Returns:
             FeatureDerainOutput: transformers' `loss`, `loss_dict`, `logits` (B, Q, K), `pred_boxes` (B, Q, 4)
-            normalised cxcywh, ..., plus `features` and, where asked for, `masks`.
+            normalised cxcywh, ..., plus `features` and, where asked for, `masks` and `taught`.
         """
         raw = backbone_features(self.rtdetr, pixel_values)
         levels = tuple(self.derain_module(raw))
-        outputs = detect_from_features(self.rtdetr, levels, labels) if detect else {}
+        rest, outputs, taught = partial(detect_from_features, self.rtdetr, levels, labels), {}, None
+        if answer is not None:
+            outputs, taught = compared(self.rtdetr, rest, answer, terms, over_ranks)
+        elif detect:
+            outputs = rest()
         if feature_level == "backbone":
             encoded = ()
-        elif detect:
+        elif outputs:
             encoded = outputs.encoder_last_hidden_state
         else:
             encoded = encode(self.rtdetr, levels)[1].last_hidden_state
         return FeatureDerainOutput(**outputs, features=select_features(levels, encoded, feature_level),
-                                   masks=tuple(self.derain_module.rain_masks(raw)) if masks else None)
+                                   masks=tuple(self.derain_module.rain_masks(raw)) if masks else None, taught=taught)
 
     @torch.no_grad()
     def rain_masks(self, pixel_values):

@@ -30,6 +30,7 @@ class PairedRainDataset(torch.utils.data.Dataset):
 
     crops = 1         # samples of each pair in an epoch
     fresh_rain = None
+    notes = ()        # on what is odd about annotations, of which there are none
     cache_bytes = 0   # of decoded pairs that may be kept in memory ...
     cached_bytes = 0  # ... and that are
 
@@ -114,23 +115,31 @@ def read_pair(rainy, clean):
 
 
 def without_annotations(clean_dir, rainy_dir):
-    """-> whether both are plain folders of images, without annotations of a form that is read."""
+    """-> whether both are plain folders of images, without annotations of a form that is read; rainy_dir "" is none,
+    which is as good."""
     return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists() and not layouts.layout_of(folder)
-               for folder in (clean_dir, rainy_dir))
+               for folder in ([clean_dir, rainy_dir] if rainy_dir else [clean_dir]))
 
 
 def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed, fresh_rain=None):
     """Plain folders (the constants COCO_DIR and COCO_RAIN_DIR) in two parts that share no pair.
 
-    fresh_rain: FreshRain of the training part, or None.
-
+    Args:
+        coco_dir, rain_dir: folders of images; with rain_dir "" the validation part's rain is drawn as well, once: a
+            validation loader's keys are those of epoch 0.
+        fresh_rain: FreshRain of the training part, or None.
     Returns:
         PairedRainDataset of nine tenths to train on, PairedRainDataset of the rest to validate on.
+    Raises:
+        UserError: also where there is neither a rainy folder nor rain to draw.
     """
+    if not (rain_dir or fresh_rain):
+        raise UserError("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, which make_rain.py "
+                        "writes, or set RAIN = 'fresh', which draws rain on them")
     train, val = (PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
                                     percent=percent, seed=seed, part=part, fresh_rain=own)
                   for transform, part, own in ((train_transform, (0.0, 0.9), fresh_rain),
-                                               (val_transform, (0.9, 1.0), None)))
+                                               (val_transform, (0.9, 1.0), None if rain_dir else fresh_rain)))
     validated = {clean for _, clean in val.pairs}  # of fewer images than the clean ones others are the last tenth
     train.pairs = [pair for pair in train.pairs if pair[1] not in validated]
     return train, val

@@ -55,6 +55,8 @@ def find_split(root, split, constant, advice=ADVICE["clean"], usual="standard"):
     Raises:
         UserError: names `constant` and what is missing, and ends in `advice`: where the user can get it.
     """
+    if not str(root):
+        raise UserError(f"{constant} is empty: give the folder of a data set. {advice}")
     root, name = Path(root), "val" if split == "valid" else split
     named = _named(root, constant)
     layout = layout_of(root) or usual

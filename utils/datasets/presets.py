@@ -144,6 +144,19 @@ def keep_tone(preset):
     return v2.Compose([KeepTone(), preset])
 
 
+class NoObjects:
+    """Gives a pair the empty boxes and labels of an image without objects."""
+
+    def __call__(self, sample):
+        boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=sample["image"].shape[-2:])
+        return sample | {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+def without_objects(preset):
+    """A preset of detection data, for pairs, which have no boxes: they pass as images without objects."""
+    return v2.Compose([NoObjects(), preset])
+
+
 class OverEpochs:
     """See `over_epochs`."""
 

@@ -7,6 +7,7 @@ its feature maps, and positions do correspond: these scores and boxes are compar
 teacher sees objects. None of it needs labels.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def live(self, images):
         """Images (B, 3, H, W) in [0, 1] -> Answer of the detector itself."""
-        outputs, inputs = _called(self.rtdetr, pixel_values=images)
+        outputs, inputs = _called(self.rtdetr, partial(self.rtdetr, pixel_values=images))
         return Answer(inputs["inputs_embeds"], inputs["reference_points"], outputs.intermediate_logits,
                       outputs.intermediate_reference_points, outputs.enc_outputs_class,
                       outputs.enc_outputs_coord_logits.sigmoid(), inputs["encoder_hidden_states"])
@@ -103,54 +104,70 @@ class Student(nn.Module):
         super().__init__()
         self.rtdetr = detector
 
-    def forward(self, images, labels, answer, terms=TERMS):
+    def forward(self, images, labels, answer, terms=TERMS, over_ranks=True):
         """-> (outputs of the detector, with its own loss where there are labels; {term: scalar Tensor}).
 
         Args:
             images: (B, 3, H, W) in [0, 1]; labels: as RT-DETR takes them, None leaves its own loss out.
-            answer: the teacher's, about the same scenes in the same geometry; terms: those of TERMS that are wanted.
+            answer, terms, over_ranks: see `compared`.
         """
-        outputs, inputs = _called(self.rtdetr, pixel_values=images, labels=labels)
-        asked = {name: value for name, value in inputs.items() if name != "encoder_attention_mask"}
-        found = {}
-        with float32(images.device.type):
-            if "positions" in terms:
-                found["positions"] = position_loss(outputs.enc_outputs_class, outputs.enc_outputs_coord_logits, answer)
-            if "features" in terms:
-                found["features"] = feature_loss(inputs["encoder_hidden_states"], answer)
-        if "queries" in terms:
-            again = self.rtdetr.model.decoder(**asked | {"inputs_embeds": answer.queries,
-                                                         "reference_points": answer.references})
-            with float32(images.device.type):
-                found["queries"] = query_loss(again.intermediate_logits, again.intermediate_reference_points, answer)
-        return outputs, found
+        return compared(self.rtdetr, partial(self.rtdetr, pixel_values=images, labels=labels), answer, terms,
+                        over_ranks)
 
 
-def _called(detector, **arguments):
-    """-> (outputs of the detector, the arguments that its decoder was called with)."""
+def compared(detector, call, answer, terms=TERMS, over_ranks=True):
+    """-> (outputs of a call of the detector, {term: scalar Tensor}).
+
+    Args:
+        detector: the student, RTDetrForObjectDetection; call: () -> its outputs, from images or from features on.
+        answer: the teacher's, about the same scenes in the same geometry; terms: those of TERMS that are wanted.
+        over_ranks: whether under torchrun all ranks call this together and the terms are those of one batch of all
+            their images, as in training; False: of these images alone, whatever the others do.
+    """
+    outputs, inputs = _called(detector, call)
+    asked = {name: value for name, value in inputs.items() if name != "encoder_attention_mask"}
+    found, device_type = {}, answer.logits.device.type
+    with float32(device_type):
+        if "positions" in terms:
+            found["positions"] = position_loss(outputs.enc_outputs_class, outputs.enc_outputs_coord_logits, answer,
+                                               over_ranks)
+        if "features" in terms:
+            found["features"] = feature_loss(inputs["encoder_hidden_states"], answer, over_ranks)
+    if "queries" in terms:
+        again = detector.model.decoder(**asked | {"inputs_embeds": answer.queries,
+                                                  "reference_points": answer.references})
+        with float32(device_type):
+            found["queries"] = query_loss(again.intermediate_logits, again.intermediate_reference_points, answer,
+                                          over_ranks)
+    return outputs, found
+
+
+def _called(detector, call):
+    """-> (outputs of the detector's call, the arguments that its decoder was called with)."""
     seen = {}
     handle = detector.model.decoder.register_forward_pre_hook(
         lambda decoder, args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
-        return detector(**arguments), seen
+        return call(), seen
     finally:
         handle.remove()
 
 
-def query_loss(logits, boxes, answer):
+def query_loss(logits, boxes, answer, over_ranks=True):
     """The same queries' classes and boxes, summed over the L layers of the answer: (B, L or more, Q, K), (B, L or more,
-    Q, 4), of which the last ones count, Answer -> scalar."""
+    Q, 4), of which the last ones count, Answer -> scalar. over_ranks: see `compared`."""
     layers = answer.logits.shape[1]  # while D-FINE trains it answers with all of its layers, else with the last
-    return layers * _difference(logits[:, -layers:], boxes[:, -layers:], answer.logits, answer.boxes)
+    return layers * _difference(logits[:, -layers:], boxes[:, -layers:], answer.logits, answer.boxes, over_ranks)
 
 
-def position_loss(logits, box_logits, answer):
-    """Scores and boxes by which queries are chosen: (B, T, K), (B, T, 4) before the sigmoid, Answer -> scalar."""
-    return _difference(logits, box_logits.float().sigmoid(), answer.position_logits, answer.position_boxes)
+def position_loss(logits, box_logits, answer, over_ranks=True):
+    """Scores and boxes by which queries are chosen: (B, T, K), (B, T, 4) before the sigmoid, Answer -> scalar.
+    over_ranks: see `compared`."""
+    return _difference(logits, box_logits.float().sigmoid(), answer.position_logits, answer.position_boxes, over_ranks)
 
 
-def _difference(logits, boxes, wanted_logits, wanted_boxes):
-    """-> scalar, 0 where both say the same, per unit of the teacher's scores (under torchrun those of all ranks).
+def _difference(logits, boxes, wanted_logits, wanted_boxes, over_ranks):
+    """-> scalar, 0 where both say the same, per unit of the teacher's scores, see `_units`.
 
     Classes: cross entropy against the teacher's scores less its least possible value (a Kullback-Leibler divergence),
     weighted as in the quality focal loss (Li et al., "Generalized Focal Loss", NeurIPS 2020) plus the teacher's score.
@@ -166,13 +183,19 @@ def _difference(logits, boxes, wanted_logits, wanted_boxes):
     sure = torch.where(sure > UNSURE, sure, 0.0)
     placed = (BOX_WEIGHT * (boxes - wanted_boxes).abs().sum(-1)
               + GIOU_WEIGHT * (1 - box_overlap(boxes, wanted_boxes)[1]))
-    return (classes + (sure * placed).sum()) / count_over_ranks(sure.sum(), sure.device)
+    return (classes + (sure * placed).sum()) / _units(sure.sum(), over_ranks)
 
 
-def feature_loss(features, answer):
+def _units(scores, over_ranks, least=1.0):
+    """-> what a sum of losses is divided by: the sum of the teacher's scores, under torchrun that of all ranks unless a
+    rank is by itself."""
+    return count_over_ranks(scores, scores.device, least=least) if over_ranks else scores.clamp(min=least)
+
+
+def feature_loss(features, answer, over_ranks=True):
     """Squared error of the features (B, T, C) in shares of their mean square, weighted with the teacher's score of each
-    position: scalar, 0 for the teacher's own features."""
+    position: scalar, 0 for the teacher's own features. over_ranks: see `compared`."""
     features, wanted = features.float(), answer.features.float()
     sure = answer.position_logits.float().sigmoid().amax(-1)  # (B, T)
     error = (features - wanted).square().mean(-1) / wanted.square().mean((1, 2)).clamp(min=1e-6)[:, None]
-    return (sure * error).sum() / count_over_ranks(sure.sum(), sure.device, least=1e-6)
+    return (sure * error).sum() / _units(sure.sum(), over_ranks, least=1e-6)

@@ -48,7 +48,7 @@ OUTPUT_DIR = "./outputs_spdnet_adaptation/eval"
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
-    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./assets/demo/nafnet.pt",
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "ADAPTED_MODEL_PATH": "./demo/outputs_spdnet_adaptation/spdnet_adapted.pt",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation/eval", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,

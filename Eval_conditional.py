@@ -44,6 +44,7 @@ from utils.evaluation.gates import (
 )
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import adapter
+from utils.networks.derainers import load_trained
 from utils.networks.rain_detector import load_rain_detector
 from utils.networks.rtdetr import (
     id2label_of,
@@ -72,6 +73,7 @@ RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probabilit
 SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
 ORIGINAL_SPDNET_PATH: str | None = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
+DERAIN_MODEL_PATH: str | None = ""      # a U-Net or NAFNet, adapted or not; "" leaves its rows ("derainer") out
 SOFT_PIPELINE_DIR: str | None = ""      # OUTPUT_DIR/pipeline of Training_Conditional.py; "" leaves its rows out
 HARD_PIPELINE_DIR: str | None = ""      # the same from a run with GATE = "hard", to compare the two
 RAINY_DETECTOR_NAME = ""                # an RT-DETR fine-tuned on rain by Training_RTDETR.py; "" leaves its rows out
@@ -94,6 +96,7 @@ DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "IMAGE_SIZE": 160,
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
     "SPDNET_MODEL_PATH": "./assets/demo/spdnet_adapted.pt", "ORIGINAL_SPDNET_PATH": "./assets/demo/spdnet.pt",
+    "DERAIN_MODEL_PATH": "./assets/demo/nafnet_adapted.pt",
     "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_specialist", "DERAIN_SCALE": 0.5, "EVAL_BATCH_SIZE": 8,
     "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_conditional/eval",
     # rows that appear once Training_Conditional.py --demo and Training_FeatureDerain.py --demo have run
@@ -104,8 +107,8 @@ DEMO = {
 }
 _FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
-_OPTIONAL = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR", "adapter": "ADAPTER_PATH",
-             "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
+_OPTIONAL = {"derainer": "DERAIN_MODEL_PATH", "fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR",
+             "adapter": "ADAPTER_PATH", "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
 
 
 def build_loaders(cfg, id2label):
@@ -121,9 +124,10 @@ def build_loaders(cfg, id2label):
 class Models(NamedTuple):
     """What is compared.
 
-    Branches: "vanilla", "adapted", and where their constants are set "original", "fine-tuned", "feature", "adapter",
-    "soft-trained", "hard-trained" (SPDNets that were trained together with a gate). All are (pixel_values) -> outputs
-    with logits and pred_boxes; those with SPDNet de-rain every image and have `rain_stats`.
+    Branches: "vanilla", "adapted", and where their constants are set "original", "derainer" (U-Net or NAFNet),
+    "fine-tuned", "feature", "adapter", "soft-trained", "hard-trained" (SPDNets that were trained together with a gate).
+    All are (pixel_values) -> outputs with logits and pred_boxes; those that de-rain do it with every image and have
+    `rain_stats`.
     """
 
     rain_detector: torch.nn.Module
@@ -138,20 +142,23 @@ def build_models(cfg, device):
     vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
 
-    def with_spdnet(spdnet, scale=cfg.DERAIN_SCALE):
-        return ConditionalRainRobustRTDETR(AlwaysRainy(), spdnet, vanilla,
+    def behind(derainer, scale=cfg.DERAIN_SCALE):
+        return ConditionalRainRobustRTDETR(AlwaysRainy(), derainer, vanilla,
                                            derain_scale=scale).to(device).eval()
 
     branches, pipelines = {"vanilla": vanilla}, {}
     if cfg.ORIGINAL_SPDNET_PATH:
-        branches["original"] = with_spdnet(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
-    branches["adapted"] = with_spdnet(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
+        branches["original"] = behind(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
+    branches["adapted"] = behind(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
     for name, constant in _OPTIONAL.items():
         value = getattr(cfg, constant)
         if not value:
             continue
         if name == "adapter":
             branches[name] = adapter.fold(vanilla, value, constant)
+            continue
+        if name == "derainer":
+            branches[name] = behind(load_trained(value, constant=constant), scale=1.0)
             continue
         if name in ("fine-tuned", "feature"):
             branches[name] = load_rainy_detector(value, device, constant, vanilla)
@@ -165,7 +172,7 @@ def build_models(cfg, device):
             raise config.UserError(f"{constant} = '{value}' has no SPDNet: not a pipeline of Training_Conditional.py")
         if freeze.fingerprint(pipeline.detection_module) != freeze.fingerprint(vanilla):
             raise config.UserError(f"{constant} = '{value}' was trained with another detector than RTDETR_MODEL_NAME")
-        branches[name] = with_spdnet(pipeline.derain_module, pipeline.derain_scale)
+        branches[name] = behind(pipeline.derain_module, pipeline.derain_scale)
     for name, constant in ({"original": "ORIGINAL_SPDNET_PATH"} | _OPTIONAL).items():
         if name not in branches:
             reason = "not there" if cfg.demo else "empty"

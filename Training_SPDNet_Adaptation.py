@@ -86,7 +86,7 @@ PICTURES = 4                            # scenes in before_after.png
 
 DEMO = {
     "COCO_DIR": "./demo/coco", "COCO_RAIN_DIR": "./demo/coco_rain", "PERCENT_DATASET": 70, "IMAGE_SIZE": 160,
-    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./demo/outputs_unet/best.pt",
+    "SPDNET_MODEL_PATH": "./assets/demo/spdnet.pt", "DERAIN_MODEL_PATH": "./assets/demo/nafnet.pt",
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr",
     "OUTPUT_DIR": "./demo/outputs_spdnet_adaptation", "DERAIN_SCALE": 0.5,
     "ACTIVATION_CHECKPOINTING": False, "NUM_EPOCHS": 1, "BATCH_SIZE": 4,

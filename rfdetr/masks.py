@@ -18,7 +18,7 @@ CANDIDATES = 3        # points looked at for every one that is kept
 UNCERTAIN = 0.75      # share of the points that are the most uncertain candidates; the others are random
 AROUND = 1.5          # points "around an object" lie in its box enlarged by this factor
 MIN_EXTENT = 0.03     # and by so much of the image at least
-BOX_MARGIN = 0.1      # a mask may reach out of its box by so much of the box's half extent, and by one cell
+OUTSIDE = 0.25        # cells that a mask may reach out of its box, see docs/lab_notes.md
 TOUCHED = 0.49        # a cell belongs to a box that covers a hundredth of its width and height at least
 
 
@@ -63,22 +63,24 @@ def confined(logits, boxes):
     Args:
         logits: (n, h, w); boxes: (n, 4) normalised cxcywh of the detections.
     Returns:
-        (n, h, w); outside of the boxes enlarged by BOX_MARGIN and one cell at most -1.
+        (n, h, w); at cells whose centres lie more than OUTSIDE cells beside the box at most -1.
     """
-    inside = cells_of(boxes, *logits.shape[-2:], margin=BOX_MARGIN, cells=1)
+    height, width = logits.shape[-2:]
+    least = 1 - 2 * OUTSIDE  # cells: so that a box narrower than a cell keeps the one that it lies in
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:3].clamp(min=least / width), boxes[:, 3:].clamp(min=least / height)], 1)
+    inside = cells_of(boxes, height, width, cells=OUTSIDE)
     return torch.where(inside, logits, logits.clamp(max=-1))
 
 
-def cells_of(boxes, height, width, margin=0.0, cells=TOUCHED):
+def cells_of(boxes, height, width, cells=TOUCHED):
     """The cells of a map of height x width that boxes (n, 4), normalised cxcywh, touch -> (n, height, width) bool.
 
     Args:
-        margin: enlarges a box by so much of its half extent; cells: a cell belongs to a box whose border is so many
-            cells at most from its centre.
+        cells: a cell belongs to a box whose border is so many cells at most from its centre.
     """
     x = (torch.arange(width, device=boxes.device) + 0.5) / width
     y = (torch.arange(height, device=boxes.device) + 0.5) / height
-    half = boxes[:, 2:].float() / 2 * (1 + margin)
+    half = boxes[:, 2:].float() / 2
     inside_x = (x - boxes[:, :1].float()).abs() <= half[:, :1] + cells / width  # (n, w)
     inside_y = (y - boxes[:, 1:2].float()).abs() <= half[:, 1:] + cells / height  # (n, h)
     return inside_y[:, :, None] & inside_x[:, None]

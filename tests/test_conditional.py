@@ -33,6 +33,7 @@ from utils.evaluation.gates import (
 )
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import clamp
+from utils.networks.derainers import Derainer
 from utils.networks.rain_detector import RainDetector, load_rain_detector, save_rain_detector
 from utils.networks.rtdetr import id2label_of, new_rtdetr, rtdetr_of
 
@@ -570,8 +571,11 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
         pipeline.rain_detector.head[0].bias.fill_(1.0)
     pipeline.save_pretrained(files / "pipeline")
     FeatureDerainRTDETR(copy.deepcopy(small_detector)).save_pretrained(files / "feature")
+    integrated_model.write_derainer(Derainer("nafnet", width=4, encoder=(1,), middle=1, decoder=(1,)),
+                                    files / "nafnet.pt")
     results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")},
                                     ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
+                                    DERAIN_MODEL_PATH=str(files / "nafnet.pt"),
                                     SOFT_PIPELINE_DIR=str(files / "pipeline"), HARD_PIPELINE_DIR=str(files / "hard"),
                                     RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"],
                                     FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1, RESAMPLES=3,
@@ -583,7 +587,7 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
     assert says["soft-trained"].isdisjoint(says["adapted"]) and says["hard-trained"] == says["adapted"]
     assert set(rows) == {"vanilla (never)", "graded gate, fine-tuned"} | {
         f"{what} {branch}" for what in ("always", "conditional", "oracle gate,")
-        for branch in ("original", "adapted", "fine-tuned", "feature", "soft-trained", "hard-trained")}
+        for branch in ("original", "adapted", "derainer", "fine-tuned", "feature", "soft-trained", "hard-trained")}
     assert len(results["false_alarms"]) == results["rain_detector"]["false_positive"]
     assert len(results["missed"]) == results["rain_detector"]["false_negative"]
     assert results["sweep"][-1]["derained"] == 0 and results["sweep"][0]["derained"] == 1
@@ -607,12 +611,13 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
     rows = {row["model"]: row for row in results["scores"]}
     assert not results["false_alarms"]
     assert rows["conditional adapted"]["clean/mAP"] == rows["vanilla (never)"]["clean/mAP"]
-    assert capsys.readouterr().out.count("is empty, so the") == 6
+    assert capsys.readouterr().out.count("is empty, so the") == 7
     for change, message in (({"SPDNET_MODEL_PATH": "./none.pt"}, "SPDNET_MODEL_PATH"),
                             ({"RAIN_DETECTOR_PATH": "./none.pt"}, "RAIN_DETECTOR_PATH"),
                             ({"COCO_RAIN_DIR": "./none"}, "COCO_RAIN_DIR"),
                             ({"RAIN_THRESHOLD": 7}, "RAIN_THRESHOLD"),
                             ({"SOFT_PIPELINE_DIR": "./none"}, "SOFT_PIPELINE_DIR"),
+                            ({"DERAIN_MODEL_PATH": "./none.pt"}, "DERAIN_MODEL_PATH"),
                             ({"RESAMPLES": -1}, "RESAMPLES"), ({"PREFIXES": ("none_",)}, "PREFIXES"),
                             ({"RAIN_SHARE": -1.0}, "RAIN_SHARE")):
         with pytest.raises(UserError, match=message):

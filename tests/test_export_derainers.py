@@ -99,7 +99,7 @@ def test_psnr_and_loss_are_what_they_say(rain):
     found = export.restored_quality(cfg, model, lambda x: SimpleNamespace(restored=x + 0.1), pairs, {})
     assert abs(found["PSNR"] - 20) < 1e-3
     path, clean = next(iter(pairs.items()))
-    image, twin = (next(formats.unscaled_images([name], 48)) for name in (path, clean))
+    image, twin = (next(formats.unscaled_images([name], cfg.IMAGE_SIZE)) for name in (path, clean))
     expected = [10 * torch.log10(1 / (x - twin).square().mean()).item() for x in (image, image + 0.1)]
     lost = export.restored_quality(cfg, model, lambda x: SimpleNamespace(restored=x + 0.1), {path: clean}, {})["lost"]
     assert abs(lost - (expected[0] - expected[1])) < 1e-3

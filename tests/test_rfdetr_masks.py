@@ -523,6 +523,12 @@ def test_masks_are_confined_to_their_boxes():
     found = masks.confined(logits, boxes)
     hit = (found[0] > 0).nonzero()
     low, high = hit.min(0).values / 40, (hit.max(0).values + 1) / 40
-    # the box 0.40..0.60 x 0.20..0.30, 10% larger, and up to a cell (0.025) more on either side
-    assert 0.36 <= low[1] <= 0.40 and 0.60 <= high[1] <= 0.64 and 0.165 <= low[0] <= 0.20 and 0.30 <= high[0] <= 0.335
+    # the box 0.40..0.60 x 0.20..0.30 in cells of 0.025
+    assert low.tolist() == pytest.approx([0.2, 0.4]) and high.tolist() == pytest.approx([0.3, 0.6])
     assert found[0].min() == -1 and torch.equal(found[1], logits[1])
+
+
+@pytest.mark.parametrize("at", [0.5, 0.5125, 0.51])  # between two cells, in the middle of one, beside it
+def test_a_mask_of_a_box_smaller_than_a_cell_is_not_lost(at):
+    found = masks.confined(torch.full((1, 40, 40), 3.0), torch.tensor([[at, at, 0.001, 0.001]]))
+    assert 1 <= (found > 0).sum() <= 4 and (found[0, 19:22, 19:22] > 0).sum() == (found > 0).sum()

@@ -1,10 +1,12 @@
 """Make assets/demo/: the small trained weights that every --demo starts from.
 
-    python -m tools.train_demo_assets            # about four hours on two CPU cores, minutes on a GPU
+    python -m tools.train_demo_assets            # about five hours on two CPU cores, minutes on a GPU
 
     rtdetr/            the detector, trained on clean scenes             Training_RTDETR.py
     spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
     spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py
+    nafnet.pt          NAFNet, trained on rainy/clean pairs              train_unet_derain.py
+    nafnet_adapted.pt  that NAFNet, adapted to the detector              Training_SPDNet_Adaptation.py, fresh rain
     rtdetr_rain/       the detector, fine-tuned on rain                  Training_FeatureDerain.py, no module
     rtdetr_specialist/ the detector for rain alone, behind the gate      Training_RTDETR.py, fresh rain
     rain_detector.pt   is it raining?                                    Training_RainDetector.py
@@ -23,6 +25,7 @@ import shutil
 from pathlib import Path
 
 import train_detector_stage1
+import train_unet_derain
 import Training_FeatureDerain
 import Training_RainDetector
 import Training_RTDETR
@@ -30,11 +33,12 @@ import Training_SPDNet
 import Training_SPDNet_Adaptation
 from rfdetr import evaluate, weights
 from rfdetr.datasets import roboflow
-from utils import config, datasets, processes
+from utils import config, datasets, integrated_model, processes
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
 from utils.demo.roboflow import ensure_dataset
 from utils.evaluation.coco import detection_scores
+from utils.networks.derainers import load_trained
 from utils.networks.rtdetr import id2label_of, load_rtdetr
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +46,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 SCENES = 10000                          # training scenes; more than the demo has, so that nothing is learnt by heart
 WORK_DIR = "./demo/assets"              # data and runs; may be deleted afterwards
 ASSETS_DIR = "./assets/demo"            # what is committed
-STAGES = ("rtdetr", "spdnet", "spdnet_adapted", "rtdetr_rain", "rtdetr_specialist", "rain_detector",
-          "rfdetr")                     # later ones use earlier
-MEGABYTES = 32                          # limit of that folder
+STAGES = ("rtdetr", "spdnet", "spdnet_adapted", "nafnet", "nafnet_adapted", "rtdetr_rain", "rtdetr_specialist",
+          "rain_detector", "rfdetr")    # later ones use earlier
+MEGABYTES = 36                          # limit of that folder
 RESUME = False                          # True goes on from interrupted runs in WORK_DIR
 
 _HALF = 50  # percent of the scenes that the first detector, SPDNet and RF-DETR see
@@ -55,6 +59,12 @@ _RTDETR = {"NUM_EPOCHS": 5, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": _HALF, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "VAL_IMAGES": 100}  # whole scenes at half size
 _SPDNET_ADAPTED = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100}  # the demo has less, to end within five minutes
+_NAFNET = {"ARCH": "nafnet", "NAFNET_WIDTH": 24, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3,
+           "EMA_DECAY": 0.998, "PRECISION": "bf16", "IMAGE_SIZE": 160, "CROP_SIZES": (), "CROPS_PER_PAIR": 1,
+           "VAL_PAIRS": 100, "TEST_PAIRS": 100, "CACHE_GB": 2.0, "DATALOADER_WORKERS": 0, "REAL_DIR": ""}
+_NAFNET_ADAPTED = {"DERAINER": "nafnet", "DERAIN_SCALE": 1.0, "RAIN": "fresh", "NUM_EPOCHS": 4, "PERCENT_DATASET": 100,
+                   "PRECISION": "bf16", "FAST": ("channels_last",), "BATCH_SIZE": 8, "LEARNING_RATE": 8e-4,
+                   "WARMUP_STEPS": 100, "EMA_DECAY": 0.998}
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
                 "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: as Training_FeatureDerain.py
                                             # --demo --PHASE2_EPOCHS 5, six epochs of the same images
@@ -123,6 +133,16 @@ def main(**overrides):
             Training_SPDNet_Adaptation.main(**common, SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
                                             RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_SPDNET_ADAPTED)
             keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
+        elif stage == "nafnet":
+            train_unet_derain.main(CLEAR_DIR=f"{clean}/train2017", RAINY_DIR=f"{rainy}/train2017",
+                                   TRAIN_PAIRS=cfg.SCENES - _NAFNET["VAL_PAIRS"] - _NAFNET["TEST_PAIRS"], **_NAFNET,
+                                   CHECKPOINT_DIR=str(work / stage), RESUME=cfg.RESUME)
+            integrated_model.write_derainer(load_trained(work / stage / "best.pt"), assets / "nafnet.pt")
+        elif stage == "nafnet_adapted":
+            Training_SPDNet_Adaptation.main(**common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, **_NAFNET_ADAPTED,
+                                            DERAIN_MODEL_PATH=str(assets / "nafnet.pt"),
+                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"))
+            keep(work / stage / "derainer_adapted.pt", assets / "nafnet_adapted.pt")
         elif stage == "rtdetr_rain":
             Training_FeatureDerain.main(**common, RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_RTDETR_RAIN)
             keep(work / stage / "model" / "rtdetr", assets / "rtdetr_rain")

@@ -158,7 +158,7 @@ def build_models(cfg, device):
             branches[name] = adapter.fold(vanilla, value, constant)
             continue
         if name == "derainer":
-            branches[name] = behind(load_trained(value, constant=constant), scale=1.0)
+            branches[name] = behind(load_trained(value, constant=constant), integrated_model.trained_scale(value))
             continue
         if name in ("fine-tuned", "feature"):
             branches[name] = load_rainy_detector(value, device, constant, vanilla)
@@ -206,7 +206,7 @@ def detect_everything(branches, loaders_of, device):
 
     Returns:
         {domain: {branch: evaluation.coco.detect's result}}; {branch: number of images that its
-        SPDNet answered with NaN or infinity, where vanilla's detections stand instead}.
+        de-rainer answered with NaN or infinity, where vanilla's detections stand instead}.
     """
     found, fallbacks = {domain: {} for domain in loaders_of}, dict.fromkeys(branches, 0)
     for domain, loader in loaders_of.items():
@@ -376,7 +376,8 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
     print("\n" + cost_table(table, batch=list(latency["vanilla"])[-1]))
     for name, count in fallbacks.items():
         if count:
-            print(f"note: SPDNet of '{name}' answered {count} image(s) with NaN or infinity; the original stands there")
+            print(f"note: the de-rainer of '{name}' answered {count} image(s) with NaN or infinity; the original "
+                  "stands there")
     print("\nRain detector:\n" + rain_report.describe(gate))
     rows = {row["model"]: row for row in table}
     vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows["conditional adapted"]["clean/mAP"]

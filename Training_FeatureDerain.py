@@ -117,13 +117,13 @@ def build_model(cfg, device):
 
 
 def is_unlabelled(cfg):
-    """Whether to train on plain folders of images: both are there without annotations, which no loss asks for."""
+    """Whether to train on plain folders of images: they are there without annotations, which no loss asks for."""
     return not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
 
 
 def build_data(cfg, id2label, weights):
     """-> training data (with clean twins where a loss needs them), {domain: validation data}; the latter is {"rainy"}
-    alone, without labels, where both folders are plain folders of images."""
+    alone, without labels, where there are no annotations."""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     if is_unlabelled(cfg):
         processes.say("no annotations: training by the clean twins alone, 10% of the pairs kept for validation")
@@ -298,7 +298,7 @@ class BestModel:
             [*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
             for part in (model, pretrained))
         self.val_loaders, self.truths, self.device, self.cfg, self.card = val_loaders, truths, device, cfg, card
-        self.agreed = agreed
+        self.agreed, self.teacher = agreed, freeze.fingerprint(pretrained.rtdetr)
         self.score = -math.inf  # the best one of the phases that are over
         self.latest = {}
 
@@ -338,7 +338,8 @@ def scored_by(best):
     """-> names of the constants that decide what the score means: with others no run goes on."""
     names = ["RAIN_SCORE_WEIGHT", "CLEAN_SCORE_WEIGHT", "PRETRAINED_SHARE"]
     if not best.truths:  # the score is the features' error, or the terms' weighted sum
-        names += ["FEATURE_LEVEL"] + (["CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values()] if best.agreed else [])
+        names += ["FEATURE_LEVEL", "taught", "teacher"]
+        names += ["CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values()] if best.agreed else []
     if best.val_loaders["rainy"].dataset.fresh_rain:
         names.append("RAIN_KINDS")
     return names
@@ -362,7 +363,8 @@ def train_phase(phase, plan, model, train_loader, teacher, answers, best, cfg):
                 answers=answers),
         plan, output_dir=folder, parameters=groups, evaluate=best.validate, score="score", on_best=best.keep,
         sample_images=partial(sample_images, dataset=rainy, device=best.device, id2label=id2label_of(model.rtdetr)),
-        constants=cfg.as_dict(),
+        constants=cfg.as_dict() | ({} if best.truths else {
+            "taught": best.agreed is not None, "teacher": best.teacher}),
         fixed=("IMAGE_SIZE", *scored_by(best)),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in best.truths.items()},
         validated_images=loaders.image_paths(best.val_loaders.values()))

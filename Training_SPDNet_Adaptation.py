@@ -261,7 +261,8 @@ def train_and_show(cfg, plan, model, data, device):
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)
-        own = "" if cfg.DERAINER == "spdnet" else f" --DERAINER {cfg.DERAINER}"
+        own = "" if cfg.DERAINER == "spdnet" else (
+            f" --DERAINER {cfg.DERAINER} --DERAIN_MODEL_PATH {cfg.DERAIN_MODEL_PATH} --DERAIN_SCALE {cfg.DERAIN_SCALE}")
         processes.say(f"adapted {integrated_model.DERAINERS[cfg.DERAINER]}: {output.as_posix()}\n"
                       f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}{own} "
                       f"--ADAPTED_MODEL_PATH {output.as_posix()}")

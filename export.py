@@ -89,7 +89,7 @@ _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decode
 # of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO loses 14 dB there)
 # and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
 _DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
-_REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer", "refiner"))  # of mode "pixel"
+_REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer.net", "refiner.net"))  # of mode "pixel"
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
 _JUDGED = 4                   # one of so many images is not calibrated on: a de-rainer's INT8 is judged on these
@@ -248,13 +248,12 @@ def image_paths(cfg):
 
 
 def judged_pairs(cfg, paths):
-    """-> (paths to calibrate a de-rainer on, paths that its INT8 is judged on, {path of these: clean twin's or None}).
+    """-> (paths to calibrate a de-rainer on, {path that its INT8 is judged on: its clean twin's or None}).
 
     One image in four is judged alone; where there are fewer, all serve both ends.
     """
-    judged = paths[_JUDGED - 1::_JUDGED]
-    others = [path for path in paths if path not in judged] if judged else paths
-    judged = judged or paths
+    judged = paths[_JUDGED - 1::_JUDGED] or paths
+    others = [path for path in paths if path not in judged] or paths
     if not cfg.CLEAN_DIR:
         return others, dict.fromkeys(judged)
     clean = images_by_name(cfg.CLEAN_DIR, "CLEAN_DIR", "It holds the images of CALIBRATION_DIR without rain.")
@@ -263,6 +262,18 @@ def judged_pairs(cfg, paths):
         raise config.UserError(f"CLEAN_DIR = '{cfg.CLEAN_DIR}' has no image of the name of {alone[0].as_posix()} and "
                                f"{len(alone) - 1} more of CALIBRATION_DIR: add them, or leave CLEAN_DIR empty")
     return others, {path: clean[name] for path, name in names.items()}
+
+
+def require_clean(cfg, models, paths):
+    """UserError for a CLEAN_DIR that does not fit, before anything is written; a note where no model needs it."""
+    if not cfg.CLEAN_DIR:
+        return
+    if not any(model.about["kind"] == "derainer" for model in models.values()):
+        processes.say("note: CLEAN_DIR has no effect without a de-rainer (DERAIN_MODEL_PATH, REFINER_DIR)")
+        return
+    for path, clean in judged_pairs(cfg, paths)[1].items():
+        if datasets.read_image(path).shape != datasets.read_image(clean).shape:
+            raise config.UserError(f"CLEAN_DIR: {clean.as_posix()} has another size than {path.as_posix()}")
 
 
 def coco_map(cfg, model, predict, cache):
@@ -295,8 +306,6 @@ def restored_quality(cfg, model, run, pairs, cache):
         if path not in cache:
             image = next(formats.unscaled_images([path], cfg.IMAGE_SIZE))
             twin = next(formats.unscaled_images([clean], cfg.IMAGE_SIZE)) if clean else None
-            if clean and twin.shape != image.shape:
-                raise config.UserError(f"CLEAN_DIR: {clean.as_posix()} has another size than {path.as_posix()}")
             cache[path] = image, formats.answers(model, image).restored, twin
         image, expected, twin = cache[path]
         restored = run(image).restored
@@ -475,6 +484,7 @@ def main(**overrides):
     names = [f"{name}{formats.FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
     beside = [Path(name).with_suffix(".bin").name if name.endswith(".xml") else f"{name}.data" for name in names
               if name.endswith((".xml", ".onnx"))]
+    require_clean(cfg, models, paths)
     report.output_folder(cfg.OUTPUT_DIR, [*names, *beside, "manifest.json"])
     results = {}
     for name, model in models.items():

@@ -12,7 +12,7 @@ from script_processes import on_two_processes
 
 import Eval_conditional
 import Training_Conditional
-from utils import datasets, integrated_model
+from utils import config, datasets, integrated_model
 from utils.boxes import decode
 from utils.conditional_model import ConditionalRainRobustRTDETR, load_conditional_model
 from utils.config import UserError
@@ -571,15 +571,20 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
         pipeline.rain_detector.head[0].bias.fill_(1.0)
     pipeline.save_pretrained(files / "pipeline")
     FeatureDerainRTDETR(copy.deepcopy(small_detector)).save_pretrained(files / "feature")
+    (files / "adaptation").mkdir()
     integrated_model.write_derainer(Derainer("nafnet", width=4, encoder=(1,), middle=1, decoder=(1,)),
-                                    files / "nafnet.pt")
+                                    files / "adaptation" / "nafnet.pt")
     results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")},
                                     ORIGINAL_SPDNET_PATH=base["SPDNET_MODEL_PATH"],
-                                    DERAIN_MODEL_PATH=str(files / "nafnet.pt"),
+                                    DERAIN_MODEL_PATH=str(files / "adaptation" / "nafnet.pt"),
                                     SOFT_PIPELINE_DIR=str(files / "pipeline"), HARD_PIPELINE_DIR=str(files / "hard"),
                                     RAINY_DETECTOR_NAME=base["RTDETR_MODEL_NAME"],
                                     FEATURE_MODEL_DIR=str(files / "feature"), PICTURES=1, RESAMPLES=3,
                                     PREFIXES=("0",))
+    torch.save({"model_args": {"derain_scale": 0.5}}, files / "adaptation" / "best.pt")  # half size
+    models = Eval_conditional.build_models(config.resolve(vars(Eval_conditional), base | {
+        "DERAIN_MODEL_PATH": str(files / "adaptation" / "nafnet.pt"), "ORIGINAL_SPDNET_PATH": ""}), "cpu")
+    assert models.branches["derainer"].derain_scale == 0.5
     rows = {row["model"]: row for row in results["scores"]}
     assert results["thresholds"].keys() == {row["branch"] for row in results["scores"]} - {"vanilla"}
     says = {name: {p for part in scores.values() for p in part.values()} for name, scores in asked.items()}

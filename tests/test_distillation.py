@@ -300,6 +300,8 @@ def test_the_agreement_does_not_depend_on_the_batch(photographs, detector):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"COCO_RATIO": 1.0, "RAIN_RATIO": 0.0}, "COCO_RATIO = 1.0: without annotations"),
     ({"COCO_RAIN_DIR": "", "RAIN": "files"}, "COCO_RAIN_DIR is empty.*RAIN = 'fresh'"),
+    ({"COCO_RAIN_DIR": "./nowhere"}, "COCO_RAIN_DIR = 'nowhere' does not exist.*RAIN = 'fresh'"),
+    ({"COCO_RAIN_DIR": "", "PERCENT_DATASET": 1}, "COCO_DIR = .* too few images for a split.*PERCENT_DATASET"),
     ({"RTDETR_MODEL_NAME": ""}, "RTDETR_MODEL_NAME is empty.*annotations"),
     ({"DETECTION_WEIGHT": 1.0}, "COCO_DIR = .*annotations"),
     ({"QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}, "every loss weight is 0")])

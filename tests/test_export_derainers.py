@@ -186,6 +186,8 @@ def test_a_licence_is_read_from_the_bases_card(tmp_path):
     assert "OpenRAIL-M" in diffusion_base.licence_of(diffusion_base.PUBLISHED)
     assert diffusion_base.licence_of(tmp_path) == diffusion_base.licence_of("someone/some-model") == ""
     for text, found in (("---\nlicense: 'mit'\n---\n", "mit"), ("---\r\ntags: []\r\nlicense: mit\r\n---\r\n", "mit"),
+                        ("---\nlicense: other\nlicense_name: cc-by-nd-4.0\n---\n", "cc-by-nd-4.0"),
+                        ("---\nlicense: unknown\n---\n", ""),
                         ("no block\nlicense: mit\n", ""), ("---\ntags: []\n---\nlicense: mit\n", "")):
         (tmp_path / "README.md").write_bytes(text.encode())
         assert diffusion_base.licence_of(tmp_path) == found, text

@@ -198,8 +198,14 @@ def test_from_clean_photographs_alone_both_phases_learn_from_the_teacher(base, c
     assert set(results) == {1, 2}
     last = results[2]["history"][0]
     assert last["score"] == pytest.approx(-0.5 * last["rain/consistency"] - 2.0 * last["rain/queries"])
-    for change in ({"QUERIES_WEIGHT": 1.0}, {"RAIN_KINDS": {"heavy": 1.0}}):
-        with pytest.raises(UserError, match=f"last.pt.*{next(iter(change))} was"):
+    other = feature_derain.load_rtdetr(base["RTDETR_MODEL_NAME"])
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    for name, change in (("QUERIES_WEIGHT", {"QUERIES_WEIGHT": 1.0}), ("RAIN_KINDS", {"RAIN_KINDS": {"heavy": 1.0}}),
+                         ("taught", {"QUERIES_WEIGHT": 0.0}),
+                         ("teacher", {"RTDETR_MODEL_NAME": str(tmp_path / "other")})):
+        with pytest.raises(UserError, match=f"last.pt.*{name} was"):
             Training.main(**settings | change | {"RESUME": True})
 
 

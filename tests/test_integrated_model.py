@@ -76,6 +76,7 @@ def test_a_foreign_best_pt_beside_the_weights_is_left_alone(tmp_path):
     for write in (lambda: best.write_bytes(b"no checkpoint"), lambda: torch.save([1, 2], best)):
         write()
         integrated_model.require_trained_scale(tmp_path / "model_spa.pt", 0.5)
+        assert integrated_model.trained_scale(tmp_path / "model_spa.pt") == 1
         assert integrated_model.trained_size(tmp_path / "model_spa.pt") is None
         assert integrated_model.pretraining_note(tmp_path / "model_spa.pt", 0.5) is None
 

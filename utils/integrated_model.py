@@ -83,9 +83,14 @@ def write_derainer(derainer, path):
 
 def require_trained_scale(spdnet_path, derain_scale):
     """UserError where best.pt beside the weights says that they were trained at another DERAIN_SCALE."""
-    scale = (_best_beside(spdnet_path).get("model_args") or {}).get("derain_scale", derain_scale)
+    scale = trained_scale(spdnet_path, derain_scale)
     if scale != derain_scale:
         raise UserError(f"DERAIN_SCALE = {derain_scale}, but {spdnet_path} was trained with {scale}: set it to that")
+
+
+def trained_scale(path, default=1.0):
+    """-> the DERAIN_SCALE that best.pt beside a de-rainer's weights says, `default` without one."""
+    return (_best_beside(path).get("model_args") or {}).get("derain_scale", default)
 
 
 def pretraining_note(spdnet_path, derain_scale):

@@ -52,7 +52,8 @@ class PairedRainDataset(torch.utils.data.Dataset):
             percent = min(percent, 100 * limit / len(names))
         names = [names[i] for i in seeded_subset(names, percent, seed, part)]
         if not names:
-            raise UserError(f"{constants[0]} = '{Path(rainy_dir).as_posix()}' has too few images for a split")
+            raise UserError(f"{constants[bool(fresh_rain)]} = '{Path(rainy_dir).as_posix()}' has too few images for a "
+                            "split: add some, or choose a larger share of them (PERCENT_DATASET)")
         self.pairs = [(rainy[name], clean[name]) for name in names]
         self.transform, self.seed, self.fresh_rain = transform, seed, fresh_rain
         if check:
@@ -115,10 +116,21 @@ def read_pair(rainy, clean):
 
 
 def without_annotations(clean_dir, rainy_dir):
-    """-> whether both are plain folders of images, without annotations of a form that is read; rainy_dir "" is none,
-    which is as good."""
-    return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists() and not layouts.layout_of(folder)
-               for folder in ([clean_dir, rainy_dir] if rainy_dir else [clean_dir]))
+    """-> whether both (the constants COCO_DIR and COCO_RAIN_DIR) are plain folders of images, without annotations of a
+    form that is read; rainy_dir "" is none, which is as good.
+
+    Raises:
+        UserError: the clean folder is a plain one, and the rainy folder is not there.
+    """
+    def is_plain(folder):
+        return (Path(folder).is_dir() and not (Path(folder) / "annotations").exists()
+                and not layouts.layout_of(folder))
+    if not is_plain(clean_dir):
+        return False
+    if rainy_dir and not Path(rainy_dir).is_dir():
+        raise UserError(f"COCO_RAIN_DIR = '{Path(rainy_dir).as_posix()}' does not exist: give the folder of COCO_DIR's "
+                        "images in rain, which make_rain.py writes, or '' with RAIN = 'fresh', which draws the rain")
+    return not rainy_dir or is_plain(rainy_dir)
 
 
 def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed, fresh_rain=None):

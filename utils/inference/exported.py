@@ -12,6 +12,7 @@ of the weights of another that are in it}. Without this project's code: docs/exp
 
 import io
 import json
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,13 +62,15 @@ class Exported:
             normalised cxcywh and, with a mask head, `mask_logits` (B, Q, S / 4, S / 4); or `probability` (B,) of rain;
             or `restored`, (B, 3, H, W) in [0, 1].
         Raises:
-            UserError: images of another size than the file takes.
+            UserError: images of another size than the file takes, or more of them than a refiner's takes.
         """
         height, width = pixel_values.shape[-2:]
         side = self.side
         if side and (height, width) != (side, side):
             raise UserError(f"{self.path.as_posix()} takes images of {side} x {side} pixels, not {width} x {height}: "
                             f"set IMAGE_SIZE = {side}, or export it again")
+        if len(pixel_values) > (most := self.about.get("largest_batch", math.inf)):
+            raise UserError(f"{self.path.as_posix()} takes {most} images at a time at most, not {len(pixel_values)}")
         if side is None:
             pixel_values = to_multiple(pixel_values, self.about["multiple"], 2 * self.about["multiple"])
         found = self.run(pixel_values.contiguous())

@@ -43,7 +43,7 @@ class Int8(NamedTuple):
     operators: tuple
     parts: tuple        # modules
     kept: tuple = ()    # modules within them that stay in float32
-    ends: bool = False  # the first and the last of the operators stay in float32
+    ends: bool = False  # the first and the last of the operators of each part stay in float32
 
 
 class Model(NamedTuple):

@@ -108,8 +108,11 @@ def licence_of(name):
     if not card.is_file():
         return ""
     top = re.match(r"---\r?\n(.*?)\n---", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
-    found = top and re.search(r"^license:[ \t]*['\"]?([^'\"\r\n]+)", top[1], re.MULTILINE)
-    return found[1].strip() if found else ""
+    stated = dict(re.findall(r"^(license|license_name):[ \t]*['\"]?([^'\"\r\n]+)", top[1] if top else "", re.MULTILINE))
+    licence = stated.get("license", "").strip()
+    if licence == "other":  # on the hub: license_name says which
+        return stated.get("license_name", "").strip()
+    return "" if licence == "unknown" else licence
 
 
 def require_conditioned(channels, what):

@@ -109,10 +109,10 @@ def write_int8(source, target, images, operators, parts, kept=(), ends=False):
     Args:
         images: iterable of (1, 3, H, W) float32 arrays in [0, 1] to calibrate on.
         operators: "Conv" and, for transformers, "MatMul" (those with weights).
-        parts: names of modules, such as "backbone"; what is elsewhere stays in float32, as RT-DETR's decoder has to: in
-            INT8 it keeps 4 of 48 mAP.
+        parts: names of modules, such as "backbone" or "refiner.net"; what is elsewhere stays in float32, as RT-DETR's
+            decoder has to: in INT8 it keeps 4 of 48 mAP.
         kept: names of modules within `parts` that stay in float32 all the same; ends: whether the first and the last
-            of the operators do, which see and make the pixels of an image.
+            of the operators of each part do, which see and make the pixels of an image.
     """
     import onnx
     from onnxruntime import quantization
@@ -130,7 +130,8 @@ def write_int8(source, target, images, operators, parts, kept=(), ends=False):
 
     weights = {tensor.name for tensor in model.graph.initializer}
     heavy = [node for node in model.graph.node if node.op_type in operators]
-    outer = {heavy[0].name, heavy[-1].name} if ends and heavy else set()
+    chains = [[node.name for node in heavy if weights & set(node.input) and _within(node, (part,))] for part in parts]
+    outer = {name for chain in chains if ends and chain for name in (chain[0], chain[-1])}
     floats = [node.name for node in heavy if node.name in outer or not weights & set(node.input)
               or not _within(node, parts) or _within(node, kept)]
     level = logging.getLogger().level
@@ -152,7 +153,7 @@ def write_int8(source, target, images, operators, parts, kept=(), ends=False):
 def _within(node, parts):
     """-> whether a node comes from a module with one of these names, as torch's exporter notes beside it."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
-    return any(part in parts for scope in ast.literal_eval(scopes) for part in scope.split("."))
+    return any(f".{part}." in f".{scope}." for scope in ast.literal_eval(scopes) for part in parts)
 
 
 def difference(outputs, expected):

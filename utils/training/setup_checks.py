@@ -146,7 +146,15 @@ def check_detection_data(found, cfg):
     """COCO_DIR and COCO_RAIN_DIR: counts, odd images, files, twins, images in two splits."""
     from utils import datasets
     from utils.datasets import audit, image_check, layouts
-    if not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR):
+    try:
+        plain = not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
+    except UserError as error:
+        found.fail(str(error))
+        return
+    if plain and not cfg.COCO_RAIN_DIR and cfg.RAIN != "fresh":
+        found.fail("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, or set RAIN = 'fresh'")
+        return
+    if plain:
         found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
         return
     known = {}

@@ -48,7 +48,7 @@ COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # rainy twins, read where RAI
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's)
+                                        # validation stays COCO_RAIN_DIR's, if there is one)
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
@@ -77,7 +77,7 @@ SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 PRECISION = "float32"                   # bf16: faster on GPUs from Ampere on; auto: where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
-EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation score; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, augmentation, initial weights
 

@@ -59,7 +59,7 @@ SCHEDULE = "cosine"                     # constant, cosine or step (halved at 1/
 EMA_DECAY = 0.999                       # moving average of the weights, which is evaluated and kept; 0: without
 PRECISION = "float32"                   # bf16: faster on GPUs from Ampere on; auto: where it is there
 FAST = ()                               # for GPUs: "tf32", "channels_last", see docs/gpu.md; () changes nothing
-EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation mAP; 0: never stop early
+EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation score; 0: never stop early
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, weather, initial changes
 

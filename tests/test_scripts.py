@@ -80,7 +80,7 @@ def test_another_derainer_is_adapted_and_read_by_every_script(base, tmp_path, ca
     assert bool(norms) == (name == "unet") and moved == start.state_dict().keys() - norms
     label = integrated_model.DERAINERS[name]
     shown = capsys.readouterr().out
-    assert f"Adapted {label} + RT-DETR" in shown and f"--DERAINER {name} --ADAPTED_MODEL_PATH" in shown
+    assert f"Adapted {label} + RT-DETR" in shown and f"--DERAINER {name} --DERAIN_MODEL_PATH" in shown
     used = vars(Eval_SPDNet_Adaptation)
     results = Eval_SPDNet_Adaptation.main(**{key: value for key, value in settings.items() if key in used} | {
         "ADAPTED_MODEL_PATH": str(out / "derainer_adapted.pt"), "OUTPUT_DIR": str(tmp_path / "eval"), "PICTURES": 1})

@@ -116,16 +116,11 @@ def build_model(cfg, device):
     return model
 
 
-def is_unlabelled(cfg):
-    """Whether to train on plain folders of images: they are there without annotations, which no loss asks for."""
-    return not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
-
-
 def build_data(cfg, id2label, weights):
     """-> training data (with clean twins where a loss needs them), {domain: validation data}; the latter is {"rainy"}
     alone, without labels, where there are no annotations."""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
-    if is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         processes.say("no annotations: training by the clean twins alone, 10% of the pairs kept for validation")
         if cfg.COCO_RATIO and cfg.IDENTITY_WEIGHT:
             processes.say("note: IDENTITY_WEIGHT is left out, as pairs hold no clean samples")
@@ -145,7 +140,7 @@ def build_data(cfg, id2label, weights):
 def loss_constants(cfg):
     """-> {term: constant of its weight} of the terms that have images (identity: clean ones) and a part to train."""
     terms = {"detection": "DETECTION_WEIGHT", "consistency": "CONSISTENCY_WEIGHT"} | _TEACHER_TERMS
-    if cfg.COCO_RATIO and not is_unlabelled(cfg):
+    if cfg.COCO_RATIO and not datasets.is_unlabelled(cfg):
         terms["identity"] = "IDENTITY_WEIGHT"
     if cfg.DERAIN_TYPE != "none":
         terms["mask"] = "MASK_WEIGHT"
@@ -298,7 +293,7 @@ class BestModel:
             [*part.rtdetr.parameters(), *(b for b in part.rtdetr.buffers() if b.is_floating_point())]
             for part in (model, pretrained))
         self.val_loaders, self.truths, self.device, self.cfg, self.card = val_loaders, truths, device, cfg, card
-        self.agreed, self.teacher = agreed, freeze.fingerprint(pretrained.rtdetr)
+        self.agreed, self.teacher = agreed, None if truths else freeze.fingerprint(pretrained.rtdetr)
         self.score = -math.inf  # the best one of the phases that are over
         self.latest = {}
 

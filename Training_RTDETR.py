@@ -128,11 +128,6 @@ def is_taught(cfg):
     return any(getattr(cfg, constant) for constant in _TEACHER_TERMS.values())
 
 
-def is_unlabelled(cfg):
-    """Whether to train on plain folders of images: they are there without annotations, which no loss asks for."""
-    return not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
-
-
 def unlabelled_data(cfg, train_transform):
     """-> rainy images with their clean twins to train on, a tenth of them to validate on, see `unlabelled_pairs`."""
     processes.say("no annotations: learning from the teacher alone, 10% of the pairs kept for validation")
@@ -153,7 +148,7 @@ def collate_of(cfg):
 
 def build_model(cfg):
     """The detector to train: loaded (with new class heads where it does not know the data's classes), or new."""
-    if is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         if not cfg.RTDETR_MODEL_NAME:
             raise config.UserError("RTDETR_MODEL_NAME is empty, and without annotations nothing says which classes a "
                                    "new detector should know: give a detector")
@@ -188,7 +183,7 @@ def build_loaders(cfg, id2label):
         raise config.UserError(f"AUGMENTATION = {cfg.AUGMENTATION!r}: choose {' or '.join(augmentations)}")
     augmentation = augmentations[cfg.AUGMENTATION](cfg.IMAGE_SIZE)
     ratios = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
-    if is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         if ratios != {"clean": 0, "rainy": 1}:
             raise config.UserError(f"COCO_RATIO = {cfg.COCO_RATIO}: without annotations all training images are the "
                                    "rainy ones of pairs: set COCO_RATIO = 0 and RAIN_RATIO = 1")
@@ -216,7 +211,7 @@ def build_loaders(cfg, id2label):
 def validation_loader(val, cfg):
     """-> loader of a validation set; pairs without labels come as the teacher wants them."""
     return loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS,
-                                     collate_of(cfg) if is_unlabelled(cfg) else datasets.collate)
+                                     collate_of(cfg) if datasets.is_unlabelled(cfg) else datasets.collate)
 
 
 def parameter_groups(model, cfg):
@@ -325,7 +320,7 @@ def _write_detector(model, image_size, card, folder):
 
 def scoring(cfg, plan, val_loaders, teacher):
     """What engine.fit needs for its score: {"evaluate", "score", "fixed", "validated_on"}."""
-    if is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         loader = val_loaders["rainy"]
         return {"score": "rain/agreement", "fixed": (*scored_without_labels(loader.dataset), "teacher"),
                 "validated_on": None,

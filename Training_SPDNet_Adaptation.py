@@ -123,7 +123,7 @@ class Data(NamedTuple):
 def build_data(cfg, id2label):
     """-> Data"""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
-    if not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR):
+    if datasets.is_unlabelled(cfg):
         processes.say("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
                                                percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))

@@ -118,7 +118,7 @@ def check(cfg):
 def build_data(cfg, id2label, twins):
     """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR; both are pairs
     without labels where there are no annotations."""
-    if Training_RTDETR.is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         return Training_RTDETR.unlabelled_data(cfg, presets.adaptation(cfg.IMAGE_SIZE))
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
@@ -157,7 +157,7 @@ def save_adapter(model, path, card, **settings):
 def scoring(cfg, plan, val_loader, device, teacher):
     """How the adapter is scored: {"evaluate": model -> metrics, "fixed", "validated_on" of engine.fit}, its first
     metric being the score."""
-    if Training_RTDETR.is_unlabelled(cfg):
+    if datasets.is_unlabelled(cfg):
         return {"evaluate": partial(Training_RTDETR.agreement_without_labels, loader=val_loader, device=device,
                                     teacher=teacher, weights=plan.loss_weights),
                 "fixed": Training_RTDETR.scored_without_labels(val_loader.dataset), "validated_on": None}

@@ -13,7 +13,7 @@ from utils.datasets.coco import (
     require_no_rain,
     say_notes,
 )
-from utils.datasets.image_pairs import PairedRainDataset, unlabelled_pairs, without_annotations
+from utils.datasets.image_pairs import PairedRainDataset, is_unlabelled, unlabelled_pairs, without_annotations
 from utils.datasets.samples import (
     collate,
     collate_with_digests,
@@ -35,6 +35,7 @@ __all__ = [
     "collate_with_digests",
     "epoch_and_index",
     "images_by_name",
+    "is_unlabelled",
     "read_image",
     "require_clean_and_rainy",
     "require_no_rain",

@@ -116,25 +116,33 @@ def read_pair(rainy, clean):
 
 
 def without_annotations(clean_dir, rainy_dir):
-    """-> whether both (the constants COCO_DIR and COCO_RAIN_DIR) are plain folders of images, without annotations of a
-    form that is read; rainy_dir "" is none, which is as good.
+    """-> whether both are plain folders of images, without annotations of a form that is read; rainy_dir "" is none,
+    which is as good."""
+    return all(Path(folder).is_dir() and not (Path(folder) / "annotations").exists() and not layouts.layout_of(folder)
+               for folder in ([clean_dir, rainy_dir] if rainy_dir else [clean_dir]))
+
+
+def is_unlabelled(cfg):
+    """-> whether a script's constants ask for training on plain folders of images: DETECTION_WEIGHT is 0, COCO_DIR and
+    COCO_RAIN_DIR are `without_annotations`.
 
     Raises:
-        UserError: the clean folder is a plain one, and the rainy folder is not there.
+        UserError: COCO_DIR is, and there is neither a rainy folder nor rain to draw.
     """
-    def is_plain(folder):
-        return (Path(folder).is_dir() and not (Path(folder) / "annotations").exists()
-                and not layouts.layout_of(folder))
-    if not is_plain(clean_dir):
+    rainy_dir = cfg.COCO_RAIN_DIR
+    if cfg.DETECTION_WEIGHT or not without_annotations(cfg.COCO_DIR, ""):
         return False
+    if not rainy_dir and cfg.RAIN != "fresh":
+        raise UserError("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, which make_rain.py "
+                        "writes, or set RAIN = 'fresh', which draws rain on them")
     if rainy_dir and not Path(rainy_dir).is_dir():
         raise UserError(f"COCO_RAIN_DIR = '{Path(rainy_dir).as_posix()}' does not exist: give the folder of COCO_DIR's "
                         "images in rain, which make_rain.py writes, or '' with RAIN = 'fresh', which draws the rain")
-    return not rainy_dir or is_plain(rainy_dir)
+    return without_annotations(cfg.COCO_DIR, rainy_dir)
 
 
 def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed, fresh_rain=None):
-    """Plain folders (the constants COCO_DIR and COCO_RAIN_DIR) in two parts that share no pair.
+    """Plain folders (the constants COCO_DIR and COCO_RAIN_DIR, see `is_unlabelled`) in two parts that share no pair.
 
     Args:
         coco_dir, rain_dir: folders of images; with rain_dir "" the validation part's rain is drawn as well, once: a
@@ -142,12 +150,7 @@ def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, perc
         fresh_rain: FreshRain of the training part, or None.
     Returns:
         PairedRainDataset of nine tenths to train on, PairedRainDataset of the rest to validate on.
-    Raises:
-        UserError: also where there is neither a rainy folder nor rain to draw.
     """
-    if not (rain_dir or fresh_rain):
-        raise UserError("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, which make_rain.py "
-                        "writes, or set RAIN = 'fresh', which draws rain on them")
     train, val = (PairedRainDataset(rain_dir, coco_dir, transform, constants=("COCO_RAIN_DIR", "COCO_DIR"),
                                     percent=percent, seed=seed, part=part, fresh_rain=own)
                   for transform, part, own in ((train_transform, (0.0, 0.9), fresh_rain),

@@ -147,15 +147,11 @@ def check_detection_data(found, cfg):
     from utils import datasets
     from utils.datasets import audit, image_check, layouts
     try:
-        plain = not cfg.DETECTION_WEIGHT and datasets.without_annotations(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
+        if datasets.is_unlabelled(cfg):
+            found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
+            return
     except UserError as error:
         found.fail(str(error))
-        return
-    if plain and not cfg.COCO_RAIN_DIR and cfg.RAIN != "fresh":
-        found.fail("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, or set RAIN = 'fresh'")
-        return
-    if plain:
-        found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
         return
     known = {}
     for constant, advice in (("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")):

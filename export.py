@@ -10,18 +10,17 @@ rain detector, rainy and clean detector make a pipeline. docs/export.md: how to 
 """
 
 import math
-import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
 
 import torch
-from torch import nn
 
 from rfdetr import detr, weights
 from utils import config, datasets, feature_derain, processes, report, system
-from utils.conditional_model import ConditionalRainRobustRTDETR, threshold_of
+from utils.conditional_model import ConditionalRainRobustRTDETR
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import find_split
@@ -30,13 +29,11 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import comparison
 from utils.evaluation.coco import detection_scores
 from utils.evaluation.image_quality import psnr
-from utils.inference import exported, formats
+from utils.inference import deployable, exported, formats
 from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale
-from utils.networks import adapter, diffusion_base, onnx_file
-from utils.networks.derainers import load_derainer, load_refined
+from utils.networks import adapter, onnx_file
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.refiner import merged, read_settings
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.networks.rtdetr import load_rtdetr, require_size, trained_size
 from utils.networks.spdnet import load_spdnet
 from utils.training.plan import not_negative
 
@@ -85,57 +82,12 @@ DEMO = {
 
 
 _RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
-_QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decoder and heads stay in float32
-# of de-rainers; what NAFNet's channel attention multiplies by, its depthwise convolutions (OpenVINO loses 14 dB there)
-# and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
-_DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
-_REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer.net", "refiner.net"))  # of mode "pixel"
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
 _JUDGED = 4                   # one of so many images is not calibrated on: a de-rainer's INT8 is judged on these
 
 
 # --- models --------------------------------------------------------------------------------------------------------
-
-class Deployable(nn.Module):
-    """A detector with plain tensors in and out: (B, 3, H, W) in [0, 1] -> logits (B, Q, K), pred_boxes (B, Q, 4)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        outputs = self.model(pixel_values=pixel_values)
-        return outputs.logits, outputs.pred_boxes
-
-
-class Gate(nn.Module):
-    """A rain detector with plain tensors: (B, 3, H, W) in [0, 1] -> (B,) calibrated probability of rain."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        return self.model.probability(pixel_values)
-
-
-def detector(model, cfg, spdnet=False):
-    """-> formats.Model of a detector of the RT-DETR family; spdnet: whether SPDNet is a part of it."""
-    require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)
-    about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": cfg.IMAGE_SIZE,
-             "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
-    return formats.Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
-                 cfg.LEAST_MAP, formats.Int8(("Conv",), _QUANTISED))
-
-
-def rain_detector(model, cfg, threshold):
-    """-> formats.Model of a rain detector; threshold: RAIN_THRESHOLD, or a pipeline's."""
-    about = {"kind": "rain detector", "outputs": ["probability"], "image_size": cfg.IMAGE_SIZE,
-             "rain_threshold": threshold_of(model, threshold)}
-    why = "a rain detector costs little, and its probability is calibrated for float32"
-    return formats.Model(Gate(model), about, {"onnx-int8": why, "openvino-int8": why})
-
 
 def rfdetr_detector(cfg):
     """-> formats.Model of RFDETR_PATH."""
@@ -147,80 +99,42 @@ def rfdetr_detector(cfg):
                          formats.Int8(("Conv", "MatMul"), ("backbone",)))
 
 
-def derainer(cfg):
-    """-> formats.Model of DERAIN_MODEL_PATH, for images of any size."""
-    model = load_derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH, constant="DERAIN_MODEL_PATH")
-    without = {"onnx-fp16": "SPDNet overflows in float16"} if cfg.DERAIN == "spdnet" else {}
-    multiple = max(model.multiple, 4)  # SPDNet halves twice
-    about = {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}
-    return formats.Model(model, about, without, int8=_DERAINER_INT8)
-
-
-def refiner(cfg):
-    """-> formats.Model of REFINER_DIR: its de-rainer, encoder, U-Net, decoder and blend as one, for images of any size.
-
-    Raises:
-        UserError: mode "sample"; a base whose licence is unknown, or forbids changed copies.
-    """
-    content = read_settings(cfg.REFINER_DIR)
-    mode = content["settings"]["mode"]
-    if mode == "sample":
-        raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}' is of MODE 'sample', a loop over noise that is no "
-                               "single graph: train one with MODE = 'one_step', or leave REFINER_DIR empty")
-    about = {"kind": "derainer", "outputs": ["restored"], "image_size": None}
-    if mode == "one_step":
-        base, licence = content["base"], cfg.BASE_LICENCE or diffusion_base.licence_of(content["base"])
-        if not licence:
-            raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}': the file would hold the weights of its base "
-                                   f"'{base}', whose licence is stated nowhere (license: on top of its README.md): "
-                                   "find out whether you may pass changed copies on, and give it as BASE_LICENCE")
-        if re.search(r"\bnd\b|no.?deriv", licence.lower()):
-            raise config.UserError(f"REFINER_DIR = '{cfg.REFINER_DIR}': the licence of its base '{base}', {licence}, "
-                                   "forbids changed copies, and the file would be one: leave REFINER_DIR empty")
-        processes.say(f"note: the refiner's file holds the weights of {base}, changed by LoRA; their licence, "
-                      f"{licence}, goes with every copy of it")
-        about |= {"base": base, "licence": licence, "largest_batch": 63}  # diffusers takes another way from 64 on
-    model = load_refined(cfg.REFINER_DIR)
-    model.refiner = merged(model.refiner)
-    about["multiple"] = math.lcm(model.derainer.multiple, model.refiner.multiple, 4)
-    why = "onnxruntime converts files of up to 2 GB, and the published base is larger"
-    without = dict.fromkeys(("onnx-fp16", "onnx-int8", "openvino-int8"), why) if mode == "one_step" else {}
-    return formats.Model(model, about, without, int8=_REFINER_INT8)
-
-
 def build_models(cfg):
     """-> {name: formats.Model} of the constants that are not empty."""
     found, scale = {}, cfg.DERAIN_SCALE
+    detector = partial(deployable.detector, image_size=cfg.IMAGE_SIZE, least_map=cfg.LEAST_MAP)
+    rain_detector = partial(deployable.rain_detector, image_size=cfg.IMAGE_SIZE)
     base = load_rtdetr(cfg.RTDETR_MODEL_NAME) if cfg.RTDETR_MODEL_NAME else None
     if base:
-        found["vanilla"] = detector(base, cfg)
+        found["vanilla"] = detector(base)
     if cfg.MODEL_NAME:
         found["feature_derain"] = detector(feature_derain.FeatureDerainRTDETR.from_pretrained(
-            cfg.MODEL_NAME, constant="MODEL_NAME"), cfg)
+            cfg.MODEL_NAME, constant="MODEL_NAME"))
     for constant in ("SPDNET_MODEL_PATH", "ADAPTER_PATH"):
         if getattr(cfg, constant) and not base:
             raise config.UserError(f"{constant} needs the detector that it was trained for: set RTDETR_MODEL_NAME")
     if cfg.SPDNET_MODEL_PATH:
         require_trained_scale(cfg.SPDNET_MODEL_PATH, scale)
         spdnet = load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH")
-        found["spdnet_rtdetr"] = detector(RainRobustRTDETR(spdnet, base, derain_scale=scale), cfg, spdnet=True)
+        found["spdnet_rtdetr"] = detector(RainRobustRTDETR(spdnet, base, derain_scale=scale), spdnet=True)
     if cfg.ADAPTER_PATH:
-        found["adapter"] = detector(adapter.fold(base, cfg.ADAPTER_PATH, "ADAPTER_PATH"), cfg)
+        found["adapter"] = detector(adapter.fold(base, cfg.ADAPTER_PATH, "ADAPTER_PATH"))
     if cfg.RAIN_DETECTOR_PATH:
-        found["rain_detector"] = rain_detector(load_rain_detector(cfg.RAIN_DETECTOR_PATH), cfg, cfg.RAIN_THRESHOLD)
+        found["rain_detector"] = rain_detector(load_rain_detector(cfg.RAIN_DETECTOR_PATH),
+                                               threshold=cfg.RAIN_THRESHOLD)
     if cfg.PIPELINE_DIR:
         whole = ConditionalRainRobustRTDETR.from_pretrained(cfg.PIPELINE_DIR, constant="PIPELINE_DIR")
         rainy = whole.rainy_detector or RainRobustRTDETR(whole.derain_module, whole.detection_module,
                                                          derain_scale=whole.derain_scale)
-        found |= {"pipeline_gate": rain_detector(whole.rain_detector, cfg, whole.rain_threshold),
-                  "pipeline_rainy": detector(rainy, cfg, spdnet=whole.rainy_detector is None),
-                  "pipeline_clean": detector(whole.detection_module, cfg)}
+        found |= {"pipeline_gate": rain_detector(whole.rain_detector, threshold=whole.rain_threshold),
+                  "pipeline_rainy": detector(rainy, spdnet=whole.rainy_detector is None),
+                  "pipeline_clean": detector(whole.detection_module)}
     if cfg.RFDETR_PATH:
         found["rfdetr"] = rfdetr_detector(cfg)
     if cfg.DERAIN_MODEL_PATH:
-        found["derainer"] = derainer(cfg)
+        found["derainer"] = deployable.derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH)
     if cfg.REFINER_DIR:
-        found["refiner"] = refiner(cfg)
+        found["refiner"] = deployable.refiner(cfg.REFINER_DIR, cfg.BASE_LICENCE)
     if not found:
         raise config.UserError("every constant of a model (RTDETR_MODEL_NAME, MODEL_NAME, ...) is empty: nothing to "
                                "export")
@@ -264,16 +178,21 @@ def judged_pairs(cfg, paths):
     return others, {path: clean[name] for path, name in names.items()}
 
 
-def require_clean(cfg, models, paths):
-    """UserError for a CLEAN_DIR that does not fit, before anything is written; a note where no model needs it."""
-    if not cfg.CLEAN_DIR:
-        return
+def derainer_pairs(cfg, models, paths):
+    """-> `judged_pairs` where a model is a de-rainer, else (paths, {}).
+
+    Raises:
+        UserError: a CLEAN_DIR that does not fit, before anything is written.
+    """
     if not any(model.about["kind"] == "derainer" for model in models.values()):
-        processes.say("note: CLEAN_DIR has no effect without a de-rainer (DERAIN_MODEL_PATH, REFINER_DIR)")
-        return
-    for path, clean in judged_pairs(cfg, paths)[1].items():
-        if datasets.read_image(path).shape != datasets.read_image(clean).shape:
+        if cfg.CLEAN_DIR:
+            processes.say("note: CLEAN_DIR has no effect without a de-rainer (DERAIN_MODEL_PATH, REFINER_DIR)")
+        return paths, {}
+    calibrate, judged = judged_pairs(cfg, paths)
+    for path, clean in judged.items():
+        if clean and datasets.read_image(path).shape != datasets.read_image(clean).shape:
             raise config.UserError(f"CLEAN_DIR: {clean.as_posix()} has another size than {path.as_posix()}")
+    return calibrate, judged
 
 
 def coco_map(cfg, model, predict, cache):
@@ -349,9 +268,11 @@ def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
 
 
 @torch.no_grad()
-def export(model, name, cfg, paths=()):
+def export(model, name, cfg, paths=(), derained=((), {})):
     """Write one model in every format that suits it.
 
+    Args:
+        paths: real images, to calibrate on and to compare with; derained: of these, `derainer_pairs`.
     Returns:
         {format: {"file", "MB", "difference", "agreement" and "mAP" of detectors, "PSNR" and with CLEAN_DIR "lost" of
         de-rainers in float16 and INT8, "refused": "" or why it was deleted}}.
@@ -359,7 +280,7 @@ def export(model, name, cfg, paths=()):
     cache, rows = {}, {}
     whole_map = coco_map(cfg, model, lambda images_: formats.answers(model, images_), cache)
     inputs = formats.batches(model, paths, cfg.IMAGE_SIZE)
-    calibrate, judged = judged_pairs(cfg, paths) if model.about["kind"] == "derainer" else (paths, {})
+    calibrate, judged = derained if model.about["kind"] == "derainer" else (paths, {})
     with config.writing(cfg.OUTPUT_DIR), tempfile.TemporaryDirectory(
             dir=cfg.OUTPUT_DIR, prefix=".", ignore_cleanup_errors=True) as folder:
         write = formats.writers(model, Path(folder), calibrate, cfg.OPSET, cfg.IMAGE_SIZE)
@@ -484,12 +405,12 @@ def main(**overrides):
     names = [f"{name}{formats.FORMATS[kind].ending}" for name in models for kind in cfg.FORMATS]
     beside = [Path(name).with_suffix(".bin").name if name.endswith(".xml") else f"{name}.data" for name in names
               if name.endswith((".xml", ".onnx"))]
-    require_clean(cfg, models, paths)
+    derained = derainer_pairs(cfg, models, paths)
     report.output_folder(cfg.OUTPUT_DIR, [*names, *beside, "manifest.json"])
     results = {}
     for name, model in models.items():
         processes.say(f"{name} ...")
-        results[name] = export(model, name, cfg, paths)
+        results[name] = export(model, name, cfg, paths, derained)
     print_table(results, cfg.OUTPUT_DIR)
     report.write_json(Path(cfg.OUTPUT_DIR) / "manifest.json", manifest(models, results, cfg))
     rows = [row for kinds in results.values() for row in kinds.values()]

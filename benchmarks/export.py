@@ -20,7 +20,7 @@ from PIL import Image
 import export
 from utils import config, processes, report
 from utils.evaluation import latency
-from utils.inference import exported, formats
+from utils.inference import deployable, exported, formats
 from utils.networks import onnx_file
 from utils.networks.rtdetr import new_rtdetr
 
@@ -44,7 +44,7 @@ def models_of(cfg, export_cfg):
         torch.manual_seed(0)
         random = new_rtdetr(cfg.ARCHITECTURE, {i: str(i) for i in range(80)}, train_backbone_norms=False).eval()
         name = f"{cfg.ARCHITECTURE}_random"
-        found[name] = export.detector(random, export_cfg)
+        found[name] = deployable.detector(random, export_cfg.IMAGE_SIZE, export_cfg.LEAST_MAP)
         found[name].about.update(model=name, input="pixel_values")
     return found
 

@@ -25,7 +25,7 @@ from utils.conditional_model import ConditionalRainRobustRTDETR
 from utils.config import UserError
 from utils.datasets import presets
 from utils.demo.coco import ensure_demo
-from utils.inference import exported, formats
+from utils.inference import deployable, exported, formats
 from utils.integrated_model import RainRobustRTDETR
 from utils.networks import adapter, onnx_file
 from utils.networks.folding import folded
@@ -169,8 +169,7 @@ def test_spdnet_is_written_for_any_size_and_not_in_float16(weights, capsys):
     results = export.main(**NONE, DERAIN="spdnet", DERAIN_MODEL_PATH=str(weights / "spdnet.pt"), IMAGE_SIZE=64,
                           FORMATS=("torch.export",), OUTPUT_DIR=str(weights / "out"))["derainer"]
     assert results["torch.export"]["difference"] < 1e-3
-    cfg = export.config.resolve(vars(export), {"DERAIN": "spdnet", "DERAIN_MODEL_PATH": str(weights / "spdnet.pt")})
-    assert "overflows" in export.derainer(cfg).without["onnx-fp16"]
+    assert "overflows" in deployable.derainer("spdnet", weights / "spdnet.pt").without["onnx-fp16"]
     run, net = exported.load_exported(weights / "out" / "derainer.pt2"), small_spdnet().eval()
     pixels = torch.rand(1, 3, 52, 88)  # multiples of 4: nothing is mirrored
     with torch.no_grad():
@@ -221,7 +220,7 @@ def test_masks_are_traced_for_any_batch():
 
 
 def test_spdnet_and_detector_are_traced_for_any_batch(small_detector):
-    model = export.Deployable(RainRobustRTDETR(small_spdnet(), small_detector, derain_scale=0.5).eval())
+    model = deployable.Deployable(RainRobustRTDETR(small_spdnet(), small_detector, derain_scale=0.5).eval())
     program = onnx_file.export_program(model, torch.rand(2, 3, 96, 96), {0: torch.export.Dim("batch")})
     pixels = torch.rand(3, 3, 96, 96)
     with torch.no_grad():
@@ -249,13 +248,15 @@ def test_folding_changes_no_answer():
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 def test_a_file_that_loses_too_much_is_refused_and_the_others_stay(scenes, tmp_path, monkeypatch):
-    def spoilt(program, path, about):
-        with torch.no_grad():
-            for name, value in program.state_dict.items():  # the order of scores stays, the boxes are elsewhere
-                value.add_(3 if "bbox_embed" in name and name.endswith("bias") else 0)
-        written(program, path, about)
-    written = exported.write_torch_export
-    monkeypatch.setattr(exported, "write_torch_export", spoilt)
+    def spoilt(*args):
+        if not programs:  # tracing is most of the time
+            programs.append(traced(*args))
+            with torch.no_grad():
+                for name, value in programs[0].state_dict.items():  # the order of scores stays, the boxes are elsewhere
+                    value.add_(3 if "bbox_embed" in name and name.endswith("bias") else 0)
+        return programs[0]
+    traced, programs = onnx_file.export_program, []
+    monkeypatch.setattr(onnx_file, "export_program", spoilt)
     constants = {"MODEL_NAME": "", "RTDETR_MODEL_NAME": TRAINED, "IMAGE_SIZE": 160, "FORMATS": ("torch.export",),
                  "CALIBRATION_DIR": str(scenes / "coco" / "val2017"), "OUTPUT_DIR": str(tmp_path)}
     with pytest.raises(UserError, match="vanilla.pt2 differs from PyTorch by .*TOLERANCE"):
@@ -276,7 +277,7 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
     small = NONE | {"RTDETR_MODEL_NAME": str(weights / "rtdetr"), "IMAGE_SIZE": 96, "OUTPUT_DIR": str(weights / "out")}
     with pytest.raises(UserError, match="onnxscript: pip install -r requirements-export.txt.*FORMATS"):
         export.main(**small)
-    monkeypatch.setattr(export, "export", lambda model, name, cfg, paths: {})
+    monkeypatch.setattr(export, "export", lambda *args: {})
     demo = small | {"COCO_DIR": "", "RAIN_DETECTOR_PATH": "", "RFDETR_PATH": "", "ADAPTER_PATH": ""}
     assert export.main(demo=True, **demo) == {"vanilla": {}}  # noted, not refused
     assert "no onnx, onnx-fp16, onnx-int8" in (shown := capsys.readouterr().out)

@@ -23,7 +23,6 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
-from export import Deployable
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS
 from rfdetr.model import RFDETR
 from tools import memory_table
@@ -31,6 +30,7 @@ from utils import config, fast, processes, report, system
 from utils.conditional_model import ConditionalRainRobustRTDETR
 from utils.evaluation import latency
 from utils.feature_derain import FeatureDerainRTDETR
+from utils.inference.deployable import Deployable
 from utils.networks import derainers, onnx_file, rtdetr
 from utils.networks.rain_detector import RainDetector
 from utils.networks.spdnet import SPDNet

@@ -34,8 +34,8 @@ from utils.networks.rtdetr import load_rtdetr
 _ROOT = Path(__file__).resolve().parent.parent
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
-VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "no labels", "adapter",
-            "adapter, all three", "adapter, no labels")  # names of _VARIANTS below
+VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "better teacher", "no labels",
+            "no labels, better teacher", "adapter", "adapter, all three", "adapter, no labels")  # names of _VARIANTS below
 PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
 EPOCHS = 0                              # of every run; 0: those of _VARIANTS
 OUTPUT_DIR = "./demo/ablation_teacher"  # a folder per run, and results.json
@@ -45,12 +45,15 @@ _SPECIALIST = {  # the demo's detector goes on, on rain alone
     "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}
 _ADAPTER = {"QUERIES_WEIGHT": 0.0, "POSITIONS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}
 _TEACHER = {"QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0, "FEATURES_WEIGHT": 1.0}
+_BETTER = {"TEACHER_NAME": "./assets/demo/rtdetr_specialist"}  # on clean images too: it has seen 10,000 scenes
 _VARIANTS = {  # script, epochs, constants
     "fresh rain": (Training_RTDETR, 6, _SPECIALIST),
     "queries": (Training_RTDETR, 5, _SPECIALIST | {"QUERIES_WEIGHT": 1.0}),
     "positions": (Training_RTDETR, 5, _SPECIALIST | {"POSITIONS_WEIGHT": 1.0}),
     "features": (Training_RTDETR, 5, _SPECIALIST | {"FEATURES_WEIGHT": 1.0}),
     "all three": (Training_RTDETR, 5, _SPECIALIST | _TEACHER),
+    "better teacher": (Training_RTDETR, 5, _SPECIALIST | _TEACHER | _BETTER),
+    "no labels, better teacher": (Training_RTDETR, 6, _SPECIALIST | _TEACHER | _BETTER | {"DETECTION_WEIGHT": 0.0}),
     "no labels": (Training_RTDETR, 6, _SPECIALIST | _TEACHER | {"DETECTION_WEIGHT": 0.0}),
     "adapter": (Training_WeatherAdapter, 5, _ADAPTER),
     "adapter, all three": (Training_WeatherAdapter, 4, _TEACHER),

@@ -107,8 +107,10 @@ DEMO = {
 }
 _FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
 _DOMAINS = ("clean", "rainy")
-_OPTIONAL = {"derainer": "DERAIN_MODEL_PATH", "fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR",
-             "adapter": "ADAPTER_PATH", "soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
+_RAINY_DETECTORS = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR"}
+_PIPELINES = {"soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
+_OPTIONAL = {"original": "ORIGINAL_SPDNET_PATH", "derainer": "DERAIN_MODEL_PATH", "adapter": "ADAPTER_PATH",
+             **_RAINY_DETECTORS, **_PIPELINES}  # branches that an empty constant leaves out
 
 
 def build_loaders(cfg, id2label):
@@ -136,45 +138,54 @@ class Models(NamedTuple):
     steps: dict  # {branch: {name: the way from vanilla to it in steps, the last one the branch itself}}
 
 
+def rainy_detector(cfg, name, vanilla, device):
+    """-> the detector of one of _RAINY_DETECTORS, with the outputs of the vanilla one."""
+    constant = _OPTIONAL[name]
+    value = getattr(cfg, constant)
+    model = load_rainy_detector(value, device, constant, vanilla)
+    require_same_outputs(vanilla, model, constant)
+    if isinstance(model, FeatureDerainRTDETR) != (name == "feature"):  # its rows would be misnamed
+        raise config.UserError(f"{constant} = '{value}' belongs in the other of FEATURE_MODEL_DIR (model/ of "
+                               "Training_FeatureDerain.py) and RAINY_DETECTOR_NAME (a plain RT-DETR)")
+    return model
+
+
+def trained_pipeline(cfg, name, vanilla, device):
+    """-> the pipeline of one of _PIPELINES, which has the vanilla detector in it."""
+    constant = _OPTIONAL[name]
+    value = getattr(cfg, constant)
+    pipeline = ConditionalRainRobustRTDETR.from_pretrained(value, device, constant=constant)
+    if pipeline.derain_module is None:
+        raise config.UserError(f"{constant} = '{value}' has no SPDNet: not a pipeline of Training_Conditional.py")
+    if freeze.fingerprint(pipeline.detection_module) != freeze.fingerprint(vanilla):
+        raise config.UserError(f"{constant} = '{value}' was trained with another detector than RTDETR_MODEL_NAME")
+    return pipeline
+
+
 def build_models(cfg, device):
-    """-> Models, in eval mode on `device`."""
+    """-> Models, in eval mode on `device`; says which rows are left out."""
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
     vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
+    given = {name: getattr(cfg, constant) for name, constant in _OPTIONAL.items() if getattr(cfg, constant)}
 
     def behind(derainer, scale=cfg.DERAIN_SCALE):
-        return ConditionalRainRobustRTDETR(AlwaysRainy(), derainer, vanilla,
-                                           derain_scale=scale).to(device).eval()
+        return ConditionalRainRobustRTDETR(AlwaysRainy(), derainer, vanilla, derain_scale=scale).to(device).eval()
 
-    branches, pipelines = {"vanilla": vanilla}, {}
-    if cfg.ORIGINAL_SPDNET_PATH:
-        branches["original"] = behind(load_spdnet(cfg.ORIGINAL_SPDNET_PATH, constant="ORIGINAL_SPDNET_PATH"))
+    branches = {"vanilla": vanilla}
+    if "original" in given:
+        branches["original"] = behind(load_spdnet(given["original"], constant="ORIGINAL_SPDNET_PATH"))
     branches["adapted"] = behind(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
+    if "derainer" in given:
+        branches["derainer"] = behind(load_trained(given["derainer"], constant="DERAIN_MODEL_PATH"),
+                                      integrated_model.trained_scale(given["derainer"]))
+    branches |= {name: rainy_detector(cfg, name, vanilla, device) for name in _RAINY_DETECTORS if name in given}
+    if "adapter" in given:
+        branches["adapter"] = adapter.fold(vanilla, given["adapter"], "ADAPTER_PATH")
+    pipelines = {name: trained_pipeline(cfg, name, vanilla, device) for name in _PIPELINES if name in given}
+    branches |= {name: behind(one.derain_module, one.derain_scale) for name, one in pipelines.items()}
     for name, constant in _OPTIONAL.items():
-        value = getattr(cfg, constant)
-        if not value:
-            continue
-        if name == "adapter":
-            branches[name] = adapter.fold(vanilla, value, constant)
-            continue
-        if name == "derainer":
-            branches[name] = behind(load_trained(value, constant=constant), integrated_model.trained_scale(value))
-            continue
-        if name in ("fine-tuned", "feature"):
-            branches[name] = load_rainy_detector(value, device, constant, vanilla)
-            require_same_outputs(vanilla, branches[name], constant)
-            if isinstance(branches[name], FeatureDerainRTDETR) != (name == "feature"):  # its rows would be misnamed
-                raise config.UserError(f"{constant} = '{value}' belongs in the other of FEATURE_MODEL_DIR (model/ of "
-                                       "Training_FeatureDerain.py) and RAINY_DETECTOR_NAME (a plain RT-DETR)")
-            continue
-        pipelines[name] = pipeline = ConditionalRainRobustRTDETR.from_pretrained(value, device, constant=constant)
-        if pipeline.derain_module is None:
-            raise config.UserError(f"{constant} = '{value}' has no SPDNet: not a pipeline of Training_Conditional.py")
-        if freeze.fingerprint(pipeline.detection_module) != freeze.fingerprint(vanilla):
-            raise config.UserError(f"{constant} = '{value}' was trained with another detector than RTDETR_MODEL_NAME")
-        branches[name] = behind(pipeline.derain_module, pipeline.derain_scale)
-    for name, constant in ({"original": "ORIGINAL_SPDNET_PATH"} | _OPTIONAL).items():
-        if name not in branches:
+        if name not in given:
             reason = "not there" if cfg.demo else "empty"
             processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
     return Models(rain_detector, branches, pipelines, steps_of(branches, cfg.GATE_STEPS))

@@ -49,7 +49,7 @@ COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
                                         # validation stays COCO_RAIN_DIR's, if there is one)
-RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that only the validation files have

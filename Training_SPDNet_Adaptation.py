@@ -40,7 +40,7 @@ COCO_RATIO = 0.0                        # share of clean images: the detector is
 RAIN_RATIO = 1.0                        # share of rainy images
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
                                         # validation stays COCO_RAIN_DIR's, if there is one)
-RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 

@@ -35,7 +35,7 @@ COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC
 COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # to validate on, and to train on with RAIN = "files"
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's
-RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, drops, drops and rain
+RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 

@@ -124,6 +124,13 @@ def test_mist_has_no_streaks_and_lowers_contrast():
     assert max(lost) < 0.95 and rain.mist_parameters(rain.rng_for(0, "m")).layers == ()
 
 
+def test_fog_hides_more_than_mist():
+    image = photo((160, 120))
+    left = {kind: np.mean([rain_or_clean.add_weather(image, rain.rng_for(s, "f"), kind).std() for s in range(12)])
+            for kind in ("mist", "fog")}
+    assert left["fog"] < 0.8 * left["mist"] and rain.fog_parameters(rain.rng_for(0, "f")).layers == ()
+
+
 def test_a_twin_is_never_on_the_other_side(roots):
     sides = {}
     for name in ("clean", "rainy"):

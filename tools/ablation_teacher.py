@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "better teacher", "no labels",
-            "no labels, better teacher", "adapter", "adapter, all three", "adapter, no labels")  # names of _VARIANTS below
+            "no labels, better teacher", "adapter", "adapter, all three", "adapter, no labels")  # of _VARIANTS below
 PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
 EPOCHS = 0                              # of every run; 0: those of _VARIANTS
 OUTPUT_DIR = "./demo/ablation_teacher"  # a folder per run, and results.json

@@ -19,7 +19,8 @@ from utils.datasets.samples import digest, epoch_and_index, read_image, sample_r
 from utils.weather import rain
 from utils.weather.windshield import add_drops
 
-KINDS = {"light": 0.25, "medium": 0.15, "heavy": 0.1, "mist": 0.2, "drops": 0.15, "drops and rain": 0.15}  # shares
+KINDS = {"light": 0.25, "medium": 0.15, "heavy": 0.1, "mist": 0.2, "drops": 0.15, "drops and rain": 0.15,
+         "fog": 0.0}  # shares of the rain detector's training; fog is for detectors, RAIN_KINDS
 RENDER_SIDE = 384  # short side at which weather is rendered: streaks keep about the width they have at 640
 _KERNELS = (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
 
@@ -35,6 +36,8 @@ def add_weather(image, rng, kind=None):
     kind = kind or list(KINDS)[rng.choice(len(KINDS), p=list(KINDS.values()))]
     if kind == "mist":
         return rain.add_mist(image, rng)
+    if kind == "fog":
+        return rain.add_fog(image, rng)
     if kind == "drops":  # light ones alone can be next to nothing
         return add_drops(image, rng, ("medium", "heavy")[rng.integers(2)])
     if kind == "drops and rain":

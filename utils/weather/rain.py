@@ -88,6 +88,7 @@ class RainParameters:
     tint: tuple[float, float, float]  # colour of A, factors about 1
     softness: float  # share of a blurred copy mixed in (wet lens), 0..1
     noise: float  # standard deviation of the sensor noise in grey levels
+    densest: float = 1.5  # largest optical depth; at 1.5 a person still sees the object
 
 
 def rng_for(seed: int, name: str) -> np.random.Generator:
@@ -177,6 +178,24 @@ def add_mist(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return apply_rain(image, mist_parameters(rng), rng)
 
 
+def fog_parameters(rng: np.random.Generator) -> RainParameters:
+    """Dense fog as road photographs show it: what is far away is gone, light grey by day, dark or orange at dusk."""
+    p = sample_parameters(rng)
+    warm = float(rng.normal(0.0, 0.04)) + (0.3 if rng.random() < 0.08 else 0.0)  # the latter under sodium lamps
+    return dataclasses.replace(
+        p, layers=(), veil=float(np.exp(rng.uniform(np.log(0.8), np.log(4.0)))), spray=float(rng.uniform(0.0, 0.6)),
+        densest=2.6, horizon=float(rng.uniform(0.2, 0.6)) if rng.random() < 0.8 else -1.0,
+        patchiness=float(rng.uniform(0.0, 0.3)), airlight=float(rng.uniform(0.7, 1.3)),
+        tint=(1.0 + warm, 1.0, 1.0 - warm), gain=float(rng.uniform(0.6, 1.0)), contrast=float(rng.uniform(0.65, 0.95)),
+        saturation=float(rng.uniform(0.3, 0.9)), softness=float(rng.uniform(0.1, 0.8)),
+        noise=float(rng.uniform(0.0, 3.0)))
+
+
+def add_fog(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Foggy copy of an image: (H, W, 3) uint8 RGB -> the same shape and type."""
+    return apply_rain(image, fog_parameters(rng), rng)
+
+
 def apply_rain(image: np.ndarray, parameters: RainParameters, rng: np.random.Generator) -> np.ndarray:
     """Render given parameters: image (H, W, 3) uint8 -> (H, W, 3) uint8. rng places the streaks."""
     check_image(image)
@@ -232,7 +251,7 @@ def _veil_depth(p: RainParameters, sheets: np.ndarray, rng: np.random.Generator)
         ground = p.horizon + 0.15
     sheet = 1.0 + p.patchiness * (2.0 * sheets - 1.0)
     spray = p.spray * smooth_noise(rng, h, w) ** 2 * np.exp(-(((rows - ground) / 0.22) ** 2))
-    return 1.5 * np.tanh((p.veil * distance * sheet + spray) / 1.5)  # at most 1.5: a person still sees the object
+    return p.densest * np.tanh((p.veil * distance * sheet + spray) / p.densest)
 
 
 def _add_streaks(depth: np.ndarray, layer: StreakLayer, p: RainParameters, sheets: np.ndarray,

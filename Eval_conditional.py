@@ -70,7 +70,7 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that th
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector of the training run
 RAIN_DETECTOR_PATH = "./rain_detector_pretrained/rain_detector_best.pt"  # from Training_RainDetector.py
 RAIN_THRESHOLD: float | None = 0.5      # an image is rainy from this probability on; None: the rain detector's own
-SPDNET_MODEL_PATH = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet
+SPDNET_MODEL_PATH: str | None = "./outputs_spdnet_adaptation/spdnet_adapted.pt"  # the adapted SPDNet; "" leaves it out
 ORIGINAL_SPDNET_PATH: str | None = "./model_spa.pt"  # SPDNet before adaptation; "" leaves its rows out
 DERAIN_SCALE = 1.0                      # as in the training of SPDNET_MODEL_PATH
 DERAIN_MODEL_PATH: str | None = ""      # a U-Net or NAFNet, adapted or not; "" leaves its rows ("derainer") out
@@ -109,8 +109,8 @@ _FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", 
 _DOMAINS = ("clean", "rainy")
 _RAINY_DETECTORS = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR"}
 _PIPELINES = {"soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
-_OPTIONAL = {"original": "ORIGINAL_SPDNET_PATH", "derainer": "DERAIN_MODEL_PATH", "adapter": "ADAPTER_PATH",
-             **_RAINY_DETECTORS, **_PIPELINES}  # branches that an empty constant leaves out
+_OPTIONAL = {"original": "ORIGINAL_SPDNET_PATH", "adapted": "SPDNET_MODEL_PATH", "derainer": "DERAIN_MODEL_PATH",
+             "adapter": "ADAPTER_PATH", **_RAINY_DETECTORS, **_PIPELINES}  # branches that an empty constant leaves out
 
 
 def build_loaders(cfg, id2label):
@@ -126,8 +126,9 @@ def build_loaders(cfg, id2label):
 class Models(NamedTuple):
     """What is compared.
 
-    Branches: "vanilla", "adapted", and where their constants are set "original", "derainer" (U-Net or NAFNet),
-    "fine-tuned", "feature", "adapter", "soft-trained", "hard-trained" (SPDNets that were trained together with a gate).
+    Branches: "vanilla", and where their constants are set "original" and "adapted" (SPDNet), "derainer" (U-Net or
+    NAFNet), "fine-tuned", "feature", "adapter", "soft-trained", "hard-trained" (SPDNets that were trained together with
+    a gate).
     All are (pixel_values) -> outputs with logits and pred_boxes; those that de-rain do it with every image and have
     `rain_stats`.
     """
@@ -166,7 +167,6 @@ def build_models(cfg, device):
     """-> Models, in eval mode on `device`; says which rows are left out."""
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
     vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
-    integrated_model.require_trained_scale(cfg.SPDNET_MODEL_PATH, cfg.DERAIN_SCALE)
     given = {name: getattr(cfg, constant) for name, constant in _OPTIONAL.items() if getattr(cfg, constant)}
 
     def behind(derainer, scale=cfg.DERAIN_SCALE):
@@ -175,7 +175,9 @@ def build_models(cfg, device):
     branches = {"vanilla": vanilla}
     if "original" in given:
         branches["original"] = behind(load_spdnet(given["original"], constant="ORIGINAL_SPDNET_PATH"))
-    branches["adapted"] = behind(load_spdnet(cfg.SPDNET_MODEL_PATH, constant="SPDNET_MODEL_PATH"))
+    if "adapted" in given:
+        integrated_model.require_trained_scale(given["adapted"], cfg.DERAIN_SCALE)
+        branches["adapted"] = behind(load_spdnet(given["adapted"], constant="SPDNET_MODEL_PATH"))
     if "derainer" in given:
         branches["derainer"] = behind(load_trained(given["derainer"], constant="DERAIN_MODEL_PATH"),
                                       integrated_model.trained_scale(given["derainer"]))
@@ -189,6 +191,22 @@ def build_models(cfg, device):
             reason = "not there" if cfg.demo else "empty"
             processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
     return Models(rain_detector, branches, pipelines, steps_of(branches, cfg.GATE_STEPS))
+
+
+def leading(branches):
+    """-> name of the branch that pictures, sweep and speed show: the adapted SPDNet where there is one."""
+    return next(name for name in ("adapted", *branches) if name in branches and name not in ("vanilla", "original"))
+
+
+def behind_gate(rain_detector, branches, threshold):
+    """-> ConditionalRainRobustRTDETR of the leading branch, in eval mode."""
+    branch, vanilla = branches[leading(branches)], branches["vanilla"]
+    if isinstance(branch, ConditionalRainRobustRTDETR):
+        made = ConditionalRainRobustRTDETR(rain_detector, branch.derain_module, vanilla, threshold,
+                                           derain_scale=branch.derain_scale)
+    else:
+        made = ConditionalRainRobustRTDETR(rain_detector, None, vanilla, threshold, rainy_detector=branch)
+    return made.eval()
 
 
 def steps_of(branches, number):
@@ -313,10 +331,8 @@ def measure_latency(cfg, rain_detector, branches, device):
     """
     whole = {}
     for weather, threshold in (("clean", np.inf), ("rainy", -np.inf)):  # the images are noise: decide for the gate
-        pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
-                                               derain_scale=cfg.DERAIN_SCALE).to(device).eval()
+        whole[f"conditional, {weather}"] = pipeline = behind_gate(rain_detector, branches, None)
         pipeline.rain_threshold = threshold
-        whole[f"conditional, {weather}"] = pipeline
     gate = {"gate": lambda pixel_values: rain_detector.predict(pixel_values)}
     return comparison.milliseconds_per_image(gate | branches | whole, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
 
@@ -379,8 +395,8 @@ def cost_table(table, batch):
     return report.table(cells, headings)
 
 
-def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
-    """The rows, the gate, the images on which it errs, and the speed on clean images."""
+def print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks):
+    """The rows, the gate, the images on which it errs, and the speed on clean images with the leading branch."""
     headings = {"model": "model"} | {f"{part}/{metric}": f"{part} {metric}" for part in ("clean", "rainy", "mix")
                                      for metric in gates.COLUMNS}
     print("\n" + report.table(table, headings))
@@ -391,7 +407,7 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
                   "stands there")
     print("\nRain detector:\n" + rain_report.describe(gate))
     rows = {row["model"]: row for row in table}
-    vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows["conditional adapted"]["clean/mAP"]
+    vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows[f"conditional {branch}"]["clean/mAP"]
     if not false_alarms:
         print(f"clean images: no false alarm; conditional mAP {gated!r}, vanilla {vanilla!r}")
     else:
@@ -400,8 +416,8 @@ def print_summary(table, latency, gate, false_alarms, missed, fallbacks):
               f"{gated - vanilla:+.4f} against vanilla")
     print(f"rainy images: {len(missed)} taken for clean")
     one = {name: values["batch 1"] for name, values in latency.items()}
-    print(f"clean image, batch 1: {one['conditional, clean']:.1f} ms, always de-raining {one['adapted']:.1f} ms: "
-          f"{one['adapted'] / one['conditional, clean']:.1f} times as fast; the gate is "
+    print(f"clean image, batch 1: {one['conditional, clean']:.1f} ms, always {branch} {one[branch]:.1f} ms: "
+          f"{one[branch] / one['conditional, clean']:.1f} times as fast; the gate is "
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
@@ -425,6 +441,12 @@ def require_usable(cfg):
     whole(0, "no intervals")("RESAMPLES", cfg.RESAMPLES)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     comparison.require_page(cfg)
+    constants = [constant for name, constant in _OPTIONAL.items() if name != "original"]
+    if not any(getattr(cfg, constant) for constant in constants):
+        raise config.UserError(f"{', '.join(constants)} are empty: there is nothing to put behind the gate")
+    if cfg.ORIGINAL_SPDNET_PATH and (problem := system.absent(cfg.ORIGINAL_SPDNET_PATH)):
+        raise config.UserError(f"ORIGINAL_SPDNET_PATH = '{cfg.ORIGINAL_SPDNET_PATH}' {problem}: it is SPDNet before "
+                               'adaptation (model_spa.pt of github.com/Joyies/SPDNet); "" leaves its rows out')
 
 
 def main(**overrides):
@@ -444,8 +466,7 @@ def main(**overrides):
     id2label = id2label_of(branches["vanilla"])
     require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
     loaders_of = build_loaders(cfg, id2label)
-    pipeline = ConditionalRainRobustRTDETR(rain_detector, branches["adapted"].derain_module, branches["vanilla"],
-                                           cfg.RAIN_THRESHOLD, derain_scale=cfg.DERAIN_SCALE).to(device).eval()
+    pipeline, branch = behind_gate(rain_detector, branches, cfg.RAIN_THRESHOLD), leading(branches)
     threshold = pipeline.rain_threshold
 
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
@@ -467,8 +488,8 @@ def main(**overrides):
     latency = measure_latency(cfg, rain_detector, branches, device)
     add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
-    sweep = gates.sweep(parts["mix"], found, scores, "vanilla", "adapted",
-                        {"gate": one["gate"], "plain": one["vanilla"], "branch": one["adapted"]})
+    sweep = gates.sweep(parts["mix"], found, scores, "vanilla", branch,
+                        {"gate": one["gate"], "plain": one["vanilla"], "branch": one[branch]})
     predicted = predictions(data, scores)
     gate = rain_report.summarise(predicted, threshold)
     false_alarms, missed = (mistakes(predicted[domain], threshold) for domain in _DOMAINS)
@@ -476,7 +497,7 @@ def main(**overrides):
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds,
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
-        print_summary(table, latency, gate, false_alarms, missed, fallbacks)
+        print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
         print_thresholds(table, thresholds)
         if sure:
             print("\n" + gate_intervals.text(sure))

@@ -298,9 +298,10 @@ def sample_images(model, loader, id2label):
 def card_of(cfg, images, detector):
     """-> model_card.Card of a detector; images: how many it learns from."""
     id2label = id2label_of(detector)
+    kinds = " and ".join([kind for kind, share in (("clean", cfg.COCO_RATIO), ("rainy", cfg.RAIN_RATIO)) if share])
     return model_card.Card(
         f"Detector for {len(id2label)} classes",
-        f"An object detector, {name_of(detector)}, trained on clean and rainy images.",
+        f"An object detector, {name_of(detector)}, trained on {kinds} images.",
         library="transformers", base=cfg.RTDETR_MODEL_NAME, constants=cfg.as_dict(), load=_LOAD,
         data=[f"{images} training images, {100 * cfg.COCO_RATIO:.0f}% clean and "
               f"{100 * cfg.RAIN_RATIO:.0f}% rainy", f"classes: {', '.join(id2label.values())}"])

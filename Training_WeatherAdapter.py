@@ -171,10 +171,10 @@ def say_result(cfg, base, best, path):
     rows = [{"model": name} | {metric.removeprefix("rain/"): values[metric] for metric in base}
             for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
     processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in list(rows[0])[1:]}))
-    demo, hidden = (" --demo", " --show_derained False") if cfg.demo else ("", "")  # there is no de-rained image
+    demo, shown = (" --demo", " --show_derained False") if cfg.demo else ("", " --source ./photos")  # none is de-rained
     processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
                   f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}\n"
-                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}{hidden}")
+                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}{shown}")
 
 
 def main(**overrides):

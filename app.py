@@ -45,7 +45,7 @@ CHOICES = {                             # {name on the page: constants of detect
     "conditional, specialist": {"MODEL": "conditional", "RAINY_BRANCH": "./outputs_rtdetr_rain/detector"},
     "conditional, adapter": {"MODEL": "conditional", "RAINY_BRANCH": "./outputs_adapter/rain.safetensors"},
     "spdnet": {"MODEL": "spdnet"}, "feature": {"MODEL": "feature"}, "vanilla": {"MODEL": "vanilla"},
-    "rfdetr": {"MODEL": "rfdetr", "WEIGHTS": "./runs/stage2/best.pth"},
+    "rfdetr": {"MODEL": "rfdetr", "WEIGHTS": "./runs/segmentation_nano_384_1/best.pt"},
     "exported": {"MODEL": "exported", "WEIGHTS": "./outputs_export/manifest.json"},
 }
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder

@@ -181,7 +181,7 @@ def namespace_of(experiment):
 def from_command_line(words):
     """-> overrides; the experiment's script says which flags there are."""
     wanted = EXPERIMENT
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, _, value = word.partition("=")
         if flag.lower() == "--experiment":
             wanted = value or after

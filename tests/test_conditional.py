@@ -605,6 +605,21 @@ def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeyp
     json.loads((files / "eval" / "results.json").read_text(encoding="utf-8"))
 
 
+def test_evaluation_needs_no_spdnet(base, files, capsys):
+    """A specialist alone behind the gate: its speed, sweep and pictures stand where the adapted SPDNet's would."""
+    other = new_rtdetr("tiny", {0: "person", 1: "car"})
+    other.save_pretrained(files / "specialist")
+    results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval"), "SPDNET_MODEL_PATH": ""},
+                                    ORIGINAL_SPDNET_PATH="", RAINY_DETECTOR_NAME=str(files / "specialist"), PICTURES=1,
+                                    GATE_STEPS=0)
+    assert [row["model"] for row in results["scores"]] == [
+        "vanilla (never)", "always fine-tuned", "conditional fine-tuned", "oracle gate, fine-tuned"]
+    always = next(row for row in results["scores"] if row["model"] == "always fine-tuned")
+    assert results["sweep"][0]["mAP"] == pytest.approx(always["mix/mAP"])
+    assert "always fine-tuned" in capsys.readouterr().out.rpartition("clean image, batch 1")[2]
+    assert (files / "eval" / "detections.png").is_file()
+
+
 def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
     own = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")}, ORIGINAL_SPDNET_PATH="",
                                 RAIN_THRESHOLD=None, PICTURES=1)
@@ -623,6 +638,8 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
                             ({"RAIN_THRESHOLD": 7}, "RAIN_THRESHOLD"),
                             ({"SOFT_PIPELINE_DIR": "./none"}, "SOFT_PIPELINE_DIR"),
                             ({"DERAIN_MODEL_PATH": "./none.pt"}, "DERAIN_MODEL_PATH"),
+                            ({"SPDNET_MODEL_PATH": ""}, "RAINY_DETECTOR_NAME.* are empty"),
+                            ({"ORIGINAL_SPDNET_PATH": "./none.pt"}, 'ORIGINAL_SPDNET_PATH.*"" leaves its rows out'),
                             ({"RESAMPLES": -1}, "RESAMPLES"), ({"PREFIXES": ("none_",)}, "PREFIXES"),
                             ({"RAIN_SHARE": -1.0}, "RAIN_SHARE")):
         with pytest.raises(UserError, match=message):

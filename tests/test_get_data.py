@@ -16,6 +16,11 @@ from utils import download
 from utils.config import UserError
 
 
+def test_the_first_word_is_the_name():
+    assert get_data.with_name(["coco", "--OUT", "x"]) == ["--NAME", "coco", "--OUT", "x"]
+    assert get_data.with_name([]) == [] and get_data.with_name(["--help"]) == ["--help"]
+
+
 def archive():
     """-> bytes of a zip file of several chunks."""
     file = io.BytesIO()
@@ -51,13 +56,13 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """-> the handler class of a running server; SOURCES has one data set of it, "small"."""
+    """-> the handler class of a running server; _SOURCES has one data set of it, "small"."""
     handler = type("Handler", (Server,), {"asked": []})
 
     def publish(md5=None, file="val2017.zip"):
         source = Source("A small set", "yours", "https://example.org", {"val": Archive(
             f"{handler.address}/{file}", "val2017", md5)})
-        monkeypatch.setitem(get_data.SOURCES, "small", source)
+        monkeypatch.setitem(get_data._SOURCES, "small", source)
     handler.publish = publish
     with serving(handler, monkeypatch) as handler.address:
         publish()
@@ -139,13 +144,13 @@ def test_an_address_that_is_gone_and_a_server_that_is_away(server, tmp_path, mon
     server.publish(file="moved.zip")
     refused(tmp_path, "cannot get http://127.0.0.1:.*/moved.zip .Not Found.: .* by other means")
     away = Archive("http://127.0.0.1:9/a.zip", "a")
-    monkeypatch.setitem(get_data.SOURCES, "small", Source("", "", "", {"val": away}))
+    monkeypatch.setitem(get_data._SOURCES, "small", Source("", "", "", {"val": away}))
     refused(tmp_path, "cannot get http://127.0.0.1:9/a.zip .*refused")
 
 
 def test_what_has_no_address_comes_as_instructions(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    by_hand = [name for name, source in get_data.SOURCES.items() if not source.archives]
+    by_hand = [name for name, source in get_data._SOURCES.items() if not source.archives]
     assert {"acdc", "dawn", "rtts", "rain100l", "rain100h", "raindrop"} == set(by_hand)
     for name in by_hand:
         assert get_data.main(NAME=name) is False
@@ -166,5 +171,5 @@ def test_wrong_constants(changes, message):
 
 
 def test_cocos_parts_make_its_standard_layout():
-    holds = {part: one.holds for part, one in get_data.SOURCES["coco"].archives.items()}
+    holds = {part: one.holds for part, one in get_data._SOURCES["coco"].archives.items()}
     assert holds == {"annotations": "annotations/instances_val2017.json", "val": "val2017", "train": "train2017"}

@@ -292,6 +292,8 @@ def test_detector_training(coco, weights):
     assert "rainy/mAP" not in result["history"][0]
     card = (coco / "more" / "detector" / "README.md").read_text(encoding="utf-8")  # of the best epoch
     assert f"| rainy/mAP | {scores['rainy/mAP']:.4f} |" in card and "8 training images" in card
+    assert "trained on clean and rainy images" in card and "50% clean and 50% rainy" in card
+    assert "trained on clean images" in (coco / "out" / "detector" / "README.md").read_text(encoding="utf-8")
     # data with a class that the detector does not know: new heads
     for path in (coco / "coco" / "annotations").iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace('"car"', '"rickshaw"'), encoding="utf-8")

@@ -33,6 +33,12 @@ def having(lines, *words):
     return [line for line in lines if all(word in line for word in words)]
 
 
+def test_the_command_line_may_be_empty():
+    assert validate_setup.from_command_line([]) == {}
+    found = validate_setup.from_command_line(["--experiment", "spdnet", "--IMAGE_SIZE=320"])
+    assert found == {"EXPERIMENT": "spdnet", "IMAGE_SIZE": 320}
+
+
 def test_a_good_data_set_is_ready_and_the_next_command_runs_stage_1_on_it(tmp_path, capsys):
     code, lines = checked(capsys, write_dataset(tmp_path))
     assert code == 0 and not having(lines, "[FAIL]")

@@ -23,7 +23,7 @@ NAME = ""            # coco, acdc, dawn, rtts, rain100l, rain100h or raindrop
 OUT = ""             # folder to put it in; "" for ./dataset/<NAME>
 PARTS = ()           # some of a data set's parts (coco: train, val, annotations); () for all
 
-ROOM = 1.02          # of a disk beyond what is known to be needed
+_ROOM = 1.02          # of a disk beyond what is known to be needed
 
 
 class Archive(NamedTuple):
@@ -51,7 +51,7 @@ _PAIRS = ("Unpack it so that every rainy image and its clean partner have the sa
           "(files called rain-001.png and norain-001.png have to be renamed first)")
 _VOC = ("Pascal VOC's layout is read as it is (docs/data.md): {out}/JPEGImages, {out}/Annotations and, with lists,",
         "{out}/ImageSets/Main; then for example --COCO_RAIN_DIR {out}")
-SOURCES = {
+_SOURCES = {
     "coco": Source(
         "COCO 2017 (Lin et al., ECCV 2014)",
         "see the terms of use on the page above; the images are Flickr users', each under the licence that the "
@@ -122,8 +122,8 @@ def get(archive, out, name):
 def require_room(out, needed):
     """UserError unless a folder's disk has so many bytes, and a little more."""
     free = shutil.disk_usage(out).free
-    if free < needed * ROOM:
-        raise UserError(f"OUT = '{out.as_posix()}' has {free / 1e9:.2f} GB free, {needed * ROOM / 1e9:.2f} GB are "
+    if free < needed * _ROOM:
+        raise UserError(f"OUT = '{out.as_posix()}' has {free / 1e9:.2f} GB free, {needed * _ROOM / 1e9:.2f} GB are "
                         "needed for the archive and what is in it: free some space, or choose another OUT")
 
 
@@ -171,9 +171,9 @@ def unpack(archive, file, out, name):
 def main(**overrides):
     """Get a data set. -> True where it was downloaded, False where there are steps to do by hand."""
     cfg = config.resolve(globals(), overrides)
-    if cfg.NAME.lower() not in SOURCES:
-        raise UserError(f"NAME = {cfg.NAME!r}: choose one of {', '.join(SOURCES)}")
-    name, source = cfg.NAME.lower(), SOURCES[cfg.NAME.lower()]
+    if cfg.NAME.lower() not in _SOURCES:
+        raise UserError(f"NAME = {cfg.NAME!r}: choose one of {', '.join(_SOURCES)}")
+    name, source = cfg.NAME.lower(), _SOURCES[cfg.NAME.lower()]
     out = Path(cfg.OUT or f"./dataset/{name}")
     parts = tuple(cfg.PARTS) or tuple(source.archives)
     if unknown := [part for part in parts if part not in source.archives]:
@@ -191,6 +191,10 @@ def main(**overrides):
     return True
 
 
+def with_name(words):
+    """-> words of a command line, with --NAME where the first one is a data set's name."""
+    return ["--NAME", *words] if words and not words[0].startswith("-") else words
+
+
 if __name__ == "__main__":
-    WORDS = sys.argv[1:]
-    main(**config.from_command_line(globals(), ["--NAME", *WORDS] if WORDS and not WORDS[0].startswith("-") else WORDS))
+    main(**config.from_command_line(globals(), with_name(sys.argv[1:])))

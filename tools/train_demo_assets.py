@@ -4,7 +4,7 @@
 
     rtdetr/            the detector, trained on clean scenes             Training_RTDETR.py
     spdnet.pt          SPDNet, trained on rainy/clean pairs              Training_SPDNet.py
-    spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py
+    spdnet_adapted.pt  that SPDNet, adapted to the detector              Training_SPDNet_Adaptation.py, fresh rain
     nafnet.pt          NAFNet, trained on rainy/clean pairs              train_unet_derain.py
     nafnet_adapted.pt  that NAFNet, adapted to the detector              Training_SPDNet_Adaptation.py, fresh rain
     rtdetr_rain/       the detector, fine-tuned on rain                  Training_FeatureDerain.py, no module
@@ -13,7 +13,7 @@
     rfdetr_tiny.pth    the RF-DETR of the stage-1 and stage-2 demos      train_detector_stage1.py
 
 All come from this repository's own scripts on procedural scenes (utils/demo/coco.py): up to 10,000 training scenes that
-contain the demo's own 1,200 (spdnet_adapted, rtdetr_rain and rain_detector see only those), validation on the demo's
+contain the demo's own 1,200 (rtdetr_rain and rain_detector see only those), validation on the demo's
 200, which no network is trained on. The detector is trained in two runs, the second at three times the rate of the
 first on twice the scenes: the demos must start from one that has learnt what clean scenes can teach, or any further
 training would look like de-raining. Prints the detectors' scores: RT-DETR must be good on clean scenes (mAP at least
@@ -58,13 +58,13 @@ _RTDETR = {"NUM_EPOCHS": 5, "BATCH_SIZE": 8, "CLIP_NORM": 1.0, "LEARNING_RATE": 
            "BACKBONE_LEARNING_RATE": 1.5e-3, "WARMUP_STEPS": 200, "EMA_DECAY": 0.998}
 _SPDNET = {"NUM_EPOCHS": 4, "PERCENT_DATASET": _HALF, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 200, "BATCH_SIZE": 8,
            "IMAGE_SCALE": 0.5, "PATCH_SIZE": 80, "VAL_IMAGES": 100}  # whole scenes at half size
-_SPDNET_ADAPTED = {"NUM_EPOCHS": 2, "PERCENT_DATASET": 100}  # the demo has less, to end within five minutes
+_ADAPTED = {"RAIN": "fresh", "PERCENT_DATASET": 100, "PRECISION": "bf16", "FAST": ("channels_last",), "BATCH_SIZE": 8,
+            "LEARNING_RATE": 8e-4, "WARMUP_STEPS": 100, "EMA_DECAY": 0.998}
+_SPDNET_ADAPTED = _ADAPTED | {"NUM_EPOCHS": 3}
 _NAFNET = {"ARCH": "nafnet", "NAFNET_WIDTH": 24, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3,
            "EMA_DECAY": 0.998, "PRECISION": "bf16", "IMAGE_SIZE": 160, "CROP_SIZES": (), "CROPS_PER_PAIR": 1,
            "VAL_PAIRS": 100, "TEST_PAIRS": 100, "CACHE_GB": 2.0, "DATALOADER_WORKERS": 0, "REAL_DIR": ""}
-_NAFNET_ADAPTED = {"DERAINER": "nafnet", "DERAIN_SCALE": 1.0, "RAIN": "fresh", "NUM_EPOCHS": 4, "PERCENT_DATASET": 100,
-                   "PRECISION": "bf16", "FAST": ("channels_last",), "BATCH_SIZE": 8, "LEARNING_RATE": 8e-4,
-                   "WARMUP_STEPS": 100, "EMA_DECAY": 0.998}
+_NAFNET_ADAPTED = _ADAPTED | {"DERAINER": "nafnet", "DERAIN_SCALE": 1.0, "NUM_EPOCHS": 4}
 _RTDETR_RAIN = {"DERAIN_TYPE": "none", "PHASE1_EPOCHS": 0, "PHASE2_EPOCHS": 6, "CONSISTENCY_WEIGHT": 0.0,
                 "IDENTITY_WEIGHT": 0.0}  # the baseline of Eval_FeatureDerain.py --demo: as Training_FeatureDerain.py
                                             # --demo --PHASE2_EPOCHS 5, six epochs of the same images
@@ -130,8 +130,9 @@ def main(**overrides):
             Training_SPDNet.main(**common, RAINY_DIR=f"{rainy}/train2017", CLEAN_DIR=f"{clean}/train2017", **_SPDNET)
             keep(work / stage / "spdnet_best.pt", assets / "spdnet.pt")
         elif stage == "spdnet_adapted":
-            Training_SPDNet_Adaptation.main(**common, SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
-                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"), **_SPDNET_ADAPTED)
+            Training_SPDNet_Adaptation.main(**common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, **_SPDNET_ADAPTED,
+                                            SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
+                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"))
             keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
         elif stage == "nafnet":
             train_unet_derain.main(CLEAR_DIR=f"{clean}/train2017", RAINY_DIR=f"{rainy}/train2017",

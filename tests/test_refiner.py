@@ -33,6 +33,20 @@ TINY = str(ROOT / "assets" / "demo" / "instruct_pix2pix_tiny")
 PROMPT = "remove rain artifacts, enhance image quality"
 
 
+_NEEDS = {}  # {trained shapes: GB}
+
+
+@pytest.fixture(autouse=True)
+def _needs_worked_out_once(monkeypatch):
+    """The memory of a step takes seconds to work out, in each of many trainings: once for networks of equal shapes."""
+    original = memory.training_gigabytes
+
+    def known(model, step):
+        key = tuple((p.shape, p.requires_grad) for p in model.parameters())
+        return _NEEDS[key] if key in _NEEDS else _NEEDS.setdefault(key, original(model, step))
+    monkeypatch.setattr(memory, "training_gigabytes", known)
+
+
 def new(mode="one_step", **settings):
     return DiffusionRefiner(diffusion_base.load_base(TINY, PROMPT), mode, **settings).eval()
 

@@ -105,7 +105,7 @@ def test_an_export_that_cannot_be_moves_no_earlier_file(exported, values, monkey
 def test_a_format_named_twice_is_written_once_and_another_size_is_noted(exported, monkeypatch, capsys):
     module, calls = script("export"), []
 
-    def export(model, name, cfg, paths):
+    def export(model, name, cfg, paths, derained):
         calls.append(cfg.FORMATS)
         (Path(cfg.OUTPUT_DIR) / "vanilla.pt2").write_text("new")
         return {}

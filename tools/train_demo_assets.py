@@ -130,9 +130,8 @@ def main(**overrides):
             Training_SPDNet.main(**common, RAINY_DIR=f"{rainy}/train2017", CLEAN_DIR=f"{clean}/train2017", **_SPDNET)
             keep(work / stage / "spdnet_best.pt", assets / "spdnet.pt")
         elif stage == "spdnet_adapted":
-            Training_SPDNet_Adaptation.main(**common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, **_SPDNET_ADAPTED,
-                                            SPDNET_MODEL_PATH=str(assets / "spdnet.pt"),
-                                            RTDETR_MODEL_NAME=str(assets / "rtdetr"))
+            Training_SPDNet_Adaptation.main(**common, COCO_DIR=clean, COCO_RAIN_DIR=rainy, RTDETR_MODEL_NAME=str(
+                assets / "rtdetr"), SPDNET_MODEL_PATH=str(assets / "spdnet.pt"), **_SPDNET_ADAPTED)
             keep(work / stage / "spdnet_adapted.pt", assets / "spdnet_adapted.pt")
         elif stage == "nafnet":
             train_unet_derain.main(CLEAR_DIR=f"{clean}/train2017", RAINY_DIR=f"{rainy}/train2017",

@@ -163,11 +163,21 @@ def trained_pipeline(cfg, name, vanilla, device):
     return pipeline
 
 
-def build_models(cfg, device):
-    """-> Models, in eval mode on `device`; says which rows are left out."""
+def build_models(cfg, device, missing=()):
+    """-> Models, in eval mode on `device`; says which rows are left out.
+
+    Args:
+        missing: constants that are empty because what they name in the demo has not been made yet.
+    Raises:
+        UserError: nothing to put behind the gate; pipelines have one of their own.
+    """
     rain_detector = load_rain_detector(cfg.RAIN_DETECTOR_PATH, device)
     vanilla = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     given = {name: getattr(cfg, constant) for name, constant in _OPTIONAL.items() if getattr(cfg, constant)}
+    gated = [name for name in _OPTIONAL if name != "original" and name not in _PIPELINES]
+    if not given.keys() & set(gated):
+        raise config.UserError(f"{', '.join(_OPTIONAL[name] for name in gated)} are empty: there is nothing to put "
+                               "behind the gate")
 
     def behind(derainer, scale=cfg.DERAIN_SCALE):
         return ConditionalRainRobustRTDETR(AlwaysRainy(), derainer, vanilla, derain_scale=scale).to(device).eval()
@@ -188,7 +198,7 @@ def build_models(cfg, device):
     branches |= {name: behind(one.derain_module, one.derain_scale) for name, one in pipelines.items()}
     for name, constant in _OPTIONAL.items():
         if name not in given:
-            reason = "not there" if cfg.demo else "empty"
+            reason = "not there" if constant in missing else "empty"
             processes.say(f"note: {constant} is {reason}, so the {name} rows are left out")
     return Models(rain_detector, branches, pipelines, steps_of(branches, cfg.GATE_STEPS))
 
@@ -361,7 +371,9 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
             cells = [visualize.draw_detections(images, result, id2label, cfg.SCORE_THRESHOLD, scale)[0]
                      for images, result in ((batch["images"], vanilla), (outputs.derained, outputs))]
             stats = outputs.rain_stats
-            took = "de-rained" if stats["mask"][0] else "left as it is"
+            took = "left as it is"
+            if stats["mask"][0]:
+                took = "de-rained" if pipeline.derain_module else "to the rainy detector"
             cells[1] = visualize.captioned(cells[1], f"{domain}, p = {stats['scores'][0]:.3f}: {took}")
             cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
             rows.append(cells)
@@ -441,9 +453,6 @@ def require_usable(cfg):
     whole(0, "no intervals")("RESAMPLES", cfg.RESAMPLES)
     integrated_model.require_scale(cfg.DERAIN_SCALE)
     comparison.require_page(cfg)
-    constants = [constant for name, constant in _OPTIONAL.items() if name != "original"]
-    if not any(getattr(cfg, constant) for constant in constants):
-        raise config.UserError(f"{', '.join(constants)} are empty: there is nothing to put behind the gate")
     if cfg.ORIGINAL_SPDNET_PATH and (problem := system.absent(cfg.ORIGINAL_SPDNET_PATH)):
         raise config.UserError(f"ORIGINAL_SPDNET_PATH = '{cfg.ORIGINAL_SPDNET_PATH}' {problem}: it is SPDNet before "
                                'adaptation (model_spa.pt of github.com/Joyies/SPDNet); "" leaves its rows out')
@@ -454,14 +463,15 @@ def main(**overrides):
     "sweep", "thresholds", "intervals": of gate_intervals, "details": of report_page}."""
     cfg = config.resolve(globals(), overrides)
     require_usable(cfg)
+    missing = ()
     if cfg.demo:
         ensure_demo()
-        comparison.leave_out_missing(cfg, DEMO, ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR", "FEATURE_MODEL_DIR",
-                                                 "ADAPTER_PATH"))
+        missing = comparison.leave_out_missing(cfg, DEMO, ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR",
+                                                           "FEATURE_MODEL_DIR", "ADAPTER_PATH"))
     comparison.note_same(cfg, ("RTDETR_MODEL_NAME", "RAINY_DETECTOR_NAME"),
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()
-    rain_detector, branches, pipelines, steps = build_models(cfg, device)
+    rain_detector, branches, pipelines, steps = build_models(cfg, device, missing)
     comparison.note_other_sizes({"RTDETR_MODEL_NAME": trained_size(cfg.RTDETR_MODEL_NAME)}, cfg.IMAGE_SIZE)
     id2label = id2label_of(branches["vanilla"])
     require_queries(branches["vanilla"], cfg.IMAGE_SIZE)

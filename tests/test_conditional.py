@@ -620,6 +620,14 @@ def test_evaluation_needs_no_spdnet(base, files, capsys):
     assert (files / "eval" / "detections.png").is_file()
 
 
+def test_a_demos_note_tells_what_is_not_there_from_what_is_empty(base, capsys):
+    cfg = config.resolve(vars(Eval_conditional), base | {
+        "ORIGINAL_SPDNET_PATH": "", "DERAIN_MODEL_PATH": "", "ADAPTER_PATH": ""})
+    Eval_conditional.build_models(cfg, "cpu", missing=["ADAPTER_PATH"])
+    shown = capsys.readouterr().out
+    assert "ADAPTER_PATH is not there" in shown and "DERAIN_MODEL_PATH is empty" in shown
+
+
 def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
     own = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval")}, ORIGINAL_SPDNET_PATH="",
                                 RAIN_THRESHOLD=None, PICTURES=1)
@@ -639,6 +647,7 @@ def test_evaluation_without_the_optional_models_says_so(base, files, capsys):
                             ({"SOFT_PIPELINE_DIR": "./none"}, "SOFT_PIPELINE_DIR"),
                             ({"DERAIN_MODEL_PATH": "./none.pt"}, "DERAIN_MODEL_PATH"),
                             ({"SPDNET_MODEL_PATH": ""}, "RAINY_DETECTOR_NAME.* are empty"),
+                            ({"SPDNET_MODEL_PATH": "", "SOFT_PIPELINE_DIR": "./it"}, "RAINY_DETECTOR_NAME.* are empty"),
                             ({"ORIGINAL_SPDNET_PATH": "./none.pt"}, 'ORIGINAL_SPDNET_PATH.*"" leaves its rows out'),
                             ({"RESAMPLES": -1}, "RESAMPLES"), ({"PREFIXES": ("none_",)}, "PREFIXES"),
                             ({"RAIN_SHARE": -1.0}, "RAIN_SHARE")):

@@ -275,14 +275,14 @@ def roc(false_alarms, recall, chosen, chosen_text, title, path):
 
 
 def threshold_sweep(rows, chosen, path):
-    """mAP, share of images de-rained and ms per image against the gate's threshold, into a PNG.
+    """mAP, share of images that take the rainy branch and ms per image against the gate's threshold, into a PNG.
 
     Args:
         rows: [{"threshold", "derained", "mAP", "ms"}, ...]; chosen: the threshold in use, marked.
     """
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.4))
     x = [row["threshold"] for row in rows]
-    for panel, (key, title) in zip(panels, (("mAP", "mAP on the mix"), ("derained", "share of images de-rained"),
+    for panel, (key, title) in zip(panels, (("mAP", "mAP on the mix"), ("derained", "share of images to the branch"),
                                             ("ms", "ms per image, mean over the mix")), strict=True):
         panel.plot(x, [row[key] for row in rows], marker="o", markersize=3, color=PALETTE[3])
         panel.axvline(chosen, color=PALETTE[0], linewidth=1, linestyle="--")

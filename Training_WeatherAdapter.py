@@ -171,9 +171,11 @@ def say_result(cfg, base, best, path):
     rows = [{"model": name} | {metric.removeprefix("rain/"): values[metric] for metric in base}
             for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
     processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in list(rows[0])[1:]}))
-    demo, shown = (" --demo", " --show_derained False") if cfg.demo else ("", " --source ./photos")  # none is de-rained
+    demo, alone, shown = "", " --ORIGINAL_SPDNET_PATH None --SPDNET_MODEL_PATH None", " --source ./photos"
+    if cfg.demo:  # it has those SPDNets; an adapter de-rains no image that could be shown
+        demo, alone, shown = " --demo", "", " --show_derained False"
     processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
-                  f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}\n"
+                  f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}{alone}\n"
                   f"      python detect.py{demo} --rainy_branch {path.as_posix()}{shown}")
 
 

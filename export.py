@@ -179,7 +179,7 @@ def judged_pairs(cfg, paths):
 
 
 def derainer_pairs(cfg, models, paths):
-    """-> `judged_pairs` where a model is a de-rainer, else (paths, {}).
+    """-> `judged_pairs`; ((), {}) where no model is a de-rainer.
 
     Raises:
         UserError: a CLEAN_DIR that does not fit, before anything is written.
@@ -187,7 +187,7 @@ def derainer_pairs(cfg, models, paths):
     if not any(model.about["kind"] == "derainer" for model in models.values()):
         if cfg.CLEAN_DIR:
             processes.say("note: CLEAN_DIR has no effect without a de-rainer (DERAIN_MODEL_PATH, REFINER_DIR)")
-        return paths, {}
+        return (), {}
     calibrate, judged = judged_pairs(cfg, paths)
     for path, clean in judged.items():
         if clean and datasets.read_image(path).shape != datasets.read_image(clean).shape:

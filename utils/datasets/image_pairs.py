@@ -138,7 +138,7 @@ def is_unlabelled(cfg):
     if rainy_dir and not Path(rainy_dir).is_dir():
         raise UserError(f"COCO_RAIN_DIR = '{Path(rainy_dir).as_posix()}' does not exist: give the folder of COCO_DIR's "
                         "images in rain, which make_rain.py writes, or '' with RAIN = 'fresh', which draws the rain")
-    return without_annotations(cfg.COCO_DIR, rainy_dir)
+    return not rainy_dir or without_annotations(rainy_dir, "")
 
 
 def unlabelled_pairs(coco_dir, rain_dir, train_transform, val_transform, *, percent, seed, fresh_rain=None):

@@ -23,6 +23,9 @@ _DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), e
 _REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer.net", "refiner.net"))  # of mode "pixel"
 
 
+_NO_HALF = {"onnx-fp16": "SPDNet overflows in float16"}
+
+
 class Deployable(nn.Module):
     """A detector with plain tensors in and out: (B, 3, H, W) in [0, 1] -> logits (B, Q, K), pred_boxes (B, Q, 4)."""
 
@@ -57,8 +60,8 @@ def detector(model, image_size, least_map, spdnet=False):
     require_queries(rtdetr_of(model), image_size)
     about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": image_size,
              "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
-    return formats.Model(Deployable(model), about, {"onnx-fp16": "SPDNet overflows in float16"} if spdnet else {},
-                 least_map, formats.Int8(("Conv",), _QUANTISED))
+    return formats.Model(Deployable(model), about, _NO_HALF if spdnet else {}, least_map,
+                         formats.Int8(("Conv",), _QUANTISED))
 
 
 def rain_detector(model, image_size, threshold):
@@ -72,10 +75,9 @@ def rain_detector(model, image_size, threshold):
 def derainer(name, path):
     """-> formats.Model of a de-rainer's file, for images of any size; name: spdnet, unet or nafnet."""
     model = load_derainer(name, path, constant="DERAIN_MODEL_PATH")
-    without = {"onnx-fp16": "SPDNet overflows in float16"} if name == "spdnet" else {}
     multiple = max(model.multiple, 4)  # SPDNet halves twice
     about = {"kind": "derainer", "outputs": ["restored"], "image_size": None, "multiple": multiple}
-    return formats.Model(model, about, without, int8=_DERAINER_INT8)
+    return formats.Model(model, about, _NO_HALF if name == "spdnet" else {}, int8=_DERAINER_INT8)
 
 
 def refiner(folder, licence):

@@ -167,7 +167,7 @@ def add_rain(image: np.ndarray, rng: np.random.Generator, intensity: str = "rand
 
 
 def mist_parameters(rng: np.random.Generator) -> RainParameters:
-    """Mist, fog or distant rain: a veil of any strength and no streak at all."""
+    """Mist or distant rain: a veil through which all is still to be seen, and no streak at all."""
     p = sample_parameters(rng)
     return dataclasses.replace(p, layers=(), veil=float(rng.uniform(0.35, 1.8)), spray=float(rng.uniform(0.0, 0.6)),
                                airlight=float(rng.uniform(0.9, 1.25)), softness=float(rng.uniform(0.0, 0.5)))

@@ -33,7 +33,7 @@ TINY = str(ROOT / "assets" / "demo" / "instruct_pix2pix_tiny")
 PROMPT = "remove rain artifacts, enhance image quality"
 
 
-_NEEDS = {}  # {trained shapes: GB}
+_NEEDS = {}  # {shapes: GB}
 
 
 @pytest.fixture(autouse=True)
@@ -518,6 +518,7 @@ def test_blend_is_lowered_until_the_detector_finds_no_less(base, monkeypatch, ca
 def test_memory_of_a_step_is_known_before_anything_is_loaded(base, capsys):
     """The count on "meta" is that of real tensors, within the few that only a real optimizer needs."""
     from utils import config
+    _NEEDS.clear()  # worked out here, not remembered
     cfg = config.resolve(vars(train), base | {"GRADIENT_CHECKPOINTING": False})
     images = torch.rand(2, 3, 32, 32)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import visualize
 from utils.evaluation import latency
 from utils.networks.rtdetr import new_rtdetr
 from utils.networks.spdnet import SPDNet
@@ -26,7 +27,9 @@ WHOLE_IMAGES = {"CROP_SIZES": (), "CROPS_PER_PAIR": 1, "L1_WEIGHT": 1.0, "SSIM_W
                 "OPTIMIZER": "adam", "BETAS": (0.9, 0.999), "SCHEDULER": "plateau", "WARMUP_STEPS": 0}
 
 SLOW_FILES = ("test_pretend_gpu.py", "test_feature_training.py", "test_conditional.py", "test_scripts.py",
-              "test_export.py", "test_unet_scripts.py", "test_rfdetr_scripts.py", "test_feature_evaluation.py")
+              "test_export.py", "test_unet_scripts.py", "test_rfdetr_scripts.py", "test_feature_evaluation.py",
+              "test_refiner.py", "test_careless_results.py", "test_detector_family.py", "test_export_derainers.py",
+              "test_weather_adapter.py", "test_distillation.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +46,32 @@ def _one_thread():
 def _short_measurements(monkeypatch):
     """Latencies are measured once and without warm-up: no test reads them."""
     monkeypatch.setattr(latency.latencies.__wrapped__, "__defaults__", (0, 1))
+
+
+_DRAWN = set()
+
+
+@pytest.fixture(autouse=True)
+def _few_curves(monkeypatch):
+    """A training draws its curves once for each set of losses and scores; later ones leave an empty file. Drawing all
+    of them took a seventh of the time of all trainings here."""
+    draw = visualize.curves
+
+    def curves(history, path, steps=None):
+        shown = (*steps, *history[-1]) if steps else ()
+        if shown in _DRAWN:
+            path.touch()
+            return
+        draw(history, path, steps)
+        if shown:
+            _DRAWN.add(shown)
+    monkeypatch.setattr(visualize, "curves", curves)
+
+
+@pytest.fixture
+def every_curve(_few_curves):
+    """The next curves are drawn, whatever was drawn before."""
+    _DRAWN.clear()
 
 
 def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "val"), brightness=255):

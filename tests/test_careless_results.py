@@ -294,7 +294,7 @@ def test_pictures_that_cannot_be_written_are_one_line_and_replace_nothing(tmp_pa
     refused(lambda: train_unet_derain.copy_file(path, tmp_path / "copy" / "a.pt"), "a.pt", "free disk space")
 
 
-def test_curves_that_cannot_be_drawn_end_no_training(tmp_path, monkeypatch, capsys):
+def test_curves_that_cannot_be_drawn_end_no_training(tmp_path, monkeypatch, capsys, every_curve):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(plt.Figure, "savefig", full)
@@ -934,10 +934,17 @@ def test_other_pairs_are_another_search(tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["--IMAGE_SIZE"], "expected one argument"), (["-help"], "help"), (["--MODEL_NAME", "a", "b.png"], "b.png"),
 ])
-def test_the_command_line_is_refused_in_one_line(words, expected):
-    answer = subprocess.run([sys.executable, "export.py", *words], cwd=ROOT, capture_output=True, text=True,
+def test_the_command_line_is_refused_in_one_line(words, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.from_command_line(vars(script("export")), words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and expected in told and told.count("\n") == 1, told
+
+
+def test_a_script_refuses_its_command_line_in_one_line():
+    answer = subprocess.run([sys.executable, "export.py", "--IMAGE_SIZE"], cwd=ROOT, capture_output=True, text=True,
                             timeout=300)
-    assert answer.returncode == 2 and expected in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
 
 
 def test_negative_numbers_and_truth_values_of_the_command_line():

@@ -514,7 +514,8 @@ def test_training_moves_spdnet_and_gate_and_not_the_detector(base, files, capsys
     best = result["history"][result["best_epoch"] - 1]
     card = (files / "out" / "pipeline" / "README.md").read_text(encoding="utf-8")
     assert f"| rainy/mAP | {best['rainy/mAP']:.4f} |" in card
-    same = {name: torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items()}
+    trained = after.state_dict()
+    same = {name: torch.equal(value, trained[name]) for name, value in before.state_dict().items()}
     assert all(equal for name, equal in same.items() if name.startswith("detection_module"))
     assert not same["rain_detector.head.0.weight"] and not same["derain_module.output3.weight"]
     assert same["rain_detector.features.0.1.running_mean"]

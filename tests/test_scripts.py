@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import names_in
 from PIL import Image
-from script_processes import killed_at, under_torchrun, with_spawned_loaders
+from script_processes import killed_at, on_two_processes, with_spawned_loaders
 
 import Eval_SPDNet_Adaptation
 import Training_RTDETR
@@ -135,7 +135,7 @@ def test_adaptation_killed_for_real_resumes_bit_for_bit(base, tmp_path):
 def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     settings = base | {"GRADIENT_ACCUMULATION_STEPS": 1, "NUM_EPOCHS": 1, "FEATURE_WEIGHT": 5.0, "BASELINES": False}
     one = Adaptation.main(**settings | {"BATCH_SIZE": 4, "OUTPUT_DIR": str(tmp_path / "one")})
-    printed = under_torchrun("Training_SPDNet_Adaptation", settings | {"OUTPUT_DIR": str(tmp_path / "two")})
+    printed = on_two_processes("Training_SPDNet_Adaptation", settings | {"OUTPUT_DIR": str(tmp_path / "two")})
     assert printed.count("epoch 1/1") == 1  # one process reports
     a, b = (torch.load(tmp_path / out / "last.pt") for out in ("one", "two"))
     assert a["step"] == b["step"] == 2

@@ -71,6 +71,21 @@ def test_the_students_second_pass_uses_the_teachers_queries(detector, monkeypatc
     torch.testing.assert_close(seen["logits"], answer.logits.flip(2), rtol=0, atol=1e-4)
 
 
+def test_without_labels_the_decoder_runs_once_and_learns_the_same(detector):
+    teacher, student = distillation.Teacher(copy.deepcopy(detector)), distillation.Student(detector)
+    answer, terms, runs, gradients = teacher(images()), ("queries",), [], []
+    student.rtdetr.model.decoder.register_forward_hook(lambda *_: runs.append(1))
+    for forward in (lambda: student(0.7 * images(), None, answer, terms),
+                    lambda: distillation.compared(detector, lambda: detector(0.7 * images()), answer, terms)):
+        student.zero_grad(set_to_none=True)
+        forward()[1]["queries"].backward()
+        gradients.append({name: value.grad for name, value in detector.named_parameters() if value.grad is not None})
+        runs.append(0)
+    assert runs == [1, 0, 1, 1, 0] and gradients[0].keys() == gradients[1].keys() != set()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_gradients_reach_the_student_and_nothing_else(detector):
     teacher, student = distillation.Teacher(copy.deepcopy(detector)), distillation.Student(copy.deepcopy(detector))
     freeze.unfreeze(student.rtdetr)

@@ -107,15 +107,18 @@ class Student(nn.Module):
     def forward(self, images, labels, answer, terms=TERMS, over_ranks=True):
         """-> (outputs of the detector, with its own loss where there are labels; {term: scalar Tensor}).
 
+        Without labels nothing is learnt from the detector's own queries, so its decoder runs with the teacher's alone
+        where those are compared, and the outputs are what it answers to them.
+
         Args:
             images: (B, 3, H, W) in [0, 1]; labels: as RT-DETR takes them, None leaves its own loss out.
             answer, terms, over_ranks: see `compared`.
         """
         return compared(self.rtdetr, partial(self.rtdetr, pixel_values=images, labels=labels), answer, terms,
-                        over_ranks)
+                        over_ranks, own_queries=labels is not None)
 
 
-def compared(detector, call, answer, terms=TERMS, over_ranks=True):
+def compared(detector, call, answer, terms=TERMS, over_ranks=True, own_queries=True):
     """-> (outputs of a call of the detector, {term: scalar Tensor}).
 
     Args:
@@ -123,9 +126,12 @@ def compared(detector, call, answer, terms=TERMS, over_ranks=True):
         answer: the teacher's, about the same scenes in the same geometry; terms: those of TERMS that are wanted.
         over_ranks: whether under torchrun all ranks call this together and the terms are those of one batch of all
             their images, as in training; False: of these images alone, whatever the others do.
+        own_queries: False saves a run of the decoder where "queries" is among the terms: the call's decoder gets the
+            teacher's queries, and the outputs belong to them. Only for a call without labels.
     """
-    outputs, inputs = _called(detector, call)
-    asked = {name: value for name, value in inputs.items() if name != "encoder_attention_mask"}
+    theirs = {"inputs_embeds": answer.queries, "reference_points": answer.references}
+    twice = own_queries or "queries" not in terms
+    outputs, inputs = _called(detector, call, {} if twice else theirs)
     found, device_type = {}, answer.logits.device.type
     with float32(device_type):
         if "positions" in terms:
@@ -134,19 +140,23 @@ def compared(detector, call, answer, terms=TERMS, over_ranks=True):
         if "features" in terms:
             found["features"] = feature_loss(inputs["encoder_hidden_states"], answer, over_ranks)
     if "queries" in terms:
-        again = detector.model.decoder(**asked | {"inputs_embeds": answer.queries,
-                                                  "reference_points": answer.references})
+        asked = {name: value for name, value in inputs.items() if name != "encoder_attention_mask"}
+        again = detector.model.decoder(**asked | theirs) if twice else outputs
         with float32(device_type):
             found["queries"] = query_loss(again.intermediate_logits, again.intermediate_reference_points, answer,
                                           over_ranks)
     return outputs, found
 
 
-def _called(detector, call):
-    """-> (outputs of the detector's call, the arguments that its decoder was called with)."""
+def _called(detector, call, instead=None):
+    """-> (outputs of the detector's call, the arguments that its decoder was called with); instead: {name: Tensor} of
+    arguments that it gets in place of its own."""
     seen = {}
-    handle = detector.model.decoder.register_forward_pre_hook(
-        lambda decoder, args, kwargs: seen.update(kwargs), with_kwargs=True)
+
+    def replace(decoder, args, kwargs):
+        seen.update(kwargs | (instead or {}))
+        return args, seen
+    handle = detector.model.decoder.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         return call(), seen
     finally:

@@ -11,7 +11,6 @@ Writes OUTPUT_DIR/results.json, report.html (curves, confusions, calibration, th
 rain_roc.png, rain_mistakes.png and detections.png.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import utils.threads  # noqa: F401 (before torch)
@@ -30,7 +29,7 @@ from utils.conditional_model import (
 from utils.datasets import loaders, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import comparison, gate_intervals, gates, rain_report, report_page
+from utils.evaluation import comparison, gate_intervals, gate_report, gates, rain_report, report_page
 from utils.evaluation.coco import detect, entries
 from utils.evaluation.gates import (
     AlwaysRainy,
@@ -106,7 +105,6 @@ DEMO = {
     "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors",
 }
 _FILES = ("results.json", "report.html", "threshold_sweep.png", "rain_roc.png", "rain_mistakes.png", "detections.png")
-_DOMAINS = ("clean", "rainy")
 _RAINY_DETECTORS = {"fine-tuned": "RAINY_DETECTOR_NAME", "feature": "FEATURE_MODEL_DIR"}
 _PIPELINES = {"soft-trained": "SOFT_PIPELINE_DIR", "hard-trained": "HARD_PIPELINE_DIR"}
 _OPTIONAL = {"original": "ORIGINAL_SPDNET_PATH", "adapted": "SPDNET_MODEL_PATH", "derainer": "DERAIN_MODEL_PATH",
@@ -117,7 +115,7 @@ def build_loaders(cfg, id2label):
     """-> {"clean", "rainy": validation loader}."""
     datasets.require_clean_and_rainy(cfg.COCO_DIR, cfg.COCO_RAIN_DIR)
     found = datasets.clean_rainy_validation(
-        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=_DOMAINS,
+        cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=gates.DOMAINS,
         percent=cfg.PERCENT_DATASET, seed=cfg.SEED, unknown=cfg.UNKNOWN_CATEGORIES)
     return {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
             for domain, data in found.items()}
@@ -295,7 +293,7 @@ def intervals_of(cfg, rows, parts, found, groups, twins):
     """-> the table of gate_intervals.compared, empty where neither RESAMPLES nor PREFIXES asks for it."""
     if not (cfg.RESAMPLES or groups):
         return []
-    return gate_intervals.compared(rows, {domain: parts[domain] for domain in _DOMAINS}, found, groups, twins,
+    return gate_intervals.compared(rows, {domain: parts[domain] for domain in gates.DOMAINS}, found, groups, twins,
                                    cfg.RESAMPLES, cfg.SEED)
 
 
@@ -347,18 +345,6 @@ def measure_latency(cfg, rain_detector, branches, device):
     return comparison.milliseconds_per_image(gate | branches | whole, cfg.IMAGE_SIZE, (1, cfg.EVAL_BATCH_SIZE), device)
 
 
-def add_cost(table, latency):
-    """Mean ms per image on clean and rainy images at batch 1, and images/s at batch N, worked out from the parts' own
-    times and the shares of images that take each."""
-    one, many = ({name: list(values.values())[i] for name, values in latency.items()} for i in (0, -1))
-    for row in table:
-        gated = row["model"].startswith(("conditional", "graded"))
-        for domain in _DOMAINS:
-            share = row[f"derained_{domain}"]
-            cost = [gated * ms["gate"] + share * ms[row["branch"]] + (1 - share) * ms["vanilla"] for ms in (one, many)]
-            row |= {f"ms_{domain}": cost[0], f"images_per_s_{domain}": 1000 / cost[1]}
-
-
 @torch.no_grad()
 def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
     """Page: what came in, with vanilla's detections | what the detector saw, with the pipeline's | ground truth."""
@@ -378,70 +364,6 @@ def draw_page(cfg, pipeline, loaders_of, device, id2label, path):
             cells.append(visualize.draw_truth(batch["images"][0], sample, id2label, scale))
             rows.append(cells)
     visualize.grid(rows, ["vanilla RT-DETR", "conditional", "ground truth"], path)
-
-
-def predictions(data, scores):
-    """-> {domain: {"domain", "paths", "probabilities": of rain}} of the images, as rain_report takes them."""
-    return {domain: {"domain": domain,
-                     "paths": [(data[domain].folder / name).as_posix() for name in data[domain].files],
-                     "probabilities": np.array([scores[domain][i] for i in data[domain].image_ids])}
-            for domain in _DOMAINS}
-
-
-def mistakes(predicted, threshold):
-    """Images of one domain that the gate takes for the other -> [(path, probability), ...]."""
-    return [(path, float(p)) for path, p in zip(predicted["paths"], predicted["probabilities"], strict=True)
-            if (p >= threshold) == (predicted["domain"] == "clean")]
-
-
-def cost_table(table, batch):
-    """-> text: the share of images that each row sends to its rainy branch, ms per image, images/s at `batch`."""
-    headings, cells = {"model": "model"}, [{"model": row["model"]} for row in table]
-    for domain in _DOMAINS:
-        headings |= {f"share_{domain}": f"{domain} to the branch", f"ms_{domain}": f"ms/{domain} image",
-                     f"speed_{domain}": f"{domain}/s, {batch}"}
-        for cell, row in zip(cells, table, strict=True):
-            cell |= {f"share_{domain}": f"{100 * row[f'derained_{domain}']:.1f}%",
-                     f"ms_{domain}": f"{row[f'ms_{domain}']:.1f}",
-                     f"speed_{domain}": f"{row[f'images_per_s_{domain}']:.1f}"}
-    return report.table(cells, headings)
-
-
-def print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks):
-    """The rows, the gate, the images on which it errs, and the speed on clean images with the leading branch."""
-    headings = {"model": "model"} | {f"{part}/{metric}": f"{part} {metric}" for part in ("clean", "rainy", "mix")
-                                     for metric in gates.COLUMNS}
-    print("\n" + report.table(table, headings))
-    print("\n" + cost_table(table, batch=list(latency["vanilla"])[-1]))
-    for name, count in fallbacks.items():
-        if count:
-            print(f"note: the de-rainer of '{name}' answered {count} image(s) with NaN or infinity; the original "
-                  "stands there")
-    print("\nRain detector:\n" + rain_report.describe(gate))
-    rows = {row["model"]: row for row in table}
-    vanilla, gated = rows["vanilla (never)"]["clean/mAP"], rows[f"conditional {branch}"]["clean/mAP"]
-    if not false_alarms:
-        print(f"clean images: no false alarm; conditional mAP {gated!r}, vanilla {vanilla!r}")
-    else:
-        shown = system.listed([f"{Path(path).name} ({p:.3f})" for path, p in false_alarms], 10)
-        print(f"clean images: {len(false_alarms)} false alarm(s): {shown} (results.json has all); conditional mAP "
-              f"{gated - vanilla:+.4f} against vanilla")
-    print(f"rainy images: {len(missed)} taken for clean")
-    one = {name: values["batch 1"] for name, values in latency.items()}
-    print(f"clean image, batch 1: {one['conditional, clean']:.1f} ms, always {branch} {one[branch]:.1f} ms: "
-          f"{one[branch] / one['conditional, clean']:.1f} times as fast; the gate is "
-          f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
-
-
-def print_thresholds(table, thresholds):
-    """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it."""
-    rows = {row["model"]: row for row in table}
-    cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
-              "best": None if chosen["threshold"] is None else f"{chosen['threshold']:.3f}",
-              "score": None if chosen["score"] is None else f"{chosen['score']:.4f}"}
-             for branch, chosen in thresholds.items()]
-    print("\n" + report.table(cells, {"branch": "branch", "now": "mix mAP, threshold as set",
-                                      "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
 
 
 def require_usable(cfg):
@@ -482,7 +404,7 @@ def main(**overrides):
     data = {domain: loader.dataset for domain, loader in loaders_of.items()}
     twins = comparison.are_twins(data["rainy"], data["clean"])
     groups = comparison.ids_by_prefix(data["rainy"], cfg.PREFIXES)
-    parts = {domain: part_of(data[domain]) for domain in _DOMAINS}
+    parts = {domain: part_of(data[domain]) for domain in gates.DOMAINS}
     parts["mix"] = mixed_part(data["clean"], data["rainy"], cfg.RAIN_SHARE, cfg.SEED)
     folder = report.output_folder(cfg.OUTPUT_DIR, _FILES)  # once all else is found: a typo moves no earlier results
     decisions, scores_of = decisions_of(pipeline, branches, pipelines, loaders_of, device)
@@ -496,19 +418,19 @@ def main(**overrides):
     sure = intervals_of(cfg, rows, parts, found, groups, twins)
     thresholds = thresholds_of(parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]})
     latency = measure_latency(cfg, rain_detector, branches, device)
-    add_cost(table, latency)
+    gate_report.add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
     sweep = gates.sweep(parts["mix"], found, scores, "vanilla", branch,
                         {"gate": one["gate"], "plain": one["vanilla"], "branch": one[branch]})
-    predicted = predictions(data, scores)
+    predicted = gate_report.predictions(data, scores)
     gate = rain_report.summarise(predicted, threshold)
-    false_alarms, missed = (mistakes(predicted[domain], threshold) for domain in _DOMAINS)
+    false_alarms, missed = (gate_report.mistakes(predicted[domain], threshold) for domain in gates.DOMAINS)
     results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds,
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
-        print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
-        print_thresholds(table, thresholds)
+        gate_report.print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
+        gate_report.print_thresholds(table, thresholds)
         if sure:
             print("\n" + gate_intervals.text(sure))
         report.write_results(folder / "results.json", cfg.as_dict(), results)

@@ -20,6 +20,7 @@ from utils.evaluation.coco import coco_scores, entries, ground_truth, merged_gro
 from utils.images import to_floats
 
 COLUMNS = ("mAP", "AP50", "AP75")
+DOMAINS = ("clean", "rainy")
 
 
 class AlwaysRainy(torch.nn.Module):

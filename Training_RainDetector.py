@@ -29,11 +29,14 @@ from utils.networks.rain_detector import load_rain_detector, new_rain_detector, 
 from utils.training import engine, run_folder
 from utils.training.plan import Plan
 from utils.transfer import sent
+from utils.weather import kinds
 
 # --- data ---------------------------------------------------------------------------------------------------------
 CLEAN_DIRS = ("./dataset/coco/train2017",)  # clean images, searched recursively
 RAINY_DIRS = ("./dataset/coco_rain/train2017",)  # rainy images, twins of the clean ones or not; () renders all rain
 RENDERED_SHARE = 0.5                    # share of the rainy samples that are rendered anew, the others come from disk
+RAIN_KINDS = {                          # shares of these; also fog, for a gate to a specialist for it
+    "light": 0.25, "medium": 0.15, "heavy": 0.1, "mist": 0.2, "drops": 0.15, "drops and rain": 0.15}
 PERCENT_DATASET: float = 10             # seeded subset of both in percent
 VALIDATION_SHARE = 0.1                  # part that is kept for validation; a clean image and its twin go together
 TEST_CLEAN_DIRS = ()                    # folders that are only scored at the end, best real photographs: dry ...
@@ -76,6 +79,7 @@ _TEST_FILES = ("test.json", "rain_roc.png", "rain_mistakes.png")
 
 def build_data(cfg):
     """-> training data, validation data; no file name is in both."""
+    shares = kinds.require_shares(cfg.RAIN_KINDS)
     if not 0 < cfg.VALIDATION_SHARE < 1:
         raise config.UserError(f"VALIDATION_SHARE = {cfg.VALIDATION_SHARE}: choose a share in (0, 1), such as 0.1")
     for folder in cfg.CLEAN_DIRS:
@@ -101,8 +105,8 @@ def build_data(cfg):
         if both := sum(path.resolve() in trained for path in tested):
             processes.say(f"note: {both} of {len(tested)} images of {constant} are trained on as well: their scores "
                           "say little")
-    return (rain_or_clean.RainClassificationDataset(*parts["train"], cfg.RENDERED_SHARE, True, cfg.SEED, _SIDE),
-            rain_or_clean.RainClassificationDataset(*parts["val"], cfg.RENDERED_SHARE, False, cfg.SEED, _SIDE))
+    return [rain_or_clean.RainClassificationDataset(*parts[part], cfg.RENDERED_SHARE, shares, part == "train", cfg.SEED,
+                                                    _SIDE) for part in ("train", "val")]
 
 
 def parameter_groups(model, cfg):
@@ -178,7 +182,7 @@ def train_and_test(cfg, plan, model, train_loader, val, device):
         score="val/likelihood",
         on_best=partial(save_rain_detector, path=output),
         sample_images=partial(sample_images, dataset=val, device=device), constants=cfg.as_dict(),
-        fixed=("VALIDATION_SHARE", "FALSE_ALARM_RATE", "RENDERED_SHARE", "SEED"),  # also of validation's weather
+        fixed=("VALIDATION_SHARE", "FALSE_ALARM_RATE", "RENDERED_SHARE", "RAIN_KINDS", "SEED"),  # validation too
         validated_on=[len(val.clean), len(val.rainy)], validated_images=val.image_paths(),
         own_files=(output.name, *_TEST_FILES))
     if not output.is_file():

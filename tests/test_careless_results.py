@@ -560,7 +560,7 @@ def test_a_run_of_rfdetr_moves_aside_as_a_whole(again):
     assert names_in(run) == {"previous_1", "previous_2"}
 
 
-@pytest.mark.parametrize("change", ["SEED", "RENDERED_SHARE", "images"])
+@pytest.mark.parametrize("change", ["SEED", "RENDERED_SHARE", "RAIN_KINDS", "images"])
 def test_a_rain_detector_is_not_resumed_on_another_validation(coco, change):
     settings = {"CLEAN_DIRS": (str(coco / "coco" / "train2017"),), "RAINY_DIRS": (str(coco / "coco_rain/train2017"),),
                 "BACKBONE_WEIGHTS": "", "NUM_EPOCHS": 1, "BATCH_SIZE": 4, "PERCENT_DATASET": 100, "WARMUP_STEPS": 0,
@@ -574,7 +574,8 @@ def test_a_rain_detector_is_not_resumed_on_another_validation(coco, change):
     if change == "images":
         for path in (coco / "coco_rain" / "train2017").iterdir():
             path.write_bytes(path.read_bytes() + b"another")
-    other = {"SEED": {"SEED": 3}, "RENDERED_SHARE": {"RENDERED_SHARE": 0.2}, "images": {}}[change]
+    other = {"SEED": {"SEED": 3}, "RENDERED_SHARE": {"RENDERED_SHARE": 0.2}, "RAIN_KINDS": {"RAIN_KINDS": {"fog": 1.0}},
+             "images": {}}[change]
     refused(lambda: module.main(**settings | other, RESUME=True), "last.pt", change)
 
 

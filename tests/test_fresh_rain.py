@@ -13,7 +13,7 @@ from utils import datasets
 from utils.config import UserError
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import FreshRain, fresh_rain
-from utils.datasets.rain_or_clean import KINDS
+from utils.weather.kinds import KINDS
 
 NAMES = {0: "person", 1: "car"}
 HEAVY = FreshRain({"heavy": 1.0}, seed=3, side=64)
@@ -113,7 +113,7 @@ def test_constants_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         fresh_rain(SimpleNamespace(**constants | changes))
     assert fresh_rain(SimpleNamespace(**constants | changes | {"RAIN": "files"})) is None
-    assert fresh_rain(SimpleNamespace(**constants | {"RAIN_KINDS": {"mist": 2, "drops": 0}})).kinds == ["mist"]
+    assert fresh_rain(SimpleNamespace(**constants | {"RAIN_KINDS": {"mist": 2, "drops": 0}})).shares == {"mist": 2}
 
 
 def test_every_kind_is_drawn_as_often_as_asked(coco):

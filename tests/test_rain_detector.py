@@ -17,7 +17,9 @@ from utils.datasets import rain_or_clean
 from utils.datasets.samples import images_below
 from utils.evaluation import rain_report
 from utils.networks.rain_detector import RainDetector, load_rain_detector, new_rain_detector, save_rain_detector
-from utils.weather import rain
+from utils.weather import kinds, rain
+
+SHARES = {"light": 1.0, "mist": 1.0, "drops": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,10 @@ def test_unreachable_imagenet_weights_are_one_clear_line(monkeypatch):
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", [*rain_or_clean.KINDS, None])
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_weather_changes_the_image_and_is_repeatable(kind):
     image = photo((160, 120))
-    one, two = (rain_or_clean.add_weather(image, rain.rng_for(3, "a"), kind) for _ in range(2))
+    one, two = (kinds.add_weather(image, rain.rng_for(3, "a"), kind) for _ in range(2))
     assert one.shape == image.shape and one.dtype == np.uint8 and np.array_equal(one, two)
     assert np.abs(one.astype(int) - image).mean() > 0.3
 
@@ -126,7 +128,7 @@ def test_mist_has_no_streaks_and_lowers_contrast():
 
 def test_fog_hides_more_than_mist():
     image = photo((160, 120))
-    left = {kind: np.mean([rain_or_clean.add_weather(image, rain.rng_for(s, "f"), kind).std() for s in range(12)])
+    left = {kind: np.mean([kinds.add_weather(image, rain.rng_for(s, "f"), kind).std() for s in range(12)])
             for kind in ("mist", "fog")}
     assert left["fog"] < 0.8 * left["mist"] and rain.fog_parameters(rain.rng_for(0, "f")).layers == ()
 
@@ -142,9 +144,9 @@ def test_a_twin_is_never_on_the_other_side(roots):
 
 def test_samples_are_a_function_of_seed_epoch_and_index(roots):
     paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1, side=224)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.5, SHARES, True, seed=1, side=224)
     assert len(data) == 32
-    again = rain_or_clean.RainClassificationDataset(*paths, 0.5, True, seed=1, side=224)
+    again = rain_or_clean.RainClassificationDataset(*paths, 0.5, SHARES, True, seed=1, side=224)
     for key in ((0, 3), (0, 20), (2, 31)):
         a, b = data[key], again[key]
         assert torch.equal(a["image"], b["image"]) and a["image"].shape == (3, 224, 224)
@@ -157,15 +159,15 @@ def test_samples_are_a_function_of_seed_epoch_and_index(roots):
 def test_both_classes_are_augmented_alike(roots):
     """Whatever breaks a shortcut must do so on either side: the same draws on a clean and on a rainy image."""
     paths = [images_below([roots / name], "X") for name in ("clean", "rainy")]
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1, side=224)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, SHARES, True, seed=1, side=224)
     seen = []
     data.augmentation = lambda image: seen.append(image.shape) or image
     for i in range(0, len(data), 5):
         data[0, i]
     assert len(seen) == len(range(0, len(data), 5))
-    plain = rain_or_clean.RainClassificationDataset(*paths, 0.0, False, seed=1, side=224)
+    plain = rain_or_clean.RainClassificationDataset(*paths, 0.0, SHARES, False, seed=1, side=224)
     plain.augmentation = None
-    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, True, seed=1, side=224)
+    data = rain_or_clean.RainClassificationDataset(*paths, 0.0, SHARES, True, seed=1, side=224)
     changed = [not torch.equal(data[0, i]["image"], plain[0, i]["image"]) for i in range(len(data))]
     assert all(changed)
 
@@ -193,9 +195,12 @@ def test_data_errors_name_the_constant(roots, tmp_path):
         images_below([tmp_path / "empty"], "RAINY_DIRS")
     paths = images_below([roots / "clean"], "X")
     with pytest.raises(UserError, match="RENDERED_SHARE"):
-        rain_or_clean.RainClassificationDataset(paths, [], 2.0, True, 0, 224)
+        rain_or_clean.RainClassificationDataset(paths, [], 2.0, SHARES, True, 0, 224)
+    with pytest.raises(UserError, match="RAIN_KINDS = .*'smog'.*fog, drops"):
+        Training.main(CLEAN_DIRS=(str(roots / "clean"),), RAINY_DIRS=(), BACKBONE_WEIGHTS="", RAIN_KINDS={"smog": 1.0},
+                      OUTPUT_DIR=str(tmp_path / "out"))
     with pytest.raises(UserError, match="there is no rain to learn"):
-        rain_or_clean.RainClassificationDataset(paths, [], 0.0, True, 0, 224)
+        rain_or_clean.RainClassificationDataset(paths, [], 0.0, SHARES, True, 0, 224)
 
 
 def test_report_splits_by_prefix_and_draws(roots, model, tmp_path):

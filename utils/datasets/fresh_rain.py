@@ -11,8 +11,7 @@ from torchvision.transforms import v2
 
 from utils import processes
 from utils.config import UserError
-from utils.datasets.rain_or_clean import KINDS, add_weather
-from utils.weather import rain, severity
+from utils.weather import kinds, rain, severity
 
 SOURCES = ("files", "fresh")
 _USUAL = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # RAIN_KINDS that nobody has changed
@@ -22,16 +21,15 @@ class FreshRain:
     """Draws weather on samples.
 
     Args:
-        kinds: {kind of rain_or_clean.KINDS: share}, shares of any sum.
+        shares: {kind of kinds.KINDS: share}, of any sum.
         seed: with the epoch and the image's name it decides on the weather, so that a resumed run, other workers or
             more processes see the same.
         side: the short side in pixels to which larger images are shrunk before, usually the network's input: what is
             drawn finer than that would be lost, and the time with it. 0: never.
     """
 
-    def __init__(self, kinds, seed, side):
-        self.kinds, self.shares = list(kinds), np.array(list(kinds.values()), float) / sum(kinds.values())
-        self.seed, self.side = seed, side
+    def __init__(self, shares, seed, side):
+        self.shares, self.seed, self.side = shares, seed, side
 
     def __call__(self, sample, epoch, name, twin=False):
         """A clean sample {"image": (3, H, W) uint8, "boxes": ...} before its transform -> the same in the rain; twin:
@@ -48,7 +46,7 @@ class FreshRain:
 
     def draw(self, pixels, rng):
         """(H, W, 3) uint8 -> the same in weather of one of the kinds."""
-        return add_weather(pixels, rng, self.kinds[rng.choice(len(self.kinds), p=self.shares)])
+        return kinds.draw(pixels, rng, self.shares)
 
 
 class SteadyWeather(FreshRain):
@@ -81,14 +79,4 @@ def fresh_rain(cfg, side=None):
         return None
     if getattr(cfg, "RAIN_RATIO", 1) == 0:
         processes.say(f"note: RAIN has no effect with RAIN_RATIO = {cfg.RAIN_RATIO}: no training image is to be rainy")
-    shares = cfg.RAIN_KINDS
-    if not isinstance(shares, dict) or not shares.keys() <= KINDS.keys() or not _usable(shares.values()):
-        raise UserError(f"RAIN_KINDS = {shares!r}: give shares of some of {', '.join(KINDS)}, such as "
-                        "{'medium': 0.5, 'heavy': 0.5}")
-    return FreshRain({kind: share for kind, share in shares.items() if share}, cfg.SEED,
-                     cfg.IMAGE_SIZE if side is None else side)
-
-
-def _usable(shares):
-    numbers = all(isinstance(share, (int, float)) and 0 <= share < float("inf") for share in shares)
-    return numbers and sum(shares) > 0
+    return FreshRain(kinds.require_shares(cfg.RAIN_KINDS), cfg.SEED, cfg.IMAGE_SIZE if side is None else side)

@@ -1,7 +1,7 @@
 """Images for the rain detector: clean, rainy from disk, and rainy rendered anew in every epoch.
 
 A detector trained on one generator's streaks learns the generator: elsewhere such a network reached 99.6% on its own
-rain and 15% recall on real rain, mist and snow. Hence the width of `add_weather`, and `break_shortcuts`, which gives
+rain and 15% recall on real rain, mist and snow. Hence the many kinds of weather, and `break_shortcuts`, which gives
 both classes the same JPEG artefacts, resize kernels, blur, noise and brightness, so that none of them tells.
 """
 
@@ -16,33 +16,10 @@ from torchvision.transforms import v2
 
 from utils.config import UserError
 from utils.datasets.samples import digest, epoch_and_index, read_image, sample_randomness
-from utils.weather import rain
-from utils.weather.windshield import add_drops
+from utils.weather import kinds, rain
 
-KINDS = {"light": 0.25, "medium": 0.15, "heavy": 0.1, "mist": 0.2, "drops": 0.15, "drops and rain": 0.15,
-         "fog": 0.0}  # shares of the rain detector's training; fog is for detectors, RAIN_KINDS
 RENDER_SIDE = 384  # short side at which weather is rendered: streaks keep about the width they have at 640
 _KERNELS = (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
-
-
-def add_weather(image, rng, kind=None):
-    """Weather of one kind on a clean photograph.
-
-    Args:
-        image: (H, W, 3) uint8 RGB; rng: numpy Generator; kind: one of KINDS, None draws one.
-    Returns:
-        (H, W, 3) uint8.
-    """
-    kind = kind or list(KINDS)[rng.choice(len(KINDS), p=list(KINDS.values()))]
-    if kind == "mist":
-        return rain.add_mist(image, rng)
-    if kind == "fog":
-        return rain.add_fog(image, rng)
-    if kind == "drops":  # light ones alone can be next to nothing
-        return add_drops(image, rng, ("medium", "heavy")[rng.integers(2)])
-    if kind == "drops and rain":
-        return add_drops(rain.add_rain(image, rng), rng)
-    return rain.add_rain(image, rng, kind)
 
 
 def in_validation(path, share):
@@ -113,13 +90,13 @@ class RainClassificationDataset(torch.utils.data.Dataset):
 
     Args:
         clean, rainy: paths; rainy may be empty, then all rain is rendered.
-        rendered_share: share of the rainy samples that are rendered.
+        rendered_share: share of the rainy samples that are rendered; shares: {kind of kinds.KINDS: share} of these.
         augment: True for training (random crop, `break_shortcuts`), False for the image as the network will see it.
         seed: of everything random.
         side: of the square images, in pixels: what the rain detector sees.
     """
 
-    def __init__(self, clean, rainy, rendered_share, augment, seed, side):
+    def __init__(self, clean, rainy, rendered_share, shares, augment, seed, side):
         if not clean:
             raise UserError("CLEAN_DIRS has too few images for training and validation")
         if not 0 <= rendered_share <= 1:
@@ -128,7 +105,7 @@ class RainClassificationDataset(torch.utils.data.Dataset):
             raise UserError("RENDERED_SHARE is 0 and RAINY_DIRS has no image for training or for validation: there is "
                             "no rain to learn")
         self.clean, self.rainy, self.seed, self.side = list(clean), list(rainy), seed, side
-        self.rendered_share = rendered_share if rainy else 1.0
+        self.rendered_share, self.shares = rendered_share if rainy else 1.0, shares
         self.augmentation = break_shortcuts(side) if augment else None
 
     def __len__(self):
@@ -152,7 +129,7 @@ class RainClassificationDataset(torch.utils.data.Dataset):
             if render:
                 pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
                 rng = rain.rng_for(self.seed, f"{epoch}:{path.name}")
-                image = torch.from_numpy(add_weather(pixels, rng)).permute(2, 0, 1)
+                image = torch.from_numpy(kinds.draw(pixels, rng, self.shares)).permute(2, 0, 1)
             image = tv_tensors.Image(image)
             image = self.augmentation(image) if self.augmentation else _stretched(image, self.side)
         return {"image": image, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),

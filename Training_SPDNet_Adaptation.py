@@ -27,7 +27,9 @@ from utils.datasets.fresh_rain import fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after
 from utils.evaluation import coco as coco_evaluation
+from utils.evaluation.agreement import agreement
 from utils.evaluation.coco import detection_scores, ground_truth
+from utils.networks import distillation
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
 from utils.training import engine, run_folder
 from utils.training.plan import Plan
@@ -72,6 +74,8 @@ SEED = 0                                # subset, order, augmentation
 DETECTION_WEIGHT = 1.0                  # RT-DETR's loss on the de-rained image
 FEATURE_WEIGHT = 5.0                    # its features against those of the clean twin, relative squared error
 FEATURE_LEVEL = "backbone"              # which features: backbone, encoder or both
+QUERIES_WEIGHT = 0.0                    # its answers to the queries of the clean twin, see docs/conditional.md
+POSITIONS_WEIGHT = 0.0                  # its scores and boxes by which queries are chosen, against those there
 RECONSTRUCTION_WEIGHT = 0.0             # L1 between de-rained image and clean twin
 IDENTITY_WEIGHT = 0.0                   # L1 between de-rained clean twin and itself: clean images stay as they are
 
@@ -94,6 +98,8 @@ DEMO = {
     "DATALOADER_WORKERS": 0, "EVAL_BATCH_SIZE": 8,
 }
 _OUTPUTS, _PICTURE_FILE = ("derainer_adapted.pt", "spdnet_adapted.pt"), "before_after.png"  # in OUTPUT_DIR
+_TEACHER_TERMS = {"queries": "QUERIES_WEIGHT", "positions": "POSITIONS_WEIGHT"}  # features: as FEATURE_WEIGHT says
+_UNLABELLED = {"features": "FEATURE_WEIGHT"} | _TEACHER_TERMS  # what can be learnt from, and validated, without labels
 
 
 def build_model(cfg, device):
@@ -124,14 +130,15 @@ def build_data(cfg, id2label):
     """-> Data"""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     if datasets.is_unlabelled(cfg):
-        processes.say("no annotations: adapting by feature consistency alone, 10% of the pairs kept for validation")
+        processes.say("no annotations: adapting by the clean twins alone, 10% of the pairs kept for validation")
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
                                                percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))
         return Data(train, val, labelled=False)
-    needs_twins = cfg.FEATURE_WEIGHT or cfg.RECONSTRUCTION_WEIGHT or cfg.IDENTITY_WEIGHT
+    needs_twins = any(getattr(cfg, constant) for constant in (*_UNLABELLED.values(), "RECONSTRUCTION_WEIGHT",
+                                                              "IDENTITY_WEIGHT"))
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
-        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(needs_twins),
+        rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=needs_twins,
         unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
@@ -141,21 +148,29 @@ def build_data(cfg, id2label):
 
 def build_plan(cfg):
     """-> Plan; UserError for settings that cannot be."""
-    return Plan.of(cfg, loss_weights={"detection": "DETECTION_WEIGHT", "features": "FEATURE_WEIGHT",
-                                      "reconstruction": "RECONSTRUCTION_WEIGHT", "identity": "IDENTITY_WEIGHT"})
+    return Plan.of(cfg, loss_weights={"detection": "DETECTION_WEIGHT"} | _UNLABELLED | {
+        "reconstruction": "RECONSTRUCTION_WEIGHT", "identity": "IDENTITY_WEIGHT"})
 
 
-def compute_losses(model, batch, weights, clean_features, feature_level):
+def teacher_of(detector, weights):
+    """-> distillation.Teacher of the frozen detector where one of its terms is wanted, else None."""
+    return distillation.Teacher(detector) if weights.keys() & _TEACHER_TERMS.keys() else None
+
+
+def compute_losses(model, batch, weights, clean_features, feature_level, teacher=None, over_ranks=True):
     """Named losses of one batch, scalars: those in `weights`, and "clamped", the share of values cut by the clamp.
 
     Args:
         model: RainRobustRTDETR or its distributed wrapper; batch: see datasets.to_device, with "twins" where needed.
         clean_features: RainRobustRTDETR.clean_features, which makes the targets of the feature term.
+        teacher: see `teacher_of`; over_ranks: see distillation.compared.
     """
     outputs = model(batch["images"], labels=batch["labels"] if "detection" in weights else None,
                     clean=batch["twins"] if "identity" in weights else None,
-                    feature_level=feature_level if "features" in weights else None)
-    terms = {"clamped": outputs.clamped}
+                    feature_level=feature_level if "features" in weights else None,
+                    answer=teacher(batch["twins"]) if teacher else None,
+                    terms=[name for name in _TEACHER_TERMS if name in weights], over_ranks=over_ranks)
+    terms = {"clamped": outputs.clamped} | (outputs.taught or {})
     if "detection" in weights:
         terms["detection"] = outputs.loss
     if "features" in weights:
@@ -168,12 +183,17 @@ def compute_losses(model, batch, weights, clean_features, feature_level):
     return terms
 
 
-def evaluate(model, loader, device, truth, weights, cfg):
-    """-> {"rain/mAP", "rain/AP50", ...} on the rainy validation images; {"rain/consistency": minus the feature loss}
-    without labels."""
+def evaluate(model, loader, device, truth, weights, cfg, teacher):
+    """-> {"rain/mAP", "rain/AP50", ...} on the rainy validation images; without labels {"rain/consistency": minus the
+    feature loss}, with a teacher what `agreement` says."""
     if truth is not None:
         scores, _ = detection_scores(model, loader, device, truth, name="rainy validation")
         return {f"rain/{name}": scores[name] for name in coco_evaluation.METRICS}
+    if teacher:
+        weights = {name: weight for name, weight in weights.items() if name in _UNLABELLED}
+        return agreement(partial(compute_losses, model, weights=weights, clean_features=model.clean_features,
+                                 feature_level=cfg.FEATURE_LEVEL, teacher=teacher, over_ranks=False),
+                         loader, device, weights)
 
     def consistency(batch):
         batch = datasets.to_device(batch, device)
@@ -237,25 +257,28 @@ def train_and_show(cfg, plan, model, data, device):
     train_loader = loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED)
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
     truth = ground_truth(val.annotations) if labelled else None
-    output, baselines = output_file(cfg), {}
+    output, baselines, teacher = output_file(cfg), {}, teacher_of(model.detection_module, plan.loss_weights)
+    without = {"score": "rain/agreement" if teacher else "rain/consistency",
+               "fixed": ("FEATURE_LEVEL", *(_UNLABELLED.values() if teacher else ()))}  # what is scored without labels
     if labelled and cfg.BASELINES:
         baselines = baselines_before_training(model, val_loader, device, truth, cfg)
 
     result = engine.fit(
         model, train_loader,
         partial(compute_losses, weights=plan.loss_weights, clean_features=model.clean_features,
-                feature_level=cfg.FEATURE_LEVEL),
+                feature_level=cfg.FEATURE_LEVEL, teacher=teacher),
         plan, output_dir=cfg.OUTPUT_DIR,
         parameters=[{"params": [p for p in model.derain_module.parameters() if p.requires_grad],
                      "lr": cfg.LEARNING_RATE}],
-        evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth, weights=plan.loss_weights, cfg=cfg),
-        score="rain/mAP" if labelled else "rain/consistency",
+        evaluate=partial(evaluate, loader=val_loader, device=device, truth=truth, weights=plan.loss_weights, cfg=cfg,
+                         teacher=teacher),
+        score="rain/mAP" if labelled else without["score"],
         on_best=partial(save_derainer, path=output),
         sample_images=partial(sample_images, dataset=val, device=device,
                               id2label=id2label_of(model.detection_module)),
         constants=cfg.as_dict(), own_files=(*_OUTPUTS, _PICTURE_FILE),
         fixed=("IMAGE_SIZE", "DERAIN_SCALE", "DERAINER",
-               *(() if labelled else ("FEATURE_LEVEL",)),  # unlabelled: what is scored
+               *(() if labelled else without["fixed"]),
                *(("RAIN_KINDS",) if val.fresh_rain else ())),  # and on what, where there is no COCO_RAIN_DIR
         validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
@@ -287,8 +310,9 @@ def main(**overrides):
     model = build_model(cfg, device)
     require_queries(model.detection_module, cfg.IMAGE_SIZE)
     data = build_data(cfg, id2label_of(model.detection_module))
-    if not data.labelled and not cfg.FEATURE_WEIGHT:
-        raise config.UserError("without annotations FEATURE_WEIGHT must be above 0: it is what is validated")
+    if not data.labelled and not any(getattr(cfg, constant) for constant in _UNLABELLED.values()):
+        raise config.UserError(f"without annotations one of {', '.join(_UNLABELLED.values())} must be above 0: it is "
+                               "what is validated")
     with run_folder.claimed(cfg.OUTPUT_DIR):
         return train_and_show(cfg, plan, model, data, device)
 

@@ -1,6 +1,7 @@
 """SPDNet in front of a frozen RT-DETR: outputs, gradients, files, and what frozen has to mean."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from conftest import small_spdnet
 from utils import freeze, integrated_model, losses
 from utils.config import UserError
 from utils.integrated_model import RainRobustRTDETR, load_integrated_model
-from utils.networks import clamp
-from utils.networks.rtdetr import FEATURE_LEVELS, new_rtdetr
+from utils.networks import clamp, distillation
+from utils.networks.rtdetr import FEATURE_LEVELS, load_rtdetr, new_rtdetr
 from utils.networks.spdnet import SPDNet
 from utils.networks.unet import new_unet
 
+ROOT = Path(__file__).resolve().parent.parent
 LABELS = [{"class_labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.2, 0.1, 0.1]])},
           {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
 
@@ -57,6 +59,24 @@ def test_asking_for_features_changes_no_output(model, images, level):
     same = model.clean_features(rich.derained.detach(), level)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same, rich.features, strict=True))
     assert losses.feature_consistency(rich.features, same) < 1e-9
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_a_teachers_answers_are_compared_with_those_on_derained_images(images, labels):
+    detector = load_rtdetr(str(ROOT / "assets" / "demo" / "rtdetr"))  # a new one is sure of nothing
+    model, teacher = RainRobustRTDETR(small_spdnet(), detector, freeze_detection=True), distillation.Teacher(detector)
+    derained = model.derain(images).detach()
+    outputs = model(images, labels=labels, feature_level="both", answer=teacher(derained), terms=distillation.TERMS)
+    assert outputs.taught.keys() == set(distillation.TERMS) and len(outputs.features) == 6
+    assert all(abs(value.item()) < 1e-5 for value in outputs.taught.values())
+    if labels:
+        assert torch.equal(outputs.loss, model(images, labels=labels, feature_level="both").loss)
+    again = model(images, labels=labels, answer=teacher(1 - derained), terms=("queries", "positions"))
+    sum(again.taught.values()).backward()
+    assert all(value.item() > 0.01 for value in again.taught.values())
+    assert any(parameter.grad.abs().max() > 0 for parameter in model.derain_module.parameters()
+               if parameter.grad is not None)
+    assert all(parameter.grad is None for parameter in model.detection_module.parameters())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

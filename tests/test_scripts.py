@@ -156,8 +156,21 @@ def test_adaptation_without_labels(base, coco):
     result = Adaptation.main(**base, DETECTION_WEIGHT=0.0, FEATURE_WEIGHT=1.0)
     assert result["history"][-1]["features"] < result["history"][0]["features"]
     assert result["best_score"] < 0 and "rain/consistency" in result["history"][0]
-    with pytest.raises(UserError, match="FEATURE_WEIGHT"):
+    with pytest.raises(UserError, match="FEATURE_WEIGHT, QUERIES_WEIGHT"):
         Adaptation.main(**base, DETECTION_WEIGHT=0.0, FEATURE_WEIGHT=0.0, RECONSTRUCTION_WEIGHT=1.0)
+    taught = base | {"RTDETR_MODEL_NAME": str(ROOT / "assets/demo/rtdetr"), "DETECTION_WEIGHT": 0.0,
+                     "FEATURE_WEIGHT": 0.0, "QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0}
+    result = Adaptation.main(**taught)
+    assert result["history"][-1]["rain/agreement"] > result["history"][0]["rain/agreement"]
+    best = result["history"][result["best_epoch"] - 1]
+    assert result["best_score"] == best["rain/agreement"] == -best["rain/queries"] - best["rain/positions"]
+    with pytest.raises(UserError, match="POSITIONS_WEIGHT was 1.0, is now 2.0"):
+        Adaptation.main(**taught | {"POSITIONS_WEIGHT": 2.0, "RESUME": True})
+
+
+def test_adaptation_learns_the_answers_on_clean_twins_besides(base):
+    result = Adaptation.main(**base | {"QUERIES_WEIGHT": 1.0, "NUM_EPOCHS": 1, "PICTURES": 0, "BASELINES": False})
+    assert {"queries", "features", "detection", "rain/mAP"} <= set(result["history"][0])
 
 
 @pytest.mark.parametrize(("change", "message"), [

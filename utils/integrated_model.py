@@ -12,6 +12,7 @@ from utils import checkpoint, freeze, report
 from utils.config import UserError
 from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.derainers import load_derainer
+from utils.networks.distillation import compared
 from utils.networks.rtdetr import backbone_features, clean_features, detect_from_features, load_rtdetr, select_features
 from utils.networks.spdnet import SPDNet, load_spdnet
 from utils.networks.spdnet_init import init_near_identity
@@ -29,6 +30,7 @@ class RainRobustOutput(RTDetrObjectDetectionOutput):
     clamped: torch.Tensor | None = None  # scalar, share of values that the clamp cut
     derained_clean: torch.Tensor | None = None  # (B', 3, H, W) in [0, 1], only where `clean` was given
     features: tuple | None = None  # (B, C, h, w) per level, only where they were asked for
+    taught: dict | None = None  # {term of distillation.TERMS: scalar}, only with a teacher's answer
 
 
 def require_scale(derain_scale):
@@ -200,7 +202,8 @@ class RainRobustRTDETR(nn.Module):
         """(B, 3, H, W) rainy in [0, 1] -> the same shape and range, de-rained."""
         return clamp_with_return(self.derain_unclamped(pixel_values))
 
-    def forward(self, pixel_values, labels=None, clean=None, feature_level=None):
+    def forward(self, pixel_values, labels=None, clean=None, feature_level=None, answer=None, terms=(),
+                over_ranks=True):
         """De-rain and detect.
 
         Args:
@@ -208,16 +211,28 @@ class RainRobustRTDETR(nn.Module):
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             clean: None, or (B', 3, H, W) images that only pass the de-rainer (for an identity loss).
             feature_level: None or one of detector.FEATURE_LEVELS: which features of the de-rained images to return.
+            answer: what a teacher says of the clean twins (distillation.Answer), or None. terms, over_ranks: of the
+                comparison with it, see distillation.compared.
         Returns:
             RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
-            `clamped`, and where asked for `derained_clean` and `features`.
+            `clamped`, and where asked for `derained_clean`, `features` and `taught`.
         """
         batch = pixel_values.shape[0]  # len() would fix the batch of an exported file
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
         images = clamp_with_return(restored)
-        outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)
+        features, taught = None, None
+
+        def detect():
+            nonlocal features
+            outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)
+            return outputs
+        if answer is None:
+            outputs = detect()
+        else:
+            outputs, taught = compared(self.detection_module, detect, answer, terms, over_ranks,
+                                       own_queries=labels is not None)
         return RainRobustOutput(**outputs, derained=images[:batch], features=features, clamped=cut_share(restored),
-                                derained_clean=None if clean is None else images[batch:])
+                                derained_clean=None if clean is None else images[batch:], taught=taught)
 
     def clean_features(self, images, feature_level):
         """See utils.networks.rtdetr.clean_features."""

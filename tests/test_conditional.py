@@ -326,8 +326,17 @@ def perfect_in_their_domain(files, small_detector):
     return clean, rainy, perfect, nothing, found
 
 
-def test_scores_of_a_mix_by_hand(files, small_detector):
-    """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found."""
+@pytest.mark.parametrize("numbers", [{1: 1, 3: 3}, {1: 3, 3: 1}, {1: 7, 3: 9}])
+def test_scores_of_a_mix_by_hand(files, small_detector, numbers):
+    """Perfect boxes on the rainy half, none on the clean half: only rainy images' objects are found; whatever numbers
+    the rainy file gives its categories."""
+    path = files / "coco_rain" / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for category in content["categories"]:
+        category["id"] = numbers[category["id"]]
+    for note in content["annotations"]:
+        note["category_id"] = numbers[note["category_id"]]
+    path.write_text(json.dumps(content), encoding="utf-8")
     clean, rainy, perfect, nothing, found = perfect_in_their_domain(files, small_detector)
     part = mixed_part(clean, rainy, 0.5, 0)
     parts = {"clean": part_of(clean), "rainy": part_of(rainy), "mix": part}

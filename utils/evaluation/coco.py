@@ -67,21 +67,26 @@ def identity(truth, masks=False):
             sorted(str([note.get(key) for key in keys]) for note in content["annotations"])]
 
 
-def merged_ground_truth(sources, new_ids):
+def merged_ground_truth(sources, new_ids, categories):
     """-> pycocotools COCO of chosen images of several sources.
 
     Args:
-        sources: {name: what `read_annotations` takes}, whose categories agree where they share an id.
+        sources: {name: what `read_annotations` takes}.
         new_ids: {(name, image id in that source): image id in the result}.
+        categories: {name: {category id in that source: id in the result}}, without those that count neither way.
     """
     merged = {"images": [], "annotations": [], "categories": {}}
     for name, source in sources.items():
         content = read_annotations(source)
-        merged["categories"] |= {category["id"]: category for category in content["categories"]}
+        number = categories[name]
+        merged["categories"] |= {number[one["id"]]: one | {"id": number[one["id"]]}
+                                 for one in content["categories"] if one["id"] in number}
         merged["images"] += [image | {"id": new_ids[name, image["id"]]} for image in content["images"]
                              if (name, image["id"]) in new_ids]
-        merged["annotations"] += [note | {"image_id": new_ids[name, note["image_id"]]}
-                                  for note in content["annotations"] if (name, note["image_id"]) in new_ids]
+        merged["annotations"] += [
+            note | {"image_id": new_ids[name, note["image_id"]], "category_id": number[note["category_id"]]}
+            for note in content["annotations"]
+            if (name, note["image_id"]) in new_ids and note["category_id"] in number]
     notes = [note | {"id": number} for number, note in enumerate(merged["annotations"], 1)]
     return _indexed(_without_thin_boxes(
         merged | {"annotations": notes, "categories": list(merged["categories"].values())}))

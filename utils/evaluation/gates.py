@@ -108,8 +108,11 @@ def mixed_part(clean, rainy, rain_share, seed):
         dry = _seeded(clean, round((1 - rain_share) * total), seed)
     keys = [("clean", clean.image_ids[i]) for i in dry] + [("rainy", rainy.image_ids[i]) for i in wet]
     new_ids = {key: number for number, key in enumerate(keys, 1)}
-    category_of = _same_categories(clean, rainy)
-    truth = merged_ground_truth({"clean": clean.annotations, "rainy": rainy.annotations}, new_ids)
+    category_of = _common_categories(clean, rainy)
+    truth = merged_ground_truth(
+        {data.domain: data.annotations for data in (clean, rainy)}, new_ids,
+        {data.domain: {category: category_of[label] for label, category in data.category_of.items()}
+         for data in (clean, rainy)})
     return Part(keys, truth, new_ids, category_of)
 
 
@@ -118,13 +121,14 @@ def _seeded(data, count, seed):
     return datasets.seeded_subset(data.files, 100 * count / len(data.files), seed) if count else []
 
 
-def _same_categories(clean, rainy):
-    """-> {label: category id} of both annotation files, which must agree: one id for a class, one class for an id."""
-    both = clean.category_of | rainy.category_of
-    agree = all(both[label] == category for label, category in clean.category_of.items())
-    if not agree or len(set(both.values())) < len(both):
-        raise UserError(f"{clean.annotations} and {rainy.annotations} number their "
-                        "categories differently: they cannot be mixed")
+def _common_categories(clean, rainy):
+    """-> {label: category id} for both annotation files: the clean one's numbers, and new ones for classes that only
+    the rainy one has where its own mean something else there."""
+    both = dict(clean.category_of)
+    for label, category in rainy.category_of.items():
+        if label not in both:
+            taken = {*both.values()}
+            both[label] = category if category not in taken else next(i for i in range(1, 1 << 20) if i not in taken)
     return both
 
 
@@ -193,7 +197,7 @@ def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=N
     rng, halves, honest = np.random.default_rng(seed), [], []
     for _ in range(splits):
         first = np.zeros(len(order), bool)
-        for domain in ("clean", "rainy"):  # half of each
+        for domain in DOMAINS:  # half of each
             own = rng.permutation([place for place, i in enumerate(order) if part.images[i][0] == domain])
             first[own[:len(own) // 2].astype(int)] = True
         values = [_maps(tables, weights) for weights in (first, ~first)]

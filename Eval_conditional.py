@@ -311,10 +311,11 @@ def decisions_of(pipeline, branches, pipelines, loaders_of, device):
     return decisions, scores_of
 
 
-def thresholds_of(part, found, scores_of):
-    """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector}."""
+def thresholds_of(part, found, scores_of, as_set):
+    """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector};
+    as_set: {branch: its threshold in use}."""
     vanilla = part.matches(found, lambda *key: "vanilla")
-    return {name: best_threshold(part, found, scores, name, plain_matches=vanilla)._asdict()
+    return {name: best_threshold(part, found, scores, name, as_set[name], plain_matches=vanilla)._asdict()
             for name, scores in scores_of.items()}
 
 
@@ -416,7 +417,9 @@ def main(**overrides):
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
     sure = intervals_of(cfg, rows, parts, found, groups, twins)
-    thresholds = thresholds_of(parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]})
+    thresholds = thresholds_of(
+        parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]},
+        dict.fromkeys(branches, threshold) | {name: one.rain_threshold for name, one in pipelines.items()})
     latency = measure_latency(cfg, rain_detector, branches, device)
     gate_report.add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
@@ -430,7 +433,7 @@ def main(**overrides):
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
         gate_report.print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
-        gate_report.print_thresholds(table, thresholds)
+        gate_report.print_thresholds(thresholds)
         if sure:
             print("\n" + gate_intervals.text(sure))
         report.write_results(folder / "results.json", cfg.as_dict(), results)

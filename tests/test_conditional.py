@@ -364,11 +364,13 @@ def test_the_best_threshold_by_hand(files, small_detector):
     clean, rainy, perfect, nothing, found = perfect_in_their_domain(files, small_detector)
     part = mixed_part(clean, rainy, 0.5, 0)
     scores = {"clean": dict.fromkeys(clean.image_ids, 0.6), "rainy": dict.fromkeys(rainy.image_ids, 0.7)}
-    chosen = best_threshold(part, found, scores, "adapted")
-    assert 0.6 < chosen.threshold <= 0.7 and chosen.score == pytest.approx(1.0)
+    chosen = best_threshold(part, found, scores, "adapted", 0.65)
+    assert 0.6 < chosen.threshold <= 0.7 and chosen.score == chosen.as_set == pytest.approx(1.0)
+    never, always = (best_threshold(part, found, scores, "adapted", threshold) for threshold in (0.8, 0.0))
+    assert chosen.plain == never.plain == never.as_set < 0.9 > always.as_set > 0
     assert part.scores(found, taking("adapted", hard_gate(scores, chosen.threshold)))["mAP"] == pytest.approx(1.0)
     everything = {"clean": {"vanilla": perfect, "adapted": nothing}, "rainy": {"vanilla": perfect, "adapted": nothing}}
-    assert best_threshold(part, everything, scores, "adapted").threshold > 0.7  # the branch is never to be taken
+    assert best_threshold(part, everything, scores, "adapted", 0.5).threshold > 0.7  # the branch is never to be taken
 
 
 def test_the_best_threshold_of_few_images(files, small_detector):
@@ -382,11 +384,11 @@ def test_the_best_threshold_of_few_images(files, small_detector):
     found = {"rainy": {"vanilla": nothing, "adapted": perfect}}
     truth = part_of(rainy).truth
     part = gates.Part([("rainy", image_id)], truth, {("rainy", image_id): image_id}, rainy.category_of)
-    chosen = best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted")
-    assert chosen == (0.0, None)
+    chosen = best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted", 0.5)
+    assert chosen == (0.0, None, None, None)
     truth.anns = {}
     truth.imgToAnns.clear()
-    assert best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted") == (None, None)
+    assert best_threshold(part, found, {"rainy": {image_id: 0.7}}, "adapted", 0.5) == (None, None, None, None)
 
 
 def test_half_of_the_images_scored_is_what_coco_scores(files, small_detector):
@@ -572,8 +574,8 @@ def test_training_refuses_with_one_clear_line(base, change, message):
 
 def test_evaluation_shows_every_row(base, files, small_detector, capsys, monkeypatch):
     asked = {}
-    monkeypatch.setattr(Eval_conditional, "best_threshold", lambda part, found, scores, name, **more: asked.update(
-        {name: scores}) or best_threshold(part, found, scores, name, **more))
+    monkeypatch.setattr(Eval_conditional, "best_threshold", lambda part, found, scores, name, as_set, **more:
+                        asked.update({name: scores}) or best_threshold(part, found, scores, name, as_set, **more))
     pipeline = load_conditional_model(base["RAIN_DETECTOR_PATH"], base["RTDETR_MODEL_NAME"], base["SPDNET_MODEL_PATH"])
     pipeline.save_pretrained(files / "hard")
     with torch.no_grad():

@@ -77,12 +77,10 @@ def print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
           f"{100 * one['gate'] / one['vanilla']:.1f}% of RT-DETR's time")
 
 
-def print_thresholds(table, thresholds):
+def print_thresholds(thresholds):
     """The threshold of each branch's own rain detector that is best for the mix, and what may be expected of it."""
-    rows = {row["model"]: row for row in table}
-    cells = [{"branch": branch, "now": f"{rows[f'conditional {branch}']['mix/mAP']:.4f}",
-              "best": None if chosen["threshold"] is None else f"{chosen['threshold']:.3f}",
-              "score": None if chosen["score"] is None else f"{chosen['score']:.4f}"}
-             for branch, chosen in thresholds.items()]
-    print("\n" + report.table(cells, {"branch": "branch", "now": "mix mAP, threshold as set",
-                                      "best": "threshold by mAP", "score": "its mAP, on held-out halves"}))
+    cells = [{"branch": branch} | {name: None if value is None else f"{value:.{3 if name == 'threshold' else 4}f}"
+                                   for name, value in chosen.items()} for branch, chosen in thresholds.items()]
+    print("\nThreshold by the mAP of the mix; mAP is the mean over held-out halves of it, which is not that of all:")
+    print(report.table(cells, {"branch": "branch", "plain": "mAP, never", "as_set": "threshold as set",
+                               "threshold": "threshold by mAP", "score": "its mAP"}))

@@ -175,14 +175,17 @@ class Chosen(NamedTuple):
     threshold: float | None  # None: the mix has no object
     score: float | None  # mAP of the mix that is to be expected: each half of the images scored with the other half's
                          # choice; None: too few images hold objects for two halves
+    as_set: float | None = None  # on the same halves: mean mAP with the threshold that is set,
+    plain: float | None = None  # and where no image takes the branch
 
 
-def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=None, candidates=21, splits=10, seed=0):
+def best_threshold(part, found, scores, branch, as_set, plain="vanilla", plain_matches=None, candidates=21, splits=10,
+                   seed=0):
     """-> Chosen: the threshold with the best mAP on average over random halves of the images, so that few images that
     happen to lie well do not decide; among equals the middle one. Of images too few for halves it is the best of all.
 
     Args:
-        part: Part; found, scores: see the module; plain, branch: names in `found`.
+        part: Part; found, scores: see the module; plain, branch: names in `found`; as_set: the threshold in use.
         plain_matches: part.matches of `plain` on all images, where they are there already.
         candidates: thresholds that are tried, between the images' own probabilities.
     """
@@ -193,7 +196,7 @@ def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=N
     at = np.unique(np.quantile(probabilities, np.linspace(0, 1, candidates), method="nearest"))
     thresholds = np.concatenate([[0.0], (at[1:] + at[:-1]) / 2, [1.0 if at[-1] < 1 else 1.01]])
     tables = [[_merged(*pair, probabilities >= threshold) for pair in zip(one, other, strict=True)]
-              for threshold in thresholds]
+              for threshold in (*thresholds, as_set, np.inf)]
     rng, halves, honest = np.random.default_rng(seed), [], []
     for _ in range(splits):
         first = np.zeros(len(order), bool)
@@ -202,11 +205,11 @@ def best_threshold(part, found, scores, branch, plain="vanilla", plain_matches=N
             first[own[:len(own) // 2].astype(int)] = True
         values = [_maps(tables, weights) for weights in (first, ~first)]
         if not np.isnan(values).any():  # both halves hold objects
-            honest += [values[1][_middle_best(values[0])], values[0][_middle_best(values[1])]]
+            honest += [values[1][_middle_best(values[0][:-2])], values[0][_middle_best(values[1][:-2])]]
             halves += values
     means = np.mean(halves, 0) if halves else _maps(tables, np.ones(len(order)))
-    return Chosen(None if np.isnan(means).any() else float(thresholds[_middle_best(means)]),
-                  float(np.mean(honest)) if honest else None)
+    best = None if np.isnan(means).any() else float(thresholds[_middle_best(means[:-2])])
+    return Chosen(best, float(np.mean(honest)), *means[-2:].tolist()) if honest else Chosen(best, None)
 
 
 def _maps(tables, weights):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from utils import checkpoint, conditional_model, config, datasets, freeze, integrated_model, losses, processes
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.fresh_rain import drawn_by, fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
@@ -32,12 +32,12 @@ from utils.transfer import sent
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR = "./dataset/coco_rain"   # the same file names in rain; make_rain.py writes it
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # the same file names in rain; make_rain.py writes it
 PERCENT_DATASET: float = 10             # seeded subset in percent
 COCO_RATIO = 0.5                        # share of clean images: the gate has to see both
 RAIN_RATIO = 0.5                        # share of rainy images
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's)
+                                        # validation stays COCO_RAIN_DIR's; where that is "" it is drawn, once)
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
@@ -103,13 +103,14 @@ def build_model(cfg, device):
 
 def build_loaders(cfg, id2label):
     """-> training loader of the clean/rainy mix, {"clean" or "rainy": validation loader}."""
+    rain = fresh_rain(cfg)
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=bool(cfg.FEATURE_WEIGHT),
-        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=rain)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
-                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train)
+                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train, fresh_rain=rain)
     return (loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED),
             {domain: loaders.validation_loader(data, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
              for domain, data in val.items()})
@@ -219,7 +220,8 @@ def main(**overrides):
         plan, output_dir=cfg.OUTPUT_DIR, parameters=groups, evaluate=validate, score="score",
         on_best=partial(save_pipeline, folder=pipeline, card=card), constants=cfg.as_dict(), last=last,
         own_files=(pipeline.name,),
-        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE"),
+        fixed=("IMAGE_SIZE", "RAIN_SCORE_WEIGHT", "GATE", "RAIN_THRESHOLD", "DERAIN_SCALE",
+               *drawn_by(val_loaders["rainy"].dataset)),
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
         validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:

@@ -24,7 +24,7 @@ import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.fresh_rain import drawn_by, fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.agreement import agreement
@@ -42,7 +42,7 @@ PERCENT_DATASET: float = 10             # seeded subset in percent, equal on eve
 COCO_RATIO = 0.3                        # share of clean images, so that these are not over-processed
 RAIN_RATIO = 0.7                        # share of rainy images
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's, if there is one)
+                                        # validation stays COCO_RAIN_DIR's; where that is "" it is drawn, once)
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
@@ -127,14 +127,15 @@ def build_data(cfg, id2label, weights):
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
                                                percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))
         return train, {"rainy": val}
+    rain = fresh_rain(cfg)
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=needs_twins(weights),
-        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=rain)
     datasets.say_notes(train)
     return train, datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform,
                                                   domains=("rainy", "clean"), unknown=cfg.UNKNOWN_CATEGORIES,
-                                                  train=train)
+                                                  train=train, fresh_rain=rain)
 
 
 def loss_constants(cfg):
@@ -335,9 +336,7 @@ def scored_by(best):
     if not best.truths:  # the score is the features' error, or the terms' weighted sum
         names += ["FEATURE_LEVEL", "taught", "teacher"]
         names += ["CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values()] if best.agreed else []
-    if best.val_loaders["rainy"].dataset.fresh_rain:
-        names.append("RAIN_KINDS")
-    return names
+    return [*names, *drawn_by(best.val_loaders["rainy"].dataset)]
 
 
 def train_phase(phase, plan, model, train_loader, teacher, answers, best, cfg):

@@ -21,7 +21,7 @@ from transformers import RTDetrImageProcessor
 from utils import checkpoint, config, datasets, freeze, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import label_table, read_annotations
-from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.fresh_rain import drawn_by, fresh_rain
 from utils.datasets.layouts import find_split
 from utils.datasets.mosaic import with_mosaics
 from utils.demo.coco import ensure_demo
@@ -48,7 +48,7 @@ COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # rainy twins, read where RAI
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's, if there is one)
+                                        # validation stays COCO_RAIN_DIR's; where that is "" it is drawn, once)
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
@@ -138,7 +138,7 @@ def unlabelled_data(cfg, train_transform):
 
 def scored_without_labels(val):
     """-> names of the constants that decide what `agreement_without_labels` means on such validation data."""
-    return (*_TEACHER_TERMS.values(), *(("RAIN_KINDS",) if val.fresh_rain else ()))
+    return (*_TEACHER_TERMS.values(), *drawn_by(val))
 
 
 def collate_of(cfg):
@@ -190,15 +190,16 @@ def build_loaders(cfg, id2label):
         train, pairs = unlabelled_data(cfg, presets.without_objects(augmentation))
         val = {"rainy": pairs}
     else:
+        rain = fresh_rain(cfg)
         train = datasets.clean_rainy_mixture(
             cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, augmentation, coco_ratio=cfg.COCO_RATIO,
             rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=is_taught(cfg),
-            unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg), labelled=cfg.DETECTION_WEIGHT > 0)
+            unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=rain, labelled=cfg.DETECTION_WEIGHT > 0)
         datasets.say_notes(train)
         val = datasets.clean_rainy_validation(
             cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE),
             unknown=cfg.UNKNOWN_CATEGORIES, domains=[domain for domain, ratio in ratios.items() if ratio > 0],
-            train=train)
+            train=train, fresh_rain=rain)
     mixed, collate = with_mosaics(train, cfg), collate_of(cfg)
     if cfg.MOSAIC_RATIO and collate is not datasets.collate:
         # they would fill the memory, and the teacher would be asked image by image for nothing
@@ -329,7 +330,8 @@ def scoring(cfg, plan, val_loaders, teacher):
                                     teacher=teacher, weights=plan.loss_weights)}
     truths = {domain: ground_truth(loader.dataset.annotations) for domain, loader in val_loaders.items()}
     shares = {"clean": cfg.COCO_RATIO, "rainy": cfg.RAIN_RATIO}
-    return {"score": "val/mAP", "fixed": (),
+    fixed = {name for loader in val_loaders.values() for name in drawn_by(loader.dataset)}
+    return {"score": "val/mAP", "fixed": sorted(fixed),
             "validated_on": {domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
             "evaluate": partial(evaluate, val_loaders=val_loaders, truths=truths, shares=shares)}
 

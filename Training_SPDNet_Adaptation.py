@@ -23,7 +23,7 @@ import torch
 
 from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.fresh_rain import drawn_by, fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import before_after
 from utils.evaluation import coco as coco_evaluation
@@ -41,7 +41,7 @@ PERCENT_DATASET: float = 10             # seeded subset in percent, equal on eve
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
 RAIN_RATIO = 1.0                        # share of rainy images
 RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's, if there is one)
+                                        # validation stays COCO_RAIN_DIR's; where that is "" it is drawn, once)
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
@@ -136,13 +136,14 @@ def build_data(cfg, id2label):
         return Data(train, val, labelled=False)
     needs_twins = any(getattr(cfg, constant) for constant in (*_UNLABELLED.values(), "RECONSTRUCTION_WEIGHT",
                                                               "IDENTITY_WEIGHT"))
+    rain = fresh_rain(cfg)
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, train_transform, coco_ratio=cfg.COCO_RATIO,
         rain_ratio=cfg.RAIN_RATIO, percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=needs_twins,
-        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=fresh_rain(cfg))
+        unknown=cfg.UNKNOWN_CATEGORIES, fresh_rain=rain)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, val_transform, domains=("rainy",),
-                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train)
+                                          unknown=cfg.UNKNOWN_CATEGORIES, train=train, fresh_rain=rain)
     return Data(train, val["rainy"], labelled=True)
 
 
@@ -279,7 +280,7 @@ def train_and_show(cfg, plan, model, data, device):
         constants=cfg.as_dict(), own_files=(*_OUTPUTS, _PICTURE_FILE),
         fixed=("IMAGE_SIZE", "DERAIN_SCALE", "DERAINER",
                *(() if labelled else without["fixed"]),
-               *(("RAIN_KINDS",) if val.fresh_rain else ())),  # and on what, where there is no COCO_RAIN_DIR
+               *drawn_by(val)),
         validated_on=coco_evaluation.identity(truth) if labelled else None, validated_images=val.image_paths())
     if result["history"]:
         if labelled:

@@ -21,7 +21,7 @@ import torch
 import Training_RTDETR
 from utils import config, datasets, freeze, processes, report
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import fresh_rain
+from utils.datasets.fresh_rain import drawn_by, fresh_rain
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
@@ -32,7 +32,7 @@ from utils.training.plan import Plan, whole
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # to validate on, and to train on with RAIN = "files"
+COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # to validate on ("": drawn, once), and to train on with "files"
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 RAIN = "fresh"                          # fresh: drawn on COCO_DIR's images anew in every epoch; files: COCO_RAIN_DIR's
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
@@ -120,14 +120,15 @@ def build_data(cfg, id2label, twins):
     without labels where there are no annotations."""
     if datasets.is_unlabelled(cfg):
         return Training_RTDETR.unlabelled_data(cfg, presets.adaptation(cfg.IMAGE_SIZE))
+    rain = fresh_rain(cfg)
     train = datasets.clean_rainy_mixture(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.adaptation(cfg.IMAGE_SIZE), coco_ratio=0.0, rain_ratio=1.0,
         percent=cfg.PERCENT_DATASET, seed=cfg.SEED, twins=twins, unknown=cfg.UNKNOWN_CATEGORIES,
-        fresh_rain=fresh_rain(cfg), labelled=cfg.DETECTION_WEIGHT > 0)
+        fresh_rain=rain, labelled=cfg.DETECTION_WEIGHT > 0)
     datasets.say_notes(train)
     val = datasets.clean_rainy_validation(
         cfg.COCO_DIR, cfg.COCO_RAIN_DIR, id2label, presets.evaluation(cfg.IMAGE_SIZE), domains=("rainy",),
-        unknown=cfg.UNKNOWN_CATEGORIES, train=train)
+        unknown=cfg.UNKNOWN_CATEGORIES, train=train, fresh_rain=rain)
     return train, val["rainy"]
 
 
@@ -162,8 +163,8 @@ def scoring(cfg, plan, val_loader, device, teacher):
                                     teacher=teacher, weights=plan.loss_weights),
                 "fixed": Training_RTDETR.scored_without_labels(val_loader.dataset), "validated_on": None}
     truth = ground_truth(val_loader.dataset.annotations)
-    return {"evaluate": partial(evaluate, loader=val_loader, device=device, truth=truth), "fixed": (),
-            "validated_on": coco_evaluation.identity(truth)}
+    return {"evaluate": partial(evaluate, loader=val_loader, device=device, truth=truth),
+            "fixed": drawn_by(val_loader.dataset), "validated_on": coco_evaluation.identity(truth)}
 
 
 def say_result(cfg, base, best, path):

@@ -232,6 +232,14 @@ def test_without_labels_and_with_a_frozen_backbone(settings, capsys):
     assert "backbone" not in changed and {"encoder", "decoder"} <= changed
 
 
+def test_a_specialist_is_chosen_by_drawn_weather_where_there_is_no_rainy_folder(settings, capsys):
+    drawn = settings | {"COCO_RAIN_DIR": "", "RAIN_KINDS": {"fog": 1.0}, "NUM_EPOCHS": 1}
+    result = Training.main(**drawn)
+    assert "val/mAP" in result["history"][0] and "validation images is drawn, once" in capsys.readouterr().out
+    with pytest.raises(UserError, match="RAIN_KINDS was"):
+        Training.main(**drawn | {"RESUME": True, "RAIN_KINDS": {"mist": 1.0}})
+
+
 def test_teachers_that_cannot_teach(settings, tmp_path, capsys):
     other = new_rtdetr("tiny", {0: "person", 1: "car"})
     other.config.num_queries = other.model.config.num_queries = 30
@@ -241,7 +249,7 @@ def test_teachers_that_cannot_teach(settings, tmp_path, capsys):
     with pytest.raises(UserError, match="TEACHER_NAME = .*none' does not exist"):
         Training.main(**settings | {"TEACHER_NAME": str(tmp_path / "none")})
     with pytest.raises(UserError, match="COCO_RAIN_DIR is empty"):
-        Training.main(**settings | {"COCO_RAIN_DIR": ""})
+        Training.main(**settings | {"COCO_RAIN_DIR": "", "RAIN": "files"})
     with pytest.raises(UserError, match="TEACHER_NAME is empty, and a detector from scratch"):
         Training.main(**settings | {"RTDETR_MODEL_NAME": "", "ARCHITECTURE": "tiny"})
     with pytest.raises(UserError, match="every loss weight is 0"):

@@ -12,7 +12,7 @@ import Training_FeatureDerain as Training
 from utils import datasets
 from utils.config import UserError
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import FreshRain, fresh_rain
+from utils.datasets.fresh_rain import FreshRain, drawn_by, fresh_rain
 from utils.weather.kinds import KINDS
 
 NAMES = {0: "person", 1: "car"}
@@ -86,6 +86,19 @@ def test_without_a_rainy_folder_the_validation_rain_is_drawn_once(coco):
     loader = loaders.validation_loader(val, 1, 0)
     first, second = (next(iter(loader)) for _ in range(2))
     assert torch.equal(first["images"], second["images"]) and not torch.equal(first["images"], first["twins"])
+
+
+def test_with_labels_the_validation_weather_is_drawn_once_on_clean_images(coco, capsys):
+    found = datasets.clean_rainy_validation(coco / "coco", "", NAMES, presets.evaluation(64), fresh_rain=HEAVY)
+    clean, rainy = found["clean"], found["rainy"]
+    assert rainy.files == clean.files and rainy.annotations == clean.annotations and rainy[0]["domain"] == "rainy"
+    assert torch.equal(rainy[0]["boxes"], clean[0]["boxes"]) and rainy[0]["size"] == clean[0]["size"]
+    assert torch.equal(rainy[0]["image"], rainy[0]["image"]) and not torch.equal(rainy[0]["image"], clean[0]["image"])
+    assert "COCO_RAIN_DIR is empty" in capsys.readouterr().out
+    assert drawn_by(rainy) == ("RAIN_KINDS", "SEED") and drawn_by(clean) == ()
+    theirs = datasets.clean_rainy_validation(coco / "coco", coco / "coco_rain", NAMES, presets.evaluation(64),
+                                             fresh_rain=HEAVY)["rainy"]
+    assert theirs.folder == coco / "coco_rain" / "val2017" and theirs.fresh_rain is None
 
 
 def test_no_validation_image_is_trained_on_where_rain_is_of_few(coco, capsys):

@@ -175,22 +175,28 @@ def clean_rainy_mixture(coco_dir, rain_dir, id2label, transform, *, coco_ratio, 
 
 
 def clean_rainy_validation(coco_dir, rain_dir, id2label, transform, *, domains=("clean", "rainy"), percent=100, seed=0,
-                           unknown="error", train=None):
+                           unknown="error", train=None, fresh_rain=None):
     """The validation images of both roots, each to be scored by itself; what is odd about them is said.
 
     Args:
         coco_dir, rain_dir: data sets (the constants COCO_DIR and COCO_RAIN_DIR); transform: of the images.
         domains: the wanted ones, in the order of the answer; percent, seed, unknown: see CocoDetectionDataset.
         train: the data set of the training, if any: images that are in both are said.
+        fresh_rain: where rain_dir is empty, FreshRain that draws on coco_dir's images, once (a validation loader's keys
+            are those of epoch 0), or None.
     Returns:
         {"clean", "rainy": CocoDetectionDataset}.
     """
-    roots = {"clean": (coco_dir, "COCO_DIR"), "rainy": (rain_dir, "COCO_RAIN_DIR")}
+    roots = {"clean": (coco_dir, "COCO_DIR", None), "rainy": (rain_dir, "COCO_RAIN_DIR", None)}
+    if fresh_rain and not rain_dir:
+        roots["rainy"] = coco_dir, "COCO_DIR", fresh_rain
+        if "rainy" in domains:
+            processes.say("COCO_RAIN_DIR is empty: the weather of the rainy validation images is drawn, once")
     found = {}
     for domain in domains:
-        root, constant = roots[domain]
+        root, constant, rain = roots[domain]
         found[domain] = CocoDetectionDataset(root, "val", id2label, transform, constant=constant, domain=domain,
-                                             percent=percent, seed=seed, unknown=unknown)
+                                             percent=percent, seed=seed, unknown=unknown, fresh_rain=rain)
     for data in found.values():
         say_notes(data)
         if both := _in_both(data, train):

@@ -49,6 +49,12 @@ class FreshRain:
         return kinds.draw(pixels, rng, self.shares)
 
 
+def drawn_by(data):
+    """-> names of the constants that decide on the weather of a validation set, where it is drawn: with others no score
+    means the same."""
+    return ("RAIN_KINDS", "SEED") if data.fresh_rain else ()
+
+
 class SteadyWeather(FreshRain):
     """One weather of utils.weather.severity at one level, the same on an image every time, for evaluations."""
 

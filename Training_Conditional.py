@@ -19,6 +19,7 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 import torch.nn.functional as F
 
+import Eval_conditional
 from utils import checkpoint, conditional_model, config, datasets, freeze, integrated_model, losses, processes
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import drawn_by, fresh_rain
@@ -26,6 +27,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks.rtdetr import id2label_of, require_queries, require_size
+from utils.next_command import command
 from utils.training import engine, model_card, run_state
 from utils.training.plan import Plan
 from utils.transfer import sent
@@ -225,9 +227,8 @@ def main(**overrides):
         validated_on={domain: coco_evaluation.identity(truth) for domain, truth in truths.items()},
         validated_images=loaders.image_paths(val_loaders.values()))
     if result["history"]:
-        constant = "HARD_PIPELINE_DIR" if cfg.GATE == "hard" else "SOFT_PIPELINE_DIR"
-        processes.say(f"pipeline: {pipeline.as_posix()}\nnext: python Eval_conditional.py"
-                      f"{' --demo' if cfg.demo else ''} --{constant} {pipeline.as_posix()}")
+        own = {"HARD_PIPELINE_DIR" if cfg.GATE == "hard" else "SOFT_PIPELINE_DIR": pipeline.as_posix()}
+        processes.say(f"pipeline: {pipeline.as_posix()}\nnext: {command(Eval_conditional, cfg, **own)}")
     return result | {"before": start}
 
 

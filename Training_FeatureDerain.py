@@ -22,6 +22,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
+import Eval_FeatureDerain
 from utils import checkpoint, config, datasets, feature_derain, freeze, losses, processes, report, visualize
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import drawn_by, fresh_rain
@@ -31,6 +32,7 @@ from utils.evaluation.agreement import agreement
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import distillation
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
+from utils.next_command import command
 from utils.training import ema, engine, model_card, run_folder, run_state
 from utils.training.plan import Plan, not_negative, whole
 from utils.transfer import sent
@@ -369,9 +371,10 @@ def train_phase(phase, plan, model, train_loader, teacher, answers, best, cfg):
 
 
 def check(cfg):
-    """UserError for constants that do not go together; Plan and the networks check the others."""
+    """UserError for constants that cannot be or do not go together; Plan checks the others."""
     require_size(cfg.IMAGE_SIZE)
     require_feature_level(cfg.FEATURE_LEVEL)
+    feature_derain.create_derain_module(cfg.DERAIN_TYPE, (8, 8, 8), cfg.NUM_RESIDUAL_BLOCKS, cfg.REFINE_WIDTH)
     learning = ("DETECTION_WEIGHT", "CONSISTENCY_WEIGHT", *_TEACHER_TERMS.values())
     if not any(getattr(cfg, name) for name in learning):
         raise config.UserError(f"{' and '.join(learning)} are all 0: nothing to learn from rain")
@@ -444,9 +447,9 @@ def print_summary(results, cfg):
     names = [name for name in ("epoch", "score", "rain/mAP", "clean/mAP", "rain/AP50", "clean/AP50") if name in rows[0]]
     processes.say("\nbest epochs\n" + report.table(rows, {"phase": ""} | {name: name for name in names}))
     model = (Path(cfg.OUTPUT_DIR) / "model").as_posix()
-    row = {"multiscale": f"MULTISCALE_MODEL_NAME {model}", "lightweight": f"LIGHTWEIGHT_MODEL_NAME {model}",
-           "none": f"FINETUNED_MODEL_NAME {model}/rtdetr"}[cfg.DERAIN_TYPE]
-    processes.say(f"model: {model}\nnext: python Eval_FeatureDerain.py{' --demo' if cfg.demo else ''} --{row}")
+    own = {"multiscale": {"MULTISCALE_MODEL_NAME": model}, "lightweight": {"LIGHTWEIGHT_MODEL_NAME": model},
+           "none": {"FINETUNED_MODEL_NAME": f"{model}/rtdetr"}}[cfg.DERAIN_TYPE]
+    processes.say(f"model: {model}\nnext: {command(Eval_FeatureDerain, cfg, **own)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
+import Eval_SPDNet_Adaptation
 from utils import checkpoint, config, datasets, freeze, integrated_model, losses, processes, visualize
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import drawn_by, fresh_rain
@@ -31,6 +32,7 @@ from utils.evaluation.agreement import agreement
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import distillation
 from utils.networks.rtdetr import id2label_of, require_feature_level, require_queries, require_size
+from utils.next_command import command
 from utils.training import engine, run_folder
 from utils.training.plan import Plan
 
@@ -130,6 +132,9 @@ def build_data(cfg, id2label):
     """-> Data"""
     train_transform, val_transform = presets.adaptation(cfg.IMAGE_SIZE), presets.evaluation(cfg.IMAGE_SIZE)
     if datasets.is_unlabelled(cfg):
+        if not any(getattr(cfg, constant) for constant in _UNLABELLED.values()):
+            raise config.UserError(f"without annotations one of {', '.join(_UNLABELLED.values())} must be above 0: it "
+                                   "is what is validated")
         processes.say("no annotations: adapting by the clean twins alone, 10% of the pairs kept for validation")
         train, val = datasets.unlabelled_pairs(cfg.COCO_DIR, cfg.COCO_RAIN_DIR, train_transform, val_transform,
                                                percent=cfg.PERCENT_DATASET, seed=cfg.SEED, fresh_rain=fresh_rain(cfg))
@@ -285,17 +290,13 @@ def train_and_show(cfg, plan, model, data, device):
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)
-        own = "" if cfg.DERAINER == "spdnet" else (
-            f" --DERAINER {cfg.DERAINER} --DERAIN_MODEL_PATH {cfg.DERAIN_MODEL_PATH} --DERAIN_SCALE {cfg.DERAIN_SCALE}")
         processes.say(f"adapted {integrated_model.DERAINERS[cfg.DERAINER]}: {output.as_posix()}\n"
-                      f"next: python Eval_SPDNet_Adaptation.py{' --demo' if cfg.demo else ''}{own} "
-                      f"--ADAPTED_MODEL_PATH {output.as_posix()}")
+                      f"next: {command(Eval_SPDNet_Adaptation, cfg, ADAPTED_MODEL_PATH=output.as_posix())}")
     return result
 
 
-def main(**overrides):
-    """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
-    cfg = config.resolve(globals(), overrides)
+def check(cfg):
+    """UserError for constants that cannot be; Plan checks the others."""
     require_size(cfg.IMAGE_SIZE)
     if cfg.FP16:
         raise config.UserError("FP16 = True: SPDNet sees values up to 255 and multiplies features with features, which "
@@ -303,6 +304,13 @@ def main(**overrides):
                                "range of float32, or ACTIVATION_CHECKPOINTING = True to save memory.")
     require_feature_level(cfg.FEATURE_LEVEL)
     integrated_model.require_derainer(cfg.DERAINER)
+    integrated_model.require_scale(cfg.DERAIN_SCALE)
+
+
+def main(**overrides):
+    """Adapt; -> {"history", "best_epoch", "best_score", "stopped"} of engine.fit."""
+    cfg = config.resolve(globals(), overrides)
+    check(cfg)
     plan = build_plan(cfg)
     if cfg.demo:
         ensure_demo()
@@ -311,9 +319,6 @@ def main(**overrides):
     model = build_model(cfg, device)
     require_queries(model.detection_module, cfg.IMAGE_SIZE)
     data = build_data(cfg, id2label_of(model.detection_module))
-    if not data.labelled and not any(getattr(cfg, constant) for constant in _UNLABELLED.values()):
-        raise config.UserError(f"without annotations one of {', '.join(_UNLABELLED.values())} must be above 0: it is "
-                               "what is validated")
     with run_folder.claimed(cfg.OUTPUT_DIR):
         return train_and_show(cfg, plan, model, data, device)
 

@@ -18,6 +18,8 @@ import utils.threads  # noqa: F401 (before torch)
 
 import torch
 
+import detect
+import Eval_conditional
 import Training_RTDETR
 from utils import config, datasets, freeze, processes, report
 from utils.datasets import loaders, presets
@@ -27,6 +29,7 @@ from utils.evaluation import coco as coco_evaluation
 from utils.evaluation.coco import detection_scores, ground_truth
 from utils.networks import adapter, distillation
 from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, rtdetr_of
+from utils.next_command import command
 from utils.training import engine, model_card
 from utils.training.plan import Plan, whole
 
@@ -172,12 +175,13 @@ def say_result(cfg, base, best, path):
     rows = [{"model": name} | {metric.removeprefix("rain/"): values[metric] for metric in base}
             for name, values in (("RT-DETR", base), (f"with {path.name}", best))]
     processes.say(report.table(rows, {"model": "in the weather"} | {name: name for name in list(rows[0])[1:]}))
-    demo, alone, shown = "", " --ORIGINAL_SPDNET_PATH None --SPDNET_MODEL_PATH None", " --source ./photos"
+    alone, shown = {"ORIGINAL_SPDNET_PATH": "", "SPDNET_MODEL_PATH": ""}, {"SOURCE": "./photos"}
     if cfg.demo:  # it has those SPDNets; an adapter de-rains no image that could be shown
-        demo, alone, shown = " --demo", "", " --show_derained False"
-    processes.say(f"adapter: {path.as_posix()}, {path.stat().st_size / 1e6:.2f} MB\n"
-                  f"next: python Eval_conditional.py{demo} --ADAPTER_PATH {path.as_posix()}{alone}\n"
-                  f"      python detect.py{demo} --rainy_branch {path.as_posix()}{shown}")
+        alone, shown = {}, {"SHOW_DERAINED": False}
+    file = path.as_posix()
+    processes.say(f"adapter: {file}, {path.stat().st_size / 1e6:.2f} MB\n"
+                  f"next: {command(Eval_conditional, cfg, ADAPTER_PATH=file, **alone)}\n"
+                  f"      {command(detect, cfg, RAINY_BRANCH=file, **shown)}")
 
 
 def main(**overrides):

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from rfdetr import config as rfdetr_config
-from rfdetr import model, run_report, weights
+from rfdetr import model, weights
 from utils import checkpoint, config, processes, report, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
+from utils.next_command import pasted
 from utils.training.plan import usable_seed
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
@@ -184,12 +185,12 @@ def next_command(args, source, target, dataset):
     size = args["size"]
     if size == "tiny":  # only in the demo
         return ""
-    folder = run_report.pasted(Path(dataset)) if dataset else "<folder of your data set>"
+    folder = pasted(Path(dataset)) if dataset else "<folder of your data set>"
     if args.get("mask_head") == "official":
         return (f"\nNext: python train_seg_single_stage.py --size {size} --seg_head official --seg_lr 1e-4 "
-                f"--pretrain_weights {run_report.pasted(target)} --dataset_dir {folder}")
-    return (f"\nNext: python train_seg_stage2.py --size {size} --stage1_run {run_report.pasted(source.parent)} "
-            f"--checkpoint {run_report.pasted(target)} --dataset_dir {folder}")
+                f"--pretrain_weights {pasted(target)} --dataset_dir {folder}")
+    return (f"\nNext: python train_seg_stage2.py --size {size} --stage1_run {pasted(source.parent)} "
+            f"--checkpoint {pasted(target)} --dataset_dir {folder}")
 
 
 def main(**overrides):

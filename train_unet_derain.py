@@ -133,7 +133,7 @@ _SMALLEST_CROP = 16  # of CROP_SIZES: SSIM takes 11 pixels
 
 
 def check(cfg):
-    """UserError for constants that do not go together; Plan and the network check the others."""
+    """UserError for constants that cannot be or do not go together; Plan checks the others."""
     if cfg.IMAGE_SIZE < 1 or cfg.IMAGE_SIZE % _MULTIPLE:
         raise config.UserError(f"IMAGE_SIZE = {cfg.IMAGE_SIZE}: choose a multiple of {_MULTIPLE}, such as 256 or 512")
     if cfg.OPTIMIZER not in _OPTIMIZERS:
@@ -142,6 +142,8 @@ def check(cfg):
         raise config.UserError(f"BETAS = {cfg.BETAS}: choose two numbers in [0, 1), such as (0.9, 0.999)")
     if cfg.ARCH not in derainers.TRAINABLE:
         require_arch(cfg.ARCH, derainers.TRAINABLE)
+    with torch.device("meta"):  # without numbers, for its sizes
+        new_network(cfg)
     for size in cfg.CROP_SIZES:
         if size < _SMALLEST_CROP:
             raise config.UserError(f"CROP_SIZES = {cfg.CROP_SIZES}: choose whole numbers of at least {_SMALLEST_CROP}, "
@@ -291,16 +293,20 @@ def real_photographs(cfg, count=6):
 
 # ---- model and loss --------------------------------------------------------------------------------------------
 
+def new_network(cfg, encoder_weights=""):
+    """-> the network of ARCH; UserError for sizes that cannot be."""
+    if cfg.ARCH == "nafnet":
+        return derainers.Derainer("nafnet", width=cfg.NAFNET_WIDTH, encoder=list(cfg.NAFNET_ENCODER),
+                                  middle=cfg.NAFNET_MIDDLE, decoder=list(cfg.NAFNET_DECODER), patch=cfg.NAFNET_PATCH,
+                                  window=cfg.NAFNET_WINDOW, rain_channels=cfg.NAFNET_RAIN_CHANNELS)
+    if cfg.ARCH in derainers.TRAINABLE:
+        return derainers.Derainer(cfg.ARCH)
+    return new_unet(cfg.ARCH, cfg.BASE_WIDTH, cfg.DROPOUT, cfg.RESIDUAL, encoder_weights)
+
+
 def build_model(cfg, device):
     """The network, on the device."""
-    if cfg.ARCH == "nafnet":
-        model = derainers.Derainer("nafnet", width=cfg.NAFNET_WIDTH, encoder=list(cfg.NAFNET_ENCODER),
-                                   middle=cfg.NAFNET_MIDDLE, decoder=list(cfg.NAFNET_DECODER), patch=cfg.NAFNET_PATCH,
-                                   window=cfg.NAFNET_WINDOW, rain_channels=cfg.NAFNET_RAIN_CHANNELS)
-    elif cfg.ARCH in derainers.TRAINABLE:
-        model = derainers.Derainer(cfg.ARCH)
-    else:
-        model = new_unet(cfg.ARCH, cfg.BASE_WIDTH, cfg.DROPOUT, cfg.RESIDUAL, cfg.ENCODER_WEIGHTS)
+    model = new_network(cfg, cfg.ENCODER_WEIGHTS)
     processes.say(freeze.describe({cfg.ARCH if cfg.ARCH in derainers.TRAINABLE else f"U-Net ({cfg.ARCH})": model}))
     return model.to(device, memory_format=torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format)
 

@@ -21,6 +21,7 @@ from rfdetr import setup_checks as rfdetr_checks
 from rfdetr.setup_checks import check_batch, check_dataset, check_weights
 from utils import config, system
 from utils.config import UserError
+from utils.next_command import command, flag, flags
 from utils.training.setup_checks import (
     check_detection_data,
     check_detector,
@@ -82,8 +83,9 @@ class Findings:
         self._say("warn", text)
 
     def fail(self, text):
-        self.failed += 1
-        self._say("FAIL", text)
+        if ("FAIL", text) not in self.lines:  # else two checks have found the same
+            self.failed += 1
+            self._say("FAIL", text)
 
     def _say(self, kind, text):
         self.lines.append((kind, text))
@@ -99,18 +101,24 @@ def check_spdnet(found, cfg, script):
     constant, path = integrated_model.weights_of(cfg)
     tried(found, lambda: integrated_model.read_derainer(cfg.DERAINER, path, constant), f"weights: {constant} {path}")
     detector = check_detector(found, cfg)
-    if detector is not None and not found.failed:
-        tried(found, lambda: script.build_data(cfg, detector.config.id2label), "the training can open its data")
+    check_opening(found, cfg, detector, lambda: script.build_data(cfg, detector.config.id2label))
 
 
 def check_feature(found, cfg, script):
     """Experiment 2."""
     check_detection_data(found, cfg)
     detector = check_detector(found, cfg)
-    if detector is not None and not found.failed:
-        weights = next(iter(script.build_plans(cfg).values())).loss_weights
-        tried(found, lambda: script.build_data(cfg, detector.config.id2label, weights),
-              "the training can open its data")
+    check_opening(found, cfg, detector, lambda: script.build_data(
+        cfg, detector.config.id2label, next(iter(script.build_plans(cfg).values())).loss_weights))
+
+
+def check_opening(found, cfg, detector, build):
+    """What the training does with its data, or as much of it as can be tried without a detector (None)."""
+    from utils.datasets.fresh_rain import fresh_rain
+    if detector is None:
+        tried(found, lambda: fresh_rain(cfg))
+    elif not found.failed:
+        tried(found, build, "the training can open its data")
 
 
 def check_unet(found, cfg, script):
@@ -125,24 +133,25 @@ def check_refiner(found, cfg, script):
     from utils.networks import diffusion_base
     check_pairs(found, cfg)
     tried(found, lambda: script.load_content(cfg), f"weights: DERAIN_MODEL_PATH {cfg.DERAIN_MODEL_PATH}")
-    if tried(found, diffusion_base.diffusers_and_peft) and tried(found, lambda: script.say_needs(cfg) or True):
+    if tried(found, lambda: script.check(cfg) or True) and tried(found, diffusion_base.diffusers_and_peft) and tried(
+            found, lambda: script.say_needs(cfg) or True):
         found.ok("what a step needs stands above")
 
 
 def check_fit(found, cfg, one, memory):
-    """-> flags for the command: BATCH_SIZE = 0 where the script's own batch may not fit."""
+    """-> constants for the command: BATCH_SIZE = 0 where the script's own batch may not fit."""
     if memory is None or one.fixed is None or not cfg.BATCH_SIZE:
-        return ""
+        return {}
     needed = one.fixed + 0.7 + cfg.BATCH_SIZE * one.per_image * (cfg.IMAGE_SIZE / one.side) ** 2
     text = f"a step of BATCH_SIZE = {cfg.BATCH_SIZE} at {cfg.IMAGE_SIZE} pixels takes about {needed:.1f} GB in float32"
     if needed <= 0.9 * memory:
         found.ok(text)
-        return ""
+        return {}
     found.warn(f"{text}, this GPU has {memory:.1f}: BATCH_SIZE = 0 finds what fits, PRECISION = 'auto' needs less")
-    return " --BATCH_SIZE 0 --PRECISION auto"
+    return {"BATCH_SIZE": 0, "PRECISION": "auto"}
 
 
-def look_at_script(found, cfg, overrides):
+def look_at_script(found, cfg):
     """Check one of _EXPERIMENTS. -> the command to go on with."""
     one = _EXPERIMENTS[cfg.EXPERIMENT]
     script = importlib.import_module(one.script)
@@ -160,14 +169,13 @@ def look_at_script(found, cfg, overrides):
     folder = "CHECKPOINT_DIR" if hasattr(cfg, "CHECKPOINT_DIR") else "OUTPUT_DIR"
     fit = check_fit(found, cfg, one, memory)
     check_disk(found, getattr(cfg, folder), folder, cfg.EXPERIMENT, one.weights)
-    given = "".join(f' --{name} "{value}"' if isinstance(value, str) else f" --{name} {value}"
-                    for name, value in overrides.items() if name not in (*_OWN, "demo"))
     if not found.failed:
-        return f"python {one.script}.py{' --demo' if cfg.demo else ''}{given}{fit}"
+        return command(script, cfg, but=(), **fit)
     if cfg.EXPERIMENT == "refiner" and not Path(cfg.DERAIN_MODEL_PATH).is_file():
-        return f"python train_unet_derain.py{' --demo' if cfg.demo else ''}     (the refiner needs a de-rainer)"
-    return (f"python validate_setup.py --experiment {cfg.EXPERIMENT}{' --demo' if cfg.demo else ''}{given}     (when "
-            "the above is fixed)")
+        pairs = config.Config(demo=cfg.demo, RAINY_DIR=cfg.RAINY_DIR, CLEAR_DIR=cfg.CLEAR_DIR)
+        return f"{command(importlib.import_module('train_unet_derain'), pairs)}     # the refiner needs a de-rainer"
+    return (f"python validate_setup.py --experiment {cfg.EXPERIMENT}{flags(script, cfg, but=())}     # when the above "
+            "is fixed")
 
 
 def namespace_of(experiment):
@@ -182,8 +190,8 @@ def from_command_line(words):
     """-> overrides; the experiment's script says which flags there are."""
     wanted = EXPERIMENT
     for word, after in zip(words, [*words, ""][1:], strict=True):
-        flag, _, value = word.partition("=")
-        if flag.lower() == "--experiment":
+        name, _, value = word.partition("=")
+        if name.lower() == "--experiment":
             wanted = value or after
     try:
         namespace = namespace_of(wanted)
@@ -198,17 +206,17 @@ def next_command(cfg, ready, names, batch):
     """-> the command to go on with."""
     usual = config.resolve(globals(), {"demo": cfg.demo})
     names_kept = ("DATASET_DIR", "PRETRAIN_WEIGHTS", "RUNS_DIR")
-    changed = "".join(f' --{name.lower()} "{getattr(cfg, name)}"' for name in names_kept
+    changed = "".join(flag(name.lower(), getattr(cfg, name)) for name in names_kept
                       if getattr(cfg, name) != getattr(usual, name))
     if cfg.demo:
         size = f" --size {cfg.SIZE}" if cfg.SIZE != usual.SIZE else ""
         return (f"python train_detector_stage1.py --demo{size}{changed}" if ready else
-                f"python validate_setup.py --demo{size}{changed}     (when the above is fixed)")
+                f"python validate_setup.py --demo{size}{changed}     # when the above is fixed")
     if not ready:
         if not names and not Path(cfg.DATASET_DIR).exists():
-            return (f'python -m tools.make_demo_dataset --out "{cfg.DATASET_DIR}"     (a data set to try the scripts '
-                    "with)")
-        return f"python validate_setup.py --size {cfg.SIZE}{changed}     (when the above is fixed)"
+            return (f"python -m tools.make_demo_dataset{flag('out', cfg.DATASET_DIR)}     # a data set to try the "
+                    "scripts with")
+        return f"python validate_setup.py --size {cfg.SIZE}{changed}     # when the above is fixed"
     script = ("train_seg_single_stage.py --seg_head official --seg_lr 1e-4" if cfg.SIZE.startswith("seg_") else
               "train_detector_stage1.py")
     return (f"python {script} --size {cfg.SIZE} --epochs 1 --batch {batch[0]} --accum {batch[1]} "
@@ -253,7 +261,7 @@ def main(**overrides):
                 names, batch = look_at_rfdetr(found, cfg)
             else:
                 cfg = config.resolve(namespace_of(experiment), overrides)
-                command = look_at_script(found, cfg, overrides)
+                command = look_at_script(found, cfg)
             if cfg.REPORT:
                 write_report(found, cfg)
         except (ImportError, OSError) as error:  # a package that is there but broken; OSError: a missing DLL
@@ -264,7 +272,7 @@ def main(**overrides):
     if experiment == "rfdetr":
         command = next_command(cfg, ready, names, batch)
     print(f"\n{'Ready' if ready else 'Not ready'}: {found.failed} problem(s), {found.warned} warning(s). Next:\n"
-          f"{command or f'python validate_setup.py --experiment {experiment}     (when the above is fixed)'}")
+          f"{command or f'python validate_setup.py --experiment {experiment}     # when the above is fixed'}")
     return 0 if ready else 1
 
 

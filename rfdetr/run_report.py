@@ -1,6 +1,5 @@
 """What a training run of RF-DETR shows and leaves behind: banner, scores, pictures, results.json, the next command."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from utils.boxes import pixel_corners
 from utils.evaluation import report_page
 from utils.evaluation.coco import METRICS
 from utils.images import to_floats
+from utils.next_command import pasted, quoted
 
 LINE = "=" * 80
 PICTURES = 4      # images on predictions.png
@@ -22,22 +22,6 @@ def banner(title, rows):
     width = max(len(label) for label in rows) + 2
     body = [f"{label + ':':<{width}} {value}" for label, value in rows.items()]
     return "\n".join([LINE, title, LINE, *body, LINE])
-
-
-def pasted(path):
-    """-> a path (or any text) as one word of a command line for bash and PowerShell, in quotes where it needs them."""
-    text = path.as_posix() if isinstance(path, Path) else str(path)
-    return text if re.fullmatch(r"[\w./:+-]+", text) else _in_quotes(text)
-
-
-def quoted(names):
-    """-> the names as words of a command line, always in quotes."""
-    return " ".join(map(_in_quotes, names))
-
-
-def _in_quotes(text):
-    """Double quotes, which cmd.exe knows too; single ones around what bash or PowerShell would replace in those."""
-    return f"'{text}'" if re.search(r'[$`!"]', text) and "'" not in text else f'"{text}"'
 
 
 def masks_seen(data):

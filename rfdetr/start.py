@@ -12,6 +12,7 @@ from rfdetr.model import RFDETR
 from utils import freeze, processes, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
+from utils.next_command import pasted
 
 
 class Start(NamedTuple):
@@ -185,7 +186,7 @@ def _require_stage2_fit(cfg, source, args, known, class_names):
     if unknown := [name for name in class_names if name not in whole]:
         raise UserError(f"{source.as_posix()} knows {system.listed(whole, 8)}, but not {system.listed(unknown, 8)} of "
                         "the data set: train stage 1 on this data set first (train_detector_stage1.py --dataset_dir "
-                        f"{run_report.pasted(Path(cfg.DATASET_DIR))})")
+                        f"{pasted(Path(cfg.DATASET_DIR))})")
     if args["num_rows"] != len(class_names) + 1:
         raise UserError(f"Frozen detector head out_dim ({args['num_rows']}) != requested ({len(class_names) + 1}): cut "
                         "the head to the data set's classes first, then give the new file as --checkpoint:\n"

@@ -30,7 +30,8 @@ MODELS = ("utils.integrated_model", "utils.feature_derain", "utils.conditional_m
 GROUND = ("utils.processes", "utils.checkpoint", "utils.freeze", "utils.report", "utils.visualize", "utils.boxes",
           "utils.fast", "utils.images", "utils.losses", "utils.memory", "utils.transfer")
 FLOORS = {  # from the ground up
-    "base": Floor(("utils.config", "utils.system", "utils.threads", "utils.download"), ()),  # without torch
+    "base": Floor(("utils.config", "utils.system", "utils.threads", "utils.download", "utils.next_command"),
+                  ()),  # without torch
     "ground": Floor(GROUND, ("base",)),
     "weather": Floor(("utils.weather",), ("base",)),
     "demo": Floor(("utils.demo",), ("base", "weather")),

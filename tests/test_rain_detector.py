@@ -207,7 +207,7 @@ def test_report_splits_by_prefix_and_draws(roots, model, tmp_path):
     (roots / "rainy" / "fog_1.png").write_bytes((roots / "rainy" / "0001.png").read_bytes())
     sets = rain_report.test_sets([roots / "clean"], [roots / "rainy"], ("fog_",))
     assert [(name.split("/")[-1], len(paths), domain) for name, (paths, domain) in sets.items()] == [
-        ("clean", 16, "clean"), ("rainy: fog_*", 1, "rainy"), ("rainy", 16, "rainy")]
+        ("clean", 16, "clean"), ("rainy: fog_*", 1, "rainy"), ("rainy: others", 16, "rainy")]
     predicted = rain_report.predict_sets(model, sets, "cpu", 8, 0)
     summary = rain_report.summarise(predicted, 0.5)
     assert summary["true_positive"] + summary["false_negative"] == 17 and len(summary["sets"]) == 3

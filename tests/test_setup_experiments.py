@@ -1,6 +1,7 @@
 """validate_setup.py --experiment: what it finds in the data of each training, the command, and the page."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -8,11 +9,15 @@ from PIL import Image
 from test_rfdetr_data import write_dataset
 from test_validate_setup import checked, having
 
+import train_diffusion_refiner
 import train_unet_derain
+import Training_FeatureDerain
+import Training_SPDNet_Adaptation
 import validate_setup
 from utils.config import UserError
 from utils.datasets import audit, image_check
 from utils.datasets.layouts import find_split
+from utils.training import setup_checks
 
 WEIGHTS = {"spdnet": "./assets/demo/spdnet.pt", "detector": "./assets/demo/rtdetr"}
 
@@ -73,6 +78,64 @@ def test_constants_that_cannot_be_are_findings_and_unknown_ones_an_error(coco, c
             validate_setup.main(**wrong)
 
 
+SCRIPTS = {"spdnet": Training_SPDNet_Adaptation, "feature": Training_FeatureDerain, "unet": train_unet_derain,
+           "refiner": train_diffusion_refiner}
+
+
+@pytest.mark.parametrize(("experiment", "constants"), [
+    ("spdnet", {"IMAGE_SIZE": 100}), ("spdnet", {"FP16": True}), ("spdnet", {"FEATURE_LEVEL": "encodr"}),
+    ("spdnet", {"DERAINER": "resnet"}), ("spdnet", {"DERAIN_SCALE": 2.0}), ("feature", {"DERAIN_TYPE": "multi"}),
+    ("feature", {"NUM_RESIDUAL_BLOCKS": 0}), ("feature", {"REFINE_WIDTH": 2.0}), ("unet", {"BASE_WIDTH": 0}),
+    ("unet", {"ARCH": "nafnet", "NAFNET_RAIN_CHANNELS": 2}), ("refiner", {"MODE": "two_steps"}),
+])
+def test_constants_that_the_training_refuses_are_findings_in_its_words(experiment, constants, capsys, monkeypatch):
+    """Before it touches any data: there are none here."""
+    for module in (validate_setup, setup_checks):
+        for check in ("check_detection_data", "check_pairs", "check_detector"):
+            if hasattr(module, check):
+                monkeypatch.setattr(module, check, lambda *args: None)
+    with pytest.raises(UserError) as refused:
+        SCRIPTS[experiment].main(**constants)
+    assert next(iter(constants)) in str(refused.value) or "NAFNET_RAIN_CHANNELS" in str(refused.value)
+    code, lines = looked_at(capsys, experiment, **constants)
+    assert code == 1 and f"[FAIL] {refused.value}" in lines
+
+
+def test_images_that_are_too_small_for_the_detectors_queries_are_a_finding(coco, capsys):
+    code, lines = looked_at(capsys, "feature", **of_coco(coco, IMAGE_SIZE=32))
+    assert code == 1 and having(lines, "[FAIL]", "IMAGE_SIZE = 32", "feature positions")
+
+
+def test_rain_that_cannot_be_drawn_is_found_without_the_detector(coco, capsys):
+    code, lines = looked_at(capsys, "feature", **of_coco(coco, RAIN="frsh", RTDETR_MODEL_NAME="./no"))
+    assert code == 1 and having(lines, "[FAIL]", "RAIN = 'frsh'")
+
+
+def test_a_plain_folder_of_images_hears_once_that_it_can_be_trained_without_labels(coco, capsys, tmp_path):
+    for name in ("clean", "rain"):
+        shutil.copytree(coco / "coco" / "train2017", tmp_path / name)
+    plain = of_coco(coco) | {"COCO_DIR": str(tmp_path / "clean"), "COCO_RAIN_DIR": str(tmp_path / "rain")}
+    for experiment in ("spdnet", "feature"):
+        code, lines = looked_at(capsys, experiment, **plain)
+        assert code == 1 and len(having(lines, "[FAIL]", "COCO_DIR", "DETECTION_WEIGHT = 0")) == 1
+    code, lines = looked_at(capsys, "feature", DETECTION_WEIGHT=0.0, **plain)
+    assert code == 0 and having(lines, "[ok]", "plain folders") and lines[-1].startswith("python Training_Feature")
+    more = {"SPDNET_MODEL_PATH": WEIGHTS["spdnet"], "DETECTION_WEIGHT": 0.0, "FEATURE_WEIGHT": 0.0,
+            "RECONSTRUCTION_WEIGHT": 1.0}
+    code, lines = looked_at(capsys, "spdnet", **plain | more)
+    assert code == 1 and having(lines, "[FAIL]", "FEATURE_WEIGHT", "above 0")
+
+
+def test_the_command_at_the_end_can_be_pasted(coco, capsys):
+    (coco / "my coco").mkdir()
+    constants = of_coco(coco, COCO_DIR=str(coco / "my coco"), RAIN="fresh", RAIN_KINDS={"fog": 3.0, "drops": 1.0},
+                        COCO_RAIN_DIR="")
+    code, lines = looked_at(capsys, "feature", **constants)
+    words = shlex.split(lines[-1], comments=True)
+    assert code == 1 and words[:4] == ["python", "validate_setup.py", "--experiment", "feature"]
+    assert validate_setup.from_command_line(words[2:]) == constants | {"EXPERIMENT": "feature", "COCO_RAIN_DIR": None}
+
+
 @pytest.mark.parametrize("words", [["--experiment", "unet", "--CLEAR_DIR", "./c"], ["--CLEAR_DIR=./c",
                                                                                     "--EXPERIMENT=unet"]])
 def test_the_flags_are_those_of_the_experiments_script(words):
@@ -97,7 +160,7 @@ def test_pairs_of_the_unet(tmp_path, capsys):
     constants = write_pairs(tmp_path)
     code, lines = looked_at(capsys, "unet", REPORT=str(tmp_path / "page"), **constants)
     assert code == 0 and having(lines, "[ok]", "8 pairs") and having(lines, "[ok]", "pairs: train ", "test 1")
-    assert lines[-1].startswith("python train_unet_derain.py --RAINY_DIR ")
+    assert lines[-1].startswith("python train_unet_derain.py --CLEAR_DIR ") and '--CROP_SIZES "(32,)"' in lines[-1]
     page = (tmp_path / "page/report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 8 and "8 pairs" in page
     shutil.copyfile(tmp_path / "rainy/0.png", tmp_path / "rainy/7.png")
@@ -112,7 +175,7 @@ def test_the_refiner_asks_for_its_derainer_first(tmp_path, capsys):
     code, lines = looked_at(capsys, "refiner", DERAIN_MODEL_PATH=str(tmp_path / "none.pt"),
                             OUTPUT_DIR=str(tmp_path / "out"), **constants)
     assert code == 1 and having(lines, "[FAIL]", "DERAIN_MODEL_PATH")
-    assert lines[-1].startswith("python train_unet_derain.py")
+    assert lines[-1].startswith("python train_unet_derain.py --RAINY_DIR ") and "--CLEAR_DIR " in lines[-1]
 
 
 def test_the_page_shows_odd_images_first_and_needs_no_network(coco, capsys, tmp_path):
@@ -169,5 +232,6 @@ def test_rfdetr_has_the_page_as_well(tmp_path, capsys):
 def test_a_batch_that_does_not_fit_leads_to_the_automatic_one(capsys):
     found, cfg = validate_setup.Findings(), validate_setup.config.resolve(vars(train_unet_derain), {"IMAGE_SIZE": 512})
     one = validate_setup._EXPERIMENTS["unet"]
-    assert validate_setup.check_fit(found, cfg, one, 24.0) == " --BATCH_SIZE 0 --PRECISION auto"
-    assert validate_setup.check_fit(found, cfg, one, 80.0) == "" and found.warned == 1
+    assert validate_setup.check_fit(found, cfg, one, 24.0) == {
+        "BATCH_SIZE": 0, "PRECISION": "auto"}
+    assert validate_setup.check_fit(found, cfg, one, 80.0) == {} and found.warned == 1

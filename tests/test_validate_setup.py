@@ -17,6 +17,7 @@ from rfdetr import setup_checks as rfdetr_checks
 from utils import config
 from utils.config import UserError
 from utils.demo import roboflow as demo_roboflow
+from utils.next_command import pasted
 from utils.training import setup_checks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def test_a_good_data_set_is_ready_and_the_next_command_runs_stage_1_on_it(tmp_pa
     assert having(lines, "[ok]", "no test/") and having(lines, "'pets'", "left out")
     assert lines[-2].startswith("Ready: 0 problem(s)")
     assert lines[-1].startswith("python train_detector_stage1.py --size nano --epochs 1 --batch ")
-    assert f'--dataset_dir "{tmp_path}"' in lines[-1] and '--pretrain_weights "none"' in lines[-1]
+    assert f"--dataset_dir {pasted(tmp_path)}" in lines[-1] and "--pretrain_weights none" in lines[-1]
     assert all(line.isascii() for line in lines if str(tmp_path) not in line)
 
 
@@ -108,7 +109,7 @@ def test_corrupt_json_a_wrong_folder_and_no_data_set_at_all(tmp_path, capsys):
     assert code == 1 and having(lines, "[FAIL]", "must be called valid")
     code, lines = checked(capsys, tmp_path / "nowhere", RUNS_DIR=str(tmp_path))
     assert code == 1 and having(lines, "[FAIL]", "nowhere does not exist")
-    assert lines[-1].startswith(f'python -m tools.make_demo_dataset --out "{tmp_path / "nowhere"}"')
+    assert lines[-1].startswith(f"python -m tools.make_demo_dataset --out {pasted(tmp_path / 'nowhere')} ")
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_the_demo_needs_no_network_and_points_at_the_demo(tmp_path, capsys, monk
     assert validate_setup.main(demo=True, DATASET_DIR="typo", PRETRAIN_WEIGHTS="none") == 0
     lines = capsys.readouterr().out.splitlines()
     assert made[-1] == "typo" and having(lines, "[ok]", "--demo", "in typo")
-    assert lines[-1] == 'python train_detector_stage1.py --demo --dataset_dir "typo" --pretrain_weights "none"'
+    assert lines[-1] == "python train_detector_stage1.py --demo --dataset_dir typo --pretrain_weights none"
     assert validate_setup.main(demo=True, DATASET_DIR="typo", PRETRAIN_WEIGHTS="nix") == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("python validate_setup.py --demo --dataset_dir")
 

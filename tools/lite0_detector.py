@@ -17,6 +17,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProc
 
 from utils import checkpoint, config
 from utils.networks import rtdetr  # noqa: F401  silences the progress bars of transformers
+from utils.next_command import pasted
 
 OUT = "./rtdetr_lite0"
 WIDTH = 128              # of encoder and decoder (d_model); the published RT-DETRs have 256
@@ -78,7 +79,7 @@ def main(**overrides):
 
     checkpoint.replace_folder(save, Path(cfg.OUT))
     print(f"{Path(cfg.OUT).as_posix()}: {sum(p.numel() for p in detector.parameters()):,} parameters. "
-          f"Next: python Training_RTDETR.py --RTDETR_MODEL_NAME {Path(cfg.OUT).as_posix()}")
+          f"Next: python Training_RTDETR.py --RTDETR_MODEL_NAME {pasted(Path(cfg.OUT))}")
     return Path(cfg.OUT)
 
 

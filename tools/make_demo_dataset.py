@@ -10,6 +10,7 @@ The scenes are those of every script's --demo (160 x 160, five classes of COCO);
 
 from utils import config
 from utils.demo.roboflow import ensure_dataset
+from utils.next_command import pasted
 
 OUT = "./dataset"        # where train_detector_stage1.py and the others look by default
 DEMO_ROOT = "./demo"     # where the scenes are, or will be drawn
@@ -20,7 +21,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     out = ensure_dataset(cfg.OUT, cfg.DEMO_ROOT)
     print(f"{out.as_posix()}: train, valid and test. Next: python validate_setup.py"
-          + ("" if cfg.OUT == OUT else f" --dataset_dir {out.as_posix()}"))
+          + ("" if cfg.OUT == OUT else f" --dataset_dir {pasted(out)}"))
     return out
 
 

@@ -127,10 +127,16 @@ def is_unlabelled(cfg):
     COCO_RAIN_DIR are `without_annotations`.
 
     Raises:
-        UserError: COCO_DIR is, and there is neither a rainy folder nor rain to draw.
+        UserError: COCO_DIR is, and there is neither a rainy folder nor rain to draw, or DETECTION_WEIGHT is not 0.
     """
     rainy_dir = cfg.COCO_RAIN_DIR
-    if cfg.DETECTION_WEIGHT or not without_annotations(cfg.COCO_DIR, ""):
+    if not without_annotations(cfg.COCO_DIR, ""):
+        return False
+    if cfg.DETECTION_WEIGHT:
+        if system.images_in(cfg.COCO_DIR, below=False):
+            raise UserError(f"COCO_DIR = '{Path(cfg.COCO_DIR).as_posix()}' holds images, but no annotations: "
+                            "DETECTION_WEIGHT = 0 trains without labels, by the clean twins alone; for a training with "
+                            f"labels {layouts.EXPECTED['standard'].format(folder='train2017')}")
         return False
     if not rainy_dir and cfg.RAIN != "fresh":
         raise UserError("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, which make_rain.py "

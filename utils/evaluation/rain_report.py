@@ -39,7 +39,8 @@ def logits_of(rain_detector, loader, device, name="rain detector"):
 
 
 def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "TEST_RAINY_DIRS", "TEST_PREFIXES")):
-    """Image sets of known weather, one per folder, or one per file-name prefix where a folder has such files.
+    """Image sets of known weather, one per folder, or one per file-name prefix where a folder has such files, and the
+    others of it.
 
     Returns:
         {name: (paths, "clean" or "rainy")}.
@@ -64,7 +65,8 @@ def test_sets(clean_dirs, rainy_dirs, prefixes, constants=("TEST_CLEAN_DIRS", "T
                     sets[f"{name}: {prefix}*"] = (own, domain)
                     paths = [path for path in paths if not path.name.startswith(prefix)]
             if paths:
-                sets[name] = (paths, domain)
+                in_parts = any(known.startswith(f"{name}: ") for known in sets)
+                sets[f"{name}: others" if in_parts else name] = (paths, domain)
     if unused := [prefix for prefix in prefixes if prefix not in used]:
         raise UserError(f"{constants[2]}: no file name begins with {', '.join(map(repr, unused))}")
     return sets

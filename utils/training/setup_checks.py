@@ -203,7 +203,7 @@ def check_pairs(found, cfg):
 
 
 def check_detector(found, cfg):
-    """RTDETR_MODEL_NAME. -> the detector, None where it is not on this machine."""
+    """RTDETR_MODEL_NAME, and IMAGE_SIZE for it. -> the detector, None where it is not on this machine."""
     from utils import checkpoint
     name = cfg.RTDETR_MODEL_NAME
     if not checkpoint.is_local(name):
@@ -214,9 +214,10 @@ def check_detector(found, cfg):
                       f"On a machine with network run 'hf download {name} --local-dir {name.split('/')[-1]}' and set "
                       "RTDETR_MODEL_NAME to that folder")
             return None
-    from utils.networks.rtdetr import load_rtdetr
+    from utils.networks.rtdetr import load_rtdetr, require_queries
     try:
         detector = load_rtdetr(name)
+        require_queries(detector, cfg.IMAGE_SIZE)
     except UserError as error:
         found.fail(str(error))
         return None

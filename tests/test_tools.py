@@ -6,12 +6,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from transformers import RTDetrImageProcessor
 
-from tools import ablation_feature_derain, ablation_teacher, derain_bounds, gpu_report, lite0_detector, memory_table
+from tools import (
+    ablation_feature_derain,
+    ablation_teacher,
+    average_detectors,
+    derain_bounds,
+    gpu_report,
+    lite0_detector,
+    memory_table,
+)
 from tools import ablation_spdnet_adaptation as ablation
 from utils import config, freeze, integrated_model
 from utils.config import UserError
-from utils.networks.rtdetr import backbone_features, freeze_first_stages
+from utils.networks.rtdetr import backbone_features, freeze_first_stages, load_rtdetr, new_rtdetr, trained_size
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_CONSTANTS = [f"{path.parent.name}.{path.stem}" for folder in ("tools", "benchmarks")
@@ -109,6 +118,33 @@ def test_lite0_detector_sees_images_as_its_backbone_was_trained_to():
     freeze_first_stages(detector, 3)  # of timm's backbone: the stem and two of its seven stages
     assert [name.rpartition("_backbone.")[2] for name in freeze.frozen_modules(detector)] == [
         "conv_stem", "bn1", "blocks.0", "blocks.1"]
+
+
+def test_the_mean_of_detectors(tmp_path, capsys):
+    names, detectors = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        detectors.append(new_rtdetr("tiny", {0: "person", 1: "car"}))
+        names.append(str(tmp_path / str(seed)))
+        detectors[-1].save_pretrained(names[-1])
+    for name, side in zip(names, (96, 96, 128), strict=True):
+        RTDetrImageProcessor(size={"height": side, "width": side}).save_pretrained(name)
+    out = average_detectors.main(DETECTORS=names, OUT=str(tmp_path / "mean"))
+    states = [detector.state_dict() for detector in detectors]
+    for name, value in load_rtdetr(str(out)).state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, sum(state[name] for state in states) / 3)
+    assert trained_size(out) == 128 and "different sizes (96, 128)" in capsys.readouterr().out
+    assert "Mean of 3 detectors" in (out / "README.md").read_text(encoding="utf-8")
+    other = new_rtdetr("tiny", {0: "person", 1: "dog"})
+    other.save_pretrained(tmp_path / "other")
+    for wrong, words in ((names[:1], "two or more"), ([names[0], names[0]], "same weights"),
+                         ([names[0], str(tmp_path / "other")], "other layers or classes"),
+                         ([names[0], str(tmp_path / "none")], "DETECTORS")):
+        with pytest.raises(UserError, match=words):
+            average_detectors.main(DETECTORS=wrong, OUT=str(tmp_path / "new"))
+    with pytest.raises(UserError, match="is there already"):
+        average_detectors.main(DETECTORS=names, OUT=str(out))
 
 
 def test_lite0_detector_without_its_weights(monkeypatch, tmp_path):

@@ -51,6 +51,19 @@ def test_good_data_of_a_detection_training_end_in_its_command(coco, capsys, expe
     assert lines[-1].startswith(f"python {script} --COCO_DIR ") and "--PERCENT_DATASET 100" in lines[-1]
 
 
+@pytest.mark.parametrize("experiment", ["spdnet", "feature"])
+def test_fresh_rain_needs_no_rainy_training_images(coco, capsys, experiment):
+    more = {"SPDNET_MODEL_PATH": WEIGHTS["spdnet"]} if experiment == "spdnet" else {}
+    shutil.rmtree(coco / "coco_rain" / "train2017")
+    (coco / "coco_rain" / "annotations" / "instances_train2017.json").unlink()
+    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, RAIN="fresh"))
+    assert code == 0 and having(lines, "[ok]", "COCO_RAIN_DIR, val: 8 images")
+    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, RAIN="fresh", COCO_RAIN_DIR=""))
+    assert code == 0 and having(lines, "[ok]", "COCO_RAIN_DIR is empty: all weather is drawn")
+    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, COCO_RAIN_DIR=""))
+    assert code == 1 and having(lines, "[FAIL]", "COCO_RAIN_DIR is empty")
+
+
 def test_what_would_stop_or_spoil_the_training_is_named(coco, capsys):
     rain = coco / "coco_rain"
     first = sorted((rain / "train2017").iterdir())[0]

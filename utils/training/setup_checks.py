@@ -153,10 +153,14 @@ def check_detection_data(found, cfg):
     except UserError as error:
         found.fail(str(error))
         return
-    known = {}
-    for constant, advice in (("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")):
+    known, fresh = {"COCO_RAIN_DIR": {}}, cfg.RAIN == "fresh"
+    roots = [("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")]
+    if fresh and not cfg.COCO_RAIN_DIR:
+        found.ok("COCO_RAIN_DIR is empty: all weather is drawn by RAIN_KINDS")
+        roots.pop()
+    for constant, advice in roots:
         splits = []
-        for split in ("train", "val"):
+        for split in ("val",) if fresh and advice == "rainy" else ("train", "val"):  # fresh rain is not read
             try:
                 place = layouts.find_split(getattr(cfg, constant), split, constant, layouts.ADVICE[advice])
                 splits.append((place, f"{constant}, {split}"))

@@ -145,7 +145,7 @@ def manifest(tmp_path):
     return tmp_path / "manifest.json"
 
 
-def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path):
+def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path, capsys):
     pictures = [np.full((64, 96, 3), level, np.uint8) for level in (200, 200, 80, 80, 80, 80, 80, 80)]
     clip = write_video(tmp_path / "weather.mp4", pictures)
     settings = street | {"SOURCE": str(clip), "MODEL": "exported", "WEIGHTS": str(manifest), "BATCH_SIZE": 3}
@@ -154,6 +154,7 @@ def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path):
     boxes, images = results(found["folder"])
     assert [image["branch"] for image in images["images"]] == ["clean"] * 2 + ["rain"] * 6
     assert [box["category_id"] for box in boxes[::3]] == [1] * 2 + [3] * 6 and found["fallbacks"] == 0
+    assert found["derained"] == 6 and "images   8, 6 of them in the rain branch" in capsys.readouterr().out
     never = detect.main(**own | {"RAIN_THRESHOLD": 0.9})
     assert {image["branch"] for image in results(never["folder"])[1]["images"]} == {"clean"}
     patient = detect.main(**settings, RAIN_THRESHOLD=0.5)

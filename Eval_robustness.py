@@ -40,8 +40,8 @@ WEATHER = ("rain", "mist", "drops", "dark", "blur", "noise", "jpeg")  # what is 
 # --- models -------------------------------------------------------------------------------------------------------
 # {row: (kind, folder, file or hub id)}; the first is what the others are compared with. Kinds: rtdetr (a detector),
 # feature (Training_FeatureDerain.py), conditional (pipeline/ of Training_Conditional.py), adapter (rain.safetensors of
-# Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME), or a de-rainer in front of RTDETR_MODEL_NAME: spdnet, unet,
-# nafnet, refiner, prenet, ...
+# Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME), or a de-rainer in front of RTDETR_MODEL_NAME: spdnet,
+# unet, nafnet, refiner, prenet, ...
 MODELS = {
     "Vanilla RT-DETR": ("rtdetr", "PekingU/rtdetr_r18vd"),
     "Adapted SPDNet + RT-DETR": ("spdnet", "./outputs_spdnet_adaptation/spdnet_adapted.pt"),

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import time
-from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
 
@@ -117,7 +116,7 @@ def load_weights(cfg, device):
     if cfg.MODEL == "rfdetr":
         return Rfdetr(cfg.WEIGHTS, device)
     if detectors.is_manifest(cfg):
-        return exported.load_exported_pipeline(cfg.WEIGHTS, cfg.RAIN_THRESHOLD)
+        return exported.load_exported_pipeline(cfg.WEIGHTS, detectors.given_threshold(cfg))
     model = exported.load_exported(cfg.WEIGHTS)
     if model.about["kind"] != "detector":
         raise config.UserError(f"WEIGHTS = '{cfg.WEIGHTS}' is a {model.about['kind']}: give a detector's file, or the "
@@ -131,9 +130,12 @@ def build_models(cfg, device):
     if cfg.MODEL in detectors.OF_WEIGHTS:
         chosen = load_weights(cfg, device)
         cfg.IMAGE_SIZE = chosen.side
+        detectors.say_threshold(cfg, chosen)
+        cfg.RAIN_THRESHOLD = getattr(chosen, "rain_threshold", cfg.RAIN_THRESHOLD)  # RESUME goes on with the same
         return {cfg.MODEL: chosen}
     chosen = detectors.build_model(cfg, device)
     require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
+    detectors.say_threshold(cfg, chosen)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
     # feature-level training may have changed the detector, so the plain one is loaded

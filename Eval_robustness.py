@@ -25,7 +25,7 @@ from utils.demo.coco import ensure_demo
 from utils.evaluation import intervals, report_page, robustness
 from utils.evaluation.coco import detect, entries, ground_truth
 from utils.feature_derain import FeatureDerainRTDETR
-from utils.networks import derainers
+from utils.networks import adapter, derainers
 from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of
 from utils.training.plan import whole
 from utils.weather import severity
@@ -39,14 +39,15 @@ WEATHER = ("rain", "mist", "drops", "dark", "blur", "noise", "jpeg")  # what is 
 
 # --- models -------------------------------------------------------------------------------------------------------
 # {row: (kind, folder, file or hub id)}; the first is what the others are compared with. Kinds: rtdetr (a detector),
-# feature (Training_FeatureDerain.py), conditional (pipeline/ of Training_Conditional.py), or a de-rainer in front of
-# RTDETR_MODEL_NAME: spdnet, unet, nafnet, refiner, prenet, ...
+# feature (Training_FeatureDerain.py), conditional (pipeline/ of Training_Conditional.py), adapter (rain.safetensors of
+# Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME), or a de-rainer in front of RTDETR_MODEL_NAME: spdnet,
+# unet, nafnet, refiner, prenet, ...
 MODELS = {
     "Vanilla RT-DETR": ("rtdetr", "PekingU/rtdetr_r18vd"),
     "Adapted SPDNet + RT-DETR": ("spdnet", "./outputs_spdnet_adaptation/spdnet_adapted.pt"),
     "Features de-rained": ("feature", "./outputs_feature_derain/model"),
 }
-RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector behind de-rainers
+RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # the detector behind de-rainers, and that of adapters
 DERAIN_SCALE = 1.0                      # 0.5: SPDNet sees half the size, as in its training
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ DEMO = {
     "DERAIN_SCALE": 0.5, "RESAMPLES": 100, "DATALOADER_WORKERS": 0, "OUTPUT_DIR": "./demo/outputs_robustness",
 }
 _FILES = ("results.json", "report.html", "robustness.md", "heat_map.png", "examples.png")
-_KINDS = ("rtdetr", "feature", "conditional", *derainers.OTHERS, *derainers.NETWORKS)
+_KINDS = ("rtdetr", "feature", "conditional", "adapter", *derainers.OTHERS, *derainers.NETWORKS)
 
 
 def check(cfg):
@@ -94,6 +95,8 @@ def build_model(cfg, row, device):
         return freeze.freeze(FeatureDerainRTDETR.from_pretrained(path, device, where))
     if kind == "conditional":
         return ConditionalRainRobustRTDETR.from_pretrained(path, device, constant=where)
+    if kind == "adapter":
+        return adapter.fold(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device), path, where)
     if kind == "spdnet":
         integrated_model.require_trained_scale(path, cfg.DERAIN_SCALE)
     derainer = integrated_model.read_derainer(kind, path, where)

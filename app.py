@@ -134,6 +134,7 @@ def settings_of(cfg, name):
         if taken := _OF_THE_PAGE.keys() & entry.keys():
             raise config.UserError(f"{system.listed(sorted(taken))} is the page's own: leave it out")
         own = config.resolve(vars(detect) | _OF_THE_PAGE, {one: getattr(cfg, one) for one in _SHARED} | entry)
+        own.given = frozenset(entry) | cfg.given & set(_SHARED)  # what stands at the top of this script is not
         detect.require_usable(own)
     except config.UserError as error:
         raise config.UserError(f"CHOICES[{name!r}]: {error}") from None

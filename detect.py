@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import time
-from pathlib import Path
 
 import utils.threads  # noqa: F401 (before torch)
 
@@ -26,6 +25,7 @@ from rfdetr import evaluate
 from rfdetr import weights as rfdetr_weights
 from utils import config, fast, processes, system, transfer
 from utils.boxes import decode
+from utils.conditional_model import learnt_size
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.evaluation import comparison
@@ -33,7 +33,7 @@ from utils.images import to_floats
 from utils.inference import detections, detectors, exported, overlap, pictures, tiles, tracks, video, weather_gate
 from utils.inference.output import claimed
 from utils.inference.tally import Tally, print_summary, together
-from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of, trained_size
+from utils.networks.rtdetr import load_rtdetr, require_queries, require_size, rtdetr_of
 
 # --- what to look at ----------------------------------------------------------------------------------------------
 SOURCE: str = ""                        # image, folder of images, video, camera number ("0"), or a stream's URL
@@ -87,9 +87,9 @@ _MOST = 1000  # detections of an image that is seen in tiles
 
 def note_other_sizes(cfg):
     """Say which of the detectors that are used were trained at another IMAGE_SIZE."""
-    folders = {"RTDETR_MODEL_NAME": cfg.RTDETR_MODEL_NAME, "FEATURE_MODEL_DIR": Path(cfg.FEATURE_MODEL_DIR) / "rtdetr"}
     used = detectors.used_constants(cfg)
-    comparison.note_other_sizes({name: trained_size(folder) for name, folder in folders.items() if name in used},
+    comparison.note_other_sizes({name: learnt_size(getattr(cfg, name), name) for name in
+                                 ("RTDETR_MODEL_NAME", "RAINY_BRANCH", "FEATURE_MODEL_DIR") if name in used},
                                 cfg.IMAGE_SIZE)
 
 
@@ -116,7 +116,7 @@ def load_weights(cfg, device):
     if cfg.MODEL == "rfdetr":
         return Rfdetr(cfg.WEIGHTS, device)
     if detectors.is_manifest(cfg):
-        return exported.load_exported_pipeline(cfg.WEIGHTS, cfg.RAIN_THRESHOLD)
+        return exported.load_exported_pipeline(cfg.WEIGHTS, detectors.given_threshold(cfg))
     model = exported.load_exported(cfg.WEIGHTS)
     if model.about["kind"] != "detector":
         raise config.UserError(f"WEIGHTS = '{cfg.WEIGHTS}' is a {model.about['kind']}: give a detector's file, or the "
@@ -130,9 +130,12 @@ def build_models(cfg, device):
     if cfg.MODEL in detectors.OF_WEIGHTS:
         chosen = load_weights(cfg, device)
         cfg.IMAGE_SIZE = chosen.side
+        detectors.say_threshold(cfg, chosen)
+        cfg.RAIN_THRESHOLD = getattr(chosen, "rain_threshold", cfg.RAIN_THRESHOLD)  # RESUME goes on with the same
         return {cfg.MODEL: chosen}
     chosen = detectors.build_model(cfg, device)
     require_queries(rtdetr_of(chosen), cfg.IMAGE_SIZE)
+    detectors.say_threshold(cfg, chosen)
     if not cfg.COMPARE:
         return {cfg.MODEL: chosen}
     # feature-level training may have changed the detector, so the plain one is loaded

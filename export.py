@@ -20,7 +20,7 @@ import torch
 
 from rfdetr import detr, weights
 from utils import config, datasets, feature_derain, processes, report, system
-from utils.conditional_model import ConditionalRainRobustRTDETR
+from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_size, require_same_outputs
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import find_split
@@ -30,10 +30,10 @@ from utils.evaluation import comparison
 from utils.evaluation.coco import detection_scores
 from utils.evaluation.image_quality import psnr
 from utils.inference import deployable, exported, formats
-from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale
+from utils.integrated_model import RainRobustRTDETR, require_scale, require_trained_scale, trained_scale
 from utils.networks import adapter, onnx_file
 from utils.networks.rain_detector import load_rain_detector
-from utils.networks.rtdetr import load_rtdetr, require_size, trained_size
+from utils.networks.rtdetr import load_rtdetr, require_size
 from utils.networks.spdnet import load_spdnet
 from utils.training.plan import not_negative
 
@@ -43,10 +43,12 @@ MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_Featu
 SPDNET_MODEL_PATH: str | None = ""      # in front of RTDETR_MODEL_NAME, from Training_SPDNet_Adaptation.py
 DERAIN_SCALE = 1.0                      # of SPDNET_MODEL_PATH, as in its training
 ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME
+RAINY_DETECTOR_NAME: str | None = ""    # an RT-DETR fine-tuned on rain or fog by Training_RTDETR.py: hub id or folder
 RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py
 RAIN_THRESHOLD: float | None = None     # an image is rainy from this probability on; None: the rain detector's own
-RAINY_MODEL: str | None = ""            # of manifest.json's pipeline: adapter, spdnet_rtdetr or feature_derain; "": the
-                                        # first of them that is written
+RAINY_MODEL: str | None = ""            # of manifest.json's pipeline: specialist (RAINY_DETECTOR_NAME), adapter,
+                                        # spdnet_rtdetr or feature_derain, "": the first of them that is written; or
+                                        # derainer_rtdetr: DERAIN_MODEL_PATH in front of RTDETR_MODEL_NAME
 PIPELINE_DIR: str | None = ""           # folder pipeline/ of Training_Conditional.py: three files of its own
 RFDETR_PATH: str | None = ""            # checkpoint of the RF-DETR scripts, with its mask head where it has one
 DERAIN = "unet"                         # what DERAIN_MODEL_PATH holds: spdnet, unet, nafnet
@@ -76,12 +78,16 @@ LEAST_PSNR: float = 45                  # dB between what a de-rainer restores i
 DEMO = {
     "RTDETR_MODEL_NAME": "./assets/demo/rtdetr", "MODEL_NAME": "./demo/outputs_feature_derain/model",
     "ADAPTER_PATH": "./demo/outputs_adapter/rain.safetensors", "RAIN_DETECTOR_PATH": "./assets/demo/rain_detector.pt",
+    "RAINY_DETECTOR_NAME": "./assets/demo/rtdetr_specialist",
     "RFDETR_PATH": "./assets/demo/rfdetr_tiny.pth", "IMAGE_SIZE": 160, "COCO_DIR": "./demo/coco",
     "PERCENT_DATASET": 25, "OUTPUT_DIR": "./demo/outputs_export",
 }
 
 
-_RAINY = ("adapter", "spdnet_rtdetr", "feature_derain")  # RAINY_MODEL
+_RAINY = {  # RAINY_MODEL, and the constant that it comes from
+    "specialist": "RAINY_DETECTOR_NAME", "adapter": "ADAPTER_PATH", "spdnet_rtdetr": "SPDNET_MODEL_PATH",
+    "feature_derain": "MODEL_NAME", "derainer_rtdetr": "DERAIN_MODEL_PATH",
+}
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
 _JUDGED = 4                   # one of so many images is not calibrated on: a de-rainer's INT8 is judged on these
@@ -110,7 +116,8 @@ def build_models(cfg):
     if cfg.MODEL_NAME:
         found["feature_derain"] = detector(feature_derain.FeatureDerainRTDETR.from_pretrained(
             cfg.MODEL_NAME, constant="MODEL_NAME"))
-    for constant in ("SPDNET_MODEL_PATH", "ADAPTER_PATH"):
+    behind = ["SPDNET_MODEL_PATH", "ADAPTER_PATH"] + ["DERAIN_MODEL_PATH"] * (cfg.RAINY_MODEL == "derainer_rtdetr")
+    for constant in behind:
         if getattr(cfg, constant) and not base:
             raise config.UserError(f"{constant} needs the detector that it was trained for: set RTDETR_MODEL_NAME")
     if cfg.SPDNET_MODEL_PATH:
@@ -119,6 +126,11 @@ def build_models(cfg):
         found["spdnet_rtdetr"] = detector(RainRobustRTDETR(spdnet, base, derain_scale=scale), spdnet=True)
     if cfg.ADAPTER_PATH:
         found["adapter"] = detector(adapter.fold(base, cfg.ADAPTER_PATH, "ADAPTER_PATH"))
+    if cfg.RAINY_DETECTOR_NAME:
+        specialist = load_rtdetr(cfg.RAINY_DETECTOR_NAME, constant="RAINY_DETECTOR_NAME")
+        if base:  # the pipeline's clean part
+            require_same_outputs(base, specialist, "RAINY_DETECTOR_NAME")
+        found["specialist"] = detector(specialist)
     if cfg.RAIN_DETECTOR_PATH:
         found["rain_detector"] = rain_detector(load_rain_detector(cfg.RAIN_DETECTOR_PATH),
                                                threshold=cfg.RAIN_THRESHOLD)
@@ -133,14 +145,18 @@ def build_models(cfg):
         found["rfdetr"] = rfdetr_detector(cfg)
     if cfg.DERAIN_MODEL_PATH:
         found["derainer"] = deployable.derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH)
+        if cfg.RAINY_MODEL == "derainer_rtdetr":
+            found["derainer_rtdetr"] = detector(
+                RainRobustRTDETR(found["derainer"].module, base, derain_scale=trained_scale(cfg.DERAIN_MODEL_PATH)),
+                spdnet=cfg.DERAIN == "spdnet")
     if cfg.REFINER_DIR:
         found["refiner"] = deployable.refiner(cfg.REFINER_DIR, cfg.BASE_LICENCE)
     if not found:
         raise config.UserError("every constant of a model (RTDETR_MODEL_NAME, MODEL_NAME, ...) is empty: nothing to "
                                "export")
-    folders = {"RTDETR_MODEL_NAME": "", "MODEL_NAME": "rtdetr"}
-    comparison.note_other_sizes({constant: trained_size(Path(getattr(cfg, constant)) / inner)
-                                 for constant, inner in folders.items() if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
+    comparison.note_other_sizes({constant: learnt_size(getattr(cfg, constant), constant) for constant in
+                                 ("RTDETR_MODEL_NAME", "MODEL_NAME", "RAINY_DETECTOR_NAME", "ADAPTER_PATH")
+                                 if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
     for name, model in found.items():
         model.module.eval()
         model.about.update(model=name, input="pixel_values")
@@ -323,6 +339,20 @@ def manifest(models, results, cfg):
     return content
 
 
+def say_gates(cfg, models, content):
+    """Say from which probability on the exported rain detectors call an image rainy, and what is in the pipeline of
+    `manifest`'s content."""
+    for name, model in models.items():
+        if model.about["kind"] == "rain detector":
+            whose = ("PIPELINE_DIR's" if name == "pipeline_gate" else
+                     "the rain detector's own" if cfg.RAIN_THRESHOLD is None else "RAIN_THRESHOLD")
+            processes.say(f"{name}: an image is rainy from a probability of {model.about['rain_threshold']:.4g} on "
+                          f"({whose})")
+    if pipeline := content.get("pipeline"):
+        processes.say("manifest.json's pipeline: " + ", ".join(f"{part} {pipeline[part]}" for part in
+                                                               ("gate", "rainy", "clean")))
+
+
 def require_usable(cfg):
     """UserError for constants with which nothing could be written; takes formats out that are named twice, and in the
     demo those whose packages are missing."""
@@ -395,8 +425,8 @@ def main(**overrides):
             processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
     models = build_models(cfg)
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in models:
-        raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}': the constant of that model is empty; written are "
-                               f"{', '.join(models)}")
+        raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}' needs {_RAINY[cfg.RAINY_MODEL]}, which is empty; "
+                               f"written are {', '.join(models)}")
     if cfg.demo and cfg.COCO_DIR == DEMO["COCO_DIR"]:
         ensure_demo()
     paths = image_paths(cfg)
@@ -412,7 +442,9 @@ def main(**overrides):
         processes.say(f"{name} ...")
         results[name] = export(model, name, cfg, paths, derained)
     print_table(results, cfg.OUTPUT_DIR)
-    report.write_json(Path(cfg.OUTPUT_DIR) / "manifest.json", manifest(models, results, cfg))
+    content = manifest(models, results, cfg)
+    report.write_json(Path(cfg.OUTPUT_DIR) / "manifest.json", content)
+    say_gates(cfg, models, content)
     rows = [row for kinds in results.values() for row in kinds.values()]
     refused = [f"{row['file']} {row['refused']}" for row in rows if row["refused"]]
     if refused:

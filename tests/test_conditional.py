@@ -621,6 +621,7 @@ def test_evaluation_needs_no_spdnet(base, files, capsys):
     """A specialist alone behind the gate: its speed, sweep and pictures stand where the adapted SPDNet's would."""
     other = new_rtdetr("tiny", {0: "person", 1: "car"})
     other.save_pretrained(files / "specialist")
+    (files / "specialist" / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
     results = Eval_conditional.main(**base | {"OUTPUT_DIR": str(files / "eval"), "SPDNET_MODEL_PATH": ""},
                                     ORIGINAL_SPDNET_PATH="", RAINY_DETECTOR_NAME=str(files / "specialist"), PICTURES=1,
                                     GATE_STEPS=0)
@@ -628,7 +629,9 @@ def test_evaluation_needs_no_spdnet(base, files, capsys):
         "vanilla (never)", "always fine-tuned", "conditional fine-tuned", "oracle gate, fine-tuned"]
     always = next(row for row in results["scores"] if row["model"] == "always fine-tuned")
     assert results["sweep"][0]["mAP"] == pytest.approx(always["mix/mAP"])
-    assert "always fine-tuned" in capsys.readouterr().out.rpartition("clean image, batch 1")[2]
+    shown = capsys.readouterr().out
+    assert "always fine-tuned" in shown.rpartition("clean image, batch 1")[2]
+    assert "RAINY_DETECTOR_NAME was trained at IMAGE_SIZE = 64, IMAGE_SIZE is 96" in shown
     assert (files / "eval" / "detections.png").is_file()
 
 

@@ -227,6 +227,12 @@ def test_the_size_of_a_detector_that_is_not_used_is_no_news(capsys):
     for values, told in (({}, True), ({"PIPELINE_DIR": "p"}, False), ({"MODEL": "feature"}, False)):
         detect.note_other_sizes(config.resolve(vars(detect), {"RTDETR_MODEL_NAME": trained} | values))
         assert ("IMAGE_SIZE = 160" in capsys.readouterr().out) == told
+    specialist = {"RTDETR_MODEL_NAME": "a/hub_id", "RAINY_BRANCH": trained}
+    detect.note_other_sizes(config.resolve(vars(detect), specialist))
+    assert "RAINY_BRANCH was trained at IMAGE_SIZE = 160, IMAGE_SIZE is 640" in capsys.readouterr().out
+    detect.note_other_sizes(config.resolve(vars(detect), specialist | {"IMAGE_SIZE": 160}))
+    detect.note_other_sizes(config.resolve(vars(detect), specialist | {"MODEL": "spdnet"}))
+    assert not capsys.readouterr().out
 
 
 def test_the_gate_decides_per_frame_and_its_switches_are_told(base, tmp_path, monkeypatch, capsys):

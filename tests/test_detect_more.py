@@ -15,6 +15,7 @@ from script_processes import on_two_processes, started
 from test_detect import picture, results, write_video
 from torchvision.ops import box_iou
 
+import app
 import detect
 import export
 from rfdetr import detr, weights
@@ -145,7 +146,7 @@ def manifest(tmp_path):
     return tmp_path / "manifest.json"
 
 
-def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path):
+def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path, capsys):
     pictures = [np.full((64, 96, 3), level, np.uint8) for level in (200, 200, 80, 80, 80, 80, 80, 80)]
     clip = write_video(tmp_path / "weather.mp4", pictures)
     settings = street | {"SOURCE": str(clip), "MODEL": "exported", "WEIGHTS": str(manifest), "BATCH_SIZE": 3}
@@ -154,6 +155,7 @@ def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path):
     boxes, images = results(found["folder"])
     assert [image["branch"] for image in images["images"]] == ["clean"] * 2 + ["rain"] * 6
     assert [box["category_id"] for box in boxes[::3]] == [1] * 2 + [3] * 6 and found["fallbacks"] == 0
+    assert found["derained"] == 6 and "images   8, 6 of them in the rain branch" in capsys.readouterr().out
     never = detect.main(**own | {"RAIN_THRESHOLD": 0.9})
     assert {image["branch"] for image in results(never["folder"])[1]["images"]} == {"clean"}
     patient = detect.main(**settings, RAIN_THRESHOLD=0.5)
@@ -161,6 +163,30 @@ def test_an_exported_pipeline_has_its_gate(street, manifest, tmp_path):
     black = write_video(tmp_path / "black.mp4", [np.zeros((64, 96, 3), np.uint8)] * 2)
     broken = detect.main(**own | {"SOURCE": str(black)})
     assert broken["fallbacks"] == 2 and {box["category_id"] for box in results(broken["folder"])[0]} == {1}
+
+
+def test_a_manifests_threshold_holds_unless_another_was_given(street, manifest, tmp_path, capsys):
+    Image.fromarray(np.full((64, 96, 3), 115, np.uint8)).save(tmp_path / "dim.png")  # probability 0.55
+    settings = street | {"SOURCE": str(tmp_path / "dim.png"), "MODEL": "exported", "WEIGHTS": str(manifest)}
+    for given, count, said in (({}, 0, "0.6 on (manifest.json's own"), ({"RAIN_THRESHOLD": 0.5}, 1, "0.5 on (RAIN_TH"),
+                               ({"RAIN_THRESHOLD": None}, 0, "0.6 on (manifest.json's own")):
+        assert detect.main(**settings, **given)["derained"] == count
+        shown = capsys.readouterr().out
+        assert shown.count("gate: an image is rainy") == 1 and said in shown
+    with pytest.raises(UserError, match="RAIN_THRESHOLD = 7.0"):
+        detect.main(**settings, RAIN_THRESHOLD=7.0)
+
+
+def test_a_manifests_threshold_holds_on_the_page_too_unless_another_was_given(manifest, monkeypatch, capsys):
+    def threshold(entry, **given):
+        choice = {"MODEL": "exported", "WEIGHTS": str(manifest)} | entry
+        cfg = config.resolve(vars(app), {"CHOICES": {"mine": choice}, "MODEL": "mine"} | given)
+        own, models = app.Choices(cfg, "cpu").get("mine")
+        assert own.RAIN_THRESHOLD == models["exported"].rain_threshold
+        return own.RAIN_THRESHOLD
+    monkeypatch.setattr(app, "RAIN_THRESHOLD", 0.3)  # as edited: it is that of the other choices as well
+    assert threshold({}) == 0.6 and "0.6 on (manifest.json's own" in capsys.readouterr().out
+    assert threshold({}, RAIN_THRESHOLD=0.7) == 0.7 and threshold({"RAIN_THRESHOLD": 0.8}, RAIN_THRESHOLD=0.7) == 0.8
 
 
 def test_wrong_weights_are_one_clear_line(street, tmp_path, masked):

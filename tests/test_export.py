@@ -15,6 +15,7 @@ from conftest import names_in, small_spdnet
 from PIL import Image
 from torch import nn
 
+import detect
 import export
 from rfdetr import detr
 from rfdetr.model import RFDETR
@@ -29,7 +30,7 @@ from utils.inference import deployable, exported, formats
 from utils.integrated_model import RainRobustRTDETR
 from utils.networks import adapter, onnx_file
 from utils.networks.folding import folded
-from utils.networks.rain_detector import RainDetector
+from utils.networks.rain_detector import RainDetector, save_rain_detector
 from utils.networks.rtdetr import load_rtdetr, new_rtdetr
 from utils.networks.unet import new_unet
 
@@ -208,6 +209,78 @@ def test_pipeline_and_rainy_models_become_parts_with_a_manifest(weights, small_d
             torch.testing.assert_close(whole(pixels).logits, models[name].module(pixels)[0])
 
 
+class Constant(nn.Module):
+    """A part that takes no time to trace: the same outputs for every image; shapes: of one image's."""
+
+    def __init__(self, value, *shapes):
+        super().__init__()
+        self.value, self.shapes = value, shapes
+
+    def forward(self, pixel_values):
+        zero = 0 * pixel_values.mean((1, 2, 3))  # (B,)
+        found = [zero.reshape(-1, *(1 for _ in shape)) + torch.full(shape, self.value) for shape in self.shapes]
+        return tuple(found) if len(found) > 1 else found[0]
+
+
+def test_a_specialist_is_the_pipelines_rainy_part_and_detect_runs_it(scenes, tmp_path, monkeypatch, capsys):
+    save_rain_detector(RainDetector(8).eval(), tmp_path / "gate.pt")
+    specialist, built = str(ROOT / "assets" / "demo" / "rtdetr_specialist"), export.build_models
+
+    def with_small_parts(cfg):
+        models = built(cfg)
+        rows = len(models["vanilla"].about["classes"])
+        models["rain_detector"] = models["rain_detector"]._replace(module=Constant(0.9, ()))
+        models["vanilla"] = models["vanilla"]._replace(module=Constant(-9.0, (300, rows), (300, 4)))  # finds nothing
+        return models
+    monkeypatch.setattr(export, "build_models", with_small_parts)
+    results = export.main(
+        RTDETR_MODEL_NAME=TRAINED, MODEL_NAME="", RAINY_DETECTOR_NAME=specialist, IMAGE_SIZE=160, RAIN_THRESHOLD=0.7,
+        RAIN_DETECTOR_PATH=str(tmp_path / "gate.pt"), FORMATS=("torch.export",), OUTPUT_DIR=str(tmp_path / "out"),
+        CALIBRATION_DIR=str(scenes / "coco" / "val2017"))
+    assert results["specialist"]["torch.export"]["difference"] < 1e-3
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert content["pipeline"]["rainy"] == "specialist" and content["pipeline"]["rain_threshold"] == 0.7
+    shown = capsys.readouterr().out
+    assert "rain_detector: an image is rainy from a probability of 0.7 on (RAIN_THRESHOLD)" in shown
+    assert "pipeline: gate rain_detector, rainy specialist, clean vanilla" in shown
+    common = {"SOURCE": str(scenes / "coco_rain" / "val2017"), "OUTPUT": str(tmp_path / "found"), "IMAGE_SIZE": 160}
+    found, alone = (detect.main(**common | more) for more in (
+        {"MODEL": "exported", "WEIGHTS": str(tmp_path / "out" / "manifest.json")},
+        {"MODEL": "vanilla", "RTDETR_MODEL_NAME": specialist}))
+    ours, theirs = (json.loads((one["folder"] / "detections.json").read_text(encoding="utf-8"))
+                    for one in (found, alone))
+    assert found["derained"] == found["images"] == 6 and len(ours) == len(theirs) > 6
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["category_id"] == other["category_id"] and abs(one["score"] - other["score"]) < 1e-3
+
+
+def test_a_specialist_of_other_classes_is_no_part(weights, tmp_path):
+    new_rtdetr("tiny", {0: "cat", 1: "dog"}).save_pretrained(tmp_path / "cats")
+    values = {"RTDETR_MODEL_NAME": str(weights / "rtdetr"), "RAINY_DETECTOR_NAME": str(tmp_path / "cats"),
+              "MODEL_NAME": "", "IMAGE_SIZE": 96}
+    with pytest.raises(UserError, match="RAINY_DETECTOR_NAME.*other classes"):
+        export.build_models(config.resolve(vars(export), values))
+    alone = export.build_models(config.resolve(vars(export), values | {"RTDETR_MODEL_NAME": ""}))
+    assert list(alone) == ["specialist"] and alone["specialist"].about["classes"] == {"0": "cat", "1": "dog"}
+
+
+def test_a_unet_in_front_of_the_detector_can_be_the_rainy_part(tmp_path):
+    unet = new_unet("unet", width=4).eval()
+    nn.init.normal_(unet.net.head.weight, std=0.1)
+    checkpoint.save({"model": unet.state_dict(), "model_args": unet.model_args}, tmp_path / "unet.pt")
+    models = export.build_models(config.resolve(vars(export), {
+        "RTDETR_MODEL_NAME": TRAINED, "MODEL_NAME": "", "RAINY_MODEL": "derainer_rtdetr", "IMAGE_SIZE": 96,
+        "DERAIN_MODEL_PATH": str(tmp_path / "unet.pt")}))
+    assert set(models) == {"vanilla", "derainer", "derainer_rtdetr"}
+    model, pixels = models["derainer_rtdetr"], torch.rand(3, 3, 96, 96)
+    program = onnx_file.export_program(model.module, torch.rand(2, 3, 96, 96), {0: torch.export.Dim("batch")})
+    with torch.no_grad():
+        expected = load_rtdetr(TRAINED)(pixel_values=unet(pixels))
+        assert onnx_file.difference(program.module()(pixels), [expected.logits, expected.pred_boxes]) < 1e-3
+    assert model.int8.kept == ("derain_module",)  # the name of a module of RainRobustRTDETR, whose "encoder" is no part
+    assert any(name == "model.derain_module" for name, _ in model.module.named_modules())
+
+
 def test_masks_are_traced_for_any_batch():
     torch.manual_seed(0)
     model = RFDETR("tiny", 4, mask_head="nano").eval()
@@ -278,7 +351,8 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
     with pytest.raises(UserError, match="onnxscript: pip install -r requirements-export.txt.*FORMATS"):
         export.main(**small)
     monkeypatch.setattr(export, "export", lambda *args: {})
-    demo = small | {"COCO_DIR": "", "RAIN_DETECTOR_PATH": "", "RFDETR_PATH": "", "ADAPTER_PATH": ""}
+    demo = small | {"COCO_DIR": "", "RAIN_DETECTOR_PATH": "", "RFDETR_PATH": "", "ADAPTER_PATH": "",
+                    "RAINY_DETECTOR_NAME": ""}
     assert export.main(demo=True, **demo) == {"vanilla": {}}  # noted, not refused
     assert "no onnx, onnx-fp16, onnx-int8" in (shown := capsys.readouterr().out)
     assert "pip install -r requirements-export.txt" in shown
@@ -291,7 +365,10 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
     ({"RAINY_MODEL": "other"}, "RAINY_MODEL"), ({"DERAIN_SCALE": 3.0}, "DERAIN_SCALE"),
     ({"RAINY_MODEL": "adapter", "FORMATS": ("torch.export",)}, "RAINY_MODEL = 'adapter'.*written are vanilla"),
     ({"RTDETR_MODEL_NAME": "", "ADAPTER_PATH": "a.safetensors", "FORMATS": ("torch.export",)},
-     "ADAPTER_PATH.*RTDETR_MODEL_NAME"), (NONE | {"FORMATS": ("torch.export",)}, "nothing to export")])
+     "ADAPTER_PATH.*RTDETR_MODEL_NAME"),
+    ({"RAINY_MODEL": "derainer_rtdetr", "FORMATS": ("torch.export",)}, "'derainer_rtdetr' needs DERAIN_MODEL_PATH"),
+    ({"RAINY_DETECTOR_NAME": "./none", "FORMATS": ("torch.export",)}, "RAINY_DETECTOR_NAME = './none' does not exist"),
+    (NONE | {"FORMATS": ("torch.export",)}, "nothing to export")])
 def test_wrong_constants_are_refused(weights, values, words):
     pytest.importorskip("onnxscript")
     small = {"RTDETR_MODEL_NAME": str(weights / "rtdetr"), "MODEL_NAME": "", "IMAGE_SIZE": 96}

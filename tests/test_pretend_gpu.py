@@ -98,7 +98,7 @@ def test_what_trains_nothing_runs(work, trained, name):
         trained(need)
     changes = {"eval_adaptation": {"ADAPTED_MODEL_PATH": "./assets/demo/spdnet_adapted.pt"},
                "eval_feature": {"LIGHTWEIGHT_MODEL_NAME": ""},
-               "export": {"RTDETR_MODEL_NAME": "", "RAIN_DETECTOR_PATH": ""}}
+               "export": {"RTDETR_MODEL_NAME": "", "RAINY_DETECTOR_NAME": "", "RAIN_DETECTOR_PATH": ""}}
     outcome(work, name, "cuda", **changes.get(name, {}))
 
 

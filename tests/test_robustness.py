@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import names_in
 
 import Eval_robustness as script
-from utils import datasets
+from utils import config, datasets, freeze
 from utils.config import UserError
 from utils.datasets.fresh_rain import SteadyWeather
 from utils.evaluation import robustness
+from utils.networks import adapter
+from utils.networks.rtdetr import load_rtdetr, new_rtdetr
 from utils.weather import rain, severity
 
 
@@ -83,6 +86,27 @@ def test_the_script_scores_and_draws(base, capsys):
     assert plain["table"][0]["rain"] == pytest.approx(row_of(written, "plain")["rain"])  # weather does not depend on it
 
 
+def test_an_adapter_is_folded_into_the_base(base, weights, tmp_path):
+    pytest.importorskip("peft")
+    detector, path = load_rtdetr(base["RTDETR_MODEL_NAME"]), tmp_path / "rain.safetensors"
+    changed = adapter.inject(detector, 2, 2, ("attention",))
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    adapter.write(changed, path, freeze.fingerprint(detector), rank=2, alpha=2)
+    cfg = config.resolve(vars(script), base | {"MODELS": base["MODELS"] | {"folded": ("adapter", str(path))}})
+    script.check(cfg)
+    found, pixels = script.build_model(cfg, "folded", "cpu"), torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(found(pixels).logits, adapter.fold(detector, path, "")(pixels).logits)
+        assert not torch.allclose(found(pixels).logits, detector(pixels).logits, atol=1e-2)
+    new_rtdetr("tiny", {0: "person", 1: "car"}).save_pretrained(weights / "other")
+    cfg.RTDETR_MODEL_NAME = str(weights / "other")
+    with pytest.raises(UserError, match="MODELS: 'folded' = .*for another detector than RTDETR_MODEL_NAME"):
+        script.build_model(cfg, "folded", "cpu")
+
+
 def row_of(written, model):
     return next(row for row in written["table"] if row["model"] == model)
 
@@ -92,6 +116,7 @@ def row_of(written, model):
     ({"WEATHER": ("rain", "rain")}, "WEATHER"), ({"MODELS": {}}, "MODELS is empty"), ({"RESAMPLES": -1}, "RESAMPLES"),
     ({"MODELS": {"a": "rtdetr"}}, "MODELS: 'a' must be"), ({"MODELS": {"a": ("yolo", "b.pt")}}, "MODELS: 'a' must be"),
     ({"MODELS": {"a": ("rtdetr", "./none")}}, "MODELS: 'a' = './none' does not exist"),
+    ({"MODELS": {"a": ("adapter", "./none.safetensors")}}, "MODELS: 'a' = './none.safetensors' does not exist"),
     ({"MODELS": {"a": ("unet", "./none.pt")}}, "MODELS: 'a' = './none.pt' does not exist"),
     ({"MODELS": {"a": ("conditional", "./none")}}, "MODELS: 'a'"), ({"COCO_DIR": "./none"}, "COCO_DIR")])
 def test_what_cannot_be_evaluated_is_one_line(base, changes, message):

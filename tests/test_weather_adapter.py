@@ -163,20 +163,22 @@ def test_constants_that_cannot_be(base, changes, message):
         Training.main(**base | changes)
 
 
-def test_detect_and_the_evaluation_take_it(base, weights, coco, tmp_path, monkeypatch):
+def test_detect_and_the_evaluation_take_it(base, weights, coco, tmp_path, capsys):
     detector = load_rtdetr(base["RTDETR_MODEL_NAME"])
     path = tmp_path / "rain.safetensors"
     adapter.write(shaken(adapter.inject(detector, 2, 2, adapter.TARGETS)), path, freeze.fingerprint(detector), rank=2,
-                  alpha=2)
+                  alpha=2, image_size=64)
     torch.manual_seed(0)
     save_rain_detector(RainDetector(), tmp_path / "gate.pt")
     result = detect.main(SOURCE=str(coco / "coco" / "val2017"), OUTPUT=str(tmp_path / "found"), MODEL="conditional",
                          RAINY_BRANCH=str(path), RTDETR_MODEL_NAME=base["RTDETR_MODEL_NAME"], IMAGE_SIZE=96,
                          RAIN_DETECTOR_PATH=str(tmp_path / "gate.pt"), RAIN_THRESHOLD=0.0, THRESHOLD=0.0)
     assert result["images"] == 8 and result["derained"] == 8
+    assert "RAINY_BRANCH was trained at IMAGE_SIZE = 64, IMAGE_SIZE is 96" in capsys.readouterr().out
     found = Eval_conditional.main(
         COCO_DIR=base["COCO_DIR"], COCO_RAIN_DIR=base["COCO_RAIN_DIR"], IMAGE_SIZE=96, DATALOADER_WORKERS=0, PICTURES=1,
         RTDETR_MODEL_NAME=base["RTDETR_MODEL_NAME"], RAIN_DETECTOR_PATH=str(tmp_path / "gate.pt"),
         ADAPTER_PATH=str(path), SPDNET_MODEL_PATH=str(weights / "spdnet.pt"), ORIGINAL_SPDNET_PATH="",
         OUTPUT_DIR=str(tmp_path / "eval"))
     assert any("adapter" in str(row) for row in found["scores"])
+    assert "ADAPTER_PATH was trained at IMAGE_SIZE = 64, IMAGE_SIZE is 96" in capsys.readouterr().out

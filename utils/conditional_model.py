@@ -21,7 +21,7 @@ from utils.integrated_model import RainRobustOutput, derain_unclamped, detect_wi
 from utils.networks import adapter
 from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.rain_detector import load_rain_detector, save_rain_detector
-from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr, rtdetr_of
+from utils.networks.rtdetr import clean_features, id2label_of, load_rtdetr, rtdetr_of, trained_size
 from utils.networks.spdnet import load_spdnet
 from utils.transfer import sent
 
@@ -268,6 +268,18 @@ def load_rainy_detector(name, device="cpu", constant="RAINY_BRANCH", base=None):
     if (Path(name) / feature_derain.SETTINGS).is_file():
         return freeze.freeze(FeatureDerainRTDETR.from_pretrained(name, device, constant))
     return freeze.freeze(load_rtdetr(name, device=device, constant=constant))
+
+
+def learnt_size(name, constant):
+    """-> side of the images that a detector has learnt from, None where nothing says it (or it is on the hub).
+
+    Args:
+        name: a folder of save_pretrained or of Training_FeatureDerain.py, an adapter's file, or a hub id; constant: the
+            script's for it, for messages.
+    """
+    if adapter.is_adapter(name):
+        return adapter.read(name, constant)[1].get("image_size")
+    return trained_size(name) or trained_size(Path(name) / "rtdetr")  # of a folder of Training_FeatureDerain.py
 
 
 def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, rainy_detector_name=None, device="cpu",

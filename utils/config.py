@@ -57,7 +57,8 @@ class MissingConstant(UserError, AttributeError):
 
 class Config(SimpleNamespace):
     """The resolved constants as attributes, plus `demo` (bool) and `usual_batch` {"BATCH_SIZE": of the script as it
-    came}. `as_dict()` goes into checkpoints and reports."""
+    came} and `given` (names that were overridden: on the command line, or by the caller). `as_dict()` goes into
+    checkpoints and reports."""
 
     def __getattr__(self, name):
         if name.isupper():
@@ -143,7 +144,7 @@ def resolve(namespace, overrides):
         namespace: the script's `globals()`.
         overrides: {name: value}; the key `demo` (bool) applies the script's DEMO dict before the other overrides.
     Returns:
-        Config with every constant as an attribute, and `demo`.
+        Config with every constant as an attribute, `demo`, `usual_batch` and `given`.
     Raises:
         UserError: an unknown name, or a value whose type does not fit the constant's annotation or default.
     """
@@ -168,7 +169,8 @@ def resolve(namespace, overrides):
         if name not in annotated and isinstance(value, (tuple, list)):
             value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
         values[name] = _not_empty(name, _as_path(name, value), kinds[name], defaults[name])
-    return Config(demo=use_demo, usual_batch=_usual_batches(namespace, defaults, use_demo), **values)
+    return Config(demo=use_demo, usual_batch=_usual_batches(namespace, defaults, use_demo),
+                  given=frozenset(overrides), **values)
 
 
 def _beside(namespace, value):

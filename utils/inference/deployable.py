@@ -61,7 +61,7 @@ def detector(model, image_size, least_map, spdnet=False):
     about = {"kind": "detector", "outputs": ["logits", "pred_boxes"], "image_size": image_size,
              "classes": {str(label): name for label, name in id2label_of(rtdetr_of(model)).items()}}
     return formats.Model(Deployable(model), about, _NO_HALF if spdnet else {}, least_map,
-                         formats.Int8(("Conv",), _QUANTISED))
+                         formats.Int8(("Conv",), _QUANTISED, ("derain_module",)))  # a U-Net has an encoder as well
 
 
 def rain_detector(model, image_size, threshold):

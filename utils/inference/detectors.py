@@ -4,10 +4,12 @@ scores on its classes count.
 `cfg` is the namespace of that script's constants everywhere.
 """
 
+from pathlib import Path
+
 import torch
 
 from utils import checkpoint, config, processes, system
-from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector
+from utils.conditional_model import ConditionalRainRobustRTDETR, load_rainy_detector, require_threshold
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.integrated_model import RainRobustRTDETR, require_trained_scale
 from utils.networks.adapter import is_adapter
@@ -62,6 +64,29 @@ def note_without_effect(cfg, given):
 def is_manifest(cfg):
     """-> whether WEIGHTS is the pipeline that export.py's manifest.json tells of."""
     return cfg.MODEL == "exported" and str(cfg.WEIGHTS).endswith(".json")
+
+
+def given_threshold(cfg):
+    """-> RAIN_THRESHOLD for an exported pipeline: None, which is the manifest's own, unless the user gave another."""
+    if "RAIN_THRESHOLD" not in cfg.given:  # the script's default is nobody's wish
+        return None
+    require_threshold(cfg.RAIN_THRESHOLD)
+    return cfg.RAIN_THRESHOLD
+
+
+def say_threshold(cfg, model):
+    """Say from which probability on a model's gate calls an image rainy, and who says so; nothing without a gate."""
+    threshold = getattr(model, "rain_threshold", None)
+    if threshold is None:
+        return
+    if is_manifest(cfg):
+        whose = "RAIN_THRESHOLD" if given_threshold(cfg) is not None else (
+            f"{Path(cfg.WEIGHTS).name}'s own; the flag --RAIN_THRESHOLD replaces it")
+    elif cfg.PIPELINE_DIR:
+        whose = "PIPELINE_DIR's own"
+    else:
+        whose = "the rain detector's own" if cfg.RAIN_THRESHOLD is None else "RAIN_THRESHOLD"
+    processes.say(f"gate: an image is rainy from a probability of {threshold:.4g} on ({whose})")
 
 
 def require(cfg):

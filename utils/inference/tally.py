@@ -16,7 +16,7 @@ class Tally:
 
     images: int = 0
     objects: int = 0
-    derained: int | None = None  # None: a model that de-rains nothing
+    derained: int | None = None  # in the rain branch; None: a model without gate and de-rainer
     fallbacks: int = 0
     stopped: bool = False
     seconds: float = 0.0
@@ -46,7 +46,7 @@ class Tally:
             return
         self.images += 1
         self.objects += len(one["boxes"])
-        if one["seen"] is not None:
+        if one["seen"] is not None or one["branch"] is not None:  # an exported pipeline shows no de-rained image
             self.derained = (self.derained or 0) + (one["branch"] != "clean")
         if frame.number is not None:
             self.count_flicker(one)

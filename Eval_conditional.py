@@ -311,12 +311,17 @@ def decisions_of(pipeline, branches, pipelines, loaders_of, device):
     return decisions, scores_of
 
 
-def thresholds_of(part, found, scores_of, as_set):
-    """-> {branch: gates.Chosen as a dict} of the mix; scores_of: {branch: probabilities by its own rain detector};
-    as_set: {branch: its threshold in use}."""
+def thresholds_of(part, found, scores_of, threshold, pipelines):
+    """-> {branch: gates.Chosen as a dict} of the mix, for all branches but vanilla.
+
+    Args:
+        scores_of: {branch: probabilities by its own rain detector}; threshold: in use; pipelines: of Models, which have
+            thresholds of their own.
+    """
+    as_set = dict.fromkeys(scores_of, threshold) | {name: one.rain_threshold for name, one in pipelines.items()}
     vanilla = part.matches(found, lambda *key: "vanilla")
     return {name: best_threshold(part, found, scores, name, as_set[name], plain_matches=vanilla)._asdict()
-            for name, scores in scores_of.items()}
+            for name, scores in scores_of.items() if name != "vanilla"}
 
 
 def report_of(rows, parts, found, data):
@@ -419,9 +424,7 @@ def main(**overrides):
     rows = strategies(branches, decisions, graded_gates)
     table, page = score(rows, parts, found), report_of(rows, parts, found, data)
     sure = intervals_of(cfg, rows, parts, found, groups, twins)
-    thresholds = thresholds_of(
-        parts["mix"], found, {name: scores_of[name] for name in list(branches)[1:]},
-        dict.fromkeys(branches, threshold) | {name: one.rain_threshold for name, one in pipelines.items()})
+    thresholds = thresholds_of(parts["mix"], found, scores_of, threshold, pipelines)
     latency = measure_latency(cfg, rain_detector, branches, device)
     gate_report.add_cost(table, latency)
     one = {name: values["batch 1"] for name, values in latency.items()}
@@ -429,12 +432,12 @@ def main(**overrides):
                         {"gate": one["gate"], "plain": one["vanilla"], "branch": one[branch]})
     predicted = gate_report.predictions(data, scores)
     gate = rain_report.summarise(predicted, threshold)
-    false_alarms, missed = (gate_report.mistakes(predicted[domain], threshold) for domain in gates.DOMAINS)
-    results = {"scores": table, "rain_detector": gate, "false_alarms": false_alarms, "missed": missed,
+    wrong = [gate_report.mistakes(predicted[domain], threshold) for domain in gates.DOMAINS]
+    results = {"scores": table, "rain_detector": gate, "false_alarms": wrong[0], "missed": wrong[1],
                "fallbacks": fallbacks, "milliseconds_per_image": latency, "sweep": sweep, "thresholds": thresholds,
                "intervals": gate_intervals.as_numbers(sure), "details": page.numbers}
     if processes.is_main():
-        gate_report.print_summary(table, branch, latency, gate, false_alarms, missed, fallbacks)
+        gate_report.print_summary(table, branch, latency, gate, *wrong, fallbacks)
         gate_report.print_thresholds(thresholds)
         if sure:
             print("\n" + gate_intervals.text(sure))

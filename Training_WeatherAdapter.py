@@ -119,8 +119,8 @@ def check(cfg):
 
 
 def build_data(cfg, id2label, twins):
-    """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR; both are pairs
-    without labels where there are no annotations."""
+    """-> training images in the weather (with their clean twins), validation images of COCO_RAIN_DIR or in drawn
+    weather; both are pairs without labels where there are no annotations."""
     if datasets.is_unlabelled(cfg):
         return Training_RTDETR.unlabelled_data(cfg, presets.adaptation(cfg.IMAGE_SIZE))
     rain = fresh_rain(cfg)
@@ -179,8 +179,9 @@ def say_result(cfg, base, best, path):
     if cfg.demo:  # it has those SPDNets; an adapter de-rains no image that could be shown
         alone, shown = {}, {"SHOW_DERAINED": False}
     file = path.as_posix()
+    needed = ("COCO_DIR", "COCO_RAIN_DIR") if datasets.is_unlabelled(cfg) else ()
     processes.say(f"adapter: {file}, {path.stat().st_size / 1e6:.2f} MB\n"
-                  f"next: {command(Eval_conditional, cfg, ADAPTER_PATH=file, **alone)}\n"
+                  f"next: {command(Eval_conditional, cfg, needed=needed, ADAPTER_PATH=file, **alone)}\n"
                   f"      {command(detect, cfg, RAINY_BRANCH=file, **shown)}")
 
 

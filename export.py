@@ -41,7 +41,7 @@ from utils.training.plan import not_negative
 RTDETR_MODEL_NAME: str | None = "PekingU/rtdetr_r18vd"  # the plain detector: hub id or folder
 MODEL_NAME: str | None = "./outputs_feature_derain/model"  # from Training_FeatureDerain.py
 SPDNET_MODEL_PATH: str | None = ""      # in front of RTDETR_MODEL_NAME, from Training_SPDNet_Adaptation.py
-DERAIN_SCALE = 1.0                      # of SPDNET_MODEL_PATH, as in its training
+DERAIN_SCALE = 1.0                      # of an SPDNet in front of the detector, as in its training
 ADAPTER_PATH: str | None = ""           # rain.safetensors of Training_WeatherAdapter.py, folded into RTDETR_MODEL_NAME
 RAINY_DETECTOR_NAME: str | None = ""    # an RT-DETR fine-tuned on rain or fog by Training_RTDETR.py: hub id or folder
 RAIN_DETECTOR_PATH: str | None = ""     # from Training_RainDetector.py
@@ -146,9 +146,12 @@ def build_models(cfg):
     if cfg.DERAIN_MODEL_PATH:
         found["derainer"] = deployable.derainer(cfg.DERAIN, cfg.DERAIN_MODEL_PATH)
         if cfg.RAINY_MODEL == "derainer_rtdetr":
+            scale = trained_scale(cfg.DERAIN_MODEL_PATH)
+            if cfg.DERAIN == "spdnet":
+                require_trained_scale(cfg.DERAIN_MODEL_PATH, cfg.DERAIN_SCALE)
+                scale = cfg.DERAIN_SCALE
             found["derainer_rtdetr"] = detector(
-                RainRobustRTDETR(found["derainer"].module, base, derain_scale=trained_scale(cfg.DERAIN_MODEL_PATH)),
-                spdnet=cfg.DERAIN == "spdnet")
+                RainRobustRTDETR(found["derainer"].module, base, derain_scale=scale), spdnet=cfg.DERAIN == "spdnet")
     if cfg.REFINER_DIR:
         found["refiner"] = deployable.refiner(cfg.REFINER_DIR, cfg.BASE_LICENCE)
     if not found:

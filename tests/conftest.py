@@ -15,6 +15,7 @@ from PIL import Image
 
 from utils import visualize
 from utils.evaluation import latency
+from utils.inference import exported
 from utils.networks.rtdetr import new_rtdetr
 from utils.networks.spdnet import SPDNet
 from utils.networks.spdnet_init import init_near_identity
@@ -97,6 +98,15 @@ def write_coco(root, ids=range(1, 9), size=(96, 96), seed=0, splits=("train", "v
 def names_in(folder):
     """-> names of what a user sees in a folder; hidden files such as a run's lock are not among them."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The files that were loaded, as exported.load_exported gives them: loading a torch.export file takes seconds, and
+    export.py has done it to check it."""
+    found, load = [], exported.load_exported
+    monkeypatch.setattr(exported, "load_exported", lambda *args, **more: found.append(load(*args, **more)) or found[-1])
+    return found
 
 
 @contextmanager

@@ -710,7 +710,7 @@ def test_a_twin_that_is_missing_is_named_once_and_with_its_constant(coco):
     assert line.count("000000000001.jpg") == 1 and "1 bad image(s)" in line
 
 
-def test_another_validation_than_before_is_not_resumed(tmp_path):
+def test_another_validation_than_before_is_not_resumed(tmp_path, every_curve):
     write_pairs(tmp_path, count=6)
     settings = {"CLEAR_DIR": str(tmp_path / "clear"), "RAINY_DIR": str(tmp_path / "rainy"), "REAL_DIR": "",
                 "CHECKPOINT_DIR": str(tmp_path / "run"), **WHOLE_IMAGES, "BASE_WIDTH": 2,

@@ -66,7 +66,7 @@ def test_a_killed_run_resumes_bit_for_bit(coco, tmp_path, batches_before):
     assert strip(result["history"]) == strip(again["history"])
 
 
-def test_files_and_history(coco, tmp_path):
+def test_files_and_history(coco, tmp_path, every_curve):
     _, result = run(coco, tmp_path / "out", evaluate=lambda model: {"val/score": 0.5}, score="val/score",
                     sample_images=lambda model: {"picture": torch.rand(3, 8, 8)}, constants={"LEARNING_RATE": 1e-2})
     names = names_in(tmp_path / "out")

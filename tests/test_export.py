@@ -166,12 +166,12 @@ def test_a_derainer_takes_images_of_any_size(tmp_path):
             torch.testing.assert_close(run(pixels).restored, unet(pixels), atol=1e-4, rtol=0)
 
 
-def test_spdnet_is_written_for_any_size_and_not_in_float16(weights, capsys):
+def test_spdnet_is_written_for_any_size_and_not_in_float16(weights, capsys, loaded):
     results = export.main(**NONE, DERAIN="spdnet", DERAIN_MODEL_PATH=str(weights / "spdnet.pt"), IMAGE_SIZE=64,
                           FORMATS=("torch.export",), OUTPUT_DIR=str(weights / "out"))["derainer"]
     assert results["torch.export"]["difference"] < 1e-3
     assert "overflows" in deployable.derainer("spdnet", weights / "spdnet.pt").without["onnx-fp16"]
-    run, net = exported.load_exported(weights / "out" / "derainer.pt2"), small_spdnet().eval()
+    (run,), net = loaded, small_spdnet().eval()
     pixels = torch.rand(1, 3, 52, 88)  # multiples of 4: nothing is mirrored
     with torch.no_grad():
         torch.testing.assert_close(run(pixels).restored, net(pixels * 255)[0].clamp(0, 255) / 255, atol=1e-4, rtol=0)

@@ -29,7 +29,7 @@ def state(folder, phase):
     return torch.load(Path(folder) / f"phase{phase}" / "last.pt")["model"]
 
 
-def test_both_phases_train_what_they_should_and_write_everything(base, weights, capsys):
+def test_both_phases_train_what_they_should_and_write_everything(base, weights, capsys, every_curve):
     results = Training.main(**base | {"PHASE1_EPOCHS": 3})
     first, last = results[1]["history"][0], results[1]["history"][-1]
     assert last["consistency"] < first["consistency"] and last["mask"] < first["mask"]

@@ -92,4 +92,11 @@ def test_the_trainings_hand_on_nothing_by_themselves_but_what_was_changed(traini
     handed_on = [name for name in shared if hasattr(training, name) and hasattr(evaluation, name)]
     assert {name: getattr(got, name) for name in handed_on} == {name: shared[name] for name in handed_on}
     assert "RTDETR_MODEL_NAME" in handed_on and "IMAGE_SIZE" in handed_on
+    run.COCO_RAIN_DIR = ""
+    line = next_command.command(evaluation, run)
+    words = shlex.split(line.partition("#")[0])[2:]
+    config.resolve(vars(evaluation), config.from_command_line(vars(evaluation), words))  # refuses nothing
+    assert ("# and with --COCO_RAIN_DIR" in line) == hasattr(evaluation, "COCO_RAIN_DIR")
+    line = next_command.command(evaluation, run, needed=("COCO_DIR", "COCO_RAIN_DIR"))
+    assert "my coco" not in line and line.endswith(", which this run has not") == hasattr(evaluation, "COCO_DIR")
     assert (got.OUTPUT_DIR if hasattr(got, "OUTPUT_DIR") else got.OUTPUT) != run.OUTPUT_DIR

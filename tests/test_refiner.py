@@ -312,7 +312,7 @@ def base(trained_unet, tmp_path):
 
 
 @pytest.mark.parametrize("mode", refiner.MODES)
-def test_every_mode_trains_and_is_never_worse_on_its_validation_pairs(base, mode, capsys):
+def test_every_mode_trains_and_is_never_worse_on_its_validation_pairs(base, mode, capsys, every_curve):
     result = train.main(**base, MODE=mode)
     out = Path(base["OUTPUT_DIR"])
     assert {"refiner", "derained", "last.pt", "best.pt", "metrics.json", "curves.png", "tb", "results.json",

@@ -143,8 +143,9 @@ def test_the_mean_of_detectors(tmp_path, capsys):
                          ([names[0], str(tmp_path / "none")], "DETECTORS")):
         with pytest.raises(UserError, match=words):
             average_detectors.main(DETECTORS=wrong, OUT=str(tmp_path / "new"))
-    with pytest.raises(UserError, match="is there already"):
-        average_detectors.main(DETECTORS=names, OUT=str(out))
+    for there in (out, out / "README.md"):
+        with pytest.raises(UserError, match="is there already"):
+            average_detectors.main(DETECTORS=names, OUT=str(there))
 
 
 def test_lite0_detector_without_its_weights(monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ def base(tmp_path):
             "TEST_PAIRS": 4, "EPOCHS": 3, "BATCH_SIZE": 4, "LEARNING_RATE": 5e-3, "DATALOADER_WORKERS": 0}
 
 
-def test_training_lowers_its_loss_and_writes_everything(base, capsys):
+def test_training_lowers_its_loss_and_writes_everything(base, capsys, every_curve):
     result = train.main(**base, EARLY_STOPPING_PATIENCE=50, CHECKPOINT_EVERY=2, SAMPLE_EVERY=2, REAL_EVERY=2)
     first, last = result["history"][0], result["history"][-1]
     assert last["loss"] < first["loss"] and {"l1", "ssim_loss", "val/loss", "val/psnr", "val/ssim_y"} <= set(last)

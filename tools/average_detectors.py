@@ -59,7 +59,7 @@ def main(**overrides):
     """Write the mean; -> its folder."""
     cfg = config.resolve(globals(), overrides)
     out = Path(cfg.OUT)
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise config.UserError(f"OUT = '{cfg.OUT}' is there already: choose another folder, or remove it")
     detector = average(cfg.DETECTORS)
     sides = {side for name in cfg.DETECTORS if (side := trained_size(name))}

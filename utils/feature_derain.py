@@ -254,7 +254,8 @@ class FeatureDerainRTDETR(nn.Module):
             feature_level: which features to return, one of detector.FEATURE_LEVELS.
             masks: return the rain masks as well (for a loss on them), where there is a module.
             answer: what a teacher says of the clean twins (distillation.Answer), or None; with it `detect` counts as
-                True. terms, over_ranks: of the comparison with it, see distillation.compared.
+                True, and without labels the detections may be those of its queries. terms, over_ranks: of the
+                comparison with it, see distillation.compared.
         Returns:
             FeatureDerainOutput: transformers' `loss`, `loss_dict`, `logits` (B, Q, K), `pred_boxes` (B, Q, 4)
             normalised cxcywh, ..., plus `features` and, where asked for, `masks` and `taught`.
@@ -263,7 +264,7 @@ class FeatureDerainRTDETR(nn.Module):
         levels = tuple(self.derain_module(raw))
         rest, outputs, taught = partial(detect_from_features, self.rtdetr, levels, labels), {}, None
         if answer is not None:
-            outputs, taught = compared(self.rtdetr, rest, answer, terms, over_ranks)
+            outputs, taught = compared(self.rtdetr, rest, answer, terms, over_ranks, own_queries=labels is not None)
         elif detect:
             outputs = rest()
         if feature_level == "backbone":

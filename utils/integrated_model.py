@@ -211,8 +211,9 @@ class RainRobustRTDETR(nn.Module):
             labels: None, or B dicts {"class_labels": (N,) int64, "boxes": (N, 4) normalised cxcywh} for the loss.
             clean: None, or (B', 3, H, W) images that only pass the de-rainer (for an identity loss).
             feature_level: None or one of detector.FEATURE_LEVELS: which features of the de-rained images to return.
-            answer: what a teacher says of the clean twins (distillation.Answer), or None. terms, over_ranks: of the
-                comparison with it, see distillation.compared.
+            answer: what a teacher says of the clean twins (distillation.Answer), or None; with it and without labels
+                the detections may be those of its queries. terms, over_ranks: of the comparison with it, see
+                distillation.compared.
         Returns:
             RainRobustOutput: transformers' `loss`, `loss_dict`, `logits`, `pred_boxes`, ..., plus `derained`,
             `clamped`, and where asked for `derained_clean`, `features` and `taught`.

@@ -40,7 +40,7 @@ def flag(name, value, nullable=False):
     return f" --{name} {pasted(value)}"
 
 
-def flags(script, cfg, but=OF_ONE_RUN, **own):
+def flags(script, cfg, but=OF_ONE_RUN, needed=(), **own):
     """-> " --demo --NAME value ..." for a script, which hands on what this run was given.
 
     What the script compares with as well, and has a constant for that may be None, is left out (None) where it is not
@@ -49,21 +49,38 @@ def flags(script, cfg, but=OF_ONE_RUN, **own):
     Args:
         script: the module of a script with constants.
         cfg: config.Config of this run. Its constants that the script has as well are handed on, where the script would
-            take another value by itself; `but` names those that are not.
+            take another value by itself; `but` and `needed` name those that are not, and what is empty here and may
+            not be there is none of them either.
         own: constants that are written in any case.
     Raises:
         UserError: somebody has edited the script, and it would refuse its own constants.
     """
     defaults = config.resolve(vars(script), {"demo": cfg.demo}).as_dict()
+    optional = _optional(script)
     given = {name: value for name, value in cfg.as_dict().items()
-             if name in defaults and name not in but and value != defaults[name]}
-    optional = {name for name, types in config.annotated_types(vars(script)).items() if type(None) in types}
+             if name in defaults and name not in (*but, *needed) and value != defaults[name]
+             and (value != "" or name in optional)}
     if not cfg.demo:  # which leaves out by itself what other demos have not made yet
         given |= {name: "" for name in sorted(optional - vars(cfg).keys())
                   if str(defaults[name]).startswith("./") and not Path(defaults[name]).exists()}
     return " --demo" * cfg.demo + "".join(flag(name, value, name in optional) for name, value in (given | own).items())
 
 
-def command(script, cfg, but=OF_ONE_RUN, **own):
-    """-> "python SCRIPT.py ...", see `flags`."""
-    return f"python {script.__name__}.py{flags(script, cfg, but, **own)}"
+def _optional(script):
+    """-> names of the constants that may be None."""
+    return {name for name, types in config.annotated_types(vars(script)).items() if type(None) in types}
+
+
+def command(script, cfg, but=OF_ONE_RUN, needed=(), **own):
+    """-> "python SCRIPT.py ...", see `flags`; with a comment on what the user has to add.
+
+    Args:
+        needed: constants that the script reads and this run cannot give: a training without labels has no data to
+            evaluate on.
+    """
+    constants = config.constants_of(vars(script))
+    missing = [name for name in constants if name in needed or (
+        getattr(cfg, name, None) == "" and name not in _optional(script) and isinstance(constants[name], str)
+        and name not in own and name not in but)]
+    more = f"     # and with {', '.join(f'--{name}' for name in missing)}, which this run has not" if missing else ""
+    return f"python {script.__name__}.py{flags(script, cfg, but, needed, **own)}{more}"

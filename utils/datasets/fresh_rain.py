@@ -84,5 +84,6 @@ def fresh_rain(cfg, side=None):
             processes.say(f"note: RAIN_KINDS has no effect with RAIN = {cfg.RAIN!r}: RAIN = 'fresh' draws these kinds")
         return None
     if getattr(cfg, "RAIN_RATIO", 1) == 0:
-        processes.say(f"note: RAIN has no effect with RAIN_RATIO = {cfg.RAIN_RATIO}: no training image is to be rainy")
+        processes.say(f"note: RAIN has no effect on training images with RAIN_RATIO = {cfg.RAIN_RATIO}: none is "
+                      "to be rainy")
     return FreshRain(kinds.require_shares(cfg.RAIN_KINDS), cfg.SEED, cfg.IMAGE_SIZE if side is None else side)

@@ -130,8 +130,8 @@ def compared(detector, call, answer, terms=TERMS, over_ranks=True, own_queries=T
             teacher's queries, and the outputs belong to them. Only for a call without labels.
     """
     theirs = {"inputs_embeds": answer.queries, "reference_points": answer.references}
-    twice = own_queries or "queries" not in terms
-    outputs, inputs = _called(detector, call, {} if twice else theirs)
+    keeps_own = own_queries or "queries" not in terms
+    outputs, inputs = _called(detector, call, {} if keeps_own else theirs)
     found, device_type = {}, answer.logits.device.type
     with float32(device_type):
         if "positions" in terms:
@@ -141,7 +141,7 @@ def compared(detector, call, answer, terms=TERMS, over_ranks=True, own_queries=T
             found["features"] = feature_loss(inputs["encoder_hidden_states"], answer, over_ranks)
     if "queries" in terms:
         asked = {name: value for name, value in inputs.items() if name != "encoder_attention_mask"}
-        again = detector.model.decoder(**asked | theirs) if twice else outputs
+        again = detector.model.decoder(**asked | theirs) if keeps_own else outputs
         with float32(device_type):
             found["queries"] = query_loss(again.intermediate_logits, again.intermediate_reference_points, answer,
                                           over_ranks)

@@ -3,6 +3,7 @@
     python -m benchmarks.export                                       # R18 at 640, random weights: times alone
     python -m benchmarks.export --RTDETR_MODEL_NAME ./assets/demo/rtdetr --IMAGE_SIZE 160 --COCO_DIR ./demo/coco
     python -m benchmarks.export --ARCHITECTURE "" --RFDETR_PATH ./assets/demo/rfdetr_tiny.pth --COCO_DIR ./demo/coco
+    python -m benchmarks.export --EXPORTED_DIR ./demo/outputs_export --IMAGE_SIZE 160  # files of export.py
 
 Every file of a model takes turns with PyTorch float32, all with the same number of threads, so that the ratios survive
 a noisy machine. bfloat16 is OpenVINO's, asked for when the same file is opened.
@@ -31,6 +32,7 @@ IMAGE_SIZE = 640                        # side of RT-DETR's square
 COCO_DIR: str | None = ""               # also measure the mAP on its validation images
 PERCENT_DATASET: float = 100            # of them, in percent
 CALIBRATION_DIR: str | None = ""        # images for INT8; "": COCO_DIR's training images, or noise
+EXPORTED_DIR: str | None = ""           # OUTPUT_DIR of export.py: the times of all its files, and nothing else
 BATCH = 1                               # images per call
 ROUNDS = 9                              # measurements per file, after two of warm-up
 ROWS = ("onnx", "onnx-int8", "openvino", "openvino bfloat16", "openvino-int8", "openvino-int8 bfloat16",
@@ -79,10 +81,31 @@ def measure(model, folder, paths, cfg, export_cfg):
                   "mAP": scores[row]} for row in calls}
 
 
+@torch.no_grad()
+def times_of_files(cfg):
+    """-> {file of EXPORTED_DIR: ms per batch}; all files of a model take turns. De-rainers see IMAGE_SIZE."""
+    folder = Path(cfg.EXPORTED_DIR)
+    names = sorted(path.name for path in folder.glob("*") if path.suffix in {".onnx", ".xml", ".pt2"})
+    if not names:
+        raise config.UserError(f"EXPORTED_DIR = '{cfg.EXPORTED_DIR}' holds no file of export.py")
+    times = {}
+    for model in dict.fromkeys(Path(name).stem.removesuffix("_fp16").removesuffix("_int8") for name in names):
+        calls = {name: exported.load_exported(folder / name, torch.get_num_threads()) for name in names
+                 if Path(name).stem in (model, f"{model}_fp16", f"{model}_int8")}
+        side = next(iter(calls.values())).about.get("image_size") or cfg.IMAGE_SIZE
+        times |= latency.latencies(calls, torch.rand(cfg.BATCH, 3, side, side), repeats=cfg.ROUNDS)
+    processes.say(f"{torch.get_num_threads()} thread(s), batch {cfg.BATCH}, median of {cfg.ROUNDS}")
+    print(report.table([{"file": name, "ms": f"{value:.1f}"} for name, value in times.items()],
+                       {"file": "file", "ms": "ms"}))
+    return times
+
+
 def main(**overrides):
-    """-> {model: {row: numbers of `measure`}}."""
+    """-> {model: {row: numbers of `measure`}}, or with EXPORTED_DIR what `times_of_files` gives."""
     cfg = config.resolve(globals(), overrides)
     onnx_file.require_packages("this benchmark", names=("onnx", "onnxscript", "onnxruntime", "openvino"))
+    if cfg.EXPORTED_DIR:
+        return times_of_files(cfg)
     shared = {name: getattr(cfg, name) for name in ("RTDETR_MODEL_NAME", "RFDETR_PATH", "IMAGE_SIZE", "COCO_DIR",
                                                     "PERCENT_DATASET", "CALIBRATION_DIR")}
     export_cfg = config.resolve(vars(export), shared | {"MODEL_NAME": ""})

@@ -18,12 +18,13 @@ import utils.threads  # noqa: F401 (before torch)
 import torch
 
 from utils import checkpoint, config, datasets, feature_derain, freeze, integrated_model, processes, report, visualize
+from utils.conditional_model import learnt_sizes
 from utils.datasets import loaders, mixedrain, presets
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
 from utils.evaluation import coco as coco_evaluation
 from utils.evaluation import comparison, report_page
-from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size, trained_size
+from utils.networks.rtdetr import id2label_of, load_rtdetr, require_queries, require_size
 from utils.networks.spdnet import load_spdnet
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -94,10 +95,8 @@ def build_models(cfg, device):
 
 def note_other_sizes(cfg):
     """Say which of the models that are compared were trained at another IMAGE_SIZE."""
-    folders = {"RTDETR_MODEL_NAME": "", "MULTISCALE_MODEL_NAME": "rtdetr", "LIGHTWEIGHT_MODEL_NAME": "rtdetr",
-               "FINETUNED_MODEL_NAME": ""}
-    trained = {constant: trained_size(Path(getattr(cfg, constant)) / inner)
-               for constant, inner in folders.items() if getattr(cfg, constant)}
+    trained = learnt_sizes(cfg, ("RTDETR_MODEL_NAME", "MULTISCALE_MODEL_NAME", "LIGHTWEIGHT_MODEL_NAME",
+                                 "FINETUNED_MODEL_NAME"))
     if cfg.ADAPTED_MODEL_PATH:
         trained["ADAPTED_MODEL_PATH"] = integrated_model.trained_size(cfg.ADAPTED_MODEL_PATH)
     comparison.note_other_sizes(trained, cfg.IMAGE_SIZE)

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from utils import config, datasets, freeze, integrated_model, processes, report, system, visualize
 from utils.conditional_model import (
     ConditionalRainRobustRTDETR,
-    learnt_size,
+    learnt_sizes,
     load_rainy_detector,
     require_same_outputs,
     require_threshold,
@@ -400,9 +400,8 @@ def main(**overrides):
                          ("SPDNET_MODEL_PATH", "ORIGINAL_SPDNET_PATH"), ("SOFT_PIPELINE_DIR", "HARD_PIPELINE_DIR"))
     device = processes.announced_device()
     rain_detector, branches, pipelines, steps = build_models(cfg, device, missing)
-    comparison.note_other_sizes({constant: learnt_size(getattr(cfg, constant), constant) for constant in
-                                 ("RTDETR_MODEL_NAME", *_RAINY_DETECTORS.values(), "ADAPTER_PATH")
-                                 if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
+    comparison.note_other_sizes(
+        learnt_sizes(cfg, ("RTDETR_MODEL_NAME", *_RAINY_DETECTORS.values(), "ADAPTER_PATH")), cfg.IMAGE_SIZE)
     id2label = id2label_of(branches["vanilla"])
     require_queries(branches["vanilla"], cfg.IMAGE_SIZE)
     loaders_of = build_loaders(cfg, id2label)

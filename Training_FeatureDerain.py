@@ -449,8 +449,8 @@ def print_summary(results, cfg):
     model = (Path(cfg.OUTPUT_DIR) / "model").as_posix()
     own = {"multiscale": {"MULTISCALE_MODEL_NAME": model}, "lightweight": {"LIGHTWEIGHT_MODEL_NAME": model},
            "none": {"FINETUNED_MODEL_NAME": f"{model}/rtdetr"}}[cfg.DERAIN_TYPE]
-    needed = ("COCO_DIR", "COCO_RAIN_DIR") if datasets.is_unlabelled(cfg) else ()
-    processes.say(f"model: {model}\nnext: {command(Eval_FeatureDerain, cfg, needed=needed, **own)}")
+    line = command(Eval_FeatureDerain, cfg, labelled=not datasets.is_unlabelled(cfg), **own)
+    processes.say(f"model: {model}\nnext: {line}")
 
 
 if __name__ == "__main__":

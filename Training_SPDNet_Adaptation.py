@@ -290,9 +290,8 @@ def train_and_show(cfg, plan, model, data, device):
     if result["history"]:
         if labelled:
             show_result(model, val, baselines, result["history"][result["best_epoch"] - 1], device, cfg)
-        needed = () if labelled else ("COCO_DIR", "COCO_RAIN_DIR")
         processes.say(f"adapted {integrated_model.DERAINERS[cfg.DERAINER]}: {output.as_posix()}\n"
-                      "next: " + command(Eval_SPDNet_Adaptation, cfg, needed=needed,
+                      "next: " + command(Eval_SPDNet_Adaptation, cfg, labelled=labelled,
                                          ADAPTED_MODEL_PATH=output.as_posix()))
     return result
 

@@ -178,10 +178,9 @@ def say_result(cfg, base, best, path):
     alone, shown = {"ORIGINAL_SPDNET_PATH": "", "SPDNET_MODEL_PATH": ""}, {"SOURCE": "./photos"}
     if cfg.demo:  # it has those SPDNets; an adapter de-rains no image that could be shown
         alone, shown = {}, {"SHOW_DERAINED": False}
-    file = path.as_posix()
-    needed = ("COCO_DIR", "COCO_RAIN_DIR") if datasets.is_unlabelled(cfg) else ()
+    file, labelled = path.as_posix(), not datasets.is_unlabelled(cfg)
     processes.say(f"adapter: {file}, {path.stat().st_size / 1e6:.2f} MB\n"
-                  f"next: {command(Eval_conditional, cfg, needed=needed, ADAPTER_PATH=file, **alone)}\n"
+                  f"next: {command(Eval_conditional, cfg, labelled=labelled, ADAPTER_PATH=file, **alone)}\n"
                   f"      {command(detect, cfg, RAINY_BRANCH=file, **shown)}")
 
 

@@ -25,7 +25,7 @@ from rfdetr import evaluate
 from rfdetr import weights as rfdetr_weights
 from utils import config, fast, processes, system, transfer
 from utils.boxes import decode
-from utils.conditional_model import learnt_size
+from utils.conditional_model import learnt_sizes
 from utils.datasets import presets
 from utils.demo.clip import ensure_clip
 from utils.evaluation import comparison
@@ -88,9 +88,8 @@ _MOST = 1000  # detections of an image that is seen in tiles
 def note_other_sizes(cfg):
     """Say which of the detectors that are used were trained at another IMAGE_SIZE."""
     used = detectors.used_constants(cfg)
-    comparison.note_other_sizes({name: learnt_size(getattr(cfg, name), name) for name in
-                                 ("RTDETR_MODEL_NAME", "RAINY_BRANCH", "FEATURE_MODEL_DIR") if name in used},
-                                cfg.IMAGE_SIZE)
+    comparison.note_other_sizes(learnt_sizes(cfg, [name for name in (
+        "RTDETR_MODEL_NAME", "RAINY_BRANCH", "FEATURE_MODEL_DIR") if name in used]), cfg.IMAGE_SIZE)
 
 
 class Rfdetr:

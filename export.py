@@ -20,7 +20,7 @@ import torch
 
 from rfdetr import detr, weights
 from utils import config, datasets, feature_derain, processes, report, system
-from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_size, require_same_outputs
+from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_sizes, require_same_outputs
 from utils.datasets import loaders, presets
 from utils.datasets.annotations import read_annotations
 from utils.datasets.layouts import find_split
@@ -157,9 +157,8 @@ def build_models(cfg):
     if not found:
         raise config.UserError("every constant of a model (RTDETR_MODEL_NAME, MODEL_NAME, ...) is empty: nothing to "
                                "export")
-    comparison.note_other_sizes({constant: learnt_size(getattr(cfg, constant), constant) for constant in
-                                 ("RTDETR_MODEL_NAME", "MODEL_NAME", "RAINY_DETECTOR_NAME", "ADAPTER_PATH")
-                                 if getattr(cfg, constant)}, cfg.IMAGE_SIZE)
+    comparison.note_other_sizes(
+        learnt_sizes(cfg, ("RTDETR_MODEL_NAME", "MODEL_NAME", "RAINY_DETECTOR_NAME", "ADAPTER_PATH")), cfg.IMAGE_SIZE)
     for name, model in found.items():
         model.module.eval()
         model.about.update(model=name, input="pixel_values")

@@ -250,7 +250,7 @@ def main(**overrides):
     experiment = overrides.get("EXPERIMENT", EXPERIMENT)
     if experiment not in ("rfdetr", *_EXPERIMENTS):
         raise UserError(f"EXPERIMENT = {experiment!r}: choose one of rfdetr, {', '.join(_EXPERIMENTS)}")
-    found, names, batch, command = Findings(), [], None, ""
+    found, names, batch, line = Findings(), [], None, ""
     cfg = config.resolve(globals(), overrides) if experiment == "rfdetr" else None
     if cfg and cfg.SIZE not in rfdetr_checks.COSTS:
         raise UserError(f"--size {cfg.SIZE}: choose one of {', '.join(rfdetr_checks.COSTS)}")
@@ -261,7 +261,7 @@ def main(**overrides):
                 names, batch = look_at_rfdetr(found, cfg)
             else:
                 cfg = config.resolve(namespace_of(experiment), overrides)
-                command = look_at_script(found, cfg)
+                line = look_at_script(found, cfg)
             if cfg.REPORT:
                 write_report(found, cfg)
         except (ImportError, OSError) as error:  # a package that is there but broken; OSError: a missing DLL
@@ -270,9 +270,9 @@ def main(**overrides):
         check_disk(found, cfg.RUNS_DIR, "--runs_dir", cfg.SIZE, 4 * rfdetr_checks.COSTS[cfg.SIZE][0] / 1000)
     ready = not found.failed
     if experiment == "rfdetr":
-        command = next_command(cfg, ready, names, batch)
+        line = next_command(cfg, ready, names, batch)
     print(f"\n{'Ready' if ready else 'Not ready'}: {found.failed} problem(s), {found.warned} warning(s). Next:\n"
-          f"{command or f'python validate_setup.py --experiment {experiment}     # when the above is fixed'}")
+          f"{line or f'python validate_setup.py --experiment {experiment}     # when the above is fixed'}")
     return 0 if ready else 1
 
 

@@ -97,6 +97,6 @@ def test_the_trainings_hand_on_nothing_by_themselves_but_what_was_changed(traini
     words = shlex.split(line.partition("#")[0])[2:]
     config.resolve(vars(evaluation), config.from_command_line(vars(evaluation), words))  # refuses nothing
     assert ("# and with --COCO_RAIN_DIR" in line) == hasattr(evaluation, "COCO_RAIN_DIR")
-    line = next_command.command(evaluation, run, needed=("COCO_DIR", "COCO_RAIN_DIR"))
+    line = next_command.command(evaluation, run, labelled=False)
     assert "my coco" not in line and line.endswith(", which this run has not") == hasattr(evaluation, "COCO_DIR")
     assert (got.OUTPUT_DIR if hasattr(got, "OUTPUT_DIR") else got.OUTPUT) != run.OUTPUT_DIR

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import RTDetrImageProcessor
 
-from utils import checkpoint, config, freeze
+from utils import checkpoint, config, freeze, report
 from utils.networks.rtdetr import id2label_of, interpolated, load_rtdetr, same_shapes, trained_size
 from utils.training import model_card
 
@@ -59,8 +59,7 @@ def main(**overrides):
     """Write the mean; -> its folder."""
     cfg = config.resolve(globals(), overrides)
     out = Path(cfg.OUT)
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise config.UserError(f"OUT = '{cfg.OUT}' is there already: choose another folder, or remove it")
+    report.require_new("OUT", cfg.OUT)
     detector = average(cfg.DETECTORS)
     sides = {side for name in cfg.DETECTORS if (side := trained_size(name))}
     if len(sides) > 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, TimmBackboneConfig
 
-from utils import checkpoint, config
+from utils import checkpoint, config, report
 from utils.networks import rtdetr  # noqa: F401  silences the progress bars of transformers
 from utils.next_command import pasted
 
@@ -68,8 +68,7 @@ def main(**overrides):
     cfg = config.resolve(globals(), overrides)
     if cfg.WIDTH < 8 or cfg.WIDTH % 8:
         raise config.UserError(f"WIDTH = {cfg.WIDTH}: choose a multiple of 8, the number of attention heads")
-    if Path(cfg.OUT).is_file() or Path(cfg.OUT).is_dir() and any(Path(cfg.OUT).iterdir()):
-        raise config.UserError(f"OUT = '{cfg.OUT}' is there already: choose another folder, or remove it")
+    report.require_new("OUT", cfg.OUT)
     torch.manual_seed(cfg.SEED)
     detector = new_detector(imagenet_weights(), cfg.WIDTH, cfg.DECODER_LAYERS, cfg.NUM_QUERIES)
 

@@ -282,6 +282,11 @@ def learnt_size(name, constant):
     return trained_size(name) or trained_size(Path(name) / "rtdetr")  # of a folder of Training_FeatureDerain.py
 
 
+def learnt_sizes(cfg, constants):
+    """-> {constant: `learnt_size` of what it names}, of a script's constants that are not empty."""
+    return {constant: learnt_size(getattr(cfg, constant), constant) for constant in constants if getattr(cfg, constant)}
+
+
 def load_conditional_model(rain_detector_path, rtdetr_name, spdnet_path=None, rainy_detector_name=None, device="cpu",
                            rain_threshold=0.5, gate="hard", derain_scale=1.0):
     """Build the conditional model from files, in eval mode, its detectors frozen.

@@ -8,6 +8,7 @@ from utils import config
 
 OF_ONE_RUN = ("OUTPUT_DIR", "RESUME", "PERCENT_DATASET", "BATCH_SIZE", "EVAL_BATCH_SIZE", "PICTURES",
               "SEED")  # the next script means other things by these: it does not learn, or writes elsewhere
+DATA = ("COCO_DIR", "COCO_RAIN_DIR")  # where a run without labels has none, there is nothing to evaluate on
 
 
 def pasted(path):
@@ -40,7 +41,7 @@ def flag(name, value, nullable=False):
     return f" --{name} {pasted(value)}"
 
 
-def flags(script, cfg, but=OF_ONE_RUN, needed=(), **own):
+def flags(script, cfg, but=OF_ONE_RUN, **own):
     """-> " --demo --NAME value ..." for a script, which hands on what this run was given.
 
     What the script compares with as well, and has a constant for that may be None, is left out (None) where it is not
@@ -49,8 +50,7 @@ def flags(script, cfg, but=OF_ONE_RUN, needed=(), **own):
     Args:
         script: the module of a script with constants.
         cfg: config.Config of this run. Its constants that the script has as well are handed on, where the script would
-            take another value by itself; `but` and `needed` name those that are not, and what is empty here and may
-            not be there is none of them either.
+            take another value by itself; not those of `but`, nor what is empty here and may not be empty there.
         own: constants that are written in any case.
     Raises:
         UserError: somebody has edited the script, and it would refuse its own constants.
@@ -58,8 +58,7 @@ def flags(script, cfg, but=OF_ONE_RUN, needed=(), **own):
     defaults = config.resolve(vars(script), {"demo": cfg.demo}).as_dict()
     optional = _optional(script)
     given = {name: value for name, value in cfg.as_dict().items()
-             if name in defaults and name not in (*but, *needed) and value != defaults[name]
-             and (value != "" or name in optional)}
+             if name in defaults and name not in but and value != defaults[name] and (value != "" or name in optional)}
     if not cfg.demo:  # which leaves out by itself what other demos have not made yet
         given |= {name: "" for name in sorted(optional - vars(cfg).keys())
                   if str(defaults[name]).startswith("./") and not Path(defaults[name]).exists()}
@@ -71,16 +70,11 @@ def _optional(script):
     return {name for name, types in config.annotated_types(vars(script)).items() if type(None) in types}
 
 
-def command(script, cfg, but=OF_ONE_RUN, needed=(), **own):
-    """-> "python SCRIPT.py ...", see `flags`; with a comment on what the user has to add.
-
-    Args:
-        needed: constants that the script reads and this run cannot give: a training without labels has no data to
-            evaluate on.
-    """
-    constants = config.constants_of(vars(script))
-    missing = [name for name in constants if name in needed or (
-        getattr(cfg, name, None) == "" and name not in _optional(script) and isinstance(constants[name], str)
-        and name not in own and name not in but)]
+def command(script, cfg, but=OF_ONE_RUN, labelled=True, **own):
+    """-> "python SCRIPT.py ...", see `flags`; with a comment on what the user has to add, because the script reads it
+    and this run cannot give it: what is empty, and without labels DATA."""
+    named, optional = {*but, *own}, _optional(script)
+    missing = [name for name, default in config.constants_of(vars(script)).items() if isinstance(default, str) and (
+        name in DATA and not labelled or name not in optional | named and getattr(cfg, name, None) == "")]
     more = f"     # and with {', '.join(f'--{name}' for name in missing)}, which this run has not" if missing else ""
-    return f"python {script.__name__}.py{flags(script, cfg, but, needed, **own)}{more}"
+    return f"python {script.__name__}.py{flags(script, cfg, but if labelled else (*but, *DATA), **own)}{more}"

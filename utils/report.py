@@ -49,6 +49,13 @@ def output_folder(path, names):
     return folder
 
 
+def require_new(name, path):
+    """UserError where a folder that is to be written holds something already, or is a file; name: of its constant."""
+    folder = Path(path)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{name} = '{path}' is there already: choose another folder, or remove it")
+
+
 def require_apart(name, path, sources):
     """UserError where files that a script writes would lie among the images that it reads, and be read the next time.
 

@@ -5,6 +5,7 @@
 so a gate is a choice per image; tests hold the choice against the conditional model's own output.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def _common_categories(clean, rainy):
     for label, category in rainy.category_of.items():
         if label not in both:
             taken = {*both.values()}
-            both[label] = category if category not in taken else next(i for i in range(1, 1 << 20) if i not in taken)
+            both[label] = category if category not in taken else next(i for i in itertools.count(1) if i not in taken)
     return both
 
 
@@ -195,9 +196,12 @@ def best_threshold(part, found, scores, branch, as_set, plain="vanilla", plain_m
     probabilities = np.array([scores[part.images[i][0]][part.images[i][1]] for i in order])
     at = np.unique(np.quantile(probabilities, np.linspace(0, 1, candidates), method="nearest"))
     thresholds = np.concatenate([[0.0], (at[1:] + at[:-1]) / 2, [1.0 if at[-1] < 1 else 1.01]])
-    tables = [[_merged(*pair, probabilities >= threshold) for pair in zip(one, other, strict=True)]
-              for threshold in (*thresholds, as_set, np.inf)]
-    rng, halves, honest = np.random.default_rng(seed), [], []
+
+    def tables_of(several):
+        return [[_merged(*pair, probabilities >= threshold) for pair in zip(one, other, strict=True)]
+                for threshold in several]
+    tables, known = tables_of(thresholds), tables_of((as_set, np.inf))
+    rng, halves, honest, beside = np.random.default_rng(seed), [], [], []
     for _ in range(splits):
         first = np.zeros(len(order), bool)
         for domain in DOMAINS:  # half of each
@@ -205,11 +209,12 @@ def best_threshold(part, found, scores, branch, as_set, plain="vanilla", plain_m
             first[own[:len(own) // 2].astype(int)] = True
         values = [_maps(tables, weights) for weights in (first, ~first)]
         if not np.isnan(values).any():  # both halves hold objects
-            honest += [values[1][_middle_best(values[0][:-2])], values[0][_middle_best(values[1][:-2])]]
+            honest += [values[1][_middle_best(values[0])], values[0][_middle_best(values[1])]]
             halves += values
+            beside += [_maps(known, weights) for weights in (first, ~first)]
     means = np.mean(halves, 0) if halves else _maps(tables, np.ones(len(order)))
-    best = None if np.isnan(means).any() else float(thresholds[_middle_best(means[:-2])])
-    return Chosen(best, float(np.mean(honest)), *means[-2:].tolist()) if honest else Chosen(best, None)
+    best = None if np.isnan(means).any() else float(thresholds[_middle_best(means)])
+    return Chosen(best, float(np.mean(honest)), *np.mean(beside, 0).tolist()) if honest else Chosen(best, None)
 
 
 def _maps(tables, weights):

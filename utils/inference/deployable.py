@@ -21,8 +21,6 @@ _QUANTISED = ("backbone", "encoder", "encoder_input_proj")  # of RT-DETR; decode
 # and the convolutions that see and make pixels stay in float32, as norms, gates and sums do
 _DERAINER_INT8 = formats.Int8(("Conv",), ("net",), ("attention", "depthwise"), ends=True)
 _REFINER_INT8 = _DERAINER_INT8._replace(parts=("derainer.net", "refiner.net"))  # of mode "pixel"
-
-
 _NO_HALF = {"onnx-fp16": "SPDNet overflows in float16"}
 
 

@@ -115,6 +115,22 @@ def test_commands_are_found_in_every_form():
     assert slug("SPDNet: speed and memory") == "spdnet-speed-and-memory"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_the_same_words_in_bash_and_powershell(page):
+    """Outside of quotes (and <placeholders>) nothing that a shell reads as more than text; no empty word, which the
+    PowerShell of Windows drops."""
+    wrong = []
+    for line in code_of(page):
+        if line.startswith("python ") and "&&" not in line:
+            command = re.sub(r"<[^>]*>", "", line.split(" #")[0])
+            quoted = re.findall(r"\"[^\"]*\"|'[^']*'", command)
+            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", command)
+            if not re.fullmatch(r"[\w ./:+=-]*", bare) or any(re.search(r"[$`!]", word) or len(word) == 2
+                                                               for word in quoted):
+                wrong.append(line)
+    assert not wrong
+
+
 def test_results_stay_short():
     assert len((ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()) <= 200
 

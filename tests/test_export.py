@@ -300,6 +300,19 @@ def test_spdnet_and_detector_are_traced_for_any_batch(small_detector):
         assert onnx_file.difference(program.module()(pixels), model(pixels)) < 1e-3
 
 
+@pytest.mark.parametrize("size", [(20, 48), (31, 64), (80, 15)])
+def test_making_smaller_is_written_as_products(size):
+    """OpenVINO and TensorRT know no antialiasing resize."""
+    class Smaller(torch.nn.Module):
+        def forward(self, pixels):
+            return images.antialiased(pixels, size)
+
+    program = onnx_file.export_program(Smaller(), torch.rand(2, 3, 40, 64), {0: torch.export.Dim("batch")})
+    pixels = torch.rand(3, 3, 40, 64)
+    torch.testing.assert_close(program.module()(pixels), images.antialiased(pixels, size), atol=1e-5, rtol=0)
+    assert not any("upsample" in str(node.target) for node in program.graph.nodes)
+
+
 def test_folding_changes_no_answer():
     torch.manual_seed(0)
     for live in (True, False):

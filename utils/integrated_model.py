@@ -10,6 +10,7 @@ from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOu
 
 from utils import checkpoint, freeze, report
 from utils.config import UserError
+from utils.images import antialiased
 from utils.networks.clamp import clamp_with_return, cut_share
 from utils.networks.derainers import load_derainer
 from utils.networks.distillation import compared
@@ -146,7 +147,7 @@ def derain_unclamped(derainer, pixel_values, scale=1.0):
     """
     if scale == 1:
         return _in_parts(derainer, pixel_values)
-    small = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
+    small = antialiased(pixel_values, [int(side * scale) for side in pixel_values.shape[-2:]])
     correction = _in_parts(derainer, small) - small
     return pixel_values + F.interpolate(correction, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
 

@@ -7,11 +7,11 @@ it carries the threshold that its training chose for a wanted rate of false alar
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 
 from utils import checkpoint
+from utils.images import antialiased
 
 SIDE = 224  # of the square that the network sees, as in ImageNet training
 _FEATURES = 576  # channels of MobileNetV3-Small's last map
@@ -42,7 +42,7 @@ class RainDetector(nn.Module):
     def forward(self, images):
         """(B, 3, H, W) RGB in [0, 1], any size -> (B,) logit of "rainy", not yet calibrated."""
         if images.shape[-2:] != (SIDE, SIDE):
-            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+            images = antialiased(images, (SIDE, SIDE))
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.head(self.features(images).mean((2, 3))).squeeze(1)  # (B, 576) -> (B,)
 

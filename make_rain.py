@@ -1,6 +1,7 @@
 """Write a rainy twin of a data set: same folders and file names, annotations (COCO, Roboflow, YOLO, VOC) copied.
 
     python make_rain.py --coco ./dataset/coco --out ./dataset/coco_rain
+    python make_rain.py --kind fog --coco ./dataset/coco --out ./dataset/coco_fog
     python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40
     python make_rain.py --demo                     # procedural street scenes, a few seconds
     python make_rain.py --kind windshield --demo   # the same scenes through a wet windshield
@@ -8,8 +9,8 @@
 Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
 A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete. No file is
 ever overwritten.
-The rain itself is in utils/weather/rain.py (falling streaks) and utils/weather/windshield.py (drops on glass);
-docs/rain.md and docs/windshield.md show and measure it.
+The weather itself is in utils/weather/rain.py (falling streaks, mist, fog) and utils/weather/windshield.py (drops on
+glass); docs/rain.md and docs/windshield.md show and measure it.
 """
 
 import filecmp
@@ -36,11 +37,11 @@ from tqdm import tqdm
 from utils import config, system
 from utils.weather import rain, twin, windshield
 
-KIND = "streaks"             # streaks: rain that falls through the scene; windshield: drops on the glass before it
-COCO = "./dataset/coco"      # for streaks, the clean data set: COCO, Roboflow's layout, YOLO or Pascal VOC
+KIND = "streaks"             # streaks: rain that falls through the scene; mist; fog; windshield: drops on glass
+COCO = "./dataset/coco"      # for all but windshield, the clean data set: COCO, Roboflow's layout, YOLO or Pascal VOC
 CLEAR = "./data/clear"       # for windshield, the clean images: one folder or nested ones, annotations not needed
-OUT = ""                     # the twin; empty: ./dataset/coco_rain, for windshield ./data/windshield_rainy_v40
-INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image
+OUT = ""                     # the twin; empty: ./dataset/coco_rain (coco_mist, coco_fog), ./data/windshield_rainy_v40
+INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image; mist and fog take no other
 SEED = 0                     # another seed, another rain on every image
 WORKERS = 0                  # processes; 0 means all cores
 
@@ -48,7 +49,7 @@ DEMO = {"COCO": "./demo/coco", "CLEAR": "./demo/coco", "INTENSITY": "heavy"}
 
 
 class Kind(NamedTuple):
-    """What the two kinds of rain do differently."""
+    """What the kinds of weather do differently."""
 
     source: str  # the constant that names the clean images
     layout: str  # what is expected there
@@ -56,12 +57,23 @@ class Kind(NamedTuple):
     demo_out: str
     add: object  # function (image, rng, intensity) -> image; a worker gets it by its name
     version: object  # of the function's pixels
+    graded: bool = True  # whether it is drawn by intensity
 
 
+def _mist(image, rng, intensity):
+    return rain.add_mist(image, rng)
+
+
+def _fog(image, rng, intensity):
+    return rain.add_fog(image, rng)
+
+
+_STREAKS = Kind("COCO", "expected layout: <COCO>/annotations/*.json and folders with images such as "
+                "<COCO>/train2017/*.jpg", "./dataset/coco_rain", "./demo/coco_rain_heavy", rain.add_rain, rain.VERSION)
 _KINDS = {
-    "streaks": Kind("COCO", "expected layout: <COCO>/annotations/*.json and folders with images such as "
-                    "<COCO>/train2017/*.jpg", "./dataset/coco_rain", "./demo/coco_rain_heavy",
-                    rain.add_rain, rain.VERSION),
+    "streaks": _STREAKS,
+    "mist": _STREAKS._replace(out="./dataset/coco_mist", demo_out="./demo/coco_mist", add=_mist, graded=False),
+    "fog": _STREAKS._replace(out="./dataset/coco_fog", demo_out="./demo/coco_fog", add=_fog, graded=False),
     "windshield": Kind("CLEAR", "expected layout: images in <CLEAR> or in folders below it",
                        "./data/windshield_rainy_v40", "./demo/windshield_rainy_heavy",
                        windshield.add_windshield_rain, windshield.VERSION),
@@ -285,6 +297,19 @@ def notes_on_older(source, out, kept):
             "these and run again"] if older else []
 
 
+def require_intensity(cfg, kind):
+    """UserError for an INTENSITY that is none, or that this kind does not have; the demo's own becomes "random"."""
+    try:
+        rain.check_intensity(cfg.INTENSITY)
+    except ValueError as error:
+        raise config.UserError(f"INTENSITY: {error}") from None
+    if not kind.graded and cfg.INTENSITY != "random":
+        if not cfg.demo or "INTENSITY" in cfg.given:
+            raise config.UserError(f"INTENSITY = {cfg.INTENSITY!r}: how dense {cfg.KIND} is, is drawn for every image; "
+                                   "set it to 'random'")
+        cfg.INTENSITY = "random"
+
+
 def main(**overrides):
     """Write the twin; -> {"written": int, "kept": int, "seconds": float}. UserError names every unreadable image."""
     cfg = config.resolve(globals(), overrides)
@@ -299,10 +324,7 @@ def main(**overrides):
             ensure_demo()
         except OSError as error:
             raise config.UserError(str(error)) from None
-    try:
-        rain.check_intensity(cfg.INTENSITY)
-    except ValueError as error:
-        raise config.UserError(f"INTENSITY: {error}") from None
+    require_intensity(cfg, kind)
     if cfg.WORKERS < 0:
         raise config.UserError(f"WORKERS = {cfg.WORKERS} is negative; 0 means all cores")
     files = check_source(source, kind)
@@ -335,7 +357,7 @@ def main(**overrides):
     for note in [*notes_on(todo, answers), *notes_on_older(source, out, set(files.images) - set(todo))]:
         print(f"note: {note}")
     print(f"{source} -> {out}\n"
-          f"  rain         {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"
+          f"  weather      {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"
           f"  annotations  {len(files.annotations)} file(s) copied\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, JpegImagePlugin
 import make_rain
 from utils import config, system
 from utils.datasets.samples import read_image
-from utils.weather import rain
+from utils.weather import kinds, rain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,6 +172,17 @@ def test_twin_has_the_same_layout(coco, tmp_path):
     # Grey files become RGB without a colour cast from mismatched tables.
     grey = rain.add_rain(read(coco / "val2017/grey.jpg"), rain.rng_for(0, "grey.jpg"), "heavy")
     assert psnr(read(out / "val2017/grey.jpg"), grey) > 25
+
+
+@pytest.mark.parametrize("kind", ["mist", "fog"])
+def test_mist_and_fog_are_drawn_as_trainings_draw_them(coco, tmp_path, kind):
+    make_rain.main(demo=True, COCO=coco, OUT=tmp_path / "twin", KIND=kind, WORKERS=1)  # the demo's rain is heavy
+    expected = kinds.add_weather(read(coco / "val2017/lossless.png"), rain.rng_for(0, "lossless.png"), kind)
+    assert np.array_equal(read(tmp_path / "twin/val2017/lossless.png"), expected)
+    assert json.loads((tmp_path / "twin/rain.json").read_text(encoding="utf-8"))["kind"] == kind
+    with pytest.raises(config.UserError, match=f"INTENSITY = 'heavy'.*{kind}.*'random'"):
+        make(coco, tmp_path / "other", KIND=kind, INTENSITY="heavy")
+    assert not (tmp_path / "other").exists()
 
 
 def test_jpeg_tables_and_sampling_are_kept(coco, tmp_path):

@@ -285,7 +285,7 @@ def test_user_mistakes(clear, tmp_path):
         with pytest.raises(config.UserError, match=match):
             make_rain.main(**{"KIND": "windshield", "CLEAR": clear, "OUT": tmp_path / "x", "WORKERS": 1, **overrides})
 
-    refused("KIND = 'hail'.*streaks, windshield", KIND="hail")
+    refused("KIND = 'hail'.*streaks, mist, fog, windshield", KIND="hail")
     refused("CLEAR .*not a folder.*images in <CLEAR>.*--clear", CLEAR=tmp_path / "nowhere")
     refused("OUT and CLEAR are the same", OUT=clear)
     refused("inside CLEAR", OUT=clear / "rainy")

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from utils import config, datasets, freeze, integrated_model, processes, report, visualize
-from utils.conditional_model import ConditionalRainRobustRTDETR
+from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_size
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import SteadyWeather
 from utils.datasets.samples import evenly
 from utils.demo.coco import ensure_demo
-from utils.evaluation import intervals, report_page, robustness
+from utils.evaluation import comparison, intervals, report_page, robustness
 from utils.evaluation.coco import detect, entries, ground_truth
 from utils.feature_derain import FeatureDerainRTDETR
 from utils.networks import adapter, derainers
@@ -35,7 +35,7 @@ COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC
 PERCENT_DATASET: float = 10             # seeded subset of the validation images, in percent: there are 22 passes
 IMAGE_SIZE = 640                        # side of the square input, as in training
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
-WEATHER = ("rain", "mist", "drops", "dark", "blur", "noise", "jpeg")  # what is drawn on the images
+WEATHER = ("rain", "mist", "drops", "dark", "blur", "noise", "jpeg")  # drawn on the images; also "fog"
 
 # --- models -------------------------------------------------------------------------------------------------------
 # {row: (kind, folder, file or hub id)}; the first is what the others are compared with. Kinds: rtdetr (a detector),
@@ -168,6 +168,9 @@ def main(**overrides):
     datasets.require_no_rain(cfg.COCO_DIR, ("COCO_DIR", "COCO_RAIN_DIR"))
     device = processes.announced_device()
     models = {row: build_model(cfg, row, device) for row in cfg.MODELS}
+    sizes = {f"MODELS: {row!r}": learnt_size(path, f"MODELS: {row!r}") for row, (kind, path) in cfg.MODELS.items()
+             if kind in ("rtdetr", "feature", "adapter")}
+    comparison.note_other_sizes(sizes, cfg.IMAGE_SIZE)
     id2label = robustness.common_classes(models)
     for model in models.values():
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import names_in
+from transformers import RTDetrImageProcessor
 
 import Eval_robustness as script
 from utils import config, datasets, freeze
@@ -82,7 +83,9 @@ def test_the_script_scores_and_draws(base, capsys):
     assert written["details"].keys() == {"clean", "rain medium", "jpeg medium"}
     shown = capsys.readouterr().out
     assert "gain in mPC" in shown and shown.isascii()
+    RTDetrImageProcessor(size={"height": 128, "width": 128}).save_pretrained(base["RTDETR_MODEL_NAME"])
     plain = script.main(**base | {"RESAMPLES": 0, "WEATHER": ("rain",)})
+    assert "note: MODELS: 'plain' was trained at IMAGE_SIZE = 128, IMAGE_SIZE is 96" in capsys.readouterr().out
     assert plain["table"][0]["rain"] == pytest.approx(row_of(written, "plain")["rain"])  # weather does not depend on it
 
 

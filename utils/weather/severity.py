@@ -1,7 +1,7 @@
 """Weather and other trouble in three strengths, for measuring how well a detector bears them.
 
-Rain and drops are those that trainings can draw; the others are what cameras do to pictures, and no training here shows
-them. Strengths are LEVELS; all draw their details from a generator, so that equal seeds give equal pixels.
+Rain, mist, fog and drops are those that trainings can draw; the others are what cameras do to pictures, and no training
+here shows them. Strengths are LEVELS; all draw their details from a generator, so that equal seeds give equal pixels.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from utils.weather.windshield import add_drops
 
 LEVELS = rain.INTENSITIES  # light, medium, heavy
 _VEIL = ((0.35, 0.7), (0.7, 1.2), (1.2, 1.8))   # optical depth of mist at the far end
+_FOG = ((0.8, 1.4), (1.4, 2.4), (2.4, 4.0))    # of fog, which hides what is far
 _GAMMA = ((1.6, 2.0), (2.2, 2.8), (3.0, 4.0))   # exponent that darkens, with
 _DARK = ((0.7, 0.8), (0.5, 0.6), (0.3, 0.4))    # a factor: dusk to night
 _BLUR = ((0.002, 0.003), (0.004, 0.006), (0.008, 0.01))  # radius, share of the short side
@@ -24,6 +25,11 @@ _JPEG = ((20, 30), (10, 15), (4, 7))            # quality
 
 def mist(image, rng, level):
     p = dataclasses.replace(rain.mist_parameters(rng), veil=float(rng.uniform(*_VEIL[level])))
+    return rain.apply_rain(image, p, rng)
+
+
+def fog(image, rng, level):
+    p = dataclasses.replace(rain.fog_parameters(rng), veil=float(rng.uniform(*_FOG[level])))
     return rain.apply_rain(image, p, rng)
 
 
@@ -50,7 +56,7 @@ def jpeg(image, rng, level):
 
 WEATHERS = {  # name: function (image (H, W, 3) uint8, rng, index into LEVELS) -> the same shape and type
     "rain": lambda image, rng, level: rain.add_rain(image, rng, LEVELS[level]),
-    "mist": mist,
+    "mist": mist, "fog": fog,
     "drops": lambda image, rng, level: add_drops(image, rng, LEVELS[level]),
     "dark": dark, "blur": blur, "noise": noise, "jpeg": jpeg,
 }

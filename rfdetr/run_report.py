@@ -128,11 +128,12 @@ def next_command(cfg, folder, names, rows):
     """-> the lines that say how to go on after stage 1, ready to be pasted."""
     folder = Path(folder)
     best = folder / "checkpoint_best_regular.pth"
+    runs = "" if Path(cfg.RUNS_DIR) == Path("runs") else f" --runs_dir {pasted(Path(cfg.RUNS_DIR))}"
 
     def stage2(checkpoint_file):
         return (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {pasted(folder)} "
-                f"--checkpoint {pasted(checkpoint_file)} --dataset_dir {pasted(Path(cfg.DATASET_DIR))} --epochs 50 "
-                "--batch 4 --accum 2 --workers 2")
+                f"--checkpoint {pasted(checkpoint_file)} --dataset_dir {pasted(Path(cfg.DATASET_DIR))}{runs} "
+                "--epochs 50 --batch 4 --accum 2 --workers 2")
 
     if rows == len(names) + 1:
         return (f"next: the head has {rows} rows, one per class and the background, so stage 2 can start:\n"

@@ -10,6 +10,7 @@ rain detector, rainy and clean detector make a pipeline. docs/export.md: how to 
 """
 
 import math
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -317,7 +318,7 @@ def export(model, name, cfg, paths=(), derained=((), {})):
             if not rows[kind]["refused"]:
                 for part in parts:  # a copy: other formats start from this one
                     with system.written(Path(cfg.OUTPUT_DIR) / part.name, part.suffix) as temporary:
-                        temporary.write_bytes(part.read_bytes())
+                        shutil.copyfile(part, temporary)
     return rows
 
 

@@ -110,15 +110,13 @@ class ConditionalRainRobustRTDETR(nn.Module):
         seen = self._seen(pixel_values, scores, rainy)
         stats = {"scores": scores, "logits": logits, "mask": mask, "num_rainy": len(rainy), "num_clean": len(clean),
                  "num_fallback": seen.fallbacks}
-        features = None
         if not len(seen.images):
             outputs = self._nothing(seen.images)
         elif self.rainy_detector is None:
-            outputs, features = detect_with_features(self.detection_module, seen.images, labels, feature_level)
+            outputs = detect_with_features(self.detection_module, seen.images, labels, feature_level)
         else:
             outputs = self._detect_apart(seen.images, rainy, clean)
-        return ConditionalOutput(**outputs, derained=seen.images, clamped=seen.clamped, features=features,
-                                 rain_stats=stats)
+        return ConditionalOutput(**outputs, derained=seen.images, clamped=seen.clamped, rain_stats=stats)
 
     def _seen(self, images, scores, rainy):
         """What the gate and SPDNet make of a batch.

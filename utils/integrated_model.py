@@ -1,6 +1,7 @@
 """SPDNet in front of RT-DETR: one module that de-rains and detects, differentiable from the loss to the first pixel."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -153,12 +154,13 @@ def derain_unclamped(derainer, pixel_values, scale=1.0):
 
 
 def detect_with_features(rtdetr, images, labels=None, feature_level=None):
-    """-> (transformers' output, the features of `feature_level` or None); images: (B, 3, H, W) in [0, 1]."""
+    """-> RainRobustOutput of images (B, 3, H, W) in [0, 1], with the features of `feature_level` where one is given."""
     if feature_level is None:
-        return rtdetr(pixel_values=images, labels=labels), None
+        return RainRobustOutput(**rtdetr(pixel_values=images, labels=labels))
     levels = backbone_features(rtdetr, images)
     outputs = detect_from_features(rtdetr, levels, labels)
-    return outputs, select_features(levels, outputs.encoder_last_hidden_state, feature_level)
+    return RainRobustOutput(
+        **outputs, features=select_features(levels, outputs.encoder_last_hidden_state, feature_level))
 
 
 class RainRobustRTDETR(nn.Module):
@@ -222,18 +224,10 @@ class RainRobustRTDETR(nn.Module):
         batch = pixel_values.shape[0]  # len() would fix the batch of an exported file
         restored = self.derain_unclamped(pixel_values if clean is None else torch.cat([pixel_values, clean]))
         images = clamp_with_return(restored)
-        features, taught = None, None
-
-        def detect():
-            nonlocal features
-            outputs, features = detect_with_features(self.detection_module, images[:batch], labels, feature_level)
-            return outputs
-        if answer is None:
-            outputs = detect()
-        else:
-            outputs, taught = compared(self.detection_module, detect, answer, terms, over_ranks,
-                                       own_queries=labels is not None)
-        return RainRobustOutput(**outputs, derained=images[:batch], features=features, clamped=cut_share(restored),
+        detect = partial(detect_with_features, self.detection_module, images[:batch], labels, feature_level)
+        outputs, taught = (detect(), None) if answer is None else compared(
+            self.detection_module, detect, answer, terms, over_ranks, own_queries=labels is not None)
+        return RainRobustOutput(**outputs, derained=images[:batch], clamped=cut_share(restored),
                                 derained_clean=None if clean is None else images[batch:], taught=taught)
 
     def clean_features(self, images, feature_level):

@@ -1,7 +1,7 @@
 """Compare de-rainers, published and own, on test pairs, on real rain, and by what a detector finds after each.
 
-    python Eval_derain_baselines.py --demo      (after python train_unet_derain.py --demo)
-    python Eval_derain_baselines.py --demo --study      (also a page that asks people)
+    python Eval_derain_baselines.py --demo              # after python train_unet_derain.py --demo
+    python Eval_derain_baselines.py --demo --study      # also a page that asks people
     python Eval_derain_baselines.py --TEST_SETS ./data/Rain100L/test --MODELS "{'PReNet': ('prenet', 'PReNet.pth')}"
 
 Per test set and method: PSNR and SSIM by three protocols, LPIPS, their 95% bootstrap intervals over images; per method

@@ -32,7 +32,7 @@ from utils.weather import severity
 
 # --- data ---------------------------------------------------------------------------------------------------------
 COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC, see docs/data.md
-PERCENT_DATASET: float = 10             # seeded subset of the validation images, in percent: there are 22 passes
+PERCENT_DATASET: float = 10             # seeded subset of the validation images, in percent; 3 passes per weather
 IMAGE_SIZE = 640                        # side of the square input, as in training
 UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that the detector does not know
 WEATHER = ("rain", "mist", "drops", "dark", "blur", "noise", "jpeg")  # drawn on the images; also "fog"
@@ -104,6 +104,20 @@ def build_model(cfg, row, device):
                                              cfg.DERAIN_SCALE).to(device).eval()
 
 
+def learnt_sizes(cfg):
+    """-> {constant or row of MODELS: side of the images that it has learnt from, None where nothing says it}."""
+    sizes = {}
+    for row, (kind, path) in cfg.MODELS.items():
+        where = f"MODELS: {row!r}"
+        if kind in ("rtdetr", "feature", "adapter"):
+            sizes[where] = learnt_size(path, where)
+        elif kind == "spdnet":
+            sizes[where] = integrated_model.trained_size(path)
+        if kind not in ("rtdetr", "feature", "conditional"):
+            sizes["RTDETR_MODEL_NAME"] = learnt_size(cfg.RTDETR_MODEL_NAME, "RTDETR_MODEL_NAME")
+    return sizes
+
+
 def open_data(cfg, id2label):
     """-> clean validation images."""
     data = datasets.CocoDetectionDataset(
@@ -168,9 +182,7 @@ def main(**overrides):
     datasets.require_no_rain(cfg.COCO_DIR, ("COCO_DIR", "COCO_RAIN_DIR"))
     device = processes.announced_device()
     models = {row: build_model(cfg, row, device) for row in cfg.MODELS}
-    sizes = {f"MODELS: {row!r}": learnt_size(path, f"MODELS: {row!r}") for row, (kind, path) in cfg.MODELS.items()
-             if kind in ("rtdetr", "feature", "adapter")}
-    comparison.note_other_sizes(sizes, cfg.IMAGE_SIZE)
+    comparison.note_other_sizes(learnt_sizes(cfg), cfg.IMAGE_SIZE)
     id2label = robustness.common_classes(models)
     for model in models.values():
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)

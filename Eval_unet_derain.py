@@ -1,6 +1,6 @@
 """Evaluate the windshield U-Net: on the test pairs it never saw, and on photographs of real rain without ground truth.
 
-    python Eval_unet_derain.py --demo      (after python train_unet_derain.py --demo)
+    python Eval_unet_derain.py --demo      # after python train_unet_derain.py --demo
     python Eval_unet_derain.py
 
 Pairs: PSNR, SSIM, MSE and LPIPS before and after, at the images' own resolution and at the one of the training, per

@@ -6,7 +6,7 @@ the decay steps, the equal supervision of all three stages, and an initialisatio
 The published weights (model_spa.pt) need no training: set SPDNET_MODEL_PATH of the other scripts to them.
 
     python Training_SPDNet.py --demo
-    python Training_SPDNet.py --NUM_EPOCHS 3   (all of COCO, see NUM_EPOCHS)
+    python Training_SPDNet.py --NUM_EPOCHS 3   # all of COCO, see NUM_EPOCHS
 
 Writes OUTPUT_DIR/spdnet_best.pt (a plain state dict that the published code loads as well), last.pt, best.pt,
 metrics.json, curves.png and tb/.

@@ -6,7 +6,7 @@
     python make_rain.py --demo                     # procedural street scenes, a few seconds
     python make_rain.py --kind windshield --demo   # the same scenes through a wet windshield
 
-Each image's rain depends only on SEED and its file name, so the result is the same for any number of workers.
+Each image's weather depends only on SEED and its file name, so the result is the same for any number of workers.
 A stopped run goes on where it was: finished files are kept, and a file appears only when it is complete. No file is
 ever overwritten.
 The weather itself is in utils/weather/rain.py (falling streaks, mist, fog) and utils/weather/windshield.py (drops on
@@ -42,7 +42,7 @@ COCO = "./dataset/coco"      # for all but windshield, the clean data set: COCO,
 CLEAR = "./data/clear"       # for windshield, the clean images: one folder or nested ones, annotations not needed
 OUT = ""                     # the twin; empty: ./dataset/coco_rain (coco_mist, coco_fog), ./data/windshield_rainy_v40
 INTENSITY = "random"         # light, medium, heavy, or random: one of the three per image; mist and fog take no other
-SEED = 0                     # another seed, another rain on every image
+SEED = 0                     # another seed, other weather on every image
 WORKERS = 0                  # processes; 0 means all cores
 
 DEMO = {"COCO": "./demo/coco", "CLEAR": "./demo/coco", "INTENSITY": "heavy"}
@@ -299,15 +299,15 @@ def notes_on_older(source, out, kept):
 
 def require_intensity(cfg, kind):
     """UserError for an INTENSITY that is none, or that this kind does not have; the demo's own becomes "random"."""
+    if not kind.graded:
+        if cfg.INTENSITY != "random" and (not cfg.demo or "INTENSITY" in cfg.given):
+            raise config.UserError(f"INTENSITY = {cfg.INTENSITY!r}: how dense {cfg.KIND} is, is drawn for every image; "
+                                   "set it to 'random'")
+        cfg.INTENSITY = "random"
     try:
         rain.check_intensity(cfg.INTENSITY)
     except ValueError as error:
         raise config.UserError(f"INTENSITY: {error}") from None
-    if not kind.graded and cfg.INTENSITY != "random":
-        if not cfg.demo or "INTENSITY" in cfg.given:
-            raise config.UserError(f"INTENSITY = {cfg.INTENSITY!r}: how dense {cfg.KIND} is, is drawn for every image; "
-                                   "set it to 'random'")
-        cfg.INTENSITY = "random"
 
 
 def main(**overrides):
@@ -343,7 +343,7 @@ def main(**overrides):
         todo = [path for path in files.images if not (out / path).is_file()]
         tasks = [(source / path, out / path, cfg.SEED, cfg.INTENSITY) for path in todo]
         answers = list(tqdm(run_tasks(tasks, cfg.WORKERS, kind.add), total=len(tasks), unit="img", ascii=True,
-                            desc="rain"))
+                            desc=cfg.KIND))
     except OSError as error:
         raise config.UserError(f"cannot write to OUT = {out} ({error}); finished files are kept, run again") from None
     except BrokenProcessPool:
@@ -357,7 +357,7 @@ def main(**overrides):
     for note in [*notes_on(todo, answers), *notes_on_older(source, out, set(files.images) - set(todo))]:
         print(f"note: {note}")
     print(f"{source} -> {out}\n"
-          f"  weather      {cfg.KIND}, {cfg.INTENSITY}, seed {cfg.SEED}\n"
+          f"  weather      {cfg.KIND}{f', {cfg.INTENSITY}' if kind.graded else ''}, seed {cfg.SEED}\n"
           f"  annotations  {len(files.annotations)} file(s) copied\n"
           f"  images       {report['written']} written, {report['kept']} kept from an earlier run\n"
           f"  time         {seconds:.1f} s, {report['written'] / max(seconds, 1e-9):.1f} images/s")

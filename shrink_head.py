@@ -23,7 +23,7 @@ from rfdetr import model, weights
 from utils import checkpoint, config, processes, report, system
 from utils.config import UserError
 from utils.datasets.annotations import plain_name
-from utils.next_command import pasted
+from utils.next_command import folder_flag, pasted
 from utils.training.plan import usable_seed
 
 IN_CKPT = ""                            # checkpoint of stage 1, or a published COCO file; it is only read
@@ -169,28 +169,28 @@ def require_paths(in_ckpt, out_ckpt):
         raise UserError(f"--out_ckpt {error}") from None
 
 
-def dataset_of(content, folder):
-    """-> DATASET_DIR of the run that wrote a checkpoint, by its own constants or by results.json in its folder; None
+def constants_of(content, folder):
+    """-> {name: value} of the run that wrote a checkpoint, by its own constants or by results.json in its folder; {}
     where neither says so."""
     try:
-        constants = content.get("constants") or system.read_json(folder / "results.json")["constants"]
-        return constants.get("DATASET_DIR")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # a missing or foreign file: a hint is no reason to fail
+        return dict(content.get("constants") or system.read_json(folder / "results.json")["constants"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # a missing or foreign file: a hint is no reason to fail
 
 
-def next_command(args, source, target, dataset):
+def next_command(args, source, target, constants):
     """-> the command line of the next training, with the real paths: stage 2, or the single stage of a head that
-    stage 2 does not make. args: of `model_args_of`; dataset: folder, or None where it is not known."""
+    stage 2 does not make. args: of `model_args_of`; constants: of `constants_of`."""
     size = args["size"]
     if size == "tiny":  # only in the demo
         return ""
-    folder = pasted(Path(dataset)) if dataset else "<folder of your data set>"
+    data = pasted(Path(constants["DATASET_DIR"])) if constants.get("DATASET_DIR") else "<folder of your data set>"
+    rest = f"--dataset_dir {data}{folder_flag('runs_dir', constants.get('RUNS_DIR') or './runs', './runs')}"
     if args.get("mask_head") == "official":
         return (f"\nNext: python train_seg_single_stage.py --size {size} --seg_head official --seg_lr 1e-4 "
-                f"--pretrain_weights {pasted(target)} --dataset_dir {folder}")
+                f"--pretrain_weights {pasted(target)} {rest}")
     return (f"\nNext: python train_seg_stage2.py --size {size} --stage1_run {pasted(source.parent)} "
-            f"--checkpoint {pasted(target)} --dataset_dir {folder}")
+            f"--checkpoint {pasted(target)} {rest}")
 
 
 def main(**overrides):
@@ -219,7 +219,7 @@ def main(**overrides):
     processes.say(report.table(table, {"class": "class", "row": "new row", "source": "from"}))
     processes.say(f"written: {target.as_posix()} ({target.stat().st_size / 2**20:.1f} MB, was "
                   f"{source.stat().st_size / 2**20:.1f} MB)"
-                  + next_command(args, source, target, dataset_of(content, source.parent)))
+                  + next_command(args, source, target, constants_of(content, source.parent)))
     return result
 
 

@@ -1,8 +1,8 @@
 """Train a refiner behind a de-rainer: InstructPix2Pix with LoRA, from de-rained to clear images (phase 3 of the plan).
 
-    python train_diffusion_refiner.py --demo          (after python train_unet_derain.py --demo)
-    python train_diffusion_refiner.py --dry_run       what it needs and would download; loads nothing
-    python train_diffusion_refiner.py                 (pip install -r requirements-diffusion.txt)
+    python train_diffusion_refiner.py --demo          # after python train_unet_derain.py --demo
+    python train_diffusion_refiner.py --dry_run       # what it needs and would download; loads nothing
+    python train_diffusion_refiner.py                 # pip install -r requirements-diffusion.txt
 
 MODE says how: "one_step" (one deterministic step, a loss of pixels), "sample" (as diffusion models are trained and
 sampled), "pixel" (the control without diffusion). utils/networks/refiner.py explains them, docs/refiner.md what each

@@ -2,7 +2,7 @@
 
     python -m benchmarks.export                                       # R18 at 640, random weights: times alone
     python -m benchmarks.export --RTDETR_MODEL_NAME ./assets/demo/rtdetr --IMAGE_SIZE 160 --COCO_DIR ./demo/coco
-    python -m benchmarks.export --ARCHITECTURE "" --RFDETR_PATH ./assets/demo/rfdetr_tiny.pth --COCO_DIR ./demo/coco
+    python -m benchmarks.export --ARCHITECTURE None --RFDETR_PATH ./assets/demo/rfdetr_tiny.pth --COCO_DIR ./demo/coco
     python -m benchmarks.export --EXPORTED_DIR ./demo/outputs_export --IMAGE_SIZE 160  # files of export.py
 
 Every file of a model takes turns with PyTorch float32, all with the same number of threads, so that the ratios survive

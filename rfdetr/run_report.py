@@ -10,7 +10,7 @@ from utils.boxes import pixel_corners
 from utils.evaluation import report_page
 from utils.evaluation.coco import METRICS
 from utils.images import to_floats
-from utils.next_command import pasted, quoted
+from utils.next_command import folder_flag, pasted, quoted
 
 LINE = "=" * 80
 PICTURES = 4      # images on predictions.png
@@ -128,7 +128,7 @@ def next_command(cfg, folder, names, rows):
     """-> the lines that say how to go on after stage 1, ready to be pasted."""
     folder = Path(folder)
     best = folder / "checkpoint_best_regular.pth"
-    runs = "" if Path(cfg.RUNS_DIR) == Path("runs") else f" --runs_dir {pasted(Path(cfg.RUNS_DIR))}"
+    runs = folder_flag("runs_dir", cfg.RUNS_DIR, "./runs")
 
     def stage2(checkpoint_file):
         return (f"python train_seg_stage2.py --size {cfg.SIZE} --stage1_run {pasted(folder)} "

@@ -1,6 +1,7 @@
 """The pages hold what they promise: links lead somewhere, commands name scripts that exist and flags that they have."""
 
 import ast
+import inspect
 import re
 from functools import cache
 from itertools import zip_longest
@@ -14,6 +15,7 @@ from utils import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [path for folder in (".", "tools", "benchmarks") for path in sorted((ROOT / folder).glob("[!_]*.py"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
@@ -115,12 +117,19 @@ def test_commands_are_found_in_every_form():
     assert slug("SPDNet: speed and memory") == "spdnet-speed-and-memory"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def docstring_of(script):
+    """-> the docstring of a script without its lines' indentation."""
+    return inspect.cleandoc(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
 def test_commands_are_the_same_words_in_bash_and_powershell(page):
     """Outside of quotes (and <placeholders>) nothing that a shell reads as more than text; no empty word, which the
     PowerShell of Windows drops."""
     wrong = []
-    for line in code_of(page):
+    lines = code_of(page) if page.suffix == ".md" else [
+        line.strip() for line in re.sub(r" \\\n\s*", " ", docstring_of(page)).splitlines()]
+    for line in lines:
         if line.startswith("python ") and "&&" not in line:
             command = re.sub(r"<[^>]*>", "", line.split(" #")[0])
             quoted = re.findall(r"\"[^\"]*\"|'[^']*'", command)

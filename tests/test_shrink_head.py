@@ -210,20 +210,21 @@ def test_the_command_line(stage1, tmp_path):
 def test_the_next_command_names_the_data_set_and_can_be_pasted_with_blanks(tmp_path, capsys, where):
     run_dir = tmp_path / "my runs" / "detector 1"
     run_dir.mkdir(parents=True)
-    constants = {"DATASET_DIR": "./my data"}
+    constants = {"DATASET_DIR": "./my data", "RUNS_DIR": "./my runs"}
     torch.save(stage1_content(**{"constants": constants} if where == "checkpoint" else {}), run_dir / "best.pt")
     if where == "results.json":
         (run_dir / "results.json").write_text(json.dumps({"constants": constants}), encoding="utf-8")
     run(run_dir / "best.pt", run_dir / "mydata.pth", "car")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
     assert shlex.split(line)[3:] == ["--size", "nano", "--stage1_run", run_dir.as_posix(), "--checkpoint",
-                                     (run_dir / "mydata.pth").as_posix(), "--dataset_dir", "my data"]
+                                     (run_dir / "mydata.pth").as_posix(), "--dataset_dir", "my data",
+                                     "--runs_dir", "my runs"]
 
 
 def test_a_foreign_results_file_only_leaves_the_hint_open(tmp_path):
     for text in ("{", "[]", "{}", '{"constants": []}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
-        assert shrink_head.dataset_of({}, tmp_path) is None
+        assert shrink_head.constants_of({}, tmp_path) == {}
 
 
 def test_flags_and_demo_as_on_the_command_line(tmp_path):

@@ -1,7 +1,7 @@
 """Golden hashes: prove that a change of the code's shape (files moved, functions split) changed no number.
 
-    python -m tools.golden record --work ../golden/before --out before.json      (with the old code)
-    python -m tools.golden record --work ../golden/after --out after.json        (with the new code, same machine)
+    python -m tools.golden record --work ../golden/before --out before.json      # with the old code
+    python -m tools.golden record --work ../golden/after --out after.json        # with the new code, same machine
     python -m tools.golden compare before.json after.json
     python -m tools.golden resume --from ../golden/before --work ../golden/resumed --out resumed.json
     python -m tools.golden compare before.json resumed.json --shared

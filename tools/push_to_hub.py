@@ -1,6 +1,6 @@
 """Publish a trained detector on the Hugging Face hub: its files and its card, nothing else.
 
-    python -m tools.push_to_hub --FOLDER ./outputs_rtdetr/detector --REPO user/name               (shows what would go)
+    python -m tools.push_to_hub --FOLDER ./outputs_rtdetr/detector --REPO user/name               # shows what would go
     python -m tools.push_to_hub --FOLDER ./outputs_rtdetr/detector --REPO user/name --SEND True
 
 FOLDER is detector/ of Training_RTDETR.py, model/ of Training_FeatureDerain.py, pipeline/ of Training_Conditional.py, or

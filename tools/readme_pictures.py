@@ -1,7 +1,7 @@
 """Draw docs/images/readme_strip.jpg, the pictures at the top of README.md, from procedural scenes.
 
-    python train_seg_stage2.py --demo          (the mask head)
-    python train_unet_derain.py --demo         (the U-Net)
+    python train_seg_stage2.py --demo          # the mask head
+    python train_unet_derain.py --demo         # the U-Net
     python -m tools.readme_pictures
 
 De-rainer and detector are those of assets/demo/; mask head and U-Net are not kept in the repository, so their demos are

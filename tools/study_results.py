@@ -1,7 +1,7 @@
 """What people preferred: win rates and one order of the methods from the files that a user study's page has saved.
 
     python -m tools.study_results anna.json ben.json
-    python -m tools.study_results ./answers --OUT results.json      (all *.json of a folder)
+    python -m tools.study_results ./answers --OUT results.json      # all *.json of a folder
 
 The page is study.html of `python Eval_derain_baselines.py --study`. "No difference" counts as half a win for both. A
 win rate's interval is Wilson's (95%); it takes answers as independent of each other, which those of one participant

@@ -24,12 +24,13 @@ def to_bytes(images):
 def antialiased(images, size):
     """(B, C, H, W) -> (B, C, *size), bilinear with antialiasing, differentiable.
 
-    In an exported file as two matrix products, equal to rounding: OpenVINO and TensorRT know no antialiasing resize
-    (OpenVINO leaves the antialiasing out, without a word).
+    Making smaller is in an exported file two matrix products, equal to rounding: OpenVINO and TensorRT know no
+    antialiasing resize (OpenVINO leaves the antialiasing out, without a word). H and W are fixed in such a file.
     """
-    if not torch.compiler.is_exporting():
-        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-    rows, columns = (torch.tensor(_shares(length, wanted), device=images.device)
+    exporting = torch.compiler.is_exporting()
+    if not exporting or all(wanted >= length for length, wanted in zip(images.shape[-2:], size, strict=True)):
+        return F.interpolate(images, size, mode="bilinear", antialias=not exporting, align_corners=False)
+    rows, columns = (torch.tensor(_shares(length, wanted), dtype=images.dtype, device=images.device)
                      for length, wanted in zip(images.shape[-2:], size, strict=True))
     return rows @ images @ columns.T
 

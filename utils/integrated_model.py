@@ -143,6 +143,7 @@ def derain_unclamped(derainer, pixel_values, scale=1.0):
         derainer: SPDNet, which works in [0, 255], or a network of load_derainer, which works in [0, 1] and clamps.
         pixel_values: (B, 3, H, W) in [0, 1].
         scale: 1.0, or 0.5 to let it see half the size: its correction is enlarged and added, a quarter of the cost.
+            Both ways go by the sizes in whole pixels, so that the correction lies where it belongs at any scale.
     Returns:
         (B, 3, H, W), which may leave [0, 1].
     """

@@ -41,6 +41,11 @@ def flag(name, value, nullable=False):
     return f" --{name} {pasted(value)}"
 
 
+def folder_flag(name, folder, usual):
+    """-> `flag` for a folder that is another one than the script's own `usual`, else ""."""
+    return "" if Path(folder) == Path(usual) else flag(name, Path(folder).as_posix())
+
+
 def flags(script, cfg, but=OF_ONE_RUN, **own):
     """-> " --demo --NAME value ..." for a script, which hands on what this run was given.
 

@@ -14,7 +14,7 @@ from utils.weather import rain
 from utils.weather.windshield import add_drops
 
 LEVELS = rain.INTENSITIES  # light, medium, heavy
-_VEIL = ((0.35, 0.7), (0.7, 1.2), (1.2, 1.8))   # optical depth of mist at the far end
+_VEIL = ((0.35, 0.7), (0.7, 1.2), (1.2, 1.8))   # optical depth of mist at the far end, before rain.py's bound
 _FOG = ((0.8, 1.4), (1.4, 2.4), (2.4, 4.0))    # of fog, which hides what is far
 _GAMMA = ((1.6, 2.0), (2.2, 2.8), (3.0, 4.0))   # exponent that darkens, with
 _DARK = ((0.7, 0.8), (0.5, 0.6), (0.3, 0.4))    # a factor: dusk to night

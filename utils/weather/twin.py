@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from utils import system
 
-RECORD = "rain.json"  # what make_rain.py writes into a twin: source, seed, intensity, version
+RECORD = "rain.json"  # what make_rain.py writes into a twin: kind, source, seed, intensity, version
 ANNOTATIONS = "annotations"  # COCO's folder; images in it are masks, not scenes
 VOC_IMAGES, VOC_ANNOTATIONS = "JPEGImages", "Annotations"  # where it is, images elsewhere are masks (SegmentationClass)
 _COCO_KEYS = {"images", "annotations", "categories"}

@@ -176,6 +176,7 @@ def save_tensors(tensors, path):
     try:
         with system.written(path) as temporary:
             safetensors.torch.save_file(tensors, temporary)
+            system.give_usual_rights(temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path.as_posix()}: {error}. Free disk space, give --cache_dir another folder, "
                         "or leave --cache_features out.") from error

@@ -2,11 +2,13 @@
 
 import argparse
 import copy
+import os
 import pickle
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from utils import checkpoint, config, freeze
@@ -26,6 +28,19 @@ def test_saved_files_load_with_a_plain_torch_load(tmp_path):
     content = torch.load(tmp_path / "a" / "x.pt")
     assert content["step"] == 3 and content["history"] == [{"a": 1.0}]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_others_may_read_the_weights_as_the_files_beside_them(tmp_path):
+    def write(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o600)  # as safetensors 0.8 leaves it
+
+    checkpoint.replace_folder(write, tmp_path / "model")
+    weights, beside = (tmp_path / "model" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == beside.stat().st_mode
 
 
 def test_a_full_disk_keeps_the_old_folder(tmp_path):

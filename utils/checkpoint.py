@@ -59,6 +59,8 @@ def replace_folder(write, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         write(fresh)
+        for file in fresh.rglob("*.safetensors"):
+            system.give_usual_rights(file)
         system.swap_in(fresh, folder, old)
     except (OSError, SafetensorError) as error:  # a full disk; on Windows also what another program has open
         raise CheckpointError(f"cannot write {folder.as_posix()}: {error}. Free disk space, or close what has the "

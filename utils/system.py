@@ -47,6 +47,14 @@ def written(path, ending=TEMPORARY, sync=False):
         raise
 
 
+def give_usual_rights(path):
+    """The rights that any new file gets: safetensors from 0.8 on lets only their owner read what it writes
+    (github.com/safetensors/safetensors/issues/782), which shuts out a group's other users and containers."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def replace(temporary, path):
     """os.replace of a file or folder, tried for two seconds: on Windows a virus scanner or an open reader can hold the
     target, or a file in the folder, that long."""

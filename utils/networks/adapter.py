@@ -106,6 +106,7 @@ def write(model, path, base, **settings):
     metadata = {"format": FORMAT, "base": base, "settings": json.dumps(settings)}
     with writing(path), system.written(Path(path)) as temporary:
         save_file(tensors_of(rtdetr_of(model)), temporary, metadata)
+        system.give_usual_rights(temporary)
 
 
 def read(path, constant):

@@ -201,9 +201,10 @@ def build_loaders(cfg, id2label):
             unknown=cfg.UNKNOWN_CATEGORIES, domains=[domain for domain, ratio in ratios.items() if ratio > 0],
             train=train, fresh_rain=rain)
     mixed, collate = with_mosaics(train, cfg), collate_of(cfg)
-    if cfg.MOSAIC_RATIO and collate is not datasets.collate:
-        # they would fill the memory, and the teacher would be asked image by image for nothing
-        processes.say("note: TEACHER_CACHE_GB has no effect beside MOSAIC_RATIO: no mosaic comes a second time")
+    if collate is not datasets.collate and (cfg.MOSAIC_RATIO or cfg.AUGMENTATION == "full"):
+        # answers would fill the memory, and the teacher would be asked image by image for nothing
+        beside = "MOSAIC_RATIO" if cfg.MOSAIC_RATIO else "AUGMENTATION = 'full'"
+        processes.say(f"note: TEACHER_CACHE_GB has no effect beside {beside}: hardly an image comes a second time")
         collate = datasets.collate
     return (loaders.training_loader(mixed, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED, collate),
             {domain: validation_loader(data, cfg) for domain, data in val.items()})

@@ -11,7 +11,7 @@ from conftest import Killed, dies_after, names_in
 from safetensors.torch import load_file
 
 import Training_RTDETR as Training
-from utils import datasets, freeze
+from utils import config, datasets, freeze
 from utils.config import UserError
 from utils.datasets import loaders, presets
 from utils.networks import distillation
@@ -31,7 +31,8 @@ def settings(coco, weights):
     return {"COCO_DIR": str(coco / "coco"), "COCO_RAIN_DIR": str(coco / "coco_rain"), "IMAGE_SIZE": 96, "BATCH_SIZE": 4,
             "RTDETR_MODEL_NAME": str(weights / "rtdetr"), "OUTPUT_DIR": str(coco / "out"), "NUM_EPOCHS": 2,
             "COCO_RATIO": 0.0, "RAIN_RATIO": 1.0, "RAIN": "fresh", "QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0,
-            "FEATURES_WEIGHT": 1.0, "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0, "EMA_DECAY": 0.5}
+            "FEATURES_WEIGHT": 1.0, "AUGMENTATION": "mirror", "WARMUP_STEPS": 0, "DATALOADER_WORKERS": 0,
+            "EMA_DECAY": 0.5}
 
 
 def images(number=2):
@@ -208,6 +209,9 @@ def test_mosaics_switch_the_cache_off_and_nothing_trains_on_a_random_frozen_stem
     settings = settings | {"TEACHER_CACHE_GB": 1.0, "MOSAIC_RATIO": 0.5, "CLOSE_MOSAIC": 1, "NUM_EPOCHS": 2}
     result = Training.main(**settings, FREEZE_AT=1)
     assert "TEACHER_CACHE_GB has no effect" in capsys.readouterr().out and "queries" in result["history"][1]
+    Training.build_loaders(config.resolve(vars(Training), settings | {"MOSAIC_RATIO": 0.0, "AUGMENTATION": "full"}),
+                           {0: "person", 1: "car"})
+    assert "TEACHER_CACHE_GB has no effect beside AUGMENTATION = 'full'" in capsys.readouterr().out
     with pytest.raises(UserError, match="FREEZE_AT was 1, is now 2"):
         Training.main(**settings, FREEZE_AT=2, RESUME=True)
     with pytest.raises(UserError, match="FREEZE_AT = 1: RTDETR_MODEL_NAME is empty"):

@@ -49,6 +49,7 @@ LORA_RANK = 4                           # of the changes: 1.6 MB for an R18, 0.9
 LORA_ALPHA = 4                          # the changes count alpha / rank
 LORA_TARGETS = ("attention", "feed_forward", "convolutions")  # which layers are changed
 THIN_LAYERS = True                      # also the normalisations' scales and shifts and the first convolution, in full
+TEACHER_NAME: str | None = ""           # frozen detector that sees each image's clean twin; "": RTDETR_MODEL_NAME
 TEACHER_CACHE_GB = 0.0                  # memory for the teacher's answers, where images are few; 0: asked every time
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ EARLY_STOPPING_PATIENCE = 10            # epochs without a better validation sco
 DATALOADER_WORKERS = 8                  # processes that load images; at most the number of cores is used
 SEED = 0                                # subset, order, weather, initial changes
 
-# --- loss weights (0 switches a term off; the teacher is the frozen detector on the clean twin, and needs no labels) --
+# --- loss weights (0 switches a term off; a teacher's terms need no labels) ------------------------------------------
 DETECTION_WEIGHT = 1.0                  # RT-DETR's own loss, with the labels; 0 learns from the teacher alone
 QUERIES_WEIGHT = 0.0                    # classes and boxes of the teacher's queries, see utils/networks/distillation.py
 POSITIONS_WEIGHT = 0.0                  # scores and boxes by which queries are chosen
@@ -158,13 +159,21 @@ def save_adapter(model, path, card, **settings):
     card.write(path.with_suffix(".md"))
 
 
+def build_teacher(cfg, base):
+    """-> distillation.Teacher where one of its terms is wanted, else None; base: the frozen detector, which is the
+    teacher where no other is named."""
+    if cfg.TEACHER_NAME or not Training_RTDETR.is_taught(cfg):
+        return Training_RTDETR.build_teacher(cfg, base)
+    return distillation.Teacher(base, cfg.TEACHER_CACHE_GB)
+
+
 def scoring(cfg, plan, val_loader, device, teacher):
     """How the adapter is scored: {"evaluate": model -> metrics, "fixed", "validated_on" of engine.fit}, its first
     metric being the score."""
     if datasets.is_unlabelled(cfg):
         return {"evaluate": partial(Training_RTDETR.agreement_without_labels, loader=val_loader, device=device,
                                     teacher=teacher, weights=plan.loss_weights),
-                "fixed": Training_RTDETR.scored_without_labels(val_loader.dataset), "validated_on": None}
+                "fixed": (*Training_RTDETR.scored_without_labels(val_loader.dataset), "teacher"), "validated_on": None}
     truth = ground_truth(val_loader.dataset.annotations)
     return {"evaluate": partial(evaluate, loader=val_loader, device=device, truth=truth),
             "fixed": drawn_by(val_loader.dataset), "validated_on": coco_evaluation.identity(truth)}
@@ -199,7 +208,7 @@ def main(**overrides):
     model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
     processes.say(freeze.describe({"RT-DETR with its adapter": model}))
     train, val = build_data(cfg, id2label_of(base), twins=taught)
-    teacher = distillation.Teacher(base, cfg.TEACHER_CACHE_GB) if taught else None
+    teacher = build_teacher(cfg, base)
     val_loader = Training_RTDETR.validation_loader(val, cfg)
     scored, path = (scoring(cfg, plan, val_loader, device, teacher),
                     Path(cfg.OUTPUT_DIR) / f"{cfg.ADAPTER_NAME}{adapter.SUFFIX}")
@@ -218,7 +227,8 @@ def main(**overrides):
         on_best=partial(save_adapter, path=path, card=card, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
-        constants=cfg.as_dict() | {"base": digest, "taught": taught},
+        constants=cfg.as_dict() | {"base": digest, "taught": taught,
+                                   "teacher": freeze.fingerprint(teacher) if taught else ""},
         own_files=(path.name, path.with_suffix(".md").name),
         fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
                "taught", *scored["fixed"]),

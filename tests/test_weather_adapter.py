@@ -136,6 +136,22 @@ def test_an_adapter_learns_from_clean_photographs_alone(base, capsys):
         Training.main(**settings | {"RESUME": True, "QUERIES_WEIGHT": 2.0})
 
 
+def test_another_detector_may_be_the_teacher(base, small_detector, tmp_path, capsys):
+    taught = base | {"QUERIES_WEIGHT": 1.0, "NUM_EPOCHS": 1}
+    own = Training.main(**taught)["history"][0]["queries"]
+    with torch.no_grad():
+        small_detector.model.decoder.class_embed[-1].bias.add_(1.0)
+    small_detector.save_pretrained(tmp_path / "teacher")
+    other = Training.main(**taught, TEACHER_NAME=str(tmp_path / "teacher"))["history"][0]["queries"]
+    assert other != own
+    new_rtdetr("tiny", {0: "person"}).save_pretrained(tmp_path / "stranger")
+    with pytest.raises(UserError, match="TEACHER_NAME: the teacher's classes are"):
+        Training.main(**taught, TEACHER_NAME=str(tmp_path / "stranger"))
+    capsys.readouterr()
+    Training.main(**base | {"NUM_EPOCHS": 1}, TEACHER_NAME=str(tmp_path / "teacher"))
+    assert "TEACHER_NAME has no effect" in capsys.readouterr().out
+
+
 def test_an_adapter_of_another_detector_and_files_that_are_none(small_detector, tmp_path):
     digest = freeze.fingerprint(small_detector)
     path = tmp_path / "rain.safetensors"

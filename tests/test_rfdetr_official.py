@@ -179,5 +179,6 @@ def test_a_new_segmentation_model_has_masks_and_train_says_that_it_loses_them(tm
     ("official", ("train_seg_single_stage.py", "--seg_head official", "--pretrain_weights b.pth")),
     (None, ("train_seg_stage2.py", "--checkpoint b.pth"))])
 def test_a_shrunk_file_goes_on_with_the_training_that_takes_its_head(head, words):
-    line = shrink_head.next_command({"size": "seg_nano", "mask_head": head}, Path("runs/a.pth"), Path("b.pth"), "data")
-    assert all(word in line for word in words)
+    line = shrink_head.next_command({"size": "seg_nano", "mask_head": head}, Path("runs/a.pth"), Path("b.pth"),
+                                    {"DATASET_DIR": "data"})
+    assert all(word in line for word in (*words, "--dataset_dir data"))

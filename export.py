@@ -90,6 +90,7 @@ _RAINY = {  # RAINY_MODEL, and the constant that it comes from
     "feature_derain": "MODEL_NAME", "derainer_rtdetr": "DERAIN_MODEL_PATH",
 }
 _REDUCED_TOLERANCE = 0.02     # of a rain probability, or of a pixel in [0, 1], in float16
+_LEARNT = 0.01                # mAP below which a detector is called untrained
 _LEAST_AGREEMENT = 0.8        # of detections, where no COCO_DIR tells the mAP
 _JUDGED = 4                   # one of so many images is not calibrated on: a de-rainer's INT8 is judged on these
 
@@ -281,8 +282,10 @@ def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
                           "yours (CALIBRATION_DIR), or leave the format out")
     if row["mAP"] is not None and row["mAP"] < model.least_map * whole_map:
         constant = "LEAST_MAP_RFDETR" if model.about["model"] == "rfdetr" else "LEAST_MAP"
+        remedy = (f"leave the format out, or lower {constant}" if whole_map >= _LEARNT else
+                  "PyTorch's own finds next to nothing in COCO_DIR's validation images, so train the detector first")
         row["refused"] = (f"keeps {row['mAP']:.4f} of {whole_map:.4f} mAP ({100 * row['mAP'] / whole_map:.1f}%), less "
-                          f"than {constant} = {model.least_map}: leave the format out, or lower {constant}")
+                          f"than {constant} = {model.least_map}: {remedy}")
     return row
 
 

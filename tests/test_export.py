@@ -369,6 +369,9 @@ def test_a_file_that_loses_too_much_is_refused_and_the_others_stay(scenes, tmp_p
     assert names_in(tmp_path) == {"manifest.json", "previous_1", "previous_2"}
     assert export.main(**coco, LEAST_MAP=0)["vanilla"]["torch.export"]["mAP"] < 0.2  # the user's own decision
     assert (tmp_path / "vanilla.pt2").is_file()
+    monkeypatch.setattr(export, "_LEARNT", 1.0)  # as if the detector knew nothing: any share of its mAP is noise
+    with pytest.raises(UserError, match="vanilla.pt2 keeps .*train the detector first"):
+        export.main(**coco)
 
 
 def test_export_without_packages_says_what_to_install(weights, monkeypatch, capsys):

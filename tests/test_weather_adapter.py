@@ -139,9 +139,10 @@ def test_an_adapter_learns_from_clean_photographs_alone(base, capsys):
 def test_another_detector_may_be_the_teacher(base, small_detector, tmp_path, capsys):
     taught = base | {"QUERIES_WEIGHT": 1.0, "NUM_EPOCHS": 1}
     own = Training.main(**taught)["history"][0]["queries"]
+    teacher = copy.deepcopy(small_detector)
     with torch.no_grad():
-        small_detector.model.decoder.class_embed[-1].bias.add_(1.0)
-    small_detector.save_pretrained(tmp_path / "teacher")
+        teacher.model.decoder.class_embed[-1].bias.add_(1.0)
+    teacher.save_pretrained(tmp_path / "teacher")
     other = Training.main(**taught, TEACHER_NAME=str(tmp_path / "teacher"))["history"][0]["queries"]
     assert other != own
     new_rtdetr("tiny", {0: "person"}).save_pretrained(tmp_path / "stranger")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from utils import config, datasets, freeze, integrated_model, processes, report, visualize
-from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_size
+from utils.conditional_model import ConditionalRainRobustRTDETR, learnt_size, learnt_sizes
 from utils.datasets import loaders, presets
 from utils.datasets.fresh_rain import SteadyWeather
 from utils.datasets.samples import evenly
@@ -104,17 +104,16 @@ def build_model(cfg, row, device):
                                              cfg.DERAIN_SCALE).to(device).eval()
 
 
-def learnt_sizes(cfg):
+def sizes_of_models(cfg):
     """-> {constant or row of MODELS: side of the images that it has learnt from, None where nothing says it}."""
-    sizes = {}
+    behind = {kind for kind, _ in cfg.MODELS.values()} - {"rtdetr", "feature", "conditional"}
+    sizes = learnt_sizes(cfg, ("RTDETR_MODEL_NAME",) if behind else ())
     for row, (kind, path) in cfg.MODELS.items():
         where = f"MODELS: {row!r}"
         if kind in ("rtdetr", "feature", "adapter"):
             sizes[where] = learnt_size(path, where)
         elif kind == "spdnet":
             sizes[where] = integrated_model.trained_size(path)
-        if kind not in ("rtdetr", "feature", "conditional"):
-            sizes["RTDETR_MODEL_NAME"] = learnt_size(cfg.RTDETR_MODEL_NAME, "RTDETR_MODEL_NAME")
     return sizes
 
 
@@ -182,7 +181,7 @@ def main(**overrides):
     datasets.require_no_rain(cfg.COCO_DIR, ("COCO_DIR", "COCO_RAIN_DIR"))
     device = processes.announced_device()
     models = {row: build_model(cfg, row, device) for row in cfg.MODELS}
-    comparison.note_other_sizes(learnt_sizes(cfg), cfg.IMAGE_SIZE)
+    comparison.note_other_sizes(sizes_of_models(cfg), cfg.IMAGE_SIZE)
     id2label = robustness.common_classes(models)
     for model in models.values():
         require_queries(rtdetr_of(model), cfg.IMAGE_SIZE)

@@ -216,6 +216,9 @@ def main(**overrides):
                     card_of(cfg, len(train), id2label_of(base)))
     score = next(iter(before))
     processes.say(f"without an adapter: {score} {before[score]:.4f}")
+    constants = cfg.as_dict() | {"base": digest, "taught": taught}
+    if "teacher" in scored["fixed"]:
+        constants["teacher"] = freeze.fingerprint(teacher)  # it decides on the score
     result = engine.fit(
         distillation.Student(model) if taught else model,
         loaders.training_loader(train, cfg.BATCH_SIZE, cfg.DATALOADER_WORKERS, cfg.SEED,
@@ -227,9 +230,7 @@ def main(**overrides):
         on_best=partial(save_adapter, path=path, card=card, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
-        constants=cfg.as_dict() | {"base": digest, "taught": taught,
-                                   "teacher": freeze.fingerprint(teacher) if taught else ""},
-        own_files=(path.name, path.with_suffix(".md").name),
+        constants=constants, own_files=(path.name, path.with_suffix(".md").name),
         fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
                "taught", *scored["fixed"]),
         validated_on=scored["validated_on"], validated_images=val.image_paths())

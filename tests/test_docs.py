@@ -1,7 +1,6 @@
 """The pages hold what they promise: links lead somewhere, commands name scripts that exist and flags that they have."""
 
 import ast
-import inspect
 import re
 from functools import cache
 from itertools import zip_longest
@@ -44,12 +43,17 @@ def anchors(page):
     return found
 
 
+def lines_of(text):
+    """-> the lines of a text without their indentation, continued ones joined."""
+    return [line.strip() for line in re.sub(r" [\\`]\n\s*", " ", text).splitlines()]
+
+
 def code_of(page):
     """-> the pieces of code on a page, a line each: lines of blocks (continued ones joined) and inline code."""
     text = page.read_text(encoding="utf-8")
     lines = []
     for block in FENCED.findall(text):
-        lines += re.sub(r" [\\`]\n\s*", " ", block).splitlines()[1:-1]
+        lines += lines_of(block)[1:-1]
     return lines + [" ".join(piece.split()) for piece in INLINE.findall(FENCED.sub("", text))]
 
 
@@ -117,18 +121,13 @@ def test_commands_are_found_in_every_form():
     assert slug("SPDNet: speed and memory") == "spdnet-speed-and-memory"
 
 
-def docstring_of(script):
-    """-> the docstring of a script without its lines' indentation."""
-    return inspect.cleandoc(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "")
-
-
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
 def test_commands_are_the_same_words_in_bash_and_powershell(page):
     """Outside of quotes (and <placeholders>) nothing that a shell reads as more than text; no empty word, which the
     PowerShell of Windows drops."""
     wrong = []
-    lines = code_of(page) if page.suffix == ".md" else [
-        line.strip() for line in re.sub(r" \\\n\s*", " ", docstring_of(page)).splitlines()]
+    lines = code_of(page) if page.suffix == ".md" else lines_of(
+        ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))))
     for line in lines:
         if line.startswith("python ") and "&&" not in line:
             command = re.sub(r"<[^>]*>", "", line.split(" #")[0])

@@ -44,6 +44,7 @@ UNKNOWN_CATEGORIES = "error"            # "ignore" leaves categories out that th
 
 # --- model --------------------------------------------------------------------------------------------------------
 RTDETR_MODEL_NAME = "PekingU/rtdetr_r18vd"  # hub id or folder; stays frozen
+START_NAME: str | None = ""             # adapter or specialist to come as close to as the rank allows; "": a new one
 ADAPTER_NAME = "rain"                   # the weather: OUTPUT_DIR/rain.safetensors
 LORA_RANK = 4                           # of the changes: 1.6 MB for an R18, 0.9 with 2
 LORA_ALPHA = 4                          # the changes count alpha / rank
@@ -159,6 +160,17 @@ def save_adapter(model, path, card, **settings):
     card.write(path.with_suffix(".md"))
 
 
+def build_adapter(cfg, base):
+    """-> a copy of the frozen detector `base` in which only the adapter trains, see adapter.inject."""
+    model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
+    if cfg.START_NAME:
+        target = (adapter.fold(base, cfg.START_NAME, "START_NAME") if adapter.is_adapter(cfg.START_NAME) else
+                  load_rtdetr(cfg.START_NAME, device=processes.device(), constant="START_NAME"))
+        share = adapter.approximate(model, target, "START_NAME")
+        processes.say(f"starts as close to {cfg.START_NAME} as rank {cfg.LORA_RANK} allows: {share:.1%} of its changes")
+    return model
+
+
 def build_teacher(cfg, base):
     """-> distillation.Teacher where one of its terms is wanted, else None; base: the frozen detector, which is the
     teacher where no other is named."""
@@ -205,7 +217,7 @@ def main(**overrides):
     base = freeze.freeze(load_rtdetr(cfg.RTDETR_MODEL_NAME, device=device))
     require_queries(base, cfg.IMAGE_SIZE)
     digest = freeze.fingerprint(base)
-    model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
+    model = build_adapter(cfg, base)
     processes.say(freeze.describe({"RT-DETR with its adapter": model}))
     train, val = build_data(cfg, id2label_of(base), twins=taught)
     teacher = build_teacher(cfg, base)

@@ -68,29 +68,34 @@ class Part(NamedTuple):
     inside: torch.Tensor  # (len of rows, len of columns)
 
 
-def full_mask(logits, size):
-    """Where logits (h, w) on the CPU, stretched bilinearly to size (H, W), are above 0.
+def parts(logits, size):
+    """Where logits (n, h, w) on the CPU, stretched bilinearly to size (H, W), are above 0.
 
-    Equal to F.interpolate(..., mode="bilinear") > 0, but only the part around the object is computed.
+    Equal to F.interpolate(..., mode="bilinear") > 0, but only the part around each object is computed.
 
     Returns:
-        Part of the (H, W) image.
+        iterator of n Parts of the (H, W) image.
     """
     positive = logits > 0
-    spans = []
-    for axis, length in ((1, size[0]), (0, size[1])):
-        hit = positive.any(axis).nonzero()
-        if not len(hit):
-            return Part(slice(0, 0), slice(0, 0), positive[:0, :0])
-        step = length / logits.shape[1 - axis]
-        # a neighbour of a positive value can be above 0 up to one step away from that value's centre
-        spans.append((max(0, int((hit[0].item() - 0.5) * step) - 1),
-                      min(length, int((hit[-1].item() + 1.5) * step) + 2)))
-    (top, bottom), (left, right) = spans
-    y, x = _taps(top, bottom, size[0], logits.shape[0]), _taps(left, right, size[1], logits.shape[1])
-    rows = torch.lerp(logits[y.low], logits[y.high], y.share[:, None])  # (bottom - top, w)
-    inside = torch.lerp(rows[:, x.low], rows[:, x.high], x.share) > 0  # (bottom - top, right - left)
-    return Part(slice(top, bottom), slice(left, right), inside)
+    spans = zip(_spans(positive.any(2), size[0]), _spans(positive.any(1), size[1]), strict=True)
+    for one, ((top, bottom), (left, right)) in zip(logits, spans, strict=True):
+        y, x = _taps(top, bottom, size[0], one.shape[0]), _taps(left, right, size[1], one.shape[1])
+        rows = torch.lerp(one[y.low], one[y.high], y.share[:, None])  # (bottom - top, w)
+        inside = torch.lerp(rows[:, x.low], rows[:, x.high], x.share) > 0  # (bottom - top, right - left)
+        yield Part(slice(top, bottom), slice(left, right), inside)
+
+
+def _spans(hit, length):
+    """-> for each of hit (n, cells) bool: (first, last + 1) of the `length` pixels along that axis that can be above 0
+    where some cells are; (0, 0) without any."""
+    hit = hit.numpy()
+    cells = hit.shape[1]
+    step = length / cells
+    # a neighbour of a positive value can be above 0 up to one step away from that value's centre
+    first = np.maximum(0, ((hit.argmax(1) - 0.5) * step).astype(int) - 1)
+    last = np.minimum(length, ((cells - hit[:, ::-1].argmax(1) + 0.5) * step).astype(int) + 2)
+    some = hit.any(1)
+    return list(zip((first * some).tolist(), (last * some).tolist(), strict=True))
 
 
 class _Taps(NamedTuple):
@@ -102,6 +107,7 @@ class _Taps(NamedTuple):
     share: torch.Tensor
 
 
+@functools.lru_cache(maxsize=4096)  # views: in small images the same spans come again and again
 def _taps(first, last, length, cells):
     """Pixels first .. last - 1 of an axis of `length` pixels, stretched from `cells` cells -> _Taps."""
     return _Taps(*(values[first:last] for values in _axis_taps(length, cells)))
@@ -117,8 +123,7 @@ def _axis_taps(length, cells):
 def full_masks(logits, size):
     """Mask logits (n, h, w) on the CPU -> (n, H, W) bool, stretched to size (H, W)."""
     masks = torch.zeros(len(logits), *size, dtype=torch.bool)
-    for mask, one in zip(masks, logits, strict=True):
-        part = full_mask(one, size)
+    for mask, part in zip(masks, parts(logits, size), strict=True):
         mask[part.rows, part.columns] = part.inside
     return masks
 
@@ -133,15 +138,14 @@ def run_lengths(found, size, within=None):
             was cut out: the masks are then of the larger one.
     """
     height, width, top, left = within or (*size, 0, 0)
-    done = {}
-    for query, logits in zip(found["queries"].tolist(), found["mask_logits"], strict=True):
-        if query not in done:
-            part = full_mask(logits, size)
-            pixels = np.zeros((height, width), np.uint8, order="F")
-            pixels[top:top + size[0], left:left + size[1]][part.rows, part.columns] = part.inside.numpy()
-            code = rle.encode(pixels)
-            done[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
-    return [done[query] for query in found["queries"].tolist()]
+    place = {query: index for index, query in enumerate(found["queries"].tolist())}  # of one detection of each query
+    codes = {}
+    for query, part in zip(place, parts(found["mask_logits"][list(place.values())], size), strict=True):
+        pixels = np.zeros((height, width), np.uint8, order="F")
+        pixels[top:top + size[0], left:left + size[1]][part.rows, part.columns] = part.inside.numpy()
+        code = rle.encode(pixels)
+        codes[query] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
+    return [codes[query] for query in found["queries"].tolist()]
 
 
 # ---- a data set ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from utils import checkpoint, datasets, freeze, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
 from utils.datasets.annotations import read_annotations
-from utils.images import to_bytes
+from utils.images import to_bytes, to_floats
 
 VERSION = 1  # raise it when the same key would hold something else
 REMEMBERED_BYTES = 2**30  # limit of `Remembered`: 1,180 validation images of nano at 384
@@ -137,6 +137,13 @@ class Remembered:
     @property
     def mask_head(self):
         return self.model.mask_head
+
+    def see(self, loader):
+        """Compute it for all images of a validation loader, before the first validation."""
+        self.model.to(processes.device()).eval()
+        for _ in loaders.each(lambda batch: self(to_floats(batch["images"], processes.device())), loader,
+                              "validation features"):
+            pass
 
     def __call__(self, images):
         """images (B, 3, S, S) float RGB in [0, 1] -> "logits", "boxes", "queries", "features" and the embeddings of

@@ -211,6 +211,8 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
     to_file = partial(save_weights, extras=extras)
     plan = dataclasses.replace(plan, resume_hint=f"--resume {folder.as_posix()}")
     with run_folder.claimed(folder):
+        if remembered:
+            remembered.see(splits["valid"].loader)
         result = engine.fit(
             model, loader, compute_losses, plan, output_dir=folder, parameters=parameters,
             score="mask/mAP" if with_masks else "box/mAP",

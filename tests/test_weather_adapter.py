@@ -65,6 +65,86 @@ def test_a_new_adapter_changes_nothing_and_the_fold_equals_it(tmp_path, targets)
     assert {"lora_A", "lora_B"} <= kinds and ("weight" in kinds) == (len(targets) > 1)
 
 
+def relative(detector):
+    """-> a detector of the same form whose change an adapter of rank 2 can hold, other running statistics included."""
+    generator, other = torch.Generator().manual_seed(3), copy.deepcopy(detector)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        for name, module in other.named_modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean += 0.02 * noise(*module.running_mean.shape)
+                module.running_var *= 1 + 0.2 * torch.rand(module.running_var.shape, generator=generator)
+            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
+                module.weight += 0.02 * noise(*module.weight.shape)
+                module.bias += 0.02 * noise(*module.bias.shape)
+            elif adapter.target_of(name, module):
+                rows, columns = module.weight.flatten(1).shape
+                module.weight += 0.01 * (noise(rows, 2) @ noise(2, columns)).view_as(module.weight)
+    return other
+
+
+def test_it_starts_as_the_specialist_that_its_rank_can_hold(tmp_path):
+    detector = load_rtdetr(str(ROOT / "assets" / "demo" / "rtdetr"))
+    target = relative(detector)
+    model = adapter.inject(detector, 3, 5, adapter.TARGETS)  # a rank more than is needed: it may still learn
+    spare = {name: p[2:] for name, p in adapter.tensors_of(model).items() if name.endswith(".lora_A")}
+    assert adapter.approximate(model, target, "START_NAME") == pytest.approx(1.0, abs=1e-5)
+    found = adapter.tensors_of(model)
+    assert all(torch.equal(found[name][2:], rest) for name, rest in spare.items())
+    with torch.no_grad():
+        expected, own = target.eval()(images()), model.eval()(images())
+        assert (own.logits - detector(images()).logits).abs().max() > 0.1
+    torch.testing.assert_close(own.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    adapter.write(model, tmp_path / "rain.safetensors", freeze.fingerprint(detector), rank=3, alpha=5)
+    folded = adapter.fold(detector, tmp_path / "rain.safetensors", "START_NAME")
+    again = adapter.inject(detector, 2, 2, adapter.TARGETS)  # an adapter's file, with another rank
+    assert adapter.approximate(again, folded, "START_NAME") == pytest.approx(1.0, abs=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(images()).logits, own.logits, rtol=1e-3, atol=1e-3)
+    again = adapter.inject(detector, 4, 4, adapter.TARGETS)
+    before = adapter.tensors_of(again)
+    adapter.approximate(again, detector, "START_NAME")  # no change at all: as a new one
+    for name, value in adapter.tensors_of(again).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_too_small_holds_the_largest_part(small_detector):
+    target = copy.deepcopy(small_detector)
+    layer = next(name for name, m in target.named_modules() if isinstance(m, torch.nn.Linear)
+                 and adapter.target_of(name, m) == "attention")
+    change = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    with torch.no_grad():
+        target.get_submodule(layer).weight[:4, :4] += change
+    model = adapter.inject(small_detector, 2, 2, ("attention",))
+    assert adapter.approximate(model, target, "START_NAME") == pytest.approx((16 + 9) / (16 + 9 + 4 + 1), abs=1e-4)
+    tensors = adapter.tensors_of(model)
+    made = adapter.product(tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"])
+    torch.testing.assert_close(made[:4, :4], torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])), rtol=0, atol=1e-3)
+
+
+def test_a_training_that_starts_from_a_specialist(base, small_detector, tmp_path, capsys):
+    relative(small_detector).save_pretrained(tmp_path / "specialist")
+    settings = base | {"NUM_EPOCHS": 1, "LEARNING_RATE": 1e-12}
+    Training.main(**settings, START_NAME=str(tmp_path / "specialist"))
+    shown = capsys.readouterr().out
+    assert "as rank 2 allows: 100.0% of its changes" in shown
+    path = Path(base["OUTPUT_DIR"]) / "rain.safetensors"
+    shutil.copy(path, tmp_path / "first.safetensors")
+    Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "second")}, START_NAME=str(tmp_path / "first.safetensors"))
+    folded = [adapter.fold(small_detector, file, "ADAPTER_PATH")
+              for file in (tmp_path / "first.safetensors", tmp_path / "second" / "rain.safetensors")]
+    with torch.no_grad():
+        one, other = (model(images()) for model in folded)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-3, atol=1e-3)
+    new_rtdetr("tiny", {0: "person"}).save_pretrained(tmp_path / "stranger")
+    for name, message in (("stranger", "START_NAME: that detector has other layers or classes"),
+                          ("nowhere", "START_NAME = .*nowhere"), ("no.safetensors", "START_NAME = .*does not exist")):
+        with pytest.raises(UserError, match=message):
+            Training.main(**base, START_NAME=str(tmp_path / name))
+
+
 def test_of_the_published_size_it_takes_less_than_two_megabytes():
     detector = new_rtdetr("r18", dict(enumerate("abc")), train_backbone_norms=False)
     model = adapter.inject(detector, Training.LORA_RANK, Training.LORA_ALPHA, Training.LORA_TARGETS)

@@ -38,6 +38,7 @@ _LOSSES = {
     "detection+features+identity": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "IDENTITY_WEIGHT": 5.0},
     "detection+features+reconstruction": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0,
                                           "RECONSTRUCTION_WEIGHT": 5.0},
+    "detection+features, fresh": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "RAIN": "fresh"},
     "detection+features, full scale": {"DETECTION_WEIGHT": 1.0, "FEATURE_WEIGHT": 5.0, "DERAIN_SCALE": 1.0},
 }
 

@@ -37,7 +37,8 @@ SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "better teacher", "no labels",
             "no labels, better teacher", "fresh rain, high rate", "all three, high rate",
             "better teacher, high rate", "no labels, high rate", "no labels, better teacher, high rate",
-            "adapter", "adapter, all three", "adapter, no labels")  # of _VARIANTS below
+            "adapter", "adapter, all three", "adapter, no labels", "adapter from specialist",
+            "adapter from specialist, better teacher")  # of _VARIANTS below
 PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
 EPOCHS = 0                              # of every run; 0: those of _VARIANTS
 OUTPUT_DIR = "./demo/ablation_teacher"  # a folder per run, and results.json
@@ -51,6 +52,7 @@ _HIGH_RATE = {  # for a teacher; labels alone are best at 2e-3 of 1e-3, 2e-3 and
     "LEARNING_RATE": 3e-3, "BACKBONE_LEARNING_RATE": 3e-3,
     "QUERIES_WEIGHT": 3.0, "POSITIONS_WEIGHT": 3.0, "FEATURES_WEIGHT": 3.0}
 _BETTER = {"TEACHER_NAME": "./assets/demo/rtdetr_specialist"}  # on clean images too: it has seen 10,000 scenes
+_FROM_SPECIALIST = _ADAPTER | {"START_NAME": "./assets/demo/rtdetr_specialist"}
 _VARIANTS = {  # script, epochs, constants
     "fresh rain": (Training_RTDETR, 6, _SPECIALIST),
     "queries": (Training_RTDETR, 5, _SPECIALIST | {"QUERIES_WEIGHT": 1.0}),
@@ -70,6 +72,10 @@ _VARIANTS = {  # script, epochs, constants
     "adapter": (Training_WeatherAdapter, 5, _ADAPTER),
     "adapter, all three": (Training_WeatherAdapter, 4, _TEACHER),
     "adapter, no labels": (Training_WeatherAdapter, 5, _TEACHER | {"DETECTION_WEIGHT": 0.0}),
+    "adapter from specialist": (Training_WeatherAdapter, 5, _FROM_SPECIALIST),
+    "adapter from specialist, better teacher": (
+        Training_WeatherAdapter, 4, _FROM_SPECIALIST | _BETTER | {
+            "QUERIES_WEIGHT": 3.0, "POSITIONS_WEIGHT": 3.0, "FEATURES_WEIGHT": 3.0}),
 }
 
 

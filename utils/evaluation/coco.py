@@ -1,6 +1,7 @@
 """COCO's detection scores; the ground truth is the annotation file itself."""
 
 import contextlib
+import gc
 import io
 
 import torch
@@ -149,6 +150,20 @@ def _covers(shape, height, width):
     return sum(counts[1::2]) > 0 if isinstance(counts, (list, tuple)) else bool(rle.area(shape) > 0)
 
 
+@contextlib.contextmanager
+def _without_collection():
+    """Python's search for cyclic garbage rests: over the many small objects of results it would walk through all that
+    the program holds again and again, and there is none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_without_collection()
 def coco_scores(truth, detections, category_of, image_ids, iou_type="bbox"):
     """COCO's metrics with the original ids, areas and crowd flags.
 

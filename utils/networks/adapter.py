@@ -18,7 +18,7 @@ from torch import nn
 
 from utils import checkpoint, freeze, system
 from utils.config import UserError, writing
-from utils.networks.rtdetr import rtdetr_of
+from utils.networks.rtdetr import id2label_of, rtdetr_of
 
 SUFFIX = ".safetensors"
 FORMAT = "rainsight-weather-adapter-1"
@@ -80,6 +80,77 @@ def inject(detector, rank, alpha, targets, thin=True):
         if isinstance(module, nn.BatchNorm2d):
             freeze.pin_to_eval(module)  # small batches of one weather would spoil its statistics
     return model
+
+
+@torch.no_grad()
+def approximate(model, target, constant):
+    """Set the adapter of an `inject`ed model to the one that comes closest to turning its detector into another.
+
+    A layer's change is cut to its largest singular values (Eckart and Young, "The approximation of one matrix by
+    another of lower rank", 1936). What other running statistics of a BatchNorm do is done by its scale and shift.
+    What an adapter leaves alone (heads, biases of other layers) stays the detector's own.
+
+    Args:
+        target: a detector of the same form, such as a specialist that was trained from this one; constant: the script's
+            for it, for messages.
+    Returns:
+        the share of the low-rank layers' change, in squared norm, that the adapter holds: 1 is all of it.
+    Raises:
+        UserError: a target with other classes or layers.
+    """
+    _require_same_layers(model, target, constant)
+    wanted, kept, whole = dict(target.named_modules()), 0.0, 0.0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            change = wanted[name].weight.to(module.weight.device) - module.weight
+            found, held = _low_rank(change, module.lora_A["default"].weight, module.lora_B["default"].weight,
+                                    module.scaling["default"])
+            kept, whole = kept + found, whole + held
+    own = dict(model.named_parameters())
+    for name, value in _as_with_the_statistics_of(model, wanted).items():
+        if own[name].requires_grad:
+            own[name].copy_(value)
+    return kept / whole if whole else 1.0
+
+
+def _require_same_layers(model, target, constant):
+    def form(detector):
+        own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in detector.named_parameters()
+               if ".lora_" not in name}
+        return own, tuple(id2label_of(detector).values())
+    if form(model) != form(target):
+        raise UserError(f"{constant}: that detector has other layers or classes than RTDETR_MODEL_NAME: give an "
+                        "adapter of it, or a detector that was trained from it")
+
+
+def _low_rank(change, down, up, scale):
+    """Write the best factors of `change` (see `product`) into `down` and `up`, which count `scale`; -> its squared norm
+    within them, and in all. Rows of `down` beyond the rank of the change stay as they are, to be learnt."""
+    left, size, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    noise = size[0] * max(change.shape[0], change[0].numel()) * torch.finfo(size.dtype).eps
+    rank = min(len(down), int((size > noise).sum()))
+    root = (size[:rank] / scale).sqrt()
+    down[:rank] = (root[:, None] * right[:rank]).view_as(down[:rank])
+    up.zero_()
+    up[:, :rank] = (left[:, :rank] * root).view_as(up[:, :rank])
+    return size[:rank].square().sum().item(), size.square().sum().item()
+
+
+def _as_with_the_statistics_of(model, wanted):
+    """-> {name: value} of `thin_parameters` that make each of the model's layers do what its namesake among `wanted`
+    ({name: module}) does, also where that is a BatchNorm with other running statistics."""
+    found = {}
+    for name in thin_parameters(model):
+        layer, _, own = name.rpartition(".")
+        found[name] = getattr(wanted[layer], own).detach().clone()
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            other = wanted[layer]
+            deviation = (other.running_var + other.eps).sqrt()
+            scale = other.weight / deviation
+            found[f"{layer}.weight"] = scale * (module.running_var + module.eps).sqrt().to(scale.device)
+            found[f"{layer}.bias"] = other.bias + scale * (module.running_mean.to(scale.device) - other.running_mean)
+    return found
 
 
 def tensors_of(model):

@@ -1,6 +1,7 @@
 """Rain drawn while loading: a function of seed, epoch and image; the clean twin in the same geometry; no rainy copy."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import Training_FeatureDerain as Training
 from utils import datasets
 from utils.config import UserError
 from utils.datasets import loaders, presets
-from utils.datasets.fresh_rain import FreshRain, drawn_by, fresh_rain
+from utils.datasets.fresh_rain import FreshRain, drawn_by, fresh_rain, source_of
 from utils.weather.kinds import KINDS
 
 NAMES = {0: "person", 1: "car"}
@@ -117,7 +118,7 @@ def test_no_validation_image_is_trained_on_where_rain_is_of_few(coco, capsys):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"RAIN": "new"}, "RAIN = 'new': choose files or fresh"), ({"RAIN_KINDS": {}}, "RAIN_KINDS = {}"),
+    ({"RAIN": "new"}, "RAIN = 'new': choose auto, files or fresh"), ({"RAIN_KINDS": {}}, "RAIN_KINDS = {}"),
     ({"RAIN_KINDS": {"hail": 1.0}}, "RAIN_KINDS = .*light.*mist"), ({"RAIN_KINDS": {"light": 0.0}}, "RAIN_KINDS"),
     ({"RAIN_KINDS": {"light": -1.0, "mist": 3.0}}, "RAIN_KINDS"), ({"RAIN_KINDS": ("light",)}, "RAIN_KINDS"),
     ({"RAIN_KINDS": {"light": float("nan")}}, "RAIN_KINDS")])
@@ -148,6 +149,36 @@ def test_what_draws_no_rain_is_noted(values, words, capsys):
                                   "IMAGE_SIZE": 64} | values))
     printed = capsys.readouterr().out
     assert words in printed and bool(printed) == bool(words)
+
+
+@pytest.mark.parametrize(("record", "changes", "expected"), [
+    (None, {}, "files"), ('{"kind": "streaks", "intensity": "random"}', {}, "fresh"),
+    ('{"intensity": "random"}', {}, "fresh"),  # written before there was another kind
+    ('{"kind": "streaks", "intensity": "heavy"}', {}, "files"), ('{"kind": "fog", "intensity": "random"}', {}, "files"),
+    ("[]", {}, "files"), ("{", {}, "files"), (None, {"RAIN_KINDS": {"mist": 1.0}}, "fresh"),
+    (None, {"COCO_RAIN_DIR": ""}, "fresh"), (None, {"COCO_RAIN_DIR": None}, "fresh"),
+    ('{"intensity": "random"}', {"RAINY_DIR": "."}, "fresh"), (None, {"RAINY_DIR": "."}, "files"),
+    (None, {"COCO_RAIN_DIR": "", "RAIN_RATIO": 0.0}, "files"),
+    ('{"intensity": "random"}', {"RAIN": "files"}, "files"), (None, {"RAIN": "fresh"}, "fresh")])
+def test_auto_draws_anew_what_was_drawn_and_reads_what_may_be_photographs(tmp_path, capsys, record, changes, expected):
+    (tmp_path / "rain" / "train2017").mkdir(parents=True)
+    if record:
+        (tmp_path / "rain" / "rain.json").write_text(record, encoding="utf-8")
+    usual = {"RAIN": "auto", "RAIN_KINDS": {"light": 1.0, "medium": 1.0, "heavy": 1.0}, "RAIN_RATIO": 0.5, "SEED": 0,
+             "IMAGE_SIZE": 64, "COCO_RAIN_DIR": str(tmp_path / "rain")}
+    cfg = SimpleNamespace(**usual | changes)
+    if "RAINY_DIR" in changes:  # of Training_SPDNet.py
+        cfg.RAINY_DIR = vars(cfg).pop("COCO_RAIN_DIR")
+    assert source_of(cfg) == expected and (fresh_rain(cfg) is None) == (expected == "files")
+    assert ("drawn anew in every epoch" in capsys.readouterr().out) == (expected == "fresh" and cfg.RAIN == "auto")
+
+
+def test_a_training_draws_by_itself_where_make_rain_made_the_twin(feature_base, tmp_path, capsys):
+    settings = feature_base | {"RAIN": "auto", "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 0}
+    shutil.rmtree(feature_base["COCO_RAIN_DIR"] + "/train2017")  # which is then not read
+    Path(feature_base["COCO_RAIN_DIR"], "rain.json").write_text('{"intensity": "random"}', encoding="utf-8")
+    Training.main(**settings)
+    assert "drawn anew in every epoch ('files' reads the rainy ones)" in capsys.readouterr().out
 
 
 def test_a_killed_training_goes_on_bit_for_bit_without_training_images_in_rain(feature_base, tmp_path, monkeypatch):

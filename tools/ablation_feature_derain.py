@@ -49,6 +49,7 @@ _VARIANTS = {  # share of the epochs in phase 1, constants
     # a specialist behind the gate, which no clean image reaches
     "rain alone": (0.0, _SPECIALIST), "rain alone, fresh": (0.0, _SPECIALIST | {"RAIN": "fresh"}),
     "both phases, fresh": (0.1, _ALL | {"RAIN": "fresh"}),
+    "both phases, fresh, teacher": (0.2, _ALL | {"RAIN": "fresh", "QUERIES_WEIGHT": 1.0, "POSITIONS_WEIGHT": 1.0}),
     "fine-tuning, fresh": (0.0, _DETECTION | {"DERAIN_TYPE": "none", "RAIN": "fresh"}),
 }
 

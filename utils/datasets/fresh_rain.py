@@ -9,11 +9,11 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from utils import processes
+from utils import processes, system
 from utils.config import UserError
-from utils.weather import kinds, rain, severity
+from utils.weather import kinds, rain, severity, twin
 
-SOURCES = ("files", "fresh")
+SOURCES = ("auto", "files", "fresh")
 _USUAL = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # RAIN_KINDS that nobody has changed
 
 
@@ -69,21 +69,46 @@ class SteadyWeather(FreshRain):
         return severity.WEATHERS[self.weather](pixels, rng, self.level)
 
 
+def source_of(cfg):
+    """-> "files" or "fresh": what RAIN comes to. "auto" is "fresh" where there are no rainy images, where RAIN_KINDS
+    has been changed, and where the rainy images are a twin of make_rain.py with streaks of all intensities: what was
+    drawn there once can as well be drawn anew. Others are read: they may be photographs of rain."""
+    if cfg.RAIN not in SOURCES:
+        raise UserError(f"RAIN = {cfg.RAIN!r}: choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+    if cfg.RAIN != "auto":
+        return cfg.RAIN
+    if getattr(cfg, "RAIN_RATIO", 1) == 0:
+        return "files"
+    rainy = cfg.COCO_RAIN_DIR if hasattr(cfg, "COCO_RAIN_DIR") else cfg.RAINY_DIR
+    return "fresh" if not rainy or cfg.RAIN_KINDS != _USUAL or _was_drawn(rainy) else "files"
+
+
+def _was_drawn(folder):
+    """-> whether make_rain.py wrote a folder's images with what RAIN_KINDS draws if nobody has changed it."""
+    record = twin.twin_above(folder)
+    try:
+        found = system.read_json(record) if record else None
+    except (OSError, ValueError):
+        found = None
+    return isinstance(found, dict) and (found.get("kind", "streaks"), found.get("intensity")) == ("streaks", "random")
+
+
 def fresh_rain(cfg, side=None):
-    """-> FreshRain of a script's constants RAIN and RAIN_KINDS, None for RAIN = "files".
+    """-> FreshRain of a script's constants RAIN and RAIN_KINDS, None where the rain is that of files, see `source_of`.
 
     Args:
         side: see FreshRain; None takes IMAGE_SIZE.
     Raises:
         UserError: unknown or useless values.
     """
-    if cfg.RAIN not in SOURCES:
-        raise UserError(f"RAIN = {cfg.RAIN!r}: choose {' or '.join(SOURCES)}")
-    if cfg.RAIN == "files":
+    if source_of(cfg) == "files":
         if cfg.RAIN_KINDS != _USUAL:
             processes.say(f"note: RAIN_KINDS has no effect with RAIN = {cfg.RAIN!r}: RAIN = 'fresh' draws these kinds")
         return None
     if getattr(cfg, "RAIN_RATIO", 1) == 0:
         processes.say(f"note: RAIN has no effect on training images with RAIN_RATIO = {cfg.RAIN_RATIO}: none is "
                       "to be rainy")
+    elif cfg.RAIN == "auto":
+        processes.say("RAIN = 'auto': the training images' rain is drawn anew in every epoch ('files' reads "
+                      "the rainy ones)")
     return FreshRain(kinds.require_shares(cfg.RAIN_KINDS), cfg.SEED, cfg.IMAGE_SIZE if side is None else side)

@@ -9,6 +9,7 @@ from utils import system
 from utils.config import UserError
 from utils.datasets import image_check, layouts
 from utils.datasets.coco import require_clean_and_rainy, require_no_rain
+from utils.datasets.fresh_rain import source_of
 from utils.datasets.layouts import ADVICE
 from utils.datasets.presets import OverEpochs
 from utils.datasets.samples import epoch_and_index, images_by_name, read_image, sample_randomness, seeded_subset
@@ -138,7 +139,7 @@ def is_unlabelled(cfg):
                             "DETECTION_WEIGHT = 0 trains without labels, by the clean twins alone; for a training with "
                             f"labels {layouts.EXPECTED['standard'].format(folder='train2017')}")
         return False
-    if not rainy_dir and cfg.RAIN != "fresh":
+    if not rainy_dir and source_of(cfg) != "fresh":
         raise UserError("COCO_RAIN_DIR is empty: give the folder of COCO_DIR's images in rain, which make_rain.py "
                         "writes, or set RAIN = 'fresh', which draws rain on them")
     if rainy_dir and not Path(rainy_dir).is_dir():

@@ -146,6 +146,7 @@ def check_detection_data(found, cfg):
     """COCO_DIR and COCO_RAIN_DIR: counts, odd images, files, twins, images in two splits."""
     from utils import datasets
     from utils.datasets import audit, image_check, layouts
+    from utils.datasets.fresh_rain import source_of
     try:
         if datasets.is_unlabelled(cfg):
             found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
@@ -153,7 +154,7 @@ def check_detection_data(found, cfg):
     except UserError as error:
         found.fail(str(error))
         return
-    known, fresh = {"COCO_RAIN_DIR": {}}, cfg.RAIN == "fresh"
+    known, fresh = {"COCO_RAIN_DIR": {}}, source_of(cfg) == "fresh"
     roots = [("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")]
     if fresh and not cfg.COCO_RAIN_DIR:
         found.ok("COCO_RAIN_DIR is empty: all weather is drawn by RAIN_KINDS")

@@ -47,8 +47,8 @@ COCO_DIR = "./dataset/coco"             # clean images: COCO, YOLO or Pascal VOC
 COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # rainy twins, read where RAIN_RATIO > 0; "": see docs/conditional.md
 COCO_RATIO = 1.0                        # share of clean training images
 RAIN_RATIO = 0.0                        # share of rainy training images; 0.5 makes a detector that knows rain
-RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch (the
-                                        # validation stays COCO_RAIN_DIR's; where that is "" it is drawn, once)
+RAIN = "auto"                           # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch;
+                                        # auto: fresh if make_rain.py drew those; validation: COCO_RAIN_DIR, "": drawn
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 PERCENT_DATASET: float = 100            # seeded subset of the training images, in percent
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32

@@ -42,7 +42,7 @@ COCO_RAIN_DIR: str | None = "./dataset/coco_rain"  # the same file names in rain
 PERCENT_DATASET: float = 10             # seeded subset in percent, equal on every machine: 10% of COCO is 11,800 images
 COCO_RATIO = 0.0                        # share of clean images: the detector is frozen, SPDNet only needs rain
 RAIN_RATIO = 1.0                        # share of rainy images
-RAIN = "auto"                           # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch;
+RAIN = "files"                          # files: COCO_RAIN_DIR's training images; fresh: drawn anew in every epoch;
                                         # auto: fresh if make_rain.py drew those; validation: COCO_RAIN_DIR, "": drawn
 RAIN_KINDS = {"light": 1.0, "medium": 1.0, "heavy": 1.0}  # of fresh rain, shares; also mist, fog, drops, drops and rain
 IMAGE_SIZE = 640                        # side of the square input, a multiple of 32

@@ -163,11 +163,12 @@ def save_adapter(model, path, card, **settings):
 def build_adapter(cfg, base):
     """-> a copy of the frozen detector `base` in which only the adapter trains, see adapter.inject."""
     model = adapter.inject(base, cfg.LORA_RANK, cfg.LORA_ALPHA, cfg.LORA_TARGETS, cfg.THIN_LAYERS)
-    if cfg.START_NAME:
+    if cfg.START_NAME and not (cfg.RESUME and (Path(cfg.OUTPUT_DIR) / "last.pt").is_file()):  # which holds the weights
         target = (adapter.fold(base, cfg.START_NAME, "START_NAME") if adapter.is_adapter(cfg.START_NAME) else
                   load_rtdetr(cfg.START_NAME, device=processes.device(), constant="START_NAME"))
         share = adapter.approximate(model, target, "START_NAME")
-        processes.say(f"starts as close to {cfg.START_NAME} as rank {cfg.LORA_RANK} allows: {share:.1%} of its changes")
+        processes.say(f"starts as close to {cfg.START_NAME} as rank {cfg.LORA_RANK} allows: {share:.1%} of what it "
+                      "changed in these layers")
     return model
 
 

@@ -132,18 +132,19 @@ class Remembered:
     """
 
     def __init__(self, model, limit=REMEMBERED_BYTES):
-        self.model, self.room, self.kept = model, limit, {}
+        self.model, self.room, self.kept, self.full = model, limit, {}, False
 
     @property
     def mask_head(self):
         return self.model.mask_head
 
     def see(self, loader):
-        """Compute it for all images of a validation loader, before the first validation."""
+        """Compute it for the images of a validation loader, as many as may be kept, before the first validation."""
         self.model.to(processes.device()).eval()
         for _ in loaders.each(lambda batch: self(to_floats(batch["images"], processes.device())), loader,
                               "validation features"):
-            pass
+            if self.full:
+                break
 
     def __call__(self, images):
         """images (B, 3, S, S) float RGB in [0, 1] -> "logits", "boxes", "queries", "features" and the embeddings of
@@ -158,6 +159,8 @@ class Remembered:
         if size <= self.room:
             self.kept[key] = known
             self.room -= size
+        else:
+            self.full = True
         return outputs
 
 

@@ -1,5 +1,6 @@
 """Rain drawn while loading: a function of seed, epoch and image; the clean twin in the same geometry; no rainy copy."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,31 +153,51 @@ def test_what_draws_no_rain_is_noted(values, words, capsys):
 
 
 @pytest.mark.parametrize(("record", "changes", "expected"), [
-    (None, {}, "files"), ('{"kind": "streaks", "intensity": "random"}', {}, "fresh"),
-    ('{"intensity": "random"}', {}, "fresh"),  # written before there was another kind
-    ('{"kind": "streaks", "intensity": "heavy"}', {}, "files"), ('{"kind": "fog", "intensity": "random"}', {}, "files"),
-    ("[]", {}, "files"), ("{", {}, "files"), (None, {"RAIN_KINDS": {"mist": 1.0}}, "fresh"),
-    (None, {"COCO_RAIN_DIR": ""}, "fresh"), (None, {"COCO_RAIN_DIR": None}, "fresh"),
-    ('{"intensity": "random"}', {"RAINY_DIR": "."}, "fresh"), (None, {"RAINY_DIR": "."}, "files"),
-    (None, {"COCO_RAIN_DIR": "", "RAIN_RATIO": 0.0}, "files"),
-    ('{"intensity": "random"}', {"RAIN": "files"}, "files"), (None, {"RAIN": "fresh"}, "fresh")])
-def test_auto_draws_anew_what_was_drawn_and_reads_what_may_be_photographs(tmp_path, capsys, record, changes, expected):
-    (tmp_path / "rain" / "train2017").mkdir(parents=True)
-    if record:
-        (tmp_path / "rain" / "rain.json").write_text(record, encoding="utf-8")
-    usual = {"RAIN": "auto", "RAIN_KINDS": {"light": 1.0, "medium": 1.0, "heavy": 1.0}, "RAIN_RATIO": 0.5, "SEED": 0,
-             "IMAGE_SIZE": 64, "COCO_RAIN_DIR": str(tmp_path / "rain")}
-    cfg = SimpleNamespace(**usual | changes)
-    if "RAINY_DIR" in changes:  # of Training_SPDNet.py
-        cfg.RAINY_DIR = vars(cfg).pop("COCO_RAIN_DIR")
+    (None, {}, "files"), ({"kind": "streaks", "intensity": "random"}, {}, "fresh"),
+    ({"intensity": "random"}, {}, "fresh"),  # written before there was another kind
+    ({"kind": "streaks", "intensity": "heavy"}, {}, "files"), ({"kind": "fog", "intensity": "random"}, {}, "files"),
+    ({"intensity": "random", "source": "/another/city"}, {}, "files"), ([], {}, "files"), ("{", {}, "files"),
+    (None, {"RAIN_KINDS": {"mist": 1.0}}, "fresh"), (None, {"RAIN_KINDS": {"mist": 1.0}, "RAIN_RATIO": 0}, "files"),
+    (None, {"COCO_RAIN_DIR": ""}, "fresh"), (None, {"COCO_RAIN_DIR": None, "RAIN_RATIO": 0.0}, "fresh"),
+    ({"intensity": "random"}, {"RAIN_RATIO": 0.0}, "files"),
+    ({"intensity": "random"}, {"RAIN": "files"}, "files"), (None, {"RAIN": "fresh"}, "fresh")])
+@pytest.mark.parametrize("below", ["", "train2017"])
+def test_auto_draws_anew_what_was_drawn_and_reads_what_may_be_photographs(tmp_path, capsys, record, changes, expected,
+                                                                          below):
+    """Of data sets (COCO_DIR), and of plain folders of images in them (of Training_SPDNet.py)."""
+    for name in ("clean", "rain"):
+        (tmp_path / name / "train2017").mkdir(parents=True)
+    if record is not None:
+        if isinstance(record, dict):
+            record = json.dumps({"source": (tmp_path / "clean").as_posix()} | record)
+        (tmp_path / "rain" / "rain.json").write_text(str(record), encoding="utf-8")
+    cfg = SimpleNamespace(**{
+        "RAIN": "auto", "RAIN_KINDS": {"light": 1.0, "medium": 1.0, "heavy": 1.0}, "RAIN_RATIO": 0.5, "SEED": 0,
+        "IMAGE_SIZE": 64, "COCO_DIR": str(tmp_path / "clean" / below), "COCO_RAIN_DIR": str(tmp_path / "rain" / below)}
+        | changes)
+    if below:
+        cfg.RAINY_DIR, cfg.CLEAN_DIR = vars(cfg).pop("COCO_RAIN_DIR"), cfg.COCO_DIR
     assert source_of(cfg) == expected and (fresh_rain(cfg) is None) == (expected == "files")
-    assert ("drawn anew in every epoch" in capsys.readouterr().out) == (expected == "fresh" and cfg.RAIN == "auto")
+    shown = capsys.readouterr().out
+    assert ("anew in every epoch" in shown) == (expected == "fresh" and cfg.RAIN == "auto" and cfg.RAIN_RATIO > 0)
+    assert ("reads the rainy ones" in shown) == ("anew" in shown and bool(changes.get("COCO_RAIN_DIR", "x")))
+    assert ("no effect with RAIN_RATIO" in shown) == ("RAIN_KINDS" in changes and not cfg.RAIN_RATIO)
+
+
+def test_other_images_below_a_twin_are_not_what_it_drew(tmp_path):
+    (tmp_path / "rain" / "photos").mkdir(parents=True)
+    record = {"source": (tmp_path / "clean").as_posix(), "intensity": "random"}
+    (tmp_path / "rain" / "rain.json").write_text(json.dumps(record), encoding="utf-8")
+    cfg = SimpleNamespace(RAIN="auto", RAIN_KINDS={"light": 1.0, "medium": 1.0, "heavy": 1.0},
+                          COCO_DIR=str(tmp_path / "clean"), COCO_RAIN_DIR=str(tmp_path / "rain" / "photos"))
+    assert source_of(cfg) == "files"
 
 
 def test_a_training_draws_by_itself_where_make_rain_made_the_twin(feature_base, tmp_path, capsys):
     settings = feature_base | {"RAIN": "auto", "PHASE1_EPOCHS": 1, "PHASE2_EPOCHS": 0}
     shutil.rmtree(feature_base["COCO_RAIN_DIR"] + "/train2017")  # which is then not read
-    Path(feature_base["COCO_RAIN_DIR"], "rain.json").write_text('{"intensity": "random"}', encoding="utf-8")
+    record = {"source": Path(feature_base["COCO_DIR"]).resolve().as_posix(), "intensity": "random"}
+    Path(feature_base["COCO_RAIN_DIR"], "rain.json").write_text(json.dumps(record), encoding="utf-8")
     Training.main(**settings)
     assert "drawn anew in every epoch ('files' reads the rainy ones)" in capsys.readouterr().out
 

@@ -282,6 +282,10 @@ def test_a_remembered_detector_runs_once_and_its_masks_stay_those_of_the_head():
                     parameter.add_(0.01)  # the head learns meanwhile
             assert counts == expected, limit
             calls.clear()
+            features.Remembered(model, limit).see([{"images": (255 * images).byte(), "sizes": [(64, 64)] * 3}
+                                                   for images in (batches[0], batches[1], batches[0])])
+            assert len(calls) == {10 * batch_bytes: 2, batch_bytes: 2, 0: 1}[limit]  # and no more once it is full
+            calls.clear()
 
 
 def test_stage2_with_cached_features_validates_with_one_pass_of_the_detector(stage1, dataset, tmp_path, monkeypatch):
@@ -299,7 +303,7 @@ def test_stage2_with_cached_features_validates_with_one_pass_of_the_detector(sta
 
     monkeypatch.setattr(features.Remembered, "__call__", compared)
     result = train_seg_stage2.main(**settings, RUNS_DIR=str(tmp_path))
-    assert asked == [1, 1]  # four validation images are one batch, kept in the first of two epochs
+    assert asked == [1, 1, 1]  # four validation images are one batch, kept before the first of two epochs
     assert result["history"][-1]["box/mAP"] == result["history"][0]["box/mAP"]
 
 

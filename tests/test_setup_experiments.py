@@ -60,7 +60,9 @@ def test_fresh_rain_needs_no_rainy_training_images(coco, capsys, experiment):
     assert code == 0 and having(lines, "[ok]", "COCO_RAIN_DIR, val: 8 images")
     code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, RAIN="fresh", COCO_RAIN_DIR=""))
     assert code == 0 and having(lines, "[ok]", "COCO_RAIN_DIR is empty: all weather is drawn")
-    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, COCO_RAIN_DIR=""))
+    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, RAIN="auto", COCO_RAIN_DIR=""))
+    assert code == 0 and having(lines, "[ok]", "COCO_RAIN_DIR is empty: all weather is drawn")
+    code, lines = looked_at(capsys, experiment, **of_coco(coco, **more, RAIN="files", COCO_RAIN_DIR=""))
     assert code == 1 and having(lines, "[FAIL]", "COCO_RAIN_DIR is empty")
 
 

@@ -103,6 +103,16 @@ def test_it_starts_as_the_specialist_that_its_rank_can_hold(tmp_path):
     assert adapter.approximate(again, folded, "START_NAME") == pytest.approx(1.0, abs=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(images()).logits, own.logits, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():  # a change so small that rounding shows: what is spare stays
+        for name, module in target.named_modules():
+            if adapter.target_of(name, module):
+                own = detector.get_submodule(name).weight
+                module.weight.copy_(own + 1e-3 * (module.weight - own))
+    again = adapter.inject(detector, 4, 4, adapter.TARGETS)
+    before = {name: p[2:] for name, p in adapter.tensors_of(again).items() if name.endswith(".lora_A")}
+    adapter.approximate(again, target, "START_NAME")
+    found = adapter.tensors_of(again)
+    assert all(torch.equal(found[name][2:], rest) for name, rest in before.items())
     again = adapter.inject(detector, 4, 4, adapter.TARGETS)
     before = adapter.tensors_of(again)
     adapter.approximate(again, detector, "START_NAME")  # no change at all: as a new one
@@ -124,12 +134,42 @@ def test_a_rank_too_small_holds_the_largest_part(small_detector):
     torch.testing.assert_close(made[:4, :4], torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("targets", [("attention",), adapter.TARGETS])
+def test_without_thin_layers_it_starts_as_well(small_detector, targets):
+    """The stem is then one of the low-rank layers."""
+    target = copy.deepcopy(small_detector)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.mul_(1.1)
+    model = adapter.inject(small_detector, 64, 64, targets, thin=False)
+    assert 0.5 < adapter.approximate(model, target, "START_NAME") <= 1.0001
+    name = next(name for name in adapter.tensors_of(model) if name.endswith(".lora_A")).removesuffix(".lora_A")
+    tensors = adapter.tensors_of(model)
+    made = adapter.product(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
+    torch.testing.assert_close(made, 0.1 * small_detector.get_submodule(name).weight, rtol=1e-3, atol=1e-4)
+
+
+def test_what_no_adapter_can_hold_is_no_start():
+    detector = new_rtdetr("tiny", dict(enumerate("abc")), train_backbone_norms=False)
+    model = adapter.inject(detector, 2, 2, adapter.TARGETS)
+    other, broken = copy.deepcopy(detector), copy.deepcopy(detector)
+    with torch.no_grad():
+        next(value for name, value in other.named_buffers() if name.endswith("running_mean")).add_(1.0)
+        next(broken.parameters()).view(-1)[0] = float("nan")
+    for target, message in ((other, "START_NAME: .*never trains .*running_mean"), (broken, "START_NAME: .*finite")):
+        with pytest.raises(UserError, match=message):
+            adapter.approximate(model, target, "START_NAME")
+    assert adapter.approximate(model, detector, "START_NAME") == 1.0
+
+
 def test_a_training_that_starts_from_a_specialist(base, small_detector, tmp_path, capsys):
     relative(small_detector).save_pretrained(tmp_path / "specialist")
     settings = base | {"NUM_EPOCHS": 1, "LEARNING_RATE": 1e-12}
     Training.main(**settings, START_NAME=str(tmp_path / "specialist"))
     shown = capsys.readouterr().out
-    assert "as rank 2 allows: 100.0% of its changes" in shown
+    assert "as rank 2 allows: 100.0% of what it changed in these layers" in shown
+    Training.main(**settings | {"NUM_EPOCHS": 2, "RESUME": True}, START_NAME=str(tmp_path / "gone"))
+    assert "as rank 2 allows" not in capsys.readouterr().out  # last.pt holds what it has become
     path = Path(base["OUTPUT_DIR"]) / "rain.safetensors"
     shutil.copy(path, tmp_path / "first.safetensors")
     Training.main(**settings | {"OUTPUT_DIR": str(tmp_path / "second")}, START_NAME=str(tmp_path / "first.safetensors"))

@@ -4,6 +4,8 @@ A fixed rainy copy shows a network the same streaks again and again, which it ca
 more at no cost but the drawing (docs/lab_notes.md, "Fresh rain").
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torchvision import tv_tensors
@@ -71,26 +73,40 @@ class SteadyWeather(FreshRain):
 
 def source_of(cfg):
     """-> "files" or "fresh": what RAIN comes to. "auto" is "fresh" where there are no rainy images, where RAIN_KINDS
-    has been changed, and where the rainy images are a twin of make_rain.py with streaks of all intensities: what was
-    drawn there once can as well be drawn anew. Others are read: they may be photographs of rain."""
+    has been changed, and where the rainy images are what make_rain.py made of the clean ones, with streaks of all
+    intensities: what was drawn there once can as well be drawn anew. Others are read: they may be photographs."""
     if cfg.RAIN not in SOURCES:
         raise UserError(f"RAIN = {cfg.RAIN!r}: choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
     if cfg.RAIN != "auto":
         return cfg.RAIN
+    rainy, clean = _folders(cfg)
+    if not rainy:
+        return "fresh"
     if getattr(cfg, "RAIN_RATIO", 1) == 0:
         return "files"
-    rainy = cfg.COCO_RAIN_DIR if hasattr(cfg, "COCO_RAIN_DIR") else cfg.RAINY_DIR
-    return "fresh" if not rainy or cfg.RAIN_KINDS != _USUAL or _was_drawn(rainy) else "files"
+    return "fresh" if cfg.RAIN_KINDS != _USUAL or _was_drawn(rainy, clean) else "files"
 
 
-def _was_drawn(folder):
-    """-> whether make_rain.py wrote a folder's images with what RAIN_KINDS draws if nobody has changed it."""
-    record = twin.twin_above(folder)
+def _folders(cfg):
+    """-> the constants with the rainy and with the clean images."""
+    pair = ("COCO_RAIN_DIR", "COCO_DIR") if hasattr(cfg, "COCO_RAIN_DIR") else ("RAINY_DIR", "CLEAN_DIR")
+    return tuple(getattr(cfg, name) for name in pair)
+
+
+def _was_drawn(rainy, clean):
+    """-> whether make_rain.py wrote the rainy images, of the clean ones, with what RAIN_KINDS draws if nobody has
+    changed it."""
+    rainy, clean = (Path(str(one)).parent if Path(str(one)).is_file() else Path(str(one)) for one in (rainy, clean))
+    record = twin.twin_above(rainy)
     try:
         found = system.read_json(record) if record else None
     except (OSError, ValueError):
         found = None
-    return isinstance(found, dict) and (found.get("kind", "streaks"), found.get("intensity")) == ("streaks", "random")
+    if not isinstance(found, dict):
+        return False
+    source = Path(str(found.get("source"))) / rainy.resolve().relative_to(record.parent)
+    return (source.resolve() == clean.resolve()
+            and (found.get("kind", "streaks"), found.get("intensity")) == ("streaks", "random"))
 
 
 def fresh_rain(cfg, side=None):
@@ -101,14 +117,16 @@ def fresh_rain(cfg, side=None):
     Raises:
         UserError: unknown or useless values.
     """
-    if source_of(cfg) == "files":
+    source, ratio = source_of(cfg), getattr(cfg, "RAIN_RATIO", 1)
+    if source == "files":
         if cfg.RAIN_KINDS != _USUAL:
-            processes.say(f"note: RAIN_KINDS has no effect with RAIN = {cfg.RAIN!r}: RAIN = 'fresh' draws these kinds")
+            processes.say("note: RAIN_KINDS has no effect with " + (
+                f"RAIN_RATIO = {ratio}: no training image is to be rainy" if cfg.RAIN == "auto" else
+                f"RAIN = {cfg.RAIN!r}: RAIN = 'fresh' draws these kinds"))
         return None
-    if getattr(cfg, "RAIN_RATIO", 1) == 0:
-        processes.say(f"note: RAIN has no effect on training images with RAIN_RATIO = {cfg.RAIN_RATIO}: none is "
-                      "to be rainy")
-    elif cfg.RAIN == "auto":
-        processes.say("RAIN = 'auto': the training images' rain is drawn anew in every epoch ('files' reads "
-                      "the rainy ones)")
+    if ratio == 0 and cfg.RAIN == "fresh":
+        processes.say(f"note: RAIN has no effect on training images with RAIN_RATIO = {ratio}: none is to be rainy")
+    elif ratio and cfg.RAIN == "auto":
+        instead = " ('files' reads the rainy ones)" if _folders(cfg)[0] else ""
+        processes.say(f"RAIN = 'auto': the training images' rain is drawn anew in every epoch{instead}")
     return FreshRain(kinds.require_shares(cfg.RAIN_KINDS), cfg.SEED, cfg.IMAGE_SIZE if side is None else side)

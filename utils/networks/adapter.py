@@ -87,8 +87,8 @@ def approximate(model, target, constant):
     """Set the adapter of an `inject`ed model to the one that comes closest to turning its detector into another.
 
     A layer's change is cut to its largest singular values (Eckart and Young, "The approximation of one matrix by
-    another of lower rank", 1936). What other running statistics of a BatchNorm do is done by its scale and shift.
-    What an adapter leaves alone (heads, biases of other layers) stays the detector's own.
+    another of lower rank", 1936). What other running statistics of a BatchNorm do is done by its scale and shift,
+    where these are adapted. What an adapter leaves alone (heads, biases of other layers) stays the detector's own.
 
     Args:
         target: a detector of the same form, such as a specialist that was trained from this one; constant: the script's
@@ -96,24 +96,24 @@ def approximate(model, target, constant):
     Returns:
         the share of the low-rank layers' change, in squared norm, that the adapter holds: 1 is all of it.
     Raises:
-        UserError: a target with other classes or layers.
+        UserError: a target with other classes, layers or frozen parts, or with weights that are no numbers.
     """
     _require_same_layers(model, target, constant)
     wanted, kept, whole = dict(target.named_modules()), 0.0, 0.0
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             change = wanted[name].weight.to(module.weight.device) - module.weight
-            found, held = _low_rank(change, module.lora_A["default"].weight, module.lora_B["default"].weight,
-                                    module.scaling["default"])
+            found, held = _low_rank(change, module.weight.abs().max(), module.lora_A["default"].weight,
+                                    module.lora_B["default"].weight, module.scaling["default"])
             kept, whole = kept + found, whole + held
-    own = dict(model.named_parameters())
-    for name, value in _as_with_the_statistics_of(model, wanted).items():
-        if own[name].requires_grad:
-            own[name].copy_(value)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            parameter.copy_(_as_with_the_statistics_of(model, wanted, name))
     return kept / whole if whole else 1.0
 
 
 def _require_same_layers(model, target, constant):
+    """UserError that names `constant` unless an adapter of `model` can come close to `target`."""
     def form(detector):
         own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in detector.named_parameters()
                if ".lora_" not in name}
@@ -121,13 +121,23 @@ def _require_same_layers(model, target, constant):
     if form(model) != form(target):
         raise UserError(f"{constant}: that detector has other layers or classes than RTDETR_MODEL_NAME: give an "
                         "adapter of it, or a detector that was trained from it")
+    if not all(p.isfinite().all() for p in target.parameters()):
+        raise UserError(f"{constant}: that detector's weights are not all finite: it is damaged, or its training "
+                        "failed")
+    alive = {name for name, module in target.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    own = {name.replace(".base_layer.", "."): value for name, value in model.named_buffers()}
+    for name, value in target.named_buffers():  # BatchNorms that were frozen for good hold all they do in buffers
+        if name.rpartition(".")[0] not in alive and not torch.equal(value.to(own[name].device), own[name]):
+            raise UserError(f"{constant}: that detector differs from RTDETR_MODEL_NAME in what never trains ({name}): "
+                            "it was not trained from it")
 
 
-def _low_rank(change, down, up, scale):
+def _low_rank(change, largest, down, up, scale):
     """Write the best factors of `change` (see `product`) into `down` and `up`, which count `scale`; -> its squared norm
-    within them, and in all. Rows of `down` beyond the rank of the change stay as they are, to be learnt."""
+    within them, and in all. Rows of `down` beyond the rank of the change stay as they are, to be learnt; largest: of
+    the weights that the change is the difference of, by which it is rounded."""
     left, size, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
-    noise = size[0] * max(change.shape[0], change[0].numel()) * torch.finfo(size.dtype).eps
+    noise = max(size[0], largest) * max(change.shape[0], change[0].numel()) * torch.finfo(size.dtype).eps
     rank = min(len(down), int((size > noise).sum()))
     root = (size[:rank] / scale).sqrt()
     down[:rank] = (root[:, None] * right[:rank]).view_as(down[:rank])
@@ -136,21 +146,17 @@ def _low_rank(change, down, up, scale):
     return size[:rank].square().sum().item(), size.square().sum().item()
 
 
-def _as_with_the_statistics_of(model, wanted):
-    """-> {name: value} of `thin_parameters` that make each of the model's layers do what its namesake among `wanted`
-    ({name: module}) does, also where that is a BatchNorm with other running statistics."""
-    found = {}
-    for name in thin_parameters(model):
-        layer, _, own = name.rpartition(".")
-        found[name] = getattr(wanted[layer], own).detach().clone()
-    for layer, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            other = wanted[layer]
-            deviation = (other.running_var + other.eps).sqrt()
-            scale = other.weight / deviation
-            found[f"{layer}.weight"] = scale * (module.running_var + module.eps).sqrt().to(scale.device)
-            found[f"{layer}.bias"] = other.bias + scale * (module.running_mean.to(scale.device) - other.running_mean)
-    return found
+def _as_with_the_statistics_of(model, wanted, name):
+    """-> value of one of the model's `thin_parameters` that makes its layer do what its namesake among `wanted` ({name:
+    module}) does, also where that is a BatchNorm with other running statistics."""
+    layer, _, own = name.rpartition(".")
+    module, other = model.get_submodule(layer), wanted[layer]
+    if not isinstance(module, nn.BatchNorm2d):
+        return getattr(other, own)
+    scale = other.weight / (other.running_var + other.eps).sqrt()
+    if own == "weight":
+        return scale * (module.running_var + module.eps).sqrt().to(scale.device)
+    return other.bias + scale * (module.running_mean.to(scale.device) - other.running_mean)
 
 
 def tensors_of(model):

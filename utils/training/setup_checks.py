@@ -148,13 +148,14 @@ def check_detection_data(found, cfg):
     from utils.datasets import audit, image_check, layouts
     from utils.datasets.fresh_rain import source_of
     try:
+        fresh = source_of(cfg) == "fresh"
         if datasets.is_unlabelled(cfg):
             found.ok("plain folders of images without annotations, which DETECTION_WEIGHT = 0 allows")
             return
     except UserError as error:
         found.fail(str(error))
         return
-    known, fresh = {"COCO_RAIN_DIR": {}}, source_of(cfg) == "fresh"
+    known = {"COCO_RAIN_DIR": {}}
     roots = [("COCO_DIR", "clean"), ("COCO_RAIN_DIR", "rainy")]
     if fresh and not cfg.COCO_RAIN_DIR:
         found.ok("COCO_RAIN_DIR is empty: all weather is drawn by RAIN_KINDS")

@@ -1,5 +1,6 @@
 """Scores against independent implementations."""
 
+import gc
 import json
 
 import numpy as np
@@ -121,6 +122,24 @@ def test_the_fast_scores_are_pycocotools_scores(iou_type, monkeypatch):
     assert 0.05 < fast["mAP"] < 0.9 and fast["AP_small"] > 0 and fast["per_class"]["class 4"] == -1
     assert fast.pop("per_class") == pytest.approx(reference.pop("per_class"), abs=1e-12)
     assert fast == pytest.approx(reference, abs=1e-12)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_scoring_leaves_the_garbage_collector_as_it_was(coco, on):
+    truth, data = truth_and_data(coco)
+    seen = []
+
+    def entries():
+        seen.append(gc.isenabled())
+        yield from ()
+    try:
+        (gc.enable if on else gc.disable)()
+        coco_evaluation.coco_scores(truth, entries(), data.category_of, data.image_ids)
+        with pytest.raises(TypeError):
+            coco_evaluation.coco_scores(truth, None, data.category_of, data.image_ids)
+        assert seen == [False] and gc.isenabled() is on
+    finally:
+        gc.enable()
 
 
 def test_texture_similarity_falls_with_blur_and_with_detail_that_is_not_there():

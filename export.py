@@ -395,8 +395,8 @@ def require_usable(cfg):
     cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind not in missing)
     int8 = [kind for kind in cfg.FORMATS if kind.endswith("int8")]
     if int8 and not cfg.CALIBRATION_DIR and not cfg.COCO_DIR:
-        raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} {'need' if int8[1:] else 'needs'} a "
-                               "folder of images like yours: set it (or COCO_DIR), or leave INT8 out of FORMATS")
+        raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} {'need' if int8[1:] else 'needs'} "
+                               "a folder of images like yours: set it (or COCO_DIR), or leave INT8 out of FORMATS")
 
 
 def print_table(results, folder):

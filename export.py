@@ -61,6 +61,7 @@ BASE_LICENCE: str | None = ""           # of the weights of REFINER_DIR's base, 
 IMAGE_SIZE = 640                        # side of the square input, fixed in the files; RF-DETR has its own, and a
                                         # de-rainer's file takes any: it is checked on so much of an image
 FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "openvino", "openvino-int8", "torch.export")  # which files to write
+INT8_KEPT = ()                          # modules that INT8 leaves in float32 where it loses too much: ("backbone",)
 OPSET = 18                              # of ONNX; 18 or newer
 OUTPUT_DIR = "./outputs_export"
 
@@ -215,6 +216,21 @@ def derainer_pairs(cfg, models, paths):
     return calibrate, judged
 
 
+def keep_in_float32(models, names):
+    """-> {name: formats.Model} whose modules of these names (INT8_KEPT) INT8 leaves alone as well."""
+    inside = [f".{name}." for model in models.values() for name, _ in model.module.named_modules()]
+    if unknown := [name for name in names if not any(f".{name}." in one for one in inside)]:
+        raise config.UserError(f"INT8_KEPT holds {unknown[0]!r}, but nothing that is exported has a module of that "
+                               "name, such as backbone or encoder")
+    found = {}
+    for name, model in models.items():
+        found[name] = model._replace(int8=model.int8._replace(kept=(*model.int8.kept, *names)))
+        if names and set(model.int8.parts) <= set(names):
+            why = "INT8_KEPT leaves nothing of it to INT8"
+            found[name] = found[name]._replace(without={"onnx-int8": why, "openvino-int8": why} | model.without)
+    return found
+
+
 def coco_map(cfg, model, predict, cache):
     """-> mAP of a detector on COCO_DIR's validation images, None for other kinds and without COCO_DIR; cache: {size and
     classes: loader}."""
@@ -282,7 +298,8 @@ def check(path, kind, model, inputs, cfg, whole_map, cache, judged=()):
                           "yours (CALIBRATION_DIR), or leave the format out")
     if row["mAP"] is not None and row["mAP"] < model.least_map * whole_map:
         constant = "LEAST_MAP_RFDETR" if model.about["model"] == "rfdetr" else "LEAST_MAP"
-        remedy = (f"leave the format out, or lower {constant}" if whole_map >= _LEARNT else
+        keep = ", keep parts of it in float32 (INT8_KEPT)" if kind.endswith("int8") else ""
+        remedy = (f"leave the format out{keep}, or lower {constant}" if whole_map >= _LEARNT else
                   "PyTorch's own finds next to nothing in COCO_DIR's validation images, so train the detector first")
         row["refused"] = (f"keeps {row['mAP']:.4f} of {whole_map:.4f} mAP ({100 * row['mAP'] / whole_map:.1f}%), less "
                           f"than {constant} = {model.least_map}: {remedy}")
@@ -429,7 +446,7 @@ def main(**overrides):
     if cfg.demo:
         for constant in comparison.leave_out_missing(cfg, DEMO, ("MODEL_NAME", "ADAPTER_PATH")):
             processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
-    models = build_models(cfg)
+    models = keep_in_float32(build_models(cfg), cfg.INT8_KEPT)
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in models:
         raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}' needs {_RAINY[cfg.RAINY_MODEL]}, which is empty; "
                                f"written are {', '.join(models)}")

@@ -107,6 +107,21 @@ def test_int8_leaves_the_decoder_in_float(vanilla):
                    for name in node.input)
 
 
+def test_int8_leaves_what_is_kept_in_float_as_well(scenes, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export.main(**NONE | {"RTDETR_MODEL_NAME": TRAINED}, FORMATS=("onnx-int8",), IMAGE_SIZE=160, CALIBRATION_IMAGES=2,
+                CALIBRATION_DIR=str(scenes), INT8_KEPT=("backbone",), LEAST_MAP=0.0, OUTPUT_DIR=str(tmp_path))
+    nodes = onnx.load(tmp_path / "vanilla_int8.onnx").graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    quantised = {("backbone" in str(node.metadata_props), made_by.get(node.input[1]) == "DequantizeLinear")
+                 for node in nodes if node.op_type == "Conv"}
+    models = export.keep_in_float32({"one": formats.Model(nn.Module(), {}, int8=formats.Int8(("Conv",), ("net",)))}, ())
+    assert not models["one"].without
+    model = formats.Model(nn.ModuleDict({"net": nn.Identity()}), {}, int8=formats.Int8(("Conv",), ("net",)))
+    assert "nothing" in export.keep_in_float32({"one": model}, ("net",))["one"].without["openvino-int8"]
+    assert (True, True) not in quantised and {(True, False), (False, True)} <= quantised
+
+
 def test_the_pages_example_runs_without_torch_and_without_this_project(vanilla, scenes, tmp_path):
     """docs/export.md's own code, in a fresh process that has onnxruntime, numpy and Pillow alone."""
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -389,6 +404,7 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
 
 @pytest.mark.parametrize("values, words", [
     ({"FORMATS": ("tensorrt",)}, "FORMATS"), ({"OPSET": 17}, "OPSET = 17.*18"), ({"LEAST_MAP": -1.0}, "LEAST_MAP"),
+    ({"FORMATS": ("torch.export",), "INT8_KEPT": ("backbones",)}, "INT8_KEPT holds 'backbones'"),
     ({"FORMATS": ("onnx-int8",)}, "CALIBRATION_DIR.*onnx-int8"), ({"CALIBRATION_IMAGES": 0}, "CALIBRATION_IMAGES"),
     ({"FORMATS": ("torch.export",), "CALIBRATION_DIR": "./nowhere"}, "CALIBRATION_DIR.*nowhere"),
     ({"RAINY_MODEL": "other"}, "RAINY_MODEL"), ({"DERAIN_SCALE": 3.0}, "DERAIN_SCALE"),

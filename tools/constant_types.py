@@ -17,7 +17,7 @@ from utils import config
 _ROOT = Path(__file__).resolve().parent.parent
 # of tuples that are empty by default
 _ELEMENTS = {"CROP_SIZES": "int", "MORE_PAIRS": "tuple", "PREFIXES": "str", "TEST_PREFIXES": "str",
-             "RESULTS_DIRS": "str", "FAST": "str", "CLASS_THRESHOLDS": "str"}
+             "RESULTS_DIRS": "str", "FAST": "str", "CLASS_THRESHOLDS": "str", "INT8_KEPT": "str"}
 _BATCHES = ("BATCH_SIZE", "BATCH")  # where 0 stands for "by trial", whose effective batch is the script's own
 
 

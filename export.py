@@ -216,21 +216,6 @@ def derainer_pairs(cfg, models, paths):
     return calibrate, judged
 
 
-def keep_in_float32(models, names):
-    """-> {name: formats.Model} whose modules of these names (INT8_KEPT) INT8 leaves alone as well."""
-    inside = [f".{name}." for model in models.values() for name, _ in model.module.named_modules()]
-    if unknown := [name for name in names if not any(f".{name}." in one for one in inside)]:
-        raise config.UserError(f"INT8_KEPT holds {unknown[0]!r}, but nothing that is exported has a module of that "
-                               "name, such as backbone or encoder")
-    found = {}
-    for name, model in models.items():
-        found[name] = model._replace(int8=model.int8._replace(kept=(*model.int8.kept, *names)))
-        if names and set(model.int8.parts) <= set(names):
-            why = "INT8_KEPT leaves nothing of it to INT8"
-            found[name] = found[name]._replace(without={"onnx-int8": why, "openvino-int8": why} | model.without)
-    return found
-
-
 def coco_map(cfg, model, predict, cache):
     """-> mAP of a detector on COCO_DIR's validation images, None for other kinds and without COCO_DIR; cache: {size and
     classes: loader}."""
@@ -446,7 +431,7 @@ def main(**overrides):
     if cfg.demo:
         for constant in comparison.leave_out_missing(cfg, DEMO, ("MODEL_NAME", "ADAPTER_PATH")):
             processes.say(f"note: {constant} = '{DEMO[constant]}' is left out: its training's --demo writes it")
-    models = keep_in_float32(build_models(cfg), cfg.INT8_KEPT)
+    models = deployable.keep_in_float32(build_models(cfg), cfg.INT8_KEPT)
     if cfg.RAINY_MODEL and cfg.RAINY_MODEL not in models:
         raise config.UserError(f"RAINY_MODEL = '{cfg.RAINY_MODEL}' needs {_RAINY[cfg.RAINY_MODEL]}, which is empty; "
                                f"written are {', '.join(models)}")

@@ -197,7 +197,7 @@ def train(cfg, plan, start, folder, data, loader, compute_losses, *, parameters,
         compute_losses, parameters: see engine.fit.
         best_file, epoch_file: names in `folder` for the weights alone, of the best and of the latest epoch;
             config_file: name of what the script has written there before.
-        remember: on a CPU, validate with what the detector, which is frozen, said the first time
+        remember: on a CPU, validate with what the detector, which is frozen, said before the first epoch
             (features.Remembered); a GPU is quick at that, and its memory is wanted for other things.
     Returns:
         {"run_dir": str, "history", "best_epoch", "best_score", "stopped", "valid": {metric: value}, "test": the same

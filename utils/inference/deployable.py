@@ -113,3 +113,18 @@ def refiner(folder, licence):
     why = "onnxruntime converts files of up to 2 GB, and the published base is larger"
     without = dict.fromkeys(("onnx-fp16", "onnx-int8", "openvino-int8"), why) if mode == "one_step" else {}
     return formats.Model(model, about, without, int8=_REFINER_INT8)
+
+
+def keep_in_float32(models, names):
+    """-> {name: formats.Model} whose modules of these names (INT8_KEPT) INT8 leaves alone as well."""
+    inside = [f".{name}." for model in models.values() for name, _ in model.module.named_modules()]
+    if unknown := [name for name in names if not any(f".{name}." in one for one in inside)]:
+        raise config.UserError(f"INT8_KEPT holds {unknown[0]!r}, but nothing that is exported has a module of that "
+                               "name, such as backbone or encoder")
+    found = {}
+    for name, model in models.items():
+        found[name] = model._replace(int8=model.int8._replace(kept=(*model.int8.kept, *names)))
+        if names and set(model.int8.parts) <= set(names):
+            why = "INT8_KEPT leaves nothing of it to INT8"
+            found[name] = found[name]._replace(without={"onnx-int8": why, "openvino-int8": why} | model.without)
+    return found

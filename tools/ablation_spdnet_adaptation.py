@@ -105,15 +105,18 @@ def rows_of(variants, runs, vanilla):
     """-> rows of the table: vanilla, and mean and spread over seeds of every variant.
 
     Args:
-        runs: [{"variant", "rainy", "clean": mAP, ...}, ...]; vanilla: {"rainy", "clean": mAP}.
+        runs: [{"variant", "rainy", "clean": mAP, "seconds": of CPU time, where measured}, ...].
+        vanilla: {"rainy", "clean": mAP}.
     """
     gap = vanilla["clean"] - vanilla["rainy"]
     rows = [{"variant": "vanilla RT-DETR", "rainy": f"{vanilla['rainy']:.4f}", "clean": f"{vanilla['clean']:.4f}"}]
     for variant in variants:
         rainy, clean = ([r[domain] for r in runs if r["variant"] == variant] for domain in ("rainy", "clean"))
+        seconds = [r["seconds"] for r in runs if r["variant"] == variant and "seconds" in r]
         shares = [100 * (value - vanilla["rainy"]) / gap for value in rainy]
         rows.append({"variant": variant, "rainy": spread(rainy), "clean": spread(clean),
-                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})"})
+                     "gap": f"{statistics.mean(shares):.1f}% ({min(shares):.1f} to {max(shares):.1f})",
+                     "seconds": f"{statistics.mean(seconds):.0f} s" if seconds else None})
     return rows
 
 

@@ -9,7 +9,6 @@ time, which the table shows. Finished runs are kept in OUTPUT_DIR and not repeat
 """
 
 import os
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,8 @@ SEEDS = (0, 1, 2)                       # each run is repeated with these
 VARIANTS = ("fresh rain", "queries", "positions", "features", "all three", "better teacher", "no labels",
             "no labels, better teacher", "fresh rain, high rate", "all three, high rate",
             "better teacher, high rate", "no labels, high rate", "no labels, better teacher, high rate",
-            "adapter", "adapter, all three", "adapter, no labels", "adapter from specialist",
+            "adapter", "adapter, queries", "adapter, positions", "adapter, features", "adapter, all three",
+            "adapter, no labels", "adapter from specialist",
             "adapter from specialist, better teacher")  # of _VARIANTS below
 PERCENT_DATASET: float = 100            # of the demo's 1,200 training images
 EPOCHS = 0                              # of every run; 0: those of _VARIANTS
@@ -70,6 +70,9 @@ _VARIANTS = {  # script, epochs, constants
     "no labels, better teacher, high rate": (Training_RTDETR, 6,
                                              _SPECIALIST | _HIGH_RATE | _BETTER | {"DETECTION_WEIGHT": 0.0}),
     "adapter": (Training_WeatherAdapter, 5, _ADAPTER),
+    "adapter, queries": (Training_WeatherAdapter, 4, _ADAPTER | {"QUERIES_WEIGHT": 1.0}),
+    "adapter, positions": (Training_WeatherAdapter, 4, _ADAPTER | {"POSITIONS_WEIGHT": 1.0}),
+    "adapter, features": (Training_WeatherAdapter, 4, _ADAPTER | {"FEATURES_WEIGHT": 1.0}),
     "adapter, all three": (Training_WeatherAdapter, 4, _TEACHER),
     "adapter, no labels": (Training_WeatherAdapter, 5, _TEACHER | {"DETECTION_WEIGHT": 0.0}),
     "adapter from specialist": (Training_WeatherAdapter, 5, _FROM_SPECIALIST),
@@ -110,9 +113,6 @@ def main(**overrides):
     vanilla = once(folder / "vanilla.json", {}, lambda: score(None))
     runs = all_runs(cfg, partial(settings_of, cfg), run)
     rows = rows_of(cfg.VARIANTS, runs, vanilla)
-    for row in rows[1:]:
-        seconds = [r["seconds"] for r in runs if r["variant"] == row["variant"]]
-        row["seconds"] = f"{statistics.mean(seconds):.0f} s"
     print("\n" + report.table(rows, {"variant": "variant", "rainy": "mAP in rain", "gap": "rain gap won back",
                                      "clean": "mAP on clean images", "seconds": "CPU time"}))
     report.write_results(folder / "results.json", cfg.as_dict(), {"vanilla": vanilla, "runs": runs})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from torch import nn
 
@@ -514,6 +515,28 @@ def test_masks_are_drawn_translucent_below_the_boxes():
     assert inside == pytest.approx([0.45 * v for v in (0xe6, 0x19, 0x4b)], abs=2)
     empty = visualize.draw_masks(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), {}, mask[:0])
     assert empty.size == (80, 60)
+
+
+def test_an_edge_of_the_image_is_no_outline_and_an_empty_mask_leaves_nothing():
+    masks = torch.zeros(2, 40, 50, dtype=torch.bool)
+    masks[0, :10, :12] = True
+    boxes, labels = torch.tensor([[40.0, 30.0, 49.0, 39.0]]).expand(2, 4), torch.tensor([3, 4])  # away from the mask
+    picture = visualize.draw_masks(torch.zeros(3, 40, 50), boxes, labels, {3: "", 4: ""}, masks, opacity=0.5)
+    full, half = (0xe6, 0x19, 0x4b), tuple(v / 2 for v in (0xe6, 0x19, 0x4b))
+    for x in range(20):
+        for y in range(20):
+            expected = (0, 0, 0) if x > 11 or y > 9 else full if x == 11 or y == 9 else half
+            assert picture.getpixel((x, y)) == pytest.approx(expected, abs=1), (x, y)
+
+
+def test_lettering_is_what_pillow_writes():
+    page = Image.new("RGB", (120, 60), "#3cb44b")
+    written = page.copy()
+    ImageDraw.Draw(written).text((10, 20), "person gj 0.53", fill="#202020", font=visualize.font_of(13))
+    strip, (x, y) = visualize.lettering("person gj 0.53", 13, "#202020", "#3cb44b")
+    page.paste(strip, (10 + x, 20 + y))
+    assert page.tobytes() == written.tobytes() != Image.new("RGB", (120, 60), "#3cb44b").tobytes()
+    assert visualize.lettering("person gj 0.53", 13, "#202020", "#3cb44b")[0] is strip
 
 
 def test_masks_are_confined_to_their_boxes():

@@ -1,5 +1,6 @@
 """Pictures: boxes on images, grids with captions, training curves, cost against accuracy. Nothing needs a display."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +32,28 @@ def enlargement(size):
     return max(1, -(-240 // size))
 
 
+@lru_cache(maxsize=32)
+def font_of(size):
+    """-> Pillow's own font in a size; opening it takes longer than drawing a box."""
+    return ImageFont.load_default(size=size)
+
+
+@lru_cache(maxsize=2048)
+def lettering(text, size, ink, paper, margin=1):
+    """A text on a strip of its own, to paste: frame after frame shows the same words, and setting type costs the most.
+
+    Args:
+        size: of the letters, in pixels; ink, paper: colours; margin: pixels around the letters.
+    Returns:
+        PIL image, not to be changed; (x, y) of its corner from the point that Pillow would write the text at.
+    """
+    font = font_of(size)
+    left, top, right, bottom = map(round, font.getbbox(text))
+    strip = Image.new("RGB", (right - left + 2 * margin + 1, bottom - top + 2 * margin + 1), paper)
+    ImageDraw.Draw(strip).text((margin - left, margin - top), text, fill=ink, font=font)
+    return strip, (left - margin, top - margin)
+
+
 def draw_boxes(image, boxes, labels, names, scores=None, scale=1, notes=None):
     """Draw boxes with class names on a copy of the image.
 
@@ -45,16 +68,15 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1, notes=None):
     if scale != 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
     size = max(11, picture.height // 50)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=size)
+    pen = ImageDraw.Draw(picture)
     for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = PALETTE[label % len(PALETTE)]
         box = [value * scale for value in box]
         box = [box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)]
         pen.rectangle(box, outline=colour, width=max(2, picture.height // 300))
         text = names[label] + (notes[i] if notes else "") + (f" {scores[i]:.2f}" if scores is not None else "")
-        left, top, right, bottom = pen.textbbox((box[0] + 2, max(box[1] - size - 2, 0)), text, font=font)
-        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-        pen.text((left, max(box[1] - size - 2, 0)), text, fill=INK, font=font)
+        strip, (x, y) = lettering(text, size, INK, colour)
+        picture.paste(strip, (round(box[0] + 2 + x), round(max(box[1] - size - 2, 0) + y)))
     return picture
 
 
@@ -72,10 +94,25 @@ def draw_masks(image, boxes, labels, names, masks, scores=None, scale=1, by_clas
     for i, (mask, label) in enumerate(zip(masks.cpu().bool(), labels.tolist(), strict=True)):
         hexadecimal = PALETTE[(label if by_class else i) % len(PALETTE)]
         colour = torch.tensor([int(hexadecimal[j:j + 2], 16) for j in (1, 3, 5)], dtype=torch.float32)[:, None]
-        picture[:, mask] = (1 - opacity) * picture[:, mask] + opacity * colour
+        window = _window_of(mask)
+        if window is None:
+            continue
+        mask, part = mask[window], picture[(slice(None), *window)]  # a view: the picture is painted
+        part[:, mask] = (1 - opacity) * part[:, mask] + opacity * colour
         outside = torch.nn.functional.max_pool2d((~mask)[None].float(), 3, 1, 1)[0] > 0
-        picture[:, mask & outside] = colour
+        part[:, mask & outside] = colour
     return draw_boxes(picture.round().byte(), boxes, labels, names, scores, scale, notes)
+
+
+def _window_of(mask):
+    """-> (slice, slice) around a mask (H, W), a pixel more where the image has one; None for an empty mask."""
+    slices = []
+    for axis, length in enumerate(mask.shape):
+        hit = mask.any(dim=1 - axis).nonzero()
+        if not len(hit):
+            return None
+        slices.append(slice(max(int(hit[0]) - 1, 0), min(int(hit[-1]) + 2, length)))
+    return tuple(slices)
 
 
 def draw_detections(images, outputs, id2label, threshold=0.4, scale=1):
@@ -115,7 +152,7 @@ def grid(rows, headings, path=None):
     heights = [max(cell.height for cell in row if cell) for row in rows]
     gap, head = 4, 20
     page = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(rows) + 1) + head), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    pen, font = ImageDraw.Draw(page), font_of(13)
     lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
     for left, text in zip(lefts, headings, strict=True):
         pen.text((left, 3), text, fill=INK, font=font)
@@ -136,7 +173,7 @@ def captioned(picture, text):
     """PIL image with a line of text below it."""
     page = Image.new("RGB", (picture.width, picture.height + 16), PAPER)
     page.paste(picture)
-    ImageDraw.Draw(page).text((3, picture.height + 1), text, fill=INK, font=ImageFont.load_default(size=11))
+    ImageDraw.Draw(page).text((3, picture.height + 1), text, fill=INK, font=font_of(11))
     return page
 
 

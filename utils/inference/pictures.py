@@ -1,7 +1,7 @@
 """What detect.py draws: boxes, masks and numbers on a frame, a line about the gate, panels side by side."""
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pycocotools import mask as rle
 
 from utils import visualize
@@ -54,9 +54,6 @@ def side_by_side(panels):
 
 def with_banner(picture, text):
     """Write a line onto a dark strip in the lower left corner, in place. -> the picture"""
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, picture.height // 36))
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-    corner = picture.height - (bottom - top) - 6
-    pen.rectangle((0, corner, right - left + 8, picture.height), fill=visualize.INK)
-    pen.text((4 - left, corner + 3 - top), text, fill=visualize.PAPER, font=font)
+    strip, _ = visualize.lettering(text, max(11, picture.height // 36), visualize.PAPER, visualize.INK, margin=3)
+    picture.paste(strip, (0, picture.height - strip.height))
     return picture

@@ -328,8 +328,8 @@ def main(**overrides):
             not be read.
     """
     cfg = config.resolve(globals(), overrides)
-    if cfg.demo and cfg.MODEL in ("vanilla", *detectors.OF_WEIGHTS):  # the demo's panels, of which these have none
-        for name in {"SHOW_DERAINED", "COMPARE"} - overrides.keys():
+    if cfg.demo:
+        for name in detectors.empty_panels(cfg).keys() - overrides.keys():
             setattr(cfg, name, False)
     require_usable(cfg)
     if cfg.demo and cfg.SOURCE == DEMO["SOURCE"]:

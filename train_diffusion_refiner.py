@@ -1,4 +1,4 @@
-"""Train a refiner behind a de-rainer: InstructPix2Pix with LoRA, from de-rained to clear images (phase 3 of the plan).
+"""Train a refiner behind a de-rainer: InstructPix2Pix with LoRA, from de-rained to clear images.
 
     python train_diffusion_refiner.py --demo          # after python train_unet_derain.py --demo
     python train_diffusion_refiner.py --dry_run       # what it needs and would download; loads nothing
@@ -80,7 +80,7 @@ LPIPS_WEIGHT = 0.0                      # perceptual distance, such as 0.1
 LPIPS_WEIGHTS: str | None = ""          # AlexNet: "imagenet" (233 MB, once), a local file of torchvision's, or ""
 
 # --- training -----------------------------------------------------------------------------------------------------
-NUM_EPOCHS = 30                         # the plan's 20 to 50
+NUM_EPOCHS = 30                         # 20 to 50 are usual
 BATCH_SIZE = 2                          # 2 at 256 x 256 needs 6.9 GB in float32; 0: as many as fit
 GRADIENT_ACCUMULATION_STEPS = 8         # batches per optimizer step
 LEARNING_RATE = 1e-4                    # of LoRA and SKIPS, and of the network of mode "pixel"

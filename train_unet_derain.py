@@ -2,7 +2,7 @@
 
 The loss is minus the PSNR, or the plan's L1 + perceptual (VGG16) + SSIM; "best" goes by the PSNR of the validation
 pairs. What the rain looks like decides what is learnt: make_rain.py --kind windshield draws pairs over any clear
-photographs (docs/windshield.md).
+photographs (docs/windshield.md). "The plan" is the recipe that this U-Net was specified with (docs/unet_derain.md).
 
     python train_unet_derain.py --demo
     python make_rain.py --kind windshield --clear ./data/clear --out ./data/windshield_rainy_v40

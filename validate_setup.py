@@ -142,8 +142,9 @@ def check_fit(found, cfg, one, memory):
     """-> constants for the command: BATCH_SIZE = 0 where the script's own batch may not fit."""
     if memory is None or one.fixed is None or not cfg.BATCH_SIZE:
         return {}
-    needed = one.fixed + 0.7 + cfg.BATCH_SIZE * one.per_image * (cfg.IMAGE_SIZE / one.side) ** 2
-    text = f"a step of BATCH_SIZE = {cfg.BATCH_SIZE} at {cfg.IMAGE_SIZE} pixels takes about {needed:.1f} GB in float32"
+    side = max(getattr(cfg, "CROP_SIZES", ()) or (cfg.IMAGE_SIZE,))
+    needed = one.fixed + 0.7 + cfg.BATCH_SIZE * one.per_image * (side / one.side) ** 2
+    text = f"a step of BATCH_SIZE = {cfg.BATCH_SIZE} at {side} pixels takes about {needed:.1f} GB in float32"
     if needed <= 0.9 * memory:
         found.ok(text)
         return {}

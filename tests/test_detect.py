@@ -282,6 +282,18 @@ def test_a_rainy_branch_with_a_typo_is_named(base, tmp_path):
                               "PIPELINE_DIR": "", "SHOW_DERAINED": True})
 
 
+def test_the_demo_draws_the_panels_that_its_model_has(tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    widths = {}
+    for branch in ("spdnet", "./assets/demo/rtdetr_specialist"):
+        out = detect.main(demo=True, SOURCE=str(tmp_path / "a.png"), OUTPUT=str(tmp_path / "out"), RAINY_BRANCH=branch)
+        widths[branch] = Image.open(out["folder"] / "a.png").width // picture(0).shape[1]
+    assert widths == {"spdnet": 3, "./assets/demo/rtdetr_specialist": 2}
+    with pytest.raises(UserError, match="SHOW_DERAINED: RAINY_BRANCH = .*rtdetr_specialist' is a detector"):
+        detect.main(demo=True, SOURCE=str(tmp_path / "a.png"), OUTPUT=str(tmp_path / "out"), SHOW_DERAINED=True,
+                    RAINY_BRANCH="./assets/demo/rtdetr_specialist")
+
+
 def test_without_opencv_images_work_and_videos_say_what_to_install(base, clip, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     Image.fromarray(picture(0)).save(tmp_path / "a.jpg")

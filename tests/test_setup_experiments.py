@@ -245,8 +245,12 @@ def test_rfdetr_has_the_page_as_well(tmp_path, capsys):
 
 
 def test_a_batch_that_does_not_fit_leads_to_the_automatic_one(capsys):
-    found, cfg = validate_setup.Findings(), validate_setup.config.resolve(vars(train_unet_derain), {"IMAGE_SIZE": 512})
+    found = validate_setup.Findings()
+    whole, crops = (validate_setup.config.resolve(vars(train_unet_derain), {"IMAGE_SIZE": 512, "CROP_SIZES": sizes})
+                    for sizes in ((), (96, 128)))
     one = validate_setup._EXPERIMENTS["unet"]
-    assert validate_setup.check_fit(found, cfg, one, 24.0) == {
+    assert validate_setup.check_fit(found, whole, one, 24.0) == {
         "BATCH_SIZE": 0, "PRECISION": "auto"}
-    assert validate_setup.check_fit(found, cfg, one, 80.0) == {} and found.warned == 1
+    assert validate_setup.check_fit(found, whole, one, 80.0) == {} and found.warned == 1
+    assert validate_setup.check_fit(found, crops, one, 4.0) == {} and found.warned == 1
+    assert "at 128 pixels takes about 2.7 GB" in capsys.readouterr().out

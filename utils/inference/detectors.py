@@ -89,22 +89,30 @@ def say_threshold(cfg, model):
     processes.say(f"gate: an image is rainy from a probability of {threshold:.4g} on ({whose})")
 
 
+def empty_panels(cfg):
+    """-> {COMPARE, SHOW_DERAINED: why}, those of them that have nothing to show with the constants' model."""
+    if cfg.MODEL in ("vanilla", *OF_WEIGHTS):
+        return dict.fromkeys(("COMPARE", "SHOW_DERAINED"), f"MODEL = '{cfg.MODEL}' has nothing that COMPARE or "
+                             "SHOW_DERAINED could show: choose another MODEL, or leave them out")
+    if cfg.MODEL == "feature":
+        return {"SHOW_DERAINED": "SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show"}
+    if cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR and cfg.RAINY_BRANCH != "spdnet":
+        return {"SHOW_DERAINED": f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
+                                 "there is no image to show"}
+    return {}
+
+
 def require(cfg):
     """UserError for constants that name no model, or one that has nothing to show."""
-    if cfg.MODEL in ("vanilla", *OF_WEIGHTS) and (cfg.COMPARE or cfg.SHOW_DERAINED):
-        raise config.UserError(f"MODEL = '{cfg.MODEL}' has nothing that COMPARE or SHOW_DERAINED could show: choose "
-                               "another MODEL, or leave them out")
     gate = cfg.MODEL == "conditional" and not cfg.PIPELINE_DIR
     a_folder = not is_adapter(cfg.RAINY_BRANCH)
     if gate and cfg.RAINY_BRANCH != "spdnet" and "/" not in cfg.RAINY_BRANCH and (  # a hub id has a slash
             problem := system.absent(cfg.RAINY_BRANCH, folder=a_folder)):
         raise config.UserError(f"RAINY_BRANCH = '{cfg.RAINY_BRANCH}' {problem}: choose spdnet, a detector's folder or "
                                "hub id, or an adapter's file")
-    if gate and cfg.RAINY_BRANCH != "spdnet" and cfg.SHOW_DERAINED:
-        raise config.UserError(f"SHOW_DERAINED: RAINY_BRANCH = '{cfg.RAINY_BRANCH}' is a detector that knows rain, "
-                               "there is no image to show")
-    if cfg.MODEL == "feature" and cfg.SHOW_DERAINED:
-        raise config.UserError("SHOW_DERAINED: MODEL = 'feature' de-rains features, there is no image to show")
+    for name, why in empty_panels(cfg).items():
+        if getattr(cfg, name):
+            raise config.UserError(why)
     if cfg.MODEL not in (*BUILT, *OF_WEIGHTS):
         raise config.UserError(f"MODEL = {cfg.MODEL!r}: choose one of {', '.join((*BUILT, *OF_WEIGHTS))}")
     if cfg.PIPELINE_DIR and cfg.MODEL != "conditional":

@@ -83,6 +83,9 @@ def check(cfg):
         if not isinstance(value, (tuple, list)) or len(value) != 2 or value[0] not in _KINDS:
             raise config.UserError(f"MODELS: {row!r} must be (kind, path), the kind one of {', '.join(_KINDS)}; it is "
                                    f"{value!r}")
+        if not all(isinstance(text, str) and text.strip() for text in (row, value[1])):
+            raise config.UserError(f"MODELS: {row!r}: {value!r}: the row's name and the path must be text that is not "
+                                   "empty")
 
 
 def build_model(cfg, row, device):

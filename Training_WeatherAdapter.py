@@ -7,8 +7,9 @@ clean ones cost, clean images never meet it. One detector can have several: rain
     python Training_WeatherAdapter.py --demo
     python Training_WeatherAdapter.py --ADAPTER_NAME mist --RAIN_KINDS "{'mist': 1.0}"
 
-Writes OUTPUT_DIR/<ADAPTER_NAME>.safetensors (best epoch) and its model card (.md), last.pt, best.pt, metrics.json,
-curves.png and tb/. Needs peft (requirements-diffusion.txt); what uses the file does not.
+Writes OUTPUT_DIR/<ADAPTER_NAME>.safetensors (best epoch) and its model card (.md), which stay when another weather is
+trained there, last.pt, best.pt, metrics.json, curves.png and tb/. Needs peft (requirements-diffusion.txt); what uses
+the file does not.
 """
 
 from functools import partial
@@ -118,6 +119,11 @@ def check(cfg):
     if Path(cfg.ADAPTER_NAME).name != cfg.ADAPTER_NAME or cfg.ADAPTER_NAME in ("", ".", ".."):
         raise config.UserError(f"ADAPTER_NAME = '{cfg.ADAPTER_NAME}': choose a file's name without a folder, such as "
                                "rain")
+    if adapter.is_adapter(cfg.ADAPTER_NAME):
+        raise config.UserError(f"ADAPTER_NAME = '{cfg.ADAPTER_NAME}': leave {adapter.SUFFIX} out, the file gets it")
+    if adapter.is_adapter(cfg.TEACHER_NAME):
+        raise config.UserError(f"TEACHER_NAME = '{cfg.TEACHER_NAME}' is an adapter, and a teacher is a detector: "
+                               "START_NAME takes adapters")
 
 
 def build_data(cfg, id2label, twins):
@@ -243,7 +249,7 @@ def main(**overrides):
         on_best=partial(save_adapter, path=path, card=card, base=digest, rank=cfg.LORA_RANK, alpha=cfg.LORA_ALPHA,
                         weather=cfg.ADAPTER_NAME, image_size=cfg.IMAGE_SIZE),
         sample_images=partial(Training_RTDETR.sample_images, loader=val_loader, id2label=id2label_of(base)),
-        constants=constants, own_files=(path.name, path.with_suffix(".md").name),
+        constants=constants, lasting_files=(path.name, path.with_suffix(".md").name),
         fixed=("IMAGE_SIZE", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS", "THIN_LAYERS", "ADAPTER_NAME", "base",
                "taught", *scored["fixed"]),
         validated_on=scored["validated_on"], validated_images=val.image_paths())

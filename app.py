@@ -131,7 +131,9 @@ def settings_of(cfg, name):
     try:
         if not isinstance(entry, dict):
             raise config.UserError(f"give a dict of detect.py's constants, not {entry!r}")
-        if taken := _OF_THE_PAGE.keys() & entry.keys():
+        if not all(isinstance(one, str) for one in (name, *entry)):
+            raise config.UserError("write names of choices and of constants as text, in quotes")
+        if taken := {*_OF_THE_PAGE, "THRESHOLD", "demo"} & entry.keys():  # the threshold is a slider
             raise config.UserError(f"{system.listed(sorted(taken))} is the page's own: leave it out")
         own = config.resolve(vars(detect) | _OF_THE_PAGE, {one: getattr(cfg, one) for one in _SHARED} | entry)
         own.given = frozenset(entry) | cfg.given & set(_SHARED)  # what stands at the top of this script is not

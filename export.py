@@ -396,6 +396,8 @@ def require_usable(cfg):
         processes.say(f"note: no {', '.join(left_out)}, which needs {reason}")
     cfg.FORMATS = tuple(kind for kind in cfg.FORMATS if kind not in missing)
     int8 = [kind for kind in cfg.FORMATS if kind.endswith("int8")]
+    if cfg.INT8_KEPT and not int8:
+        processes.say("note: INT8_KEPT has no effect without an INT8 format in FORMATS")
     if int8 and not cfg.CALIBRATION_DIR and not cfg.COCO_DIR:
         raise config.UserError(f"CALIBRATION_DIR is empty, and {' and '.join(int8)} {'need' if int8[1:] else 'needs'} "
                                "a folder of images like yours: set it (or COCO_DIR), or leave INT8 out of FORMATS")

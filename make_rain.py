@@ -149,6 +149,8 @@ def rain_one(task, add=rain.add_rain):
     source, target, seed, intensity = task
     try:
         image = load_image(source)
+        if image.picture.format not in (*Image.SAVE, "MPO"):
+            raise ValueError(f"a {image.picture.format} file, which can be read but not written: save it as PNG")
     except system.FAULTS as error:
         return Done(f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
     save_like(add(image.pixels, rain.rng_for(seed, source.name), intensity), image.picture, target)

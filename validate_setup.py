@@ -194,6 +194,8 @@ def from_command_line(words):
         name, _, value = word.partition("=")
         if name.lower() == "--experiment":
             wanted = value or after
+    if wanted not in ("rfdetr", *_EXPERIMENTS):
+        return config.from_command_line(globals(), ["--EXPERIMENT", wanted])  # `main` says which there are
     try:
         namespace = namespace_of(wanted)
     except ImportError:  # `main` says what is missing

@@ -227,7 +227,10 @@ def test_a_hub_id_counts_as_there():
     ({"PORT": 0}, "PORT"), ({"MAX_UPLOAD_MB": 0}, "MAX_UPLOAD_MB"), ({"MAX_FRAMES": -1}, "MAX_FRAMES"),
     ({"THRESHOLD": 2.0}, "THRESHOLD"), ({"MODEL": "magic"}, "MODEL"), ({"CHOICES": {}}, "CHOICES"),
     ({"CHOICES": {"a": 3}}, r"CHOICES\['a'\]"), ({"CHOICES": {"a": {"MODELL": "vanilla"}}}, "MODELL"),
-    ({"CHOICES": {"a": {"COMPARE": True}}}, "COMPARE")])
+    ({"CHOICES": {"a": {"COMPARE": True}}}, "COMPARE"),
+    ({"CHOICES": {"a": {"THRESHOLD": 0.1}}}, "THRESHOLD is the page"),
+    ({"CHOICES": {1: {"MODEL": "vanilla"}}}, r"CHOICES\[1\]: write names"), ({"CHOICES": {"a": {5: 1}}}, "in quotes"),
+    ({"CHOICES": {"a": {"MODEL": "vanilla", "demo": True}}}, "demo is the page")])
 def test_wrong_constants_are_refused_by_name(values, word, monkeypatch):
     monkeypatch.setattr(app, "gradio_module", lambda: None)
     with pytest.raises(UserError, match=word):

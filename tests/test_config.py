@@ -37,6 +37,17 @@ def test_values_are_converted_only_where_nothing_is_lost():
             config.resolve(SCRIPT, {name: wrong})
 
 
+def test_paths_become_text_also_within_dicts(monkeypatch):
+    monkeypatch.setattr(Path, "expanduser", lambda path: Path("home", *path.parts[1:]))
+    script = {"MODELS": {}, "PAIRS": (("a", "b"),)}
+    cfg = config.resolve(script, {"MODELS": {"a": ("rtdetr", Path("x") / "y"), "b": ["unet", "~/z"]},
+                                  "PAIRS": ((Path("q"), "~/r"),)})
+    assert cfg.MODELS == {"a": ("rtdetr", str(Path("x/y"))), "b": ["unet", str(Path("home/z"))]}
+    assert cfg.PAIRS == (("q", str(Path("home/r"))),) and json.dumps(cfg.as_dict())
+    with pytest.raises(config.UserError, match="MODELS = .*holds a control character|MODELS.*control character"):
+        config.resolve(script, {"MODELS": {"a": ("rtdetr", "C:\new\table".replace("\\n", "\n"))}})
+
+
 def test_unknown_names_are_refused_with_a_suggestion():
     with pytest.raises(config.UserError, match="EPOCHS"):
         config.resolve(SCRIPT, {"EPOCH": 2})

@@ -93,6 +93,26 @@ def assert_same(one, other, masks):
                 assert np.abs(np.sort(np.concatenate(note[3])) - np.sort(np.concatenate(again[3]))).max() < 1e-3
 
 
+def test_a_split_under_another_name_is_refused_instead_of_left_out(tmp_path):
+    source = write_coco(tmp_path / "coco", ids=range(1, 4))
+    convert(source, "yolo", tmp_path / "yolo")
+    convert(source, "voc", tmp_path / "voc")
+    (source / "annotations" / "instances_val2017.json").rename(source / "annotations" / "instances_val.json")
+    settings = tmp_path / "yolo" / "data.yaml"
+    settings.write_text(settings.read_text(encoding="utf-8").replace("val:", "valid:"), encoding="utf-8")
+    lists = tmp_path / "voc" / "ImageSets" / "Main"
+    (lists / "val.txt").rename(lists / "valid.txt")
+    for name in ("train", "val"):
+        (tmp_path / "roboflow" / name).mkdir(parents=True)
+        (tmp_path / "roboflow" / name / "_annotations.coco.json").write_text("{}", encoding="utf-8")
+    for form, words in (("coco", "instances_val.json would be left out: .*instances_val2017.json"),
+                        ("yolo", "valid: in .*data.yaml would be left out: .*train, val, test"),
+                        ("voc", "valid.txt would be left out"), ("roboflow", "roboflow/val would be .*valid, test")):
+        with pytest.raises(UserError, match=f"SOURCE = '.*{words}"):
+            convert(tmp_path / form, "yolo" if form != "yolo" else "coco", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 # ---- there and back ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ways", [("yolo",), ("voc",), ("yolo", "yolo", "voc", "yolo"), ("voc", "voc", "yolo")])

@@ -202,7 +202,11 @@ def test_wrong_weights_are_one_clear_line(street, tmp_path, masked):
                         ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "RESUME": True}, "RESUME"),
                         ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "TILE": 64}, "TILE = 64, OVERLAP = 128"),
                         ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "CLASS_THRESHOLDS": ("car",)}, "'car'"),
-                        ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "CLASS_THRESHOLDS": ("ca=0.1",)}, "class 'ca'")):
+                        ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "CLASS_THRESHOLDS": ("ca=0.1",)}, "class 'ca'"),
+                        ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "CLASS_THRESHOLDS": ("car=0.9", "car=0.1")},
+                         "twice"),
+                        ({"MODEL": "rfdetr", "WEIGHTS": str(masked), "CLASS_THRESHOLDS": ("car=0.9,bus=0.1",)},
+                         "of its own")):
         with pytest.raises(UserError, match=text) as caught:
             detect.main(**street | wrong)
         assert "\n" not in str(caught.value)
@@ -214,7 +218,8 @@ def test_wrong_weights_are_one_clear_line(street, tmp_path, masked):
 def test_classes_have_thresholds_of_their_own(street):
     settings = street | {"MODEL": "rfdetr", "WEIGHTS": DEMO_RFDETR}
     every = results(detect.main(**settings, THRESHOLD=0.05)["folder"])[0]
-    found = results(detect.main(**settings, THRESHOLD=0.6, CLASS_THRESHOLDS=("car=0.05", "stop sign=1.0"))["folder"])[0]
+    thresholds = ("car = 0.05", "stop sign=1.0")
+    found = results(detect.main(**settings, THRESHOLD=0.6, CLASS_THRESHOLDS=thresholds)["folder"])[0]
     car, sign = 3, 13
     expected = [box for box in every if box["category_id"] == car or box["category_id"] != sign and box["score"] >= 0.6]
     assert found == expected

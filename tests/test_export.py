@@ -396,8 +396,9 @@ def test_export_without_packages_says_what_to_install(weights, monkeypatch, caps
     monkeypatch.setattr(export, "export", lambda *args: {})
     demo = small | {"COCO_DIR": "", "RAIN_DETECTOR_PATH": "", "RFDETR_PATH": "", "ADAPTER_PATH": "",
                     "RAINY_DETECTOR_NAME": ""}
-    assert export.main(demo=True, **demo) == {"vanilla": {}}  # noted, not refused
+    assert export.main(demo=True, **demo, INT8_KEPT=("backbone",)) == {"vanilla": {}}  # noted, not refused
     assert "no onnx, onnx-fp16, onnx-int8" in (shown := capsys.readouterr().out)
+    assert "note: INT8_KEPT has no effect without an INT8 format" in shown
     assert "pip install -r requirements-export.txt" in shown
 
 

@@ -145,6 +145,13 @@ def test_a_dry_run_loads_and_lists_what_would_go(folders, kind, words, monkeypat
             "adapter": "rain.safetensors"}[kind] in sent
 
 
+def test_a_card_in_another_code_page_is_one_line(folders):
+    card = folders["detector"] / "README.md"
+    card.write_bytes("---\nlicense: mit\n---\nf\u00fcr Regen\n".encode("cp1252"))
+    with pytest.raises(UserError, match="FOLDER: .*README.md cannot be read .*save it as UTF-8"):
+        push_to_hub.main(FOLDER=str(folders["detector"]), REPO="anna/rain-1")
+
+
 class Hub:
     """Stands in for HfApi: keeps what it is given."""
 

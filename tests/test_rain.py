@@ -248,6 +248,18 @@ def test_corrupt_images_are_named_and_the_others_written(coco, tmp_path, workers
     assert len(written) == 22 and not any(path.name in ("broken.jpg", "cut.jpg") for path in written)
 
 
+def test_a_picture_of_a_kind_that_cannot_be_written_is_named_and_the_others_written(tmp_path):
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(scenes / "a.png")
+    header = b"8BPS" + (1).to_bytes(2, "big") + bytes(6) + (3).to_bytes(2, "big") + (4).to_bytes(4, "big") * 2
+    (scenes / "b.jpg").write_bytes(  # a Photoshop file of 4 x 4 pixels
+        header + (8).to_bytes(2, "big") + (3).to_bytes(2, "big") + bytes(12) + bytes(2) + bytes(48))
+    with pytest.raises(config.UserError, match=r"1 image.*b\.jpg \(a PSD file, which can be read but not written"):
+        make_rain.main(COCO=scenes, OUT=tmp_path / "twin", WORKERS=1)
+    assert [path.name for path in make_rain.find_images(tmp_path / "twin")] == ["a.png"]
+
+
 @pytest.mark.parametrize("number", [2, 3, 5, 6, 7, 8])
 def test_rain_falls_down_in_photographs_that_are_stored_turned(tmp_path, number):
     exif = Image.Exif()

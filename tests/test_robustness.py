@@ -121,6 +121,9 @@ def row_of(written, model):
     ({"WEATHER": ("rain", "rain")}, "WEATHER"), ({"MODELS": {}}, "MODELS is empty"), ({"RESAMPLES": -1}, "RESAMPLES"),
     ({"MODELS": {"a": "rtdetr"}}, "MODELS: 'a' must be"), ({"MODELS": {"a": ("yolo", "b.pt")}}, "MODELS: 'a' must be"),
     ({"MODELS": {"a": ("rtdetr", "./none")}}, "MODELS: 'a' = './none' does not exist"),
+    ({"MODELS": {1: ("rtdetr", "./none")}}, "MODELS: 1: .*must be text"),
+    ({"MODELS": {"a": ("rtdetr", None)}}, "MODELS: 'a': .*must be text"),
+    ({"MODELS": {"a": ("adapter", " ")}}, "MODELS: 'a': .*not empty"),
     ({"MODELS": {"a": ("adapter", "./none.safetensors")}}, "MODELS: 'a' = './none.safetensors' does not exist"),
     ({"MODELS": {"a": ("unet", "./none.pt")}}, "MODELS: 'a' = './none.pt' does not exist"),
     ({"MODELS": {"a": ("conditional", "./none")}}, "MODELS: 'a'"), ({"COCO_DIR": "./none"}, "COCO_DIR")])

@@ -156,6 +156,7 @@ def test_the_command_at_the_end_can_be_pasted(coco, capsys):
 def test_the_flags_are_those_of_the_experiments_script(words):
     assert validate_setup.from_command_line(words) == {"EXPERIMENT": "unet", "CLEAR_DIR": "./c"}
     assert validate_setup.from_command_line(["--size", "small"]) == {"SIZE": "small"}
+    assert validate_setup.from_command_line(["--experiment", "SPDNet", "--COCO_DIR", "c"]) == {"EXPERIMENT": "SPDNet"}
     with pytest.raises(SystemExit):
         validate_setup.from_command_line(["--CLEAR_DIR", "./c"])
 

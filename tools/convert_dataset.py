@@ -17,7 +17,7 @@ from utils import config, processes, system
 from utils.config import UserError
 from utils.datasets import image_check, voc, yolo
 from utils.datasets.annotations import read_annotations
-from utils.datasets.layouts import SPLITS, find_split, has_split
+from utils.datasets.layouts import SPLITS, find_split, has_split, require_usual_splits
 
 SOURCE: str = ""   # the data set to convert: its folder, or its data.yaml
 TO = ""            # coco (the standard layout), yolo or voc
@@ -40,6 +40,8 @@ def write_coco(out, _, contents):
 def open_source(root):
     """-> ({split: layouts.Split}, {split: content}) of all splits that have annotations; their images are checked."""
     names = [name for name in SPLITS if has_split(root, name)]
+    if names:
+        require_usual_splits(root, "SOURCE")
     found = {name: find_split(root, name, "SOURCE") for name in names or ("train",)}  # of none: says what is missing
     contents = {name: read_annotations(split) for name, split in found.items()}
     for name, split in found.items():

@@ -60,7 +60,10 @@ def load(path):
 
 def card_text(path, license_name):
     """-> a card, with the licence in its front matter where one is given; UserError where it has no front matter."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise config.UserError(f"FOLDER: {path.as_posix()} cannot be read ({error}): save it as UTF-8") from None
     if not license_name:
         return text
     found = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)

@@ -168,7 +168,7 @@ def resolve(namespace, overrides):
         value = _checked(name, value, kinds[name], defaults[name])  # also the default, which a person may have edited
         if name not in annotated and isinstance(value, (tuple, list)):
             value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
-        values[name] = _not_empty(name, _as_path(name, value), kinds[name], defaults[name])
+        values[name] = _not_empty(name, _with_paths(name, value), kinds[name], defaults[name])
     return Config(demo=use_demo, usual_batch=_usual_batches(namespace, defaults, use_demo),
                   given=frozenset(overrides), **values)
 
@@ -190,10 +190,15 @@ def _beside(namespace, value):
                     "again (git checkout assets)")
 
 
-def _as_path(name, value):
-    """-> text that begins with "~/" with the home folder in its place, as a shell would have it; all else as it is."""
-    texts = [one for one in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(one, str)]
-    if any(ord(character) < 32 for text in texts for character in text):
+def _with_paths(name, value):
+    """-> value with Paths as text, and with the home folder in place of "~/" at the beginning of a text, as a shell
+    would have it; also within tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return {_with_paths(name, key): _with_paths(name, one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_with_paths(name, one) for one in value)
+    value = str(value) if isinstance(value, PurePath) else value
+    if isinstance(value, str) and any(ord(character) < 32 for character in value):
         raise UserError(f"{name} = {value!r} holds a control character: in a path write / for \\, or r\"...\" with the "
                         "r in front")
     if isinstance(value, str) and value[:2] in ("~/", "~\\"):

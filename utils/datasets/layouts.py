@@ -19,6 +19,7 @@ ROBOFLOW_FILE = "_annotations.coco.json"
 _FOLDERS = {"standard": {"train": "train2017", "val": "val2017", "test": "test2017"},
             "roboflow": {"train": "train", "val": "valid", "test": "test"}}
 _OTHER_NAMES = {"train": ("training",), "valid": ("val", "validation"), "test": ("testing",)}  # of Roboflow's folders
+_OTHER_WORDS = ("training", "valid", "validation", "testing")  # of YOLO's and VOC's splits
 ADVICE = {  # what a user can do who lacks the images
     "clean": "COCO is at https://cocodataset.org/#download; set the constant to your data, or try --demo.",
     "rainy": "Make it with make_rain.py, set the constant to your data, or try --demo.",
@@ -82,6 +83,28 @@ def has_split(root, name):
     if layout == "voc":
         return voc.split_file(root, name) is not None
     return layout is not None and _coco_paths(Path(root), name, layout)[1].is_file()
+
+
+def require_usual_splits(root, constant):
+    """UserError where a data set has annotations under a name that no split has, which would be left out: val/ for
+    Roboflow's valid/, instances_val.json for instances_val2017.json, "valid:" in a data.yaml."""
+    root, layout = Path(root), layout_of(root)
+    usual = tuple(_FOLDERS[layout].values()) if layout in _FOLDERS else SPLITS
+    if layout == "roboflow":
+        found = [path.parent for path in sorted(root.glob(f"*/{ROBOFLOW_FILE}")) if path.parent.name not in usual]
+    elif layout == "standard":
+        known = [f"instances_{folder}.json" for folder in usual]
+        found = [path for path in sorted(root.glob("annotations/instances_*.json")) if path.name not in known]
+        usual = known
+    elif layout == "yolo":
+        file = yolo.settings_file(root)
+        found = [f"{key}: in {file.as_posix()}" for key in yolo.read_settings(file)[0] if key in _OTHER_WORDS]
+    else:
+        found = [path for word in _OTHER_WORDS if (path := root / voc.LISTS / f"{word}.txt").is_file()]
+    if found:
+        what = found[0].as_posix() if isinstance(found[0], Path) else found[0]
+        raise UserError(f"{_named(root, constant)}: {what} would be left out: call it by one of {', '.join(usual)}, or "
+                        "move it away")
 
 
 def _named(root, constant):

@@ -147,9 +147,9 @@ def classes_of(model):
 def score_thresholds(cfg, classes):
     """-> (largest label + 1,) scores from which on a class counts: THRESHOLD, or its own of CLASS_THRESHOLDS."""
     found = torch.full((max(classes) + 1,), float(cfg.THRESHOLD))
-    labels = {name: label for label, name in classes.items()}
+    labels, seen = {name: label for label, name in classes.items()}, set()
     for text in cfg.CLASS_THRESHOLDS:
-        name, _, value = text.rpartition("=")
+        name, _, value = (part.strip() for part in text.rpartition("="))
         try:
             score = float(value)
         except ValueError:
@@ -158,8 +158,12 @@ def score_thresholds(cfg, classes):
             raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}: write class=score, with a score in [0, 1], such "
                                    "as car=0.3")
         if name not in labels:
-            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}, but the model has no class {name!r}: it has "
-                                   f"{system.listed(labels, 20)}")
+            several = "" if "=" not in name else ": give each class a word (or an element) of its own"
+            raise config.UserError(f"CLASS_THRESHOLDS holds {text!r}, but the model has no class {name!r}"
+                                   f"{several or f': it has {system.listed(labels, 20)}'}")
+        if name in seen:
+            raise config.UserError(f"CLASS_THRESHOLDS names {name!r} twice: leave one of them out")
+        seen.add(name)
         found[labels[name]] = score
     return found
 

@@ -34,7 +34,7 @@ def seed_everything(seed):
 
 def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimizer=torch.optim.AdamW, evaluate=None,
         score=None, on_best=None, on_epoch=None, stop=None, sample_images=None, constants=None, extras=None,
-        own_files=(), last=None, written_before=(), fixed=(), validated_on=None,
+        own_files=(), lasting_files=(), last=None, written_before=(), fixed=(), validated_on=None,
         validated_images=()):
     """Train `model` and keep the best epoch.
 
@@ -64,6 +64,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
             goes on with others, because its best score could not be compared with new ones.
         validated_images: paths of the validation images: no run goes on with others either (names and sizes tell).
         own_files: names that the script writes into output_dir; a new start moves them aside with the rest.
+        lasting_files: such names that a run which writes others leaves where they are, so that several can be made.
         written_before: those of them that are there already, of this run.
     Returns:
         {"history": [{"epoch": 1, ...}, ...], "best_epoch": int, "best_score": float or None, "stopped": str}, and
@@ -79,7 +80,7 @@ def fit(model, loader, compute_losses, plan, *, output_dir, parameters, optimize
         plan = batch_trial.settled(model, loader, compute_losses, plan, parameters, optimizer, earlier)
         constants = constants | (chosen := batch_trial.numbers(plan, constants))
     run = Run(model, loader, plan, parameters, optimizer, Path(output_dir), score, constants, extras or {},
-              own_files, fixed, validated_on, validated_images, written_before)
+              own_files, fixed, validated_on, validated_images, written_before, lasting_files)
     say_notes(run)
     if run.main and run.accelerator.device.type == "cuda":
         run.needs = needs.said_before(model, loader, compute_losses, plan, parameters, optimizer)

@@ -35,13 +35,13 @@ class Run:
     """
 
     def __init__(self, model, loader, plan, parameters, optimizer, folder, score, constants, extras, own_files,
-                 fixed=(), validated_on=None, validated_images=(), written_before=()):
+                 fixed=(), validated_on=None, validated_images=(), written_before=(), lasting_files=()):
         self.accelerator = processes.accelerator()
         self.main = self.accelerator.is_main_process
         self.model, self.loader, self.plan = model, loader, plan
         self.folder, self.last = folder, folder / "last.pt"
         self.score, self.constants, self.extras, self.own_files = score, constants, extras, own_files
-        self.fixed, self.written_before = fixed, written_before
+        self.fixed, self.written_before, self.lasting_files = fixed, written_before, lasting_files
         self.validated_on = None if validated_on is None else _digest(validated_on)
         self.validated_images = _digest(image_check.contents(validated_images)) if validated_images else None
         trained_images = getattr(loader.dataset, "image_paths", tuple)()  # data without images of its own has none
@@ -70,8 +70,8 @@ class Run:
             # last.pt (Adam: 3 times the weights, the average once more) twice while it is replaced, and best.pt
             checkpoint.require_writable(self.folder, megabytes=(11 if self.plan.ema else 8) * size + 50)
             if not self.plan.resume or not (last or self.last.is_file()):  # without last.pt nothing goes on
-                set_aside(self.folder, [name for name in self.own_files if name not in self.written_before],
-                          self.plan.resume_hint)
+                own = [name for name in (*self.own_files, *self.lasting_files) if name not in self.written_before]
+                set_aside(self.folder, own, self.plan.resume_hint)
         self.accelerator.wait_for_everyone()
         self.frozen = {name: (module, freeze.fingerprint(module))
                        for name, module in freeze.frozen_modules(self.model).items()}

@@ -1,4 +1,4 @@
-"""Publish a trained detector on the Hugging Face hub: its files and its card, nothing else.
+"""Publish a trained detector on the Hugging Face hub: what lies in its folder, but hidden files.
 
     python -m tools.push_to_hub --FOLDER ./outputs_rtdetr/detector --REPO user/name               # shows what would go
     python -m tools.push_to_hub --FOLDER ./outputs_rtdetr/detector --REPO user/name --SEND True

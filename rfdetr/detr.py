@@ -21,7 +21,7 @@ from torch import nn
 
 from rfdetr import evaluate, masks, weights
 from rfdetr.config import COCO_HEAD_ROWS, COCO_ROWS, PUBLISHED, default_resolution, mask_head_of
-from rfdetr.datasets.roboflow import stretched_image
+from rfdetr.datasets.transforms import stretched_image
 from rfdetr.model import RFDETR
 from utils import checkpoint, datasets, processes, system
 from utils.config import UserError

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from rfdetr import criterion
-from rfdetr.datasets.roboflow import Collate
+from rfdetr.datasets.batches import Collate
 from utils import checkpoint, datasets, freeze, processes, system
 from utils.config import UserError
 from utils.datasets import loaders

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from rfdetr import features, run_report, weights
 from rfdetr.config import block_size, check_resolution, default_resolution, mask_head_of, settings
-from rfdetr.datasets import roboflow
+from rfdetr.datasets import batches, roboflow
 from utils import checkpoint, config, processes, system
 from utils.config import UserError
 from utils.datasets import loaders
@@ -334,12 +334,12 @@ def batch_sizes(cfg, size, resolution):
     if not cfg.MULTI_SCALE:
         return ()
     one = settings(size)
-    return roboflow.multi_scale_sizes(resolution, block_size(size), cfg.EXPANDED_SCALES, one["queries"], one["patch"])
+    return batches.multi_scale_sizes(resolution, block_size(size), cfg.EXPANDED_SCALES, one["queries"], one["patch"])
 
 
 def training_loader(cfg, data, size, resolution):
     """-> loader of `data`, every batch stretched to one size."""
-    collate = roboflow.Collate(resolution, batch_sizes(cfg, size, resolution), cfg.SEED)
+    collate = batches.Collate(resolution, batch_sizes(cfg, size, resolution), cfg.SEED)
     return loaders.training_loader(data, cfg.BATCH, cfg.WORKERS, cfg.SEED, collate=collate)
 
 
@@ -358,7 +358,7 @@ class Evaluated(NamedTuple):
 def evaluation_splits(cfg, data, resolution):
     """-> {"valid", perhaps "test": Evaluated} of `open_splits`' data."""
     return {split: Evaluated(
-                loaders.validation_loader(one, _still_batch(cfg), cfg.WORKERS, collate=roboflow.Collate(resolution)),
+                loaders.validation_loader(one, _still_batch(cfg), cfg.WORKERS, collate=batches.Collate(resolution)),
                 ground_truth(one.annotations))
             for split, one in data.items() if split != "train"}
 

@@ -104,14 +104,14 @@ def check_masks(found, bad, split, content):
     """How many objects have a mask, and whether all of those can be decoded; bad: of `check_split`."""
     import numpy as np
 
-    from rfdetr.datasets import roboflow
+    from rfdetr.datasets import mask_codes, roboflow
     images = {image["id"]: image for image in content["images"]}
     objects = [note for note in content["annotations"] if not note.get("iscrowd", 0)]
     with_mask, broken, codes, owners = 0, [], [], []
     for note in objects:
         image = images[note["image_id"]]
         try:
-            code = roboflow.mask_code(note.get("segmentation"), image["height"], image["width"])
+            code = mask_codes.mask_code(note.get("segmentation"), image["height"], image["width"])
             with_mask += code is not None
             if code is not None:
                 codes.append(code)
@@ -128,7 +128,7 @@ def check_masks(found, bad, split, content):
     elif objects:
         found.ok(f"{split}: all {with_mask} masks can be decoded")
     corners = np.array([[x, y, x + w, y + h] for _, (x, y, w, h) in owners], float).reshape(-1, 4)
-    if elsewhere := roboflow.masks_elsewhere(codes, [image for image, _ in owners], corners):
+    if elsewhere := mask_codes.masks_elsewhere(codes, [image for image, _ in owners], corners):
         found.warn(f"{split}: {elsewhere} {roboflow.ELSEWHERE}")
 
 
@@ -183,7 +183,7 @@ def suggest_batch(size, memory):
         memory: GB of the GPU; None: a CPU, where larger batches gain nothing.
     """
     from rfdetr.config import block_size, default_resolution, detector_config
-    from rfdetr.datasets.roboflow import multi_scale_sizes
+    from rfdetr.datasets.batches import multi_scale_sizes
     parameters, per_image = COSTS[size]
     own, settings = default_resolution(size), detector_config(size, 2)
     largest = max(multi_scale_sizes(own, block_size(size), False, settings.num_queries,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rfdetr import evaluate, weights
-from rfdetr.datasets import roboflow
+from rfdetr.datasets import batches, roboflow
 from utils import datasets
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
@@ -65,5 +65,5 @@ def test_rfdetr_finds_the_demos_objects(tmp_path):
     model, found = weights.load_detector(ASSETS / "rfdetr_tiny.pth")
     assert found["class_names"] == [category["name"] for category in sorted(CATEGORIES, key=lambda c: c["id"])]
     data = roboflow.RoboflowDataset(root, "valid", found["class_rows"], 160, train=False)
-    loader = loaders.validation_loader(data, 8, 0, collate=roboflow.Collate(160))
+    loader = loaders.validation_loader(data, 8, 0, collate=batches.Collate(160))
     assert evaluate.evaluate(model, loader, "cpu")[0]["box/mAP"] > 0.4

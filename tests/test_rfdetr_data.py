@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 
-from rfdetr.datasets import roboflow, transforms
+from rfdetr.datasets import batches, mask_codes, roboflow, transforms
 from utils import datasets
 from utils.config import UserError
 from utils.datasets import layouts, loaders
@@ -169,7 +169,7 @@ def test_large_images_are_made_smaller_before_their_masks_are_stacked(tmp_path):
     assert evaluated["image"].shape == (3, 16, 16) and evaluated["masks"].shape == (1, 16, 16)
     assert evaluated["size"] == (71, 50)
     whole = opened(tmp_path, resolution=64)[1]
-    direct = roboflow.Collate(16)([whole])
+    direct = batches.Collate(16)([whole])
     assert torch.equal(direct["images"][0], evaluated["image"])  # one stretch, as without the limit
     assert torch.equal(direct["labels"][0]["masks"], evaluated["masks"])
     assert torch.allclose(direct["labels"][0]["boxes"], evaluated["boxes"])
@@ -182,10 +182,10 @@ def test_large_images_are_made_smaller_before_their_masks_are_stacked(tmp_path):
 def test_a_mask_never_vanishes_by_stretching():
     masks = torch.zeros(2, 90, 90, dtype=torch.bool)
     masks[0, 40, 40] = masks[1, 10:70, 20:50] = True
-    small = roboflow.stretched_masks(masks, (16, 16))
+    small = mask_codes.stretched_masks(masks, (16, 16))
     assert small.flatten(1).any(1).tolist() == [True, True] and 1 <= small[0].sum() <= 4  # at most its neighbours
     assert 45 < small[1].sum() < 70
-    assert roboflow.stretched_masks(masks[:0], (16, 16)).shape == (0, 16, 16)
+    assert mask_codes.stretched_masks(masks[:0], (16, 16)).shape == (0, 16, 16)
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_run_lengths_are_read_as_pycocotools_writes_them():
     for density in (0.0, 0.01, 0.5, 0.99, 1.0):
         for shape in ((1, 1), (7, 5), (480, 640), (3000, 2)):
             mask = np.asfortranarray(rng.random(shape) < density, dtype=np.uint8)
-            runs = roboflow._runs(rle.encode(mask)["counts"].decode("ascii"))
+            runs = mask_codes._runs(rle.encode(mask)["counts"].decode("ascii"))
             rebuilt = np.repeat(np.arange(len(runs)) % 2, runs).reshape(shape, order="F")
             assert np.array_equal(rebuilt, mask)
 
@@ -221,17 +221,17 @@ GOOD = rle.encode(np.asfortranarray(rectangle(30, 20, (3, 4, 20, 15))))["counts"
 ])
 def test_a_broken_mask_says_why(broken, why):
     with pytest.raises(ValueError, match=why):
-        roboflow.mask_code(broken, 20, 30)
+        mask_codes.mask_code(broken, 20, 30)
 
 
 @pytest.mark.parametrize("nothing", [
     None, [], {}, [[]], [[1, 1, 5, 5]], [[2, 2, 2, 2, 2, 2]], {"size": [20, 30], "counts": [600]}])
 def test_a_mask_without_pixels_is_none(nothing):
-    assert roboflow.mask_code(nothing, 20, 30) is None
+    assert mask_codes.mask_code(nothing, 20, 30) is None
 
 
 def test_several_polygons_are_one_mask():
-    code = roboflow.mask_code([[0, 0, 5, 0, 5, 5, 0, 5], [10, 10, 15, 10, 15, 15, 10, 15], [1, 2]], 20, 30)
+    code = mask_codes.mask_code([[0, 0, 5, 0, 5, 5, 0, 5], [10, 10, 15, 10, 15, 15, 10, 15], [1, 2]], 20, 30)
     expected = rectangle(30, 20, (0, 0, 5, 5)) | rectangle(30, 20, (10, 10, 15, 15))
     assert np.array_equal(rle.decode({"size": [20, 30], "counts": code}), expected)
 
@@ -410,7 +410,7 @@ EMPTY_SHAPES = [
 def test_an_object_whose_mask_covers_no_pixel_is_scored_as_it_is_trained_as_without_mask(tmp_path, shape):
     edit(write_dataset(tmp_path, "polygon"), _set("annotations", 0, segmentation=shape))
     if shape != {"size": [48, 64], "counts": []}:  # that one is refused: it is not as long as the image
-        assert roboflow.mask_code(shape, 48, 64) is None
+        assert mask_codes.mask_code(shape, 48, 64) is None
         what = "whose mask covers no pixel of the image" if shape else "without a mask"
         assert f"1 object(s) {what} were left out" in opened(tmp_path).notes[0]
     truth = ground_truth(tmp_path / "train" / layouts.ROBOFLOW_FILE)
@@ -439,7 +439,7 @@ def test_an_unused_class_of_ones_own_stays(tmp_path):
 
 def test_collate_stretches_images_and_masks_to_one_square(tmp_path):
     data = opened(write_dataset(tmp_path))
-    batch = roboflow.Collate(32)([data[i] for i in range(3)])
+    batch = batches.Collate(32)([data[i] for i in range(3)])
     assert batch["images"].shape == (3, 3, 32, 32) and batch["images"].dtype == torch.uint8
     assert [label["masks"].shape for label in batch["labels"]] == [(2, 32, 32), (1, 32, 32), (0, 32, 32)]
     assert batch["sizes"] == [(48, 64), (71, 50), (40, 40)] and batch["image_ids"] == [1, 2, 3]
@@ -447,46 +447,46 @@ def test_collate_stretches_images_and_masks_to_one_square(tmp_path):
         assert label["class_labels"].dtype == torch.int64 and label["masks"].dtype == torch.bool
         white = image[0] > 127
         assert (label["masks"].any(0) != white).float().mean() < 0.01  # half pixels at the border at most
-    assert "masks" not in roboflow.Collate(32)([opened(tmp_path, masks=False)[0]])["labels"][0]
+    assert "masks" not in batches.Collate(32)([opened(tmp_path, masks=False)[0]])["labels"][0]
     moved = datasets.to_device(batch, "cpu")
     assert moved["images"].max() <= 1 and moved["labels"][0]["masks"].dtype == torch.bool
 
 
 def test_the_sizes_of_multi_scale_training():
-    assert roboflow.multi_scale_sizes(384, 32, False, 300, 16) == (288, 320, 352, 384, 416, 448, 480, 512)
-    assert roboflow.multi_scale_sizes(384, 32, True, 300, 16) == (288, 320, 352, 384, 416, 448, 480, 512, 544)
-    assert roboflow.multi_scale_sizes(560, 56, False, 300, 14) == tuple(range(392, 785, 56))
-    assert roboflow.multi_scale_sizes(560, 56, True, 300, 14) == tuple(range(280, 841, 56))
-    for sizes in (roboflow.multi_scale_sizes(160, 16, expanded, 60, 8) for expanded in (False, True)):
+    assert batches.multi_scale_sizes(384, 32, False, 300, 16) == (288, 320, 352, 384, 416, 448, 480, 512)
+    assert batches.multi_scale_sizes(384, 32, True, 300, 16) == (288, 320, 352, 384, 416, 448, 480, 512, 544)
+    assert batches.multi_scale_sizes(560, 56, False, 300, 14) == tuple(range(392, 785, 56))
+    assert batches.multi_scale_sizes(560, 56, True, 300, 14) == tuple(range(280, 841, 56))
+    for sizes in (batches.multi_scale_sizes(160, 16, expanded, 60, 8) for expanded in (False, True)):
         assert 160 in sizes and all((size // 8) ** 2 >= 60 and size % 16 == 0 for size in sizes)
 
 
 def test_the_size_of_a_batch_is_a_function_of_seed_and_keys():
-    scales = roboflow.multi_scale_sizes(384, 32, False, 300, 16)
-    collate = roboflow.Collate(384, scales, seed=1)
+    scales = batches.multi_scale_sizes(384, 32, False, 300, 16)
+    collate = batches.Collate(384, scales, seed=1)
     keys = [[(epoch, 4 * i + j) for j in range(4)] for epoch in range(3) for i in range(60)]
     sizes = [collate.size_of(batch) for batch in keys]
     again = pickle.loads(pickle.dumps(collate))
     assert sizes == [again.size_of([tuple(key) for key in batch]) for batch in keys]
     counts = [sizes.count(size) for size in scales]
     assert sum(counts) == 180 and min(counts) > 5  # every size is used, and nothing else
-    assert sizes != [roboflow.Collate(384, scales, seed=2).size_of(batch) for batch in keys]
+    assert sizes != [batches.Collate(384, scales, seed=2).size_of(batch) for batch in keys]
     assert sizes[:60] != sizes[60:120]  # another epoch, other sizes
-    assert roboflow.Collate(384).size_of(keys[0]) == 384
+    assert batches.Collate(384).size_of(keys[0]) == 384
 
 
 def test_batches_do_not_depend_on_workers_and_go_on_in_the_middle(tmp_path):
     data = opened(write_dataset(tmp_path), train=True)
-    collate = roboflow.Collate(32, (16, 32, 48), seed=5)
+    collate = batches.Collate(32, (16, 32, 48), seed=5)
 
-    def batches(workers, first=0):
+    def batches_of(workers, first=0):
         loader = loaders.training_loader(data, 1, workers, seed=0, collate=collate)
         loader.batch_sampler.start_at(2, first)
         if workers:
             loader.multiprocessing_context = "spawn"  # as on Windows: everything is pickled
         return list(loader)
 
-    plain, spawned, resumed = batches(0), batches(1), batches(0, first=1)
+    plain, spawned, resumed = batches_of(0), batches_of(1), batches_of(0, first=1)
     assert len(plain) == 3
     for one, other in zip(plain + plain[1:], spawned + resumed, strict=True):
         assert one["paths"] == other["paths"] and torch.equal(one["images"], other["images"])

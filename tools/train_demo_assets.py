@@ -32,7 +32,7 @@ import Training_RTDETR
 import Training_SPDNet
 import Training_SPDNet_Adaptation
 from rfdetr import evaluate, weights
-from rfdetr.datasets import roboflow
+from rfdetr.datasets import batches, roboflow
 from utils import config, datasets, integrated_model, processes
 from utils.datasets import loaders, presets
 from utils.demo.coco import ensure_demo
@@ -95,7 +95,7 @@ def rfdetr_score(path):
     model, found = weights.load_detector(path, processes.device())
     root = ensure_dataset()
     data = roboflow.RoboflowDataset(root, "valid", found["class_rows"], 160, train=False, flag="WORK_DIR")
-    loader = loaders.validation_loader(data, 8, 0, collate=roboflow.Collate(160))
+    loader = loaders.validation_loader(data, 8, 0, collate=batches.Collate(160))
     return evaluate.evaluate(model, loader, processes.device())[0]["box/mAP"]
 
 

@@ -1,1 +1,2 @@
-"""Data of the RF-DETR scripts: the Roboflow layout (roboflow.py) and its augmentation (transforms.py)."""
+"""Data of the RF-DETR scripts: the Roboflow layout (roboflow.py), its masks (mask_codes.py), augmentation
+(transforms.py) and batches (batches.py)."""

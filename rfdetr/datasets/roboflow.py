@@ -7,8 +7,6 @@ Masks may be polygons, compressed or uncompressed RLE; in memory they are compre
 sample is a function of (seed, epoch, index) alone, the size of a batch of (seed, keys in the batch) alone.
 """
 
-import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -17,9 +15,9 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from rfdetr.datasets import transforms
+from rfdetr.datasets.mask_codes import mask_code, masks_elsewhere, stretched_masks
 from utils import datasets, processes, system
 from utils.boxes import normalised_boxes
 from utils.config import UserError
@@ -115,101 +113,6 @@ def class_names_of(root, flag="--dataset_dir"):
           contents["train"]["namesakes"].items()))]
 
 
-# ---- masks ---------------------------------------------------------------------------------------------------------
-
-def mask_code(segmentation, height, width):
-    """-> an annotation's mask as compressed RLE counts (bytes), None where it has none or one without pixels.
-
-    Args:
-        segmentation: polygons [[x, y, x, y, ...], ...], {"size", "counts": str or list of int}, or nothing.
-    Raises:
-        ValueError: that cannot be a mask of a (height, width) image; the text says why.
-    """
-    if not segmentation:
-        return None
-    if isinstance(segmentation, dict):
-        return _rle_code(segmentation, height, width)
-    if not isinstance(segmentation, list) or not all(isinstance(part, list) for part in segmentation):
-        raise ValueError("it is neither a list of polygons nor RLE")
-    return _polygons_code(segmentation, height, width)
-
-
-def _rle_code(segmentation, height, width):
-    """`mask_code` of {"size", "counts"}, compressed (str) or not (list)."""
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or size != [height, width] or not all(type(side) is int for side in size):
-        raise ValueError(f"its RLE has the size {size}, the image is {height} high and {width} wide")
-    if isinstance(counts, list):
-        if not all(type(n) is int and 0 <= n <= height * width for n in counts):
-            raise ValueError(f"its RLE counts are not whole numbers from 0 to the image's {height * width} pixels")
-        runs = np.array(counts, np.int64)
-    elif isinstance(counts, str):
-        runs = _runs(counts)
-    else:
-        raise ValueError("its RLE has no counts")
-    if runs.sum() != height * width or (runs < 0).any():  # pycocotools would write beyond the image
-        raise ValueError(f"its RLE covers {int(runs.sum())} pixels, the image has {height * width}")
-    if not runs[1::2].sum():
-        return None
-    return counts.encode() if isinstance(counts, str) else rle.frPyObjects(segmentation, height, width)["counts"]
-
-
-def _polygons_code(segmentation, height, width):
-    """`mask_code` of [[x, y, x, y, ...], ...]."""
-    far = 10 * max(height, width)  # pycocotools walks along every edge, pixel by pixel
-    if any(isinstance(value, (list, dict)) for part in segmentation for value in part):
-        raise ValueError("its polygon is a list of points [[x, y], ...]; COCO has plain numbers, [x, y, x, y, ...]")
-    polygons = [part for part in segmentation if len(part) >= 6]  # two points are no area
-    for part in polygons:
-        if len(part) % 2 or not all(isinstance(v, (int, float)) and -far <= v <= far for v in part):
-            raise ValueError("its polygon is not a list of x, y in the image")
-    if not polygons:
-        return None
-    merged = rle.merge(rle.frPyObjects(polygons, height, width))
-    return merged["counts"] if rle.area(merged) else None
-
-
-def _runs(counts):
-    """COCO's string of compressed counts -> run lengths (n,) int64, checked; pycocotools itself trusts it.
-
-    A character holds five bits of a number, lowest first, and whether more follow; from the fourth on, numbers are
-    differences from the one before the last.
-    """
-    try:
-        digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError:
-        raise ValueError("its RLE string holds characters that no RLE has") from None
-    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
-        raise ValueError("its RLE string is cut off or holds characters that no RLE has")
-    last = (digits & 32) == 0
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    place = np.arange(digits.size) - np.repeat(starts, np.diff(np.append(starts, digits.size)))
-    if place.max() > 6:
-        raise ValueError("its RLE string holds a number that no image has")
-    numbers = np.add.reduceat((digits & 31) << (5 * place), starts)
-    numbers -= np.where(digits[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # the sign bit
-    numbers[1::2], numbers[2::2] = numbers[1::2].cumsum(), numbers[2::2].cumsum()
-    return numbers
-
-
-def masks_elsewhere(codes, images, corners):
-    """-> how many of n masks do not fit their boxes: the extent of the mask and the box share less than half of what
-    they cover together.
-
-    Args:
-        codes: of `mask_code`; images: entries of the annotation file; corners: (n, 4) xyxy pixels.
-    """
-    if not len(codes):
-        return 0
-    found = rle.toBbox([{"size": [image["height"], image["width"]], "counts": code}
-                        for code, image in zip(codes, images, strict=True)]).reshape(-1, 4)
-    found[:, 2:] += found[:, :2]
-    sides = np.minimum(found[:, 2:], corners[:, 2:]) - np.maximum(found[:, :2], corners[:, :2])
-    shared = sides.clip(min=0).prod(1)
-    together = sum((one[:, 2:] - one[:, :2]).prod(1) for one in (found, corners)) - shared
-    return int((shared < 0.5 * together).sum())
-
-
 def note_on_shared_images(train, other, split):
     """-> a line about image files of another split whose content is in the training split as well, or None.
 
@@ -222,18 +125,6 @@ def note_on_shared_images(train, other, split):
         return None
     return (f"{len(shared)} of {len(other.files)} images of {split}/ are in train/ as well "
             f"({system.listed(shared, 3)}): scores on {split}/ say little")
-
-
-def stretched_masks(masks, size):
-    """(N, H, W) bool -> (N, *size) bool, nearest pixel; a mask that would vanish keeps every pixel it touches."""
-    if not len(masks) or tuple(masks.shape[-2:]) == tuple(size):
-        return masks.new_zeros(len(masks), *size) if not len(masks) else masks
-    masks = masks.as_subclass(torch.Tensor)
-    result = torch.nn.functional.interpolate(masks[None].byte(), size, mode="nearest-exact")[0].bool()
-    lost = ~result.flatten(1).any(1) & masks.flatten(1).any(1)
-    if lost.any():
-        result[lost] = torch.nn.functional.adaptive_max_pool2d(masks[lost].float(), size) > 0
-    return result
 
 
 # ---- the data set --------------------------------------------------------------------------------------------------
@@ -362,7 +253,7 @@ class RoboflowDataset(torch.utils.data.Dataset):
         size = tuple(image.shape[-2:])
         working = self._working_size(*size)
         if working != size:
-            image = stretched_image(image, working)
+            image = transforms.stretched_image(image, working)
         span = slice(self.ends[index], self.ends[index + 1])
         scale = np.array([working[1] / size[1], working[0] / size[0]] * 2, np.float32)
         sample = {
@@ -398,57 +289,3 @@ class RoboflowDataset(torch.utils.data.Dataset):
             mask = torch.from_numpy(rle.decode({"size": list(size), "counts": code})).bool()
             result[i] = stretched_masks(mask[None], working)[0]
         return result
-
-
-# ---- batches -------------------------------------------------------------------------------------------------------
-
-def multi_scale_sizes(resolution, block, expanded, min_tokens, patch):
-    """-> the sizes of multi-scale training, smallest first: `resolution` plus -3 to 4 (expanded: -5 to 5) blocks.
-
-    Args:
-        block: step that the backbone's windows need; min_tokens: as many queries as the encoder must be able to
-            propose, one per token, so a size has at least so many patches of `patch` pixels.
-    """
-    steps = range(-5, 6) if expanded else range(-3, 5)
-    return tuple(size for size in (resolution + step * block for step in steps)
-                 if size > 0 and (size // patch) ** 2 >= min_tokens)
-
-
-def stretched_image(image, size):
-    """(3, H, W) uint8 -> (3, *size) uint8, bilinear with antialiasing."""
-    return F.resize(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
-
-
-class Collate:
-    """Samples of RoboflowDataset -> one batch of square images, as utils.datasets.collate plus labels[i]["masks"]
-    (N, S, S) bool where the samples have masks.
-
-    S is `resolution`, or one of `scales`, drawn by a hash of `seed` and the keys in the batch: the same in a resumed
-    run, whatever the number of workers.
-    """
-
-    def __init__(self, resolution, scales=(), seed=0):
-        self.resolution, self.scales, self.seed = resolution, tuple(scales), seed
-
-    def size_of(self, keys):
-        """-> S of the batch with these keys [(epoch, index), ...]."""
-        if not self.scales:
-            return self.resolution
-        text = json.dumps([self.seed, [list(key) for key in keys]])
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return self.scales[int.from_bytes(digest, "big") % len(self.scales)]
-
-    def __call__(self, samples):
-        return self._batch(samples, self.size_of([sample["key"] for sample in samples]))
-
-    def at_largest(self, samples):
-        """-> the batch at the largest size that batches get."""
-        return self._batch(samples, max(self.scales, default=self.resolution))
-
-    def _batch(self, samples, side):
-        size = (side, side)
-        batch = datasets.collate([sample | {"image": stretched_image(sample["image"], size)} for sample in samples])
-        for label, sample in zip(batch["labels"], samples, strict=True):
-            if "masks" in sample:
-                label["masks"] = stretched_masks(sample["masks"], size)
-        return batch

@@ -66,3 +66,8 @@ def drop_vanished(sample):
     found = {name: tv_tensors.wrap(sample[name][kept], like=sample[name]) for name in ("boxes", "masks")
              if name in sample}
     return sample | found | {"labels": sample["labels"][kept]}
+
+
+def stretched_image(image, size):
+    """(3, H, W) uint8 -> (3, *size) uint8, bilinear with antialiasing."""
+    return F.resize(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)

@@ -172,6 +172,14 @@ def test(cfg, path, device):
     return summary
 
 
+def note_weak(best):
+    """Say where the best epoch's metrics are those of no useful gate."""
+    if best["val/recall"] < 0.5:
+        processes.say(f"note: at its threshold it calls {best['val/recall']:.0%} of the rainy validation images rainy, "
+                      "the others would never be de-rained: give it more images (PERCENT_DATASET), more epochs "
+                      "(NUM_EPOCHS), or BACKBONE_WEIGHTS = 'imagenet'; from random weights a LEARNING_RATE of 1e-3")
+
+
 def train_and_test(cfg, plan, model, train_loader, val, device):
     """The run in its folder. -> the result of engine.fit, and {"test": summary} where there are TEST_* folders"""
     val_loader = loaders.validation_loader(val, cfg.EVAL_BATCH_SIZE, cfg.DATALOADER_WORKERS)
@@ -192,6 +200,7 @@ def train_and_test(cfg, plan, model, train_loader, val, device):
             report.output_folder(cfg.OUTPUT_DIR, _TEST_FILES)
         result["test"] = test(cfg, output, device)
     processes.say(f"\nrain detector: {output.as_posix()}")
+    note_weak(result["history"][result["best_epoch"] - 1])
     return result
 
 

@@ -241,6 +241,13 @@ def test_training_writes_a_calibrated_detector_and_scores_the_test_folders(base,
     assert shown.isascii() and "called rainy" in shown and "AUROC" in shown
 
 
+def test_a_detector_that_is_no_gate_is_said_to_be_none(capsys):
+    Training.note_weak({"val/recall": 0.5})
+    assert capsys.readouterr().out == ""
+    Training.note_weak({"val/recall": 0.04})
+    assert "note: at its threshold it calls 4% of the rainy validation images rainy" in capsys.readouterr().out
+
+
 def test_training_resumes(base, roots):
     Training.main(**base | {"NUM_EPOCHS": 1, "SCHEDULE": "constant"})
     Training.main(**base | {"OUTPUT_DIR": str(roots / "constant"), "SCHEDULE": "constant"})

@@ -216,9 +216,12 @@ def test_the_whole_pipeline_in_one_folder(small_detector, images, tmp_path, bran
     model.save_pretrained(tmp_path / "pipeline")
     again = ConditionalRainRobustRTDETR.from_pretrained(tmp_path / "pipeline")
     assert (again.rain_threshold, again.derain_scale, again.training) == (0.3, 0.5, False)
-    for threshold in (0.0, 1.0):
+    after = again.state_dict()
+    assert after.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    for threshold in (0.0, 1.0):  # where weights lie in memory decides on the last bit with some CPUs' kernels
         model.rain_threshold = again.rain_threshold = threshold
-        assert torch.equal(again(images).logits, model(images).logits)
+        torch.testing.assert_close(again(images).logits, model(images).logits)
     with pytest.raises(UserError, match="PIPELINE_DIR.*conditional.json"):
         ConditionalRainRobustRTDETR.from_pretrained(tmp_path, constant="PIPELINE_DIR")
     for content in ("", "[1]", "{}"):

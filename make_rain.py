@@ -104,11 +104,13 @@ def find_images(source):
 
 
 def load_image(path):
-    """-> Loaded. Raises on anything but a whole 8-bit image."""
+    """-> Loaded. Raises on anything but a whole 8-bit image of a kind that can be written again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as picture:
             system.require_eight_bits(picture)
+            if picture.format not in (*Image.SAVE, "MPO"):
+                raise ValueError(f"a {picture.format} file, which can be read but not written: save it as PNG")
             lost = (_SEVERAL,) if _holds_several(picture) else ()
             pixels = np.asarray(system.upright(picture).convert("RGB"))
             if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
@@ -149,8 +151,6 @@ def rain_one(task, add=rain.add_rain):
     source, target, seed, intensity = task
     try:
         image = load_image(source)
-        if image.picture.format not in (*Image.SAVE, "MPO"):
-            raise ValueError(f"a {image.picture.format} file, which can be read but not written: save it as PNG")
     except system.FAULTS as error:
         return Done(f"{source} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
     save_like(add(image.pixels, rain.rng_for(seed, source.name), intensity), image.picture, target)

@@ -181,7 +181,7 @@ def look_at_script(found, cfg):
 
 def namespace_of(experiment):
     """-> the constants to resolve: this script's, or those of the experiment's script with _OWN."""
-    if experiment == "rfdetr" or experiment not in _EXPERIMENTS:
+    if experiment == "rfdetr":
         return globals()
     return vars(importlib.import_module(_EXPERIMENTS[experiment].script)) | {
         name: globals()[name] for name in _OWN} | {"__doc__": __doc__}

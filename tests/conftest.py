@@ -23,6 +23,10 @@ from utils.networks.spdnet_init import init_near_identity
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 BOXES = {1: [(1, [8, 8, 30, 40])], 2: [(3, [20, 10, 50, 30]), (1, [4, 50, 16, 30])], 3: []}
 
+# Equal weights give equal last bits, whatever else lies in memory. On CPUs with AMX oneDNN's kernels look at alignment,
+# and differ from those that the references were made with.
+EXACT_KERNELS = not torch.cpu._is_amx_tile_supported()
+
 # constants of train_unet_derain.py: small squares of whole images, the plan's losses and optimizer
 WHOLE_IMAGES = {"CROP_SIZES": (), "CROPS_PER_PAIR": 1, "L1_WEIGHT": 1.0, "SSIM_WEIGHT": 0.2, "PSNR_WEIGHT": 0.0,
                 "OPTIMIZER": "adam", "BETAS": (0.9, 0.999), "SCHEDULER": "plateau", "WARMUP_STEPS": 0}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_spdnet, write_coco
+from conftest import EXACT_KERNELS, small_spdnet, write_coco
 from script_processes import on_two_processes
 
 import Eval_conditional
@@ -219,9 +219,11 @@ def test_the_whole_pipeline_in_one_folder(small_detector, images, tmp_path, bran
     after = again.state_dict()
     assert after.keys() == model.state_dict().keys()
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
-    for threshold in (0.0, 1.0):  # where weights lie in memory decides on the last bit with some CPUs' kernels
+    for threshold in (0.0, 1.0):
         model.rain_threshold = again.rain_threshold = threshold
-        torch.testing.assert_close(again(images).logits, model(images).logits)
+        one, other = again(images).logits, model(images).logits
+        torch.testing.assert_close(one, other)
+        assert torch.equal(one, other) or not EXACT_KERNELS
     with pytest.raises(UserError, match="PIPELINE_DIR.*conditional.json"):
         ConditionalRainRobustRTDETR.from_pretrained(tmp_path, constant="PIPELINE_DIR")
     for content in ("", "[1]", "{}"):

@@ -44,8 +44,8 @@ def test_paths_become_text_also_within_dicts(monkeypatch):
                                   "PAIRS": ((Path("q"), "~/r"),)})
     assert cfg.MODELS == {"a": ("rtdetr", str(Path("x/y"))), "b": ["unet", str(Path("home/z"))]}
     assert cfg.PAIRS == (("q", str(Path("home/r"))),) and json.dumps(cfg.as_dict())
-    with pytest.raises(config.UserError, match="MODELS = .*holds a control character|MODELS.*control character"):
-        config.resolve(script, {"MODELS": {"a": ("rtdetr", "C:\new\table".replace("\\n", "\n"))}})
+    with pytest.raises(config.UserError, match="MODELS = .*holds a control character"):
+        config.resolve(script, {"MODELS": {"a": ("rtdetr", "C:\new\table")}})
 
 
 def test_unknown_names_are_refused_with_a_suggestion():

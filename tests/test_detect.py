@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import EXACT_KERNELS
 from PIL import ExifTags, Image, ImageOps
 from pycocotools.coco import COCO
 
@@ -176,6 +177,7 @@ def test_feature_model_alone_and_as_the_rainy_branch(base, clip, weights, small_
     gated = detect.main(**base | {"SOURCE": str(clip), "RAINY_BRANCH": str(weights / "feature"),
                                   "RAIN_THRESHOLD": 0.0})
     found, expected = (results(one["folder"])[0] for one in (gated, alone))  # every frame took the rainy branch
+    assert found == expected or not EXACT_KERNELS
     assert [box | {"score": None} for box in found] == [box | {"score": None} for box in expected]
     assert [box["score"] for box in found] == pytest.approx([box["score"] for box in expected], abs=2e-5)  # rounded
     with pytest.raises(UserError, match="FEATURE_MODEL_DIR"):

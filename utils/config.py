@@ -166,9 +166,10 @@ def resolve(namespace, overrides):
         if isinstance(value, str) and not text and _is_number(value):
             raise UserError(f"{name} = '{value}' is text: write it without the quotes")
         value = _checked(name, value, kinds[name], defaults[name])  # also the default, which a person may have edited
+        value = _with_paths(name, value)
         if name not in annotated and isinstance(value, (tuple, list)):
-            value = _elements_checked(name, value, _known_types().get(name, ((), ()))[1])
-        values[name] = _not_empty(name, _with_paths(name, value), kinds[name], defaults[name])
+            _require_elements(name, value, _known_types().get(name, ((), ()))[1])
+        values[name] = _not_empty(name, value, kinds[name], defaults[name])
     return Config(demo=use_demo, usual_batch=_usual_batches(namespace, defaults, use_demo),
                   given=frozenset(overrides), **values)
 
@@ -257,15 +258,12 @@ def _checked(name, value, kinds, default):
                     + (f" ({advice})" if advice else ""))
 
 
-def _elements_checked(name, values, kinds):
-    """-> the elements of a tuple or list, Paths as text; UserError where one is of none of the types (if any is known).
-    """
-    values = type(values)(str(value) if isinstance(value, PurePath) else value for value in values)
+def _require_elements(name, values, kinds):
+    """UserError where an element of a tuple or list is of none of the types (if any is known)."""
     for value in values:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if kinds and not (type(value) in kinds or whole and float in kinds):
             raise UserError(f"{name} holds {value!r}, a {type(value).__name__}: each element must be a {_words(kinds)}")
-    return values
 
 
 def from_command_line(namespace, argv=None):
